@@ -1,0 +1,58 @@
+"""The command ``vllm-gemma4-spec``: one module per subcommand, imported only when it runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from vllm_gemma4_spec._version import __version__
+from vllm_gemma4_spec.errors import Gemma4SpecError
+
+app = typer.Typer(
+    name="vllm-gemma4-spec",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Serve Gemma 4 with speculation on vLLM 0.19.1: checks, models and tools around the plugin.",
+)
+
+# Subcommand -> module that holds its function `command`.
+COMMANDS = {
+    "patches": "vllm_gemma4_spec.cli.patches",
+}
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"vllm-gemma4-spec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _register() -> None:
+    for name, module in COMMANDS.items():
+        function: Callable[..., Any] = importlib.import_module(module).command
+        app.command(name)(function)
+
+
+def main() -> None:
+    """Console entry point: a user's mistake ends with one line on stderr and exit code 2."""
+    _register()
+    try:
+        app()
+    except Gemma4SpecError as error:
+        typer.echo(f"vllm-gemma4-spec: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,27 @@
+"""Errors that a user can act on.
+
+Everything raised for a user's mistake derives from :class:`Gemma4SpecError`; its message is one line
+that names the thing and the way out. The command line prints it without a traceback.
+"""
+
+from __future__ import annotations
+
+
+class Gemma4SpecError(Exception):
+    """Base of all errors raised for something a user can mend."""
+
+
+class VersionError(Gemma4SpecError):
+    """The installed vLLM is not the one the patches were written for."""
+
+
+class SettingError(Gemma4SpecError, ValueError):
+    """An environment variable has an unknown name or a value that cannot be read."""
+
+
+class TargetError(Gemma4SpecError):
+    """A patch's target is not what the patch was written for."""
+
+
+class PatchStateError(Gemma4SpecError):
+    """Patches were applied or undone in an order that cannot work."""

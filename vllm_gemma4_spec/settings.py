@@ -1,0 +1,86 @@
+"""Environment variables of the overlay, all named ``VLLM_GEMMA4_SPEC…``.
+
+They are declared to vLLM (``vllm.envs.environment_variables``), so vLLM does not report them as unknown,
+hands them to its workers, and makes them part of its torch.compile cache key.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from vllm_gemma4_spec.errors import SettingError
+
+PREFIX = "VLLM_GEMMA4_SPEC"
+PATCH_PREFIX = f"{PREFIX}_PATCH_"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One environment variable: its name, its default as text, and what it does."""
+
+    name: str
+    default: str
+    help: str
+    choices: tuple[str, ...] = ()
+
+    def read(self, environ: Mapping[str, str] | None = None) -> str:
+        """The value in force.
+
+        Raises:
+            SettingError: the value is not one of ``choices``.
+        """
+        value = (os.environ if environ is None else environ).get(self.name, self.default).strip()
+        if self.choices and value not in self.choices:
+            wanted = ", ".join(self.choices)
+            raise SettingError(f"{self.name}={value!r}: expected one of {wanted}; unset it for {self.default!r}")
+        return value
+
+    def on(self, environ: Mapping[str, str] | None = None) -> bool:
+        return self.read(environ) == "1"
+
+
+def switch(name: str, help: str, default: str = "1") -> Setting:
+    """A setting that is ``1`` (on) or ``0`` (off)."""
+    return Setting(name, default, help, ("0", "1"))
+
+
+ALL = switch(PREFIX, "0 leaves vLLM as it is: no patch is applied in any process")
+
+# Settings other than the switches of single patches; a module that reads one imports it from here.
+SETTINGS: tuple[Setting, ...] = (ALL,)
+
+
+def patch_switch(patch_name: str) -> Setting:
+    """The switch of one patch: ``draft-groups`` -> ``VLLM_GEMMA4_SPEC_PATCH_DRAFT_GROUPS``."""
+    variable = PATCH_PREFIX + patch_name.upper().replace("-", "_")
+    return switch(variable, f"0 leaves out the patch {patch_name}")
+
+
+def all_settings(patch_names: Iterable[str]) -> tuple[Setting, ...]:
+    return (*SETTINGS, *(patch_switch(name) for name in patch_names))
+
+
+def check_environment(patch_names: Iterable[str], environ: Mapping[str, str] | None = None) -> None:
+    """Refuse variables with our prefix that nothing reads, and values that cannot be read.
+
+    Raises:
+        SettingError: names the variable and what would be accepted.
+    """
+    environ = os.environ if environ is None else environ
+    known = {s.name: s for s in all_settings(patch_names)}
+    for name in sorted(environ):
+        if name != PREFIX and not name.startswith(PREFIX + "_"):
+            continue
+        if name not in known:
+            kind, pool = ("patch switch", [n for n in known if n.startswith(PATCH_PREFIX)])
+            if not name.startswith(PATCH_PREFIX):
+                kind, pool = ("setting", [n for n in known if not n.startswith(PATCH_PREFIX)])
+            raise SettingError(f"{name}: no such {kind}; unset it or use one of {', '.join(sorted(pool))}")
+        known[name].read(environ)
+
+
+def declared(patch_names: Iterable[str]) -> dict[str, Callable[[], str]]:
+    """What is added to ``vllm.envs.environment_variables``: name -> function that reads the value."""
+    return {s.name: s.read for s in all_settings(patch_names)}
