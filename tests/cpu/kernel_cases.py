@@ -116,8 +116,8 @@ def prepare_next_token(r: Random) -> Case:
 
 
 def copy_and_expand(r: Random) -> Case:
-    rows, slots, shift = r.number(1, 5), r.number(1, 4), r.chance(0.5)
-    lengths = r.numbers(1, 12, rows)
+    rows, slots, shift = r.number(1, 3), r.number(1, 4), r.chance(0.5)
+    lengths = r.numbers(1, 10, rows)
     if r.chance(0.2):  # rows that pad a batch have no tokens
         lengths[r.number(0, rows - 1) :] = 0
     lengths[0] = max(lengths[0], 1)
@@ -126,7 +126,7 @@ def copy_and_expand(r: Random) -> Case:
     # Up to all tokens of a request are rejected (a discarded one).
     rejected = r.numbers(0, 99, rows) % (lengths + 1) * r.numbers(0, 1, rows)
     out = total + rows * net + r.number(0, 4)
-    block = int(r.rng.choice([4, 8, 16]))
+    block = int(r.rng.choice([8, 16]))
     args = {
         # One more than is read, where a request without tokens at the end looks for its first position.
         "target_token_ids_ptr": r.inside(r.numbers(0, 99, total + 1), torch.int32),
@@ -153,7 +153,7 @@ def copy_and_expand(r: Random) -> Case:
 
 def _drafts(r: Random) -> tuple[int, np.ndarray, int, int]:
     """Requests, drafts of each (some none), all drafts, and the longest or a little more."""
-    rows = r.number(1, 5)
+    rows = r.number(1, 4)
     counts = r.numbers(0, 5, rows) * (r.rng.random(rows) < 0.8)
     return rows, counts, int(counts.sum()), int(counts.max()) + r.number(0, 1)
 
@@ -221,7 +221,7 @@ def expand(r: Random) -> Case:
 def sample_recovered(r: Random) -> Case:
     rows, counts, total, longest = _drafts(r)
     longest, total = max(longest, 1), total + r.number(0, 1)
-    vocab, no_draft_probs = r.number(2, 40), r.chance(0.5)
+    vocab, no_draft_probs = r.number(2, 30), r.chance(0.5)
     draft = r.numbers(0, vocab - 1, total)
     draft[r.rng.random(total) < 0.1] = -1
     inv_q = 1 / r.rng.exponential(size=(rows, vocab)) if r.chance(0.5) else r.numbers(1, 3, (rows, vocab))
@@ -233,10 +233,34 @@ def sample_recovered(r: Random) -> Case:
         "target_probs_ptr": _probs(r, total, vocab),
         "inv_q_ptr": r.inside(inv_q, torch.float32),
         "vocab_size": vocab,
-        "BLOCK_SIZE": int(r.rng.choice([8, 16, 64])),  # the vocabulary lies in one to five tiles
+        "BLOCK_SIZE": int(r.rng.choice([8, 16, 32])),  # the vocabulary lies in one to four tiles
         "NO_DRAFT_PROBS": no_draft_probs,
     }
     return {"kernel": f"{REJECTION}:sample_recovered_tokens_kernel", "grid": (rows, longest), "args": args}
+
+
+def slot_mapping(r: Random) -> Case:
+    """The kernel for which 0.19.1 has a CPU form of its own."""
+    rows, block_size, n_blocks = r.number(1, 5), int(r.rng.choice([1, 4, 16])), r.number(1, 6)
+    lengths = r.numbers(0, 9, rows)
+    total = int(lengths.sum())
+    table = r.inside(r.numbers(0, 500, (rows, n_blocks)), torch.int32)
+    args = {
+        "num_tokens": total,
+        "max_num_tokens": total + r.number(0, 5),
+        "query_start_loc_ptr": r.inside(np.cumsum([0, *lengths]), torch.int32),
+        "positions_ptr": r.inside(r.numbers(0, block_size * n_blocks - 1, total), torch.int64),
+        "block_table_ptr": table,
+        "block_table_stride": table.stride(0),
+        "block_size": block_size,
+        "slot_mapping_ptr": r.noise(total + 5, torch.int64),
+        "TOTAL_CP_WORLD_SIZE": 1,
+        "TOTAL_CP_RANK": 0,
+        "CP_KV_CACHE_INTERLEAVE_SIZE": 1,
+        "PAD_ID": -1,
+        "BLOCK_SIZE": 16,
+    }
+    return {"kernel": "vllm.v1.worker.block_table:_compute_slot_mapping_kernel", "grid": (rows + 1,), "args": args}
 
 
 MAKERS: tuple[Callable[[Random], Case], ...] = (
@@ -248,6 +272,7 @@ MAKERS: tuple[Callable[[Random], Case], ...] = (
     rejection_random,
     expand,
     sample_recovered,
+    slot_mapping,
 )
 
 

@@ -21,7 +21,7 @@ from vllm_gemma4_spec.cpu import draft_kernels, rejection_kernels
 from vllm_gemma4_spec.cpu.launch import CpuKernel
 from vllm_gemma4_spec.patches.cpu import CPU_KERNELS
 
-CASES_PER_KERNEL = 250
+CASES_PER_KERNEL = 200
 FORMS: dict[str, CpuKernel] = {
     f"{source}:{name}_kernel": form
     for source, module in ((kernel_cases.DRAFT, draft_kernels), (kernel_cases.REJECTION, rejection_kernels))
@@ -87,6 +87,45 @@ def test_keyword_launch(kernel: str, results: Results) -> None:
     case = copy.deepcopy(before)
     FORMS[kernel][case["grid"]](**case["args"])
     assert difference(case, after) is None
+
+
+def test_stock_cpu_slot_mapping(results: Results) -> None:
+    """0.19.1's own CPU form (C++) does what the Triton kernel does, except that it leaves the padding as it is."""
+    from vllm.platforms import current_platform
+    from vllm.utils.cpu_triton_utils import compute_slot_mapping_kernel
+
+    current_platform.import_kernels()
+    for before, after in results[0]["vllm.v1.worker.block_table:_compute_slot_mapping_kernel"]:
+        case = copy.deepcopy(before)
+        compute_slot_mapping_kernel[case["grid"]](*case["args"].values())
+        tokens = case["args"]["num_tokens"]
+        have, want = (c["args"]["slot_mapping_ptr"] for c in (case, after))
+        assert torch.equal(have[:tokens], want[:tokens])
+        assert torch.equal(have[tokens:], before["args"]["slot_mapping_ptr"][tokens:])
+
+
+def test_vllm_launches_the_step_form(results: Results) -> None:
+    """Through vLLM's own function, which computes the grid and the strides."""
+    from vllm.v1.spec_decode import utils
+
+    CPU_KERNELS.apply()
+    try:
+        for before, after in results[0][f"{kernel_cases.DRAFT}:eagle_step_slot_mapping_metadata_kernel"]:
+            case = copy.deepcopy(before)
+            args = case["args"]
+            utils.eagle_step_update_slot_mapping_and_metadata(
+                positions_1d=args["positions_ptr"],
+                block_table_tensor=args["block_table_ptr"],
+                seq_lens=args["seq_lens_ptr"],
+                block_size=args["block_size"],
+                max_model_len=args["max_model_len"],
+                out_clamped_positions=args["out_clamped_positions_ptr"],
+                out_slot_mapping=args["out_slot_mapping_ptr"],
+                input_batch_size=case["grid"][0],
+            )
+            assert difference(case, after) is None
+    finally:
+        CPU_KERNELS.undo()
 
 
 def test_cases_reach_the_corners() -> None:
