@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Tiny matrices: threads that spin for each other cost more than they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -51,7 +53,9 @@ def engine(model: Path, drafter: Path | None = None, k: int = 3, **options: Any)
         gc.collect()
 
 
-def generate(llm: Any, prompts: Sequence[Prompt], max_tokens: int | Sequence[int] = 32, **sampling: Any) -> list[Prompt]:
+def generate(
+    llm: Any, prompts: Sequence[Prompt], max_tokens: int | Sequence[int] = 32, **sampling: Any
+) -> list[Prompt]:
     """Token ids of the answers; greedy and without an end of sequence unless ``sampling`` says otherwise."""
     from vllm import SamplingParams
 
@@ -71,9 +75,7 @@ class Acceptance:
     accepted: int
 
     def __sub__(self, other: Acceptance) -> Acceptance:
-        return Acceptance(
-            self.drafts - other.drafts, self.proposed - other.proposed, self.accepted - other.accepted
-        )
+        return Acceptance(self.drafts - other.drafts, self.proposed - other.proposed, self.accepted - other.accepted)
 
 
 def acceptance(llm: Any) -> Acceptance:
