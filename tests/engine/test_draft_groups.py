@@ -35,7 +35,7 @@ def work(way: str) -> tuple[list[list[int]], list[int]]:
     prompts = random_prompts(LENGTHS)
     limits = [TOKENS] * len(prompts)
     if way == "prefix-caching":  # the same prompts and their prefixes again
-        prompts += [p[: len(p) * 2 // 3 + 1] + [7, 8, 9] for p in prompts] + prompts
+        prompts += [[*p[: len(p) * 2 // 3 + 1], 7, 8, 9] for p in prompts] + prompts
         limits = [TOKENS] * len(prompts)
     elif way == "preemption":  # all of them grow, and together they do not fit
         prompts = random_prompts([60 + i for i in range(REQUESTS)])
