@@ -114,8 +114,7 @@ def test_importing_the_package_imports_no_vllm() -> None:
             "BlockTable.move_row is gone",
         ),
         (
-            "from vllm_gemma4_spec.patching import fingerprint as f; "
-            + "f.installed = lambda s: 'beef' if 'eagle' in s else f.wanted(s)",
+            "import vllm_gemma4_spec.patching.fingerprint as f; f.of_source = lambda *a: 0; f._digest = lambda d: ''",
             r"vLLM 0.19.1 is not the 0.19.1 these patches were written for: vllm.v1.spec_decode.eagle:",
         ),
         ("import vllm; vllm.__version__ = '0.20.0'", "vLLM 0.20.0 is installed and this overlay is for 0.19.1"),

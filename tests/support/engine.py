@@ -27,6 +27,10 @@ def engine(model: Path, drafter: Path | None = None, k: int = 3, **options: Any)
     """An ``LLM`` in float32 without a tokenizer; with ``drafter`` it speculates ``k`` tokens ahead."""
     from vllm import LLM
 
+    import vllm_gemma4_spec
+
+    vllm_gemma4_spec.apply()  # another test may have undone a patch; vLLM loads plugins once per process
+
     settings: dict[str, Any] = {
         "dtype": "float32",
         "enforce_eager": True,

@@ -76,7 +76,7 @@ def _check_live(edit: Edit, original: Any) -> None:
     code = inspect.unwrap(function).__code__
     path = fingerprint.source_file(symbol.partition(":")[0])
     ours = code.co_filename.startswith(os.path.dirname(os.path.dirname(__file__)) + os.sep)
-    if not ours and (path is None or not os.path.samefile(code.co_filename, path)):
+    if not ours and (path is None or os.path.realpath(code.co_filename) != os.path.realpath(path)):
         raise TargetError(
             f"{edit.target} was replaced before this package could patch it: found {function.__module__}."
             f"{function.__qualname__}, wanted the function of vLLM 0.19.1; remove the other patch or set "
