@@ -134,10 +134,13 @@ class Patcher:
         """Apply every enabled edit of ``module`` that is not in force. wrapt calls it after an import."""
         with self._lock:
             done = {id(a.edit) for a in self._applied}
-            for patch in self._patches:
-                for edit in patch.edits:
-                    if edit.module == module.__name__ and id(edit) not in done:
-                        self._applied.append(self._apply_edit(edit, module))
+            edits = [e for p in self._patches for e in p.edits if e.module == module.__name__ and id(e) not in done]
+            try:
+                for edit in edits:
+                    self._applied.append(self._apply_edit(edit, module))
+            except BaseException:
+                self.undo()  # all or nothing, also when a module turns out wrong long after the start
+                raise
 
     def _apply_edit(self, edit: Edit, module: ModuleType) -> _Applied:
         owner, attribute = _resolve(module, edit.target.partition(":")[2])
