@@ -27,6 +27,9 @@ def by(size: int) -> Cut:
     return lambda length: [min(size, length - at) for at in range(0, length, size)]
 
 
+ONE_BY_ONE = by(1)
+
+
 def all_at_once(length: int) -> list[int]:
     return [length]
 
@@ -104,6 +107,7 @@ class ScriptedEngine:
         self.script: list[Sequence[int]] = [[]]
         self.cut: Cut = by(1)
         self.requests: list[Any] = []  # sampling params of the requests seen
+        self.prompts: list[list[int]] = []
 
     async def is_tracing_enabled(self) -> bool:
         return False
@@ -130,6 +134,7 @@ class ScriptedEngine:
         from vllm.v1.engine.parallel_sampling import ParentRequest
 
         self.requests.append(params)
+        self.prompts.append(list(prompt["prompt_token_ids"]))
         processor = OutputProcessor(self.tokenizer, log_stats=False)
         queue = RequestOutputCollector(params.output_kind, request_id)
         request = EngineCoreRequest(
@@ -213,7 +218,7 @@ class Server:
             self.app.state.openai_serving_responses.parser = type("OwnParser", (_WrappedParser,), own)
         return self
 
-    def script(self, *tokens: Sequence[int], cut: Cut = by(1)) -> None:
+    def script(self, *tokens: Sequence[int], cut: Cut = ONE_BY_ONE) -> None:
         self.engine.script, self.engine.cut = list(tokens), cut
 
     async def chat(self, **fields: Any) -> list[dict[str, Any]]:
@@ -281,5 +286,11 @@ def streamed_choices(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [out[i] for i in sorted(out)]
 
 
+_LOOP: list[asyncio.AbstractEventLoop] = []
+
+
 def run(coroutine: Any) -> Any:
-    return asyncio.run(coroutine)
+    """Run in the one event loop of all these tests: vLLM's renderer keeps to the first it meets."""
+    if not _LOOP:
+        _LOOP.append(asyncio.new_event_loop())
+    return _LOOP[0].run_until_complete(coroutine)

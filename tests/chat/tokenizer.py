@@ -25,18 +25,16 @@ SPECIAL = {
     "<channel|>": 101,
     "<|turn>": 105,
     "<turn|>": 106,
-    "<|image>": 255999,
 }
 
-# As much of the official templates as the tests need: turns, thinking, the open channel after a tool's response.
-TEMPLATE = """{{ bos_token }}{% for m in messages %}{% if m['role'] == 'tool' %}<|tool_response>response{{ m['content'] }}
-<tool_response|>{% else %}<|turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}
-{{ m['content'] if m['content'] is string else (m['content'] or [{'text': ''}])[0]['text'] }}
-{%- if not loop.last or m['role'] == 'user' %}<turn|>
-{% endif %}{% endif %}{% endfor %}{% if add_generation_prompt %}{% if messages[-1]['role'] == 'tool' %}
-{%- if enable_thinking %}<|channel>thought
-{% endif %}{% else %}<|turn>model
-{% endif %}{% endif %}"""
+# As much of the official templates as the tests need: turns, and the open channel after a tool's response.
+TEMPLATE = """{{ bos_token }}{% for m in messages %}
+{%- if m['role'] == 'tool' %}{{ '<|tool_response>response' + m['content'] + '<tool_response|>' }}
+{%- else %}{{ '<|turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}
+{{- m['content'] if m['content'] is string else (m['content'] or [{'text': ''}])[0]['text'] }}
+{%- if not loop.last or m['role'] == 'user' %}{{ '<turn|>\n' }}{% endif %}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{% if messages[-1]['role'] != 'tool' %}{{ '<|turn>model\n' }}
+{%- elif enable_thinking %}{{ '<|channel>thought\n' }}{% endif %}{% endif %}"""
 
 
 def artifacts() -> Path | None:
@@ -76,6 +74,8 @@ def small_tokenizer_json(ids: dict[str, int] | None = None) -> dict[str, Any]:
                 vocab[built + character] = at = at + 1
                 merges.append([built, character])
             built += character
+    taken = set(vocab.values())
+    vocab |= {f"<unused{i}>": i for i in range(max(taken)) if i not in taken}
     added = [
         {
             "id": i,

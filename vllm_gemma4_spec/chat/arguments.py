@@ -78,7 +78,7 @@ class Arguments:
             self._step = self._colon
             return ""
         if self._step == self._key_start:
-            self._step = self._quoted_key
+            self._step, self._key = self._quoted_key, ""
             return ""
         if self._step == self._value_start:
             return self._begin_string(self._string)

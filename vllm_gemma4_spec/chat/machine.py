@@ -143,13 +143,16 @@ class OutputParser:
             if text:
                 self._put(Item(text))
 
-    def finish(self, last: int | None = None, matched: str | None = None, engine_length: int = 0) -> list[Event]:
+    def stopped(self, matched: str, engine_length: int) -> None:
+        """The tokens still to be fed are the last: the engine found a stop string. See :class:`StopGuard`."""
+        if self._guard is not None:
+            self._guard.stopped(matched, engine_length)
+
+    def finish(self, last: int | None = None) -> list[Event]:
         """The output has ended.
 
         Args:
             last: the token that ended it and is no text (end of sequence, ``stop_token_ids``), not fed before.
-            matched: the stop string that ended it.
-            engine_length: characters of text that the engine gave out in all.
         """
         if last is not None:
             if self._options.include_stop:
@@ -160,7 +163,7 @@ class OutputParser:
         if text:
             self._put(Item(text))
         if self._guard is not None:
-            for item in self._guard.finish(matched, engine_length):
+            for item in self._guard.finish():
                 self._read(item)
         self._leave()
         if self._forced is not None:
@@ -181,13 +184,10 @@ class OutputParser:
     # Below, items are certain to belong to the output.
 
     def _read(self, item: Item) -> None:
-        if item.token < 0:
+        if item.token >= 0 and self._structure(item.token):
+            return
+        if item.text:
             self._text(item.text)
-        elif not self._structure(item.token):
-            if item.text:
-                self._text(item.text)
-            if item.token in tokens.TURN_ENDS:
-                self._leave()
 
     def _structure(self, token: int) -> bool:
         """Follow a token of the output's structure; False for every other special token."""
@@ -207,6 +207,8 @@ class OutputParser:
             if token == tokens.TOOL_CALL_OPEN:
                 self._mode, self._native = _Mode.CALL, NativeCall(self)
             return True
+        if token in tokens.TURN_ENDS:
+            self._leave()
         return token == tokens.QUOTE and self._native is not None and self._native.quote()
 
     def _text(self, text: str) -> None:

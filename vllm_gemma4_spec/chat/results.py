@@ -81,12 +81,13 @@ class Choice:
         last: int | None = None
         if stopped_by_token(output) and token_ids:
             last, token_ids = token_ids[-1], token_ids[:-1]
+        if isinstance(output.stop_reason, str):
+            parser.stopped(output.stop_reason, self._engine_length)
         pieces = [Piece()]
         for token in token_ids:
             self._append(pieces, parser.feed(token), 1)
         if output.finish_reason is not None:
-            matched = output.stop_reason if isinstance(output.stop_reason, str) else None
-            self._append(pieces, parser.finish(last, matched, self._engine_length), int(last is not None))
+            self._append(pieces, parser.finish(last), int(last is not None))
         return pieces
 
     @staticmethod

@@ -27,21 +27,33 @@ class StopGuard:
         self._items: deque[Item] = deque()
         self._held = 0  # characters in _items
         self._given = 0  # characters let through
+        self._matched: str | None = None
+        self._engine_length = 0
+
+    def stopped(self, matched: str, engine_length: int) -> None:
+        """The tokens still to come are the last, and ``matched`` is among their text or what is held.
+
+        Args:
+            matched: the stop string.
+            engine_length: characters of text that the engine gave out in all; it may have ignored earlier
+                occurrences (``min_tokens``), so the one nearest to its own cut is taken.
+        """
+        self._matched = matched
+        self._engine_length = engine_length
 
     def push(self, item: Item) -> list[Item]:
         """Take one item; returns those that are certain now."""
         self._items.append(item)
         self._held += len(item.text)
-        return self._take(self._held - self._width)
+        sure = self._held
+        if self._matched is not None:
+            begin = self._engine_length - (len(self._matched) if self._include else 0)
+            sure = min(sure, begin - self._given)
+        return self._take(sure - self._width)
 
-    def finish(self, matched: str | None, engine_length: int) -> list[Item]:
-        """The output has ended: everything held, up to the stop string that matched.
-
-        Args:
-            matched: the stop string, or None if the output ended otherwise.
-            engine_length: characters of text that the engine gave out in all; it may have ignored earlier
-                occurrences (``min_tokens``), so the one nearest to its own cut is taken.
-        """
+    def finish(self) -> list[Item]:
+        """The output has ended: everything held, up to the stop string that matched, if one did."""
+        matched = self._matched
         if not matched:
             return self._take(self._held, all_of_it=True)
         text = "".join(item.text for item in self._items)
@@ -50,7 +62,7 @@ class StopGuard:
         while at >= 0:
             cuts.append(at + (len(matched) if self._include else 0))
             at = text.find(matched, at + 1)
-        wanted = engine_length - self._given
+        wanted = self._engine_length - self._given
         return self._take(min(cuts, key=lambda cut: abs(cut - wanted)) if cuts else self._held)
 
     def _take(self, count: int, all_of_it: bool = False) -> list[Item]:
