@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.chat import server
 from tests.chat import tokenizer as tokenizers_
 
 
@@ -57,3 +58,7 @@ def overlay() -> Iterator[None]:
     yield
     if not was_on:
         CHAT_OUTPUT.undo()
+
+
+def pytest_sessionfinish() -> None:
+    server.close()

@@ -294,3 +294,14 @@ def run(coroutine: Any) -> Any:
     if not _LOOP:
         _LOOP.append(asyncio.new_event_loop())
     return _LOOP[0].run_until_complete(coroutine)
+
+
+def close() -> None:
+    """End what vLLM's renderers left running in the loop."""
+    while _LOOP:
+        loop = _LOOP.pop()
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        loop.close()

@@ -43,10 +43,9 @@ def cuts(length: int, whole: bool) -> list[tuple[str, server.Cut]]:
     return some
 
 
-def expected(served: Server, scenario: Scenario, tokens: list[int], prompt: list[int]) -> dict[str, Any]:
+def expected(tokenizer: Any, scenario: Scenario, tokens: list[int], prompt: list[int]) -> dict[str, Any]:
     """The reference's answer, in the server's plain form; arguments as :func:`reference.read_json` gives them."""
     request = scenario.request
-    tokenizer = served.engine.tokenizer
     ends = next((i for i, t in enumerate(tokens, 1) if t in server.ENDS), None)
     limit = request.get("max_tokens")
     stopped = ends is not None and not request.get("ignore_eos") and (limit is None or ends <= limit)
@@ -102,7 +101,7 @@ def wrong(served: Server, scenario: Scenario, encode: Any, plain: Any) -> dict[s
             for name, cut in cuts(len(tokens), not stream):
                 try:
                     got = await one(served, scenario, tokens, cut, stream)
-                    want = expected(served, scenario, tokens, served.engine.prompts[-1])
+                    want = expected(served.engine.tokenizer, scenario, tokens, served.engine.prompts[-1])
                     difference = differences(got, want)
                 except AssertionError as error:
                     difference = {"error": str(error)}

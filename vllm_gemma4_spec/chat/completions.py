@@ -154,6 +154,14 @@ async def _whole(results: AsyncIterator[Any], plan: Plan, messages: dict[int, Me
     yield last
 
 
+def _echoable(conversation: list[Any]) -> list[Any]:
+    """Gemma 4's templates get contents in parts; vLLM's stream can echo a string only (its plain answer joins)."""
+    if not conversation or not isinstance(conversation[-1].get("content"), list):
+        return conversation
+    text = "\n".join(part["text"] for part in conversation[-1]["content"])
+    return [*conversation[:-1], {**conversation[-1], "content": text}]
+
+
 def stream_generator(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps ``OpenAIServingChat.chat_completion_stream_generator``."""
 
@@ -174,6 +182,7 @@ def stream_generator(original: Callable[..., Any]) -> Callable[..., Any]:
             plan = Plan.of(parsers, request, tokenizer)
             result_generator = _streamed(result_generator, plan, bool(request.logprobs))
             reasoning_parser = _Handover()
+            conversation = _echoable(conversation) if request.echo else conversation
             # Otherwise vLLM would look for calls in the text itself.
             request = request.model_copy(update={"tool_choice": "none"})
         return original(
