@@ -13,12 +13,14 @@ import anthropic
 import httpx
 import openai
 import pytest
-from anthropic._base_client import httpx as anthropic_httpx  # which of httpx's releases it is built on
 
 from tests.chat import server
 from tests.chat.scenarios import SCENARIOS, TOOLS, Scenario
 from tests.chat.server import MODEL, Server, all_at_once, by
 from tests.chat.test_serving import USER, differences, expected
+
+# Newer releases of the Anthropic client are built on httpx2 and take no other client.
+anthropic_httpx = getattr(anthropic._base_client, "httpx2", httpx)
 
 CUTS = {"1": by(1), "3": by(3), "all": all_at_once}
 ARGUMENTS = '{city:<|"|>Zürich "x"<|"|>,n:[1,{a:true}]}'
