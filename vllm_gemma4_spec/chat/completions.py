@@ -95,28 +95,26 @@ class _Stream:
         self._ids: dict[int, str] = {}
 
     def outputs(self, output: Any) -> list[Any]:
-        """One ``CompletionOutput`` per piece; the last one carries the finish."""
+        """One ``CompletionOutput`` per piece, the first of them ``output`` itself; the last has the finish."""
         pieces = self._choice.pieces(output)
-        out, at = [], 0
-        for piece in pieces:
-            tokens = ParsedTokens(output.token_ids[at : at + piece.tokens])
-            tokens.delta = delta_message(piece, self._ids)
-            if tokens.delta is None and self._all_tokens and tokens:
-                tokens.delta = DeltaMessage()
-            logprobs = output.logprobs
-            out.append(
-                replace(
-                    output,
-                    text="" if at else output.text,
-                    token_ids=tokens,
-                    logprobs=None if logprobs is None else logprobs[at : at + piece.tokens],
-                    finish_reason=None,
-                    stop_reason=None,
-                )
-            )
-            at += piece.tokens
-        out[-1].finish_reason = self._choice.finish_reason(output.finish_reason)
-        out[-1].stop_reason = output.stop_reason
+        out = [output]
+        finish, stop = output.finish_reason, output.stop_reason
+        if len(pieces) > 1:
+            tokens, logprobs, at = output.token_ids, output.logprobs, 0
+            out += [replace(output, text="") for _ in pieces[1:]]
+            for piece, part in zip(pieces, out, strict=True):
+                end = at + piece.tokens
+                part.token_ids = tokens[at:end]
+                part.logprobs = None if logprobs is None else logprobs[at:end]
+                part.finish_reason = part.stop_reason = None
+                at = end
+        if finish is not None:
+            out[-1].finish_reason, out[-1].stop_reason = self._choice.finish_reason(finish), stop
+        for piece, part in zip(pieces, out, strict=True):
+            part.token_ids = parsed = ParsedTokens(part.token_ids)
+            parsed.delta = delta_message(piece, self._ids)
+            if parsed.delta is None and self._all_tokens and parsed:
+                parsed.delta = DeltaMessage()
         return out
 
 
@@ -124,14 +122,13 @@ async def _streamed(results: AsyncIterator[Any], plan: Plan, all_tokens: bool) -
     """``RequestOutput`` s of deltas, every choice's outputs replaced by its pieces."""
     streams: dict[int, _Stream] = {}
     async for result in results:
-        result = copy.copy(result)
         outputs = []
         for output in result.outputs:
             stream = streams.get(output.index)
             if stream is None:
                 stream = streams[output.index] = _Stream(plan.choice(result.prompt_token_ids), all_tokens)
             outputs += stream.outputs(output)
-        result.outputs = outputs
+        result.outputs = outputs  # deltas are made for this reader alone
         yield result
 
 

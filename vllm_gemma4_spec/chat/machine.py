@@ -88,7 +88,7 @@ class OutputParser:
         """
         self._special = vocabulary.special
         self._options = options
-        self._stream = TextStream(vocabulary.core)
+        self._stream = TextStream(vocabulary)
         self._guard = StopGuard(options.stop, options.include_stop) if options.stop else None
         self._mode = _Mode.CONTENT
         self._label: str | None = None  # the beginning of a channel, while it may be the label
@@ -140,7 +140,9 @@ class OutputParser:
             self._put(Item(self._special[token] if self._options.special_text else "", token))
         else:
             text = self._stream.push(token)
-            if text:
+            if text and self._guard is None:
+                self._text(text)
+            elif text:
                 self._put(Item(text))
 
     def stopped(self, matched: str, engine_length: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from vllm_gemma4_spec.chat.machine import Event, Kind, OutputParser
 
 
-@dataclass
+@dataclass(slots=True)
 class Piece:
     """Consecutive events of one kind, and how many tokens brought them about.
 
@@ -23,7 +23,7 @@ class Piece:
 
     @property
     def text(self) -> str:
-        return "".join(event.text for event in self.events)
+        return self.events[0].text if len(self.events) == 1 else "".join(e.text for e in self.events)
 
 
 @dataclass
@@ -79,10 +79,12 @@ class Choice:
         self._engine_length += len(output.text)
         parser, token_ids = self._parser, output.token_ids
         last: int | None = None
-        if stopped_by_token(output) and token_ids:
-            last, token_ids = token_ids[-1], token_ids[:-1]
-        if isinstance(output.stop_reason, str):
-            parser.stopped(output.stop_reason, self._engine_length)
+        if output.finish_reason is not None:
+            if isinstance(output.stop_reason, str):
+                parser.stopped(output.stop_reason, self._engine_length)
+            elif output.finish_reason == "stop" and token_ids:
+                # The last token is no text: the end of sequence, or one of `stop_token_ids`.
+                last, token_ids = token_ids[-1], token_ids[:-1]
         pieces = [Piece()]
         for token in token_ids:
             self._append(pieces, parser.feed(token), 1)
@@ -92,14 +94,18 @@ class Choice:
 
     @staticmethod
     def _append(pieces: list[Piece], events: list[Event], tokens: int) -> None:
-        if events and pieces[-1].kind not in (None, events[0].kind):
-            pieces.append(Piece())
-        pieces[-1].tokens += tokens
+        piece = pieces[-1]
+        if events and piece.kind is not None and piece.kind is not events[0].kind:
+            piece = Piece()
+            pieces.append(piece)
+        piece.tokens += tokens
         for event in events:
-            if pieces[-1].kind not in (None, event.kind):
-                pieces.append(Piece())
-            pieces[-1].kind = event.kind
-            pieces[-1].events.append(event)
+            if piece.kind is not event.kind:
+                if piece.kind is not None:
+                    piece = Piece()
+                    pieces.append(piece)
+                piece.kind = event.kind
+            piece.events.append(event)
 
     def finish_reason(self, engine: str | None) -> str | None:
         """The finish reason for the client, given the engine's."""
@@ -114,8 +120,3 @@ class Choice:
             message.add(piece.events)
         message.finish_reason = self.finish_reason(output.finish_reason)
         return message
-
-
-def stopped_by_token(output: Any) -> bool:
-    """The last token ended the output and is no text: the end of sequence, or one of ``stop_token_ids``."""
-    return output.finish_reason == "stop" and not isinstance(output.stop_reason, str)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import json
+import re
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_gemma4_spec.errors import Gemma4SpecError
@@ -36,12 +38,36 @@ class TokenizerError(Gemma4SpecError):
     """The tokenizer is not Gemma 4's, so its output cannot be parsed."""
 
 
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>\Z")
+# Gemma 4's decoder: what a token's text is depends on no other token, bytes of a character apart.
+_ONE_BY_ONE = ["Replace", "ByteFallback", "Fuse"]
+
+
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the parser needs of a tokenizer: its Rust core and the text of its special tokens."""
+    """What the parser needs of a tokenizer.
 
-    core: Any  # tokenizers.Tokenizer
+    Attributes:
+        core: ``tokenizers.Tokenizer``.
+        special: texts of the special tokens.
+        texts: texts of ordinary tokens that have one of their own, filled as they are met; None for bytes.
+    """
+
+    core: Any
     special: dict[int, str]
+    one_by_one: bool
+    texts: dict[int, str | None] = field(default_factory=dict)
+
+    def text(self, token_id: int) -> str | None:
+        """The token's text, or None if it has none without its neighbours."""
+        try:
+            return self.texts[token_id]
+        except KeyError:
+            piece = self.core.id_to_token(token_id) if self.one_by_one else None
+            own = piece is not None and not _BYTE.match(piece)
+            text = self.core.decode([token_id], skip_special_tokens=False) if own else None
+            self.texts[token_id] = text
+            return text
 
 
 def vocabulary(tokenizer: Any) -> Vocabulary:
@@ -78,7 +104,9 @@ def _checked(core: Any, name: str) -> Vocabulary:
             f"tokenizer {name} does not have Gemma 4's control tokens ({'; '.join(wrong)}); "
             "use the model's own tokenizer, or drop --reasoning-parser and --tool-call-parser gemma4"
         )
-    return Vocabulary(core, special)
+    decoder = json.loads(core.decoder.__getstate__()) if core.decoder is not None else {}
+    steps = [step["type"] for step in decoder.get("decoders", ())]
+    return Vocabulary(core, special, one_by_one=steps == _ONE_BY_ONE)
 
 
 def _name(tokenizer: Any) -> str:
