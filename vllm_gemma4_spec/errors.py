@@ -25,3 +25,7 @@ class TargetError(Gemma4SpecError):
 
 class PatchStateError(Gemma4SpecError):
     """Patches were applied or undone in an order that cannot work."""
+
+
+class CheckpointError(Gemma4SpecError, ValueError):
+    """A checkpoint, or a file or tensor of it, is not what it must be; the message names it."""

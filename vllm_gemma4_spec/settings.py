@@ -48,8 +48,21 @@ def switch(name: str, help: str, default: str = "1") -> Setting:
 
 ALL = switch(PREFIX, "0 leaves vLLM as it is: no patch is applied in any process")
 
+NAN_SCALES = Setting(
+    f"{PREFIX}_NAN_SCALES",
+    "repair",
+    "strict refuses a checkpoint with NaN block scales; repair saturates or zeroes those blocks and says so",
+    ("repair", "strict"),
+)
+NVFP4_WEIGHTS = Setting(
+    f"{PREFIX}_NVFP4_WEIGHTS",
+    "auto",
+    "without an FP4 kernel (CPU): keep NVFP4 weights packed, or dequantized once; auto: dequantized if they fit",
+    ("auto", "packed", "dequantized"),
+)
+
 # Settings other than the switches of single patches; a module that reads one imports it from here.
-SETTINGS: tuple[Setting, ...] = (ALL,)
+SETTINGS: tuple[Setting, ...] = (ALL, NAN_SCALES, NVFP4_WEIGHTS)
 
 
 def patch_switch(patch_name: str) -> Setting:
