@@ -23,12 +23,11 @@ from vllm_gemma4_spec.checkpoints import quantizer
 
 RANK = 8  # keeps SVDQuant's fixtures small; ModelOpt's own default is 32
 FIXTURES = (
+    "31b-nvfp4",
     "31b-awq-full",
     "31b-svdquant",
     "e4b-awq-lite",
     "e4b-awq-clip",
-    "e4b-svdquant",
-    "e4b-mm-awq-full",
     "26b-mm-awq-lite",
 )
 CLIPPING = ("awq-clip", "awq-full")  # the recipes that write NaN scales without the clamp

@@ -52,6 +52,7 @@ def text_config(kind: str) -> dict[str, Any]:
         }
     if kind == "26b":
         config |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+        config |= {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
     return config
 
 
