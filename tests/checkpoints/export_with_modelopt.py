@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import tiny
+from tests.checkpoints import tiny
 
 from vllm_gemma4_spec.checkpoints import quantizer
 
