@@ -27,7 +27,14 @@ def mend(layer: Module, prefix: str, packed: Tensor, scale: Tensor) -> None:
         return
     found = nvfp4.find_nan(packed, scale)
     nvfp4.mend_(scale, found)
+    if getattr(layer, "tp_size", 1) > 1 and _replicated(layer) and get_tp_group().rank_in_group > 0:
+        return  # every rank holds this layer whole; the first one counts it
     layer.modelopt_nan = {**getattr(layer, "modelopt_nan", {}), prefix: (found.count, found.lost)}
+
+
+def _replicated(layer: Module) -> bool:
+    whole = (getattr(layer, "input_size", 0), getattr(layer, "output_size", 0))
+    return whole == (getattr(layer, "input_size_per_partition", -1), getattr(layer, "output_size_per_partition", -1))
 
 
 def summary(model: Module) -> str | None:
