@@ -18,7 +18,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.checkpoints import tiny
-
 from vllm_gemma4_spec.checkpoints import quantizer
 
 RANK = 8  # keeps SVDQuant's fixtures small; ModelOpt's own default is 32

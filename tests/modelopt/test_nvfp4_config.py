@@ -90,13 +90,16 @@ def test_other_algorithms_keep_their_classes() -> None:
 
     assert quantization.get_quantization_config("modelopt") is stock.ModelOptFp8Config
     assert quantization.get_quantization_config("modelopt_mxfp8") is stock.ModelOptMxFp8Config
-    fp8 = quantization.get_quantization_config("modelopt").from_config({"quant_algo": "FP8", "quant_method": "modelopt"})
+    fp8 = quantization.get_quantization_config("modelopt").from_config(
+        {"quant_algo": "FP8", "quant_method": "modelopt"}
+    )
     assert type(fp8) is stock.ModelOptFp8Config
 
 
 def test_undo_gives_vllm_its_class_back() -> None:
-    import vllm_gemma4_spec
     from vllm.model_executor.layers.quantization import modelopt as stock
+
+    import vllm_gemma4_spec
 
     ours = stock.ModelOptNvFp4Config
     vllm_gemma4_spec.undo()

@@ -41,7 +41,9 @@ def layer_errors(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, floa
         if not hasattr(layer, "modelopt_checked") or not hasattr(layer, "input_size"):
             continue
         base, _, last = name.removeprefix("language_model.").rpartition(".")
-        members = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}.get(last, (last,))
+        members = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}.get(
+            last, (last,)
+        )
         names = [f"{base}.{m}.weight" for m in members]
         if last == "qkv_proj" and names[1] in weights and names[2] not in weights:
             names[2] = names[1]  # full layers of 31B: V is K
@@ -60,7 +62,9 @@ def engine_logprobs(folder: Path, layers: dict[str, float] | None = None, **opti
 
     settings: dict[str, Any] = {"max_model_len": 64, "max_num_batched_tokens": 64, "max_num_seqs": 1}
     settings |= {"num_gpu_blocks_override": 64, "max_logprobs": -1}
-    with engine(folder, **settings | options) as llm:
+    # vLLM compiles a helper of its log-probabilities even in eager mode: half a minute for one call.
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, engine(folder, **settings | options) as llm:
         if layers is not None:
             weights = {k.replace("language_model.", ""): v for k, v in reference.fold(folder).items()}
             layers |= llm.apply_model(lambda model: layer_errors(model, weights))[0]
@@ -114,7 +118,10 @@ MISTAKES: dict[str, tuple[str, Callable[..., dict[str, torch.Tensor]]]] = {
     "o_proj's alone ignored": ("31b-awq-full", without("o_proj.pre_quant_scale")),
     "nibbles swapped": ("31b-nvfp4", each("_proj.weight", swapped_nibbles)),
     "weight_scale_2 of the gates twice": ("31b-nvfp4", each("gate_proj.weight_scale_2", lambda s: s * 2)),
-    "block scales one block off": ("31b-nvfp4", each("weight_scale", lambda s: s.view(torch.uint8).roll(1, 1).view(s.dtype))),
+    "block scales one block off": (
+        "31b-nvfp4",
+        each("weight_scale", lambda s: s.view(torch.uint8).roll(1, 1).view(s.dtype)),
+    ),
     "low-rank branch dropped": ("31b-svdquant", without("svdquant")),
     "low-rank branch of o_proj dropped": ("31b-svdquant", without("o_proj.weight_quantizer")),
     "low-rank branch without pre_quant_scale": ("31b-svdquant", without("pre_quant_scale")),

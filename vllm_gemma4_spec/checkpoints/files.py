@@ -82,7 +82,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                 f"{info}: the file ends {end - size} bytes before the tensor does; download {file} again"
             )
         if info.dtype in _BYTES and info.bytes != wanted:
-            raise CheckpointError(f"{info}: {info.bytes} bytes for {info.dtype} {list(info.shape)}; the file is damaged")
+            raise CheckpointError(
+                f"{info}: {info.bytes} bytes for {info.dtype} {list(info.shape)}; the file is damaged"
+            )
         out[name] = info
     return out
 
@@ -130,7 +132,9 @@ class Quantized:
                 )
         assert weight is not None
         if weight.dtype != "U8" or len(weight.shape) != 2:
-            raise CheckpointError(f"{weight}: {weight.dtype} {list(weight.shape)}, expected U8 [N, K/2] of packed NVFP4")
+            raise CheckpointError(
+                f"{weight}: {weight.dtype} {list(weight.shape)}, expected U8 [N, K/2] of packed NVFP4"
+            )
         rows, columns = weight.shape[0], weight.shape[1] * 2
         self._expect("weight_scale", ("F8_E4M3",), (rows, columns // BLOCK), f" (one per {BLOCK} columns)")
         for suffix in ("weight_scale_2", "input_scale"):
@@ -157,8 +161,8 @@ class Quantized:
 
 def quantized_modules(tensors: Mapping[str, TensorInfo]) -> dict[str, Quantized]:
     """Every linear that has an NVFP4 tensor of ModelOpt's, by module name, unchecked."""
-    suffixes = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
-    suffixes += ("svdquant_lora_a", "svdquant_lora_b")
+    suffixes = {"weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale"}
+    suffixes |= {"svdquant_lora_a", "svdquant_lora_b"}
     parts: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
         module, _, suffix = canonical(name).rpartition(".")

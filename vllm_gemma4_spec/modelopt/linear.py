@@ -1,7 +1,7 @@
 """The linear method of ModelOpt's NVFP4 checkpoints, on every backend.
 
-    xs = x * pre_quant_scale                     where the checkpoint has one
-    y  = nvfp4(xs) @ R.T + (xs @ A.T) @ B.T      with the low-rank branch of SVDQuant, if any
+xs = x * pre_quant_scale                     where the checkpoint has one
+y  = nvfp4(xs) @ R.T + (xs @ A.T) @ B.T      with the low-rank branch of SVDQuant, if any
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
             _drop(layer, name)
             return
         if given != present:
-            raise CheckpointError(f"{ledger.prefix}.{name}: only members {given} of {present} of the fused layer have it")
+            raise CheckpointError(
+                f"{ledger.prefix}.{name}: only members {given} of {present} of the fused layer have it"
+            )
         data = getattr(layer, name).data
         if name != "svdquant_lora_b":
             data = tensors.agreed(data, given, f"{ledger.prefix}.{name}")

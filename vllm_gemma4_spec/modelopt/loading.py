@@ -41,9 +41,8 @@ def known_algorithm(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def _normalize_quantization_config(self: Any, config: Any) -> Any:
-        found = getattr(config, "quantization_config", None)
-        section = found.get("quantization") if isinstance(found, dict) else None
-        producer = found.get("producer") if isinstance(found, dict) else None
+        found = getattr(config, "quantization_config", None) or {}
+        section, producer = (found.get(key) for key in ("quantization", "producer"))
         if isinstance(section, dict) and isinstance(producer, dict) and producer.get("name") == "modelopt":
             algorithm = str(section.get("quant_algo", "")).upper()
             if algorithm in files.ALGORITHMS and algorithm != "NVFP4":

@@ -6,7 +6,7 @@ vLLM recognises ModelOpt's expert tensors by the method's class name, so the nam
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -94,7 +94,9 @@ class ModelOptNvFp4EmulatedMoE(ModelOptNvFp4FusedMoE):
 class PackedExperts(cpu_fused_moe.CPUFusedMOE):
     """vLLM's expert-by-expert CPU path, each expert dequantized when tokens reach it."""
 
-    def __init__(self, layer: Module, gate_up: list[Callable[..., Tensor]], down: list[Callable[..., Tensor]]) -> None:
+    def __init__(
+        self, layer: Module, gate_up: Sequence[Callable[..., Tensor]], down: Sequence[Callable[..., Tensor]]
+    ) -> None:
         self.isa = "none"
         self.forward_method = self.forward_torch
         layer.gate_up_linear = [partial(_linear, weight) for weight in gate_up]

@@ -43,7 +43,7 @@ def summary(model: Module) -> str | None:
     for module in model.modules():
         counts |= getattr(module, "modelopt_nan", {})
     blocks, lost = (sum(c[i] for c in counts.values()) for i in (0, 1))
-    layers = {name for name in counts}
+    layers = set(counts)
     group = get_tp_group()
     if group.world_size > 1:
         everyone: list[Any] = [None] * group.world_size
