@@ -48,8 +48,14 @@ def switch(name: str, help: str, default: str = "1") -> Setting:
 
 ALL = switch(PREFIX, "0 leaves vLLM as it is: no patch is applied in any process")
 
+DEMO_DIR = Setting(
+    f"{PREFIX}_DEMO_DIR",
+    "",
+    "folder of the demo's models instead of the one below $XDG_CACHE_HOME or ~/.cache",
+)
+
 # Settings other than the switches of single patches; a module that reads one imports it from here.
-SETTINGS: tuple[Setting, ...] = (ALL,)
+SETTINGS: tuple[Setting, ...] = (ALL, DEMO_DIR)
 
 
 def patch_switch(patch_name: str) -> Setting:
