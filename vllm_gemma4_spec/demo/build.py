@@ -116,7 +116,9 @@ def ensure(folder: Path, force: bool = False, progress: Progress = lambda *_: No
     if not (empty or force):
         return load(folder), False
     if force and not empty and not (folder / MANIFEST).is_file():
-        raise DemoModelsError(f"{folder}: holds files but no {MANIFEST}; name an empty folder, this one is kept as it is")
+        raise DemoModelsError(
+            f"{folder}: holds files but no {MANIFEST}; name an empty folder, this one is kept as it is"
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -180,9 +182,7 @@ def _make(folder: Path, progress: Progress) -> None:
         "recipe": recipe_hash(),
         "made_with": {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")},
         "measured": measured,
-        "files": {
-            p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files
-        },
+        "files": {p.relative_to(folder).as_posix(): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 

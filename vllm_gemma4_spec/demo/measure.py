@@ -21,7 +21,9 @@ def held_out(count: int, seed: int = HELD_OUT_SEED) -> list[Dialogue]:
     return list(itertools.islice(dialogues(seed, held_out=True), count))
 
 
-def greedy(model: Gemma4ForCausalLM, prompts: list[list[int]], max_new_tokens: int, batch: int = 128) -> list[list[int]]:
+def greedy(
+    model: Gemma4ForCausalLM, prompts: list[list[int]], max_new_tokens: int, batch: int = 128
+) -> list[list[int]]:
     """Greedy continuations of ``prompts`` (token ids), each up to and with the token that ends it.
 
     Prompts of like length are decoded together, padded on the left.
@@ -34,9 +36,7 @@ def greedy(model: Gemma4ForCausalLM, prompts: list[list[int]], max_new_tokens: i
         rows = order[start : start + batch]
         length = max(len(prompts[i]) for i in rows)
         padding = [length - len(prompts[i]) for i in rows]
-        ids = torch.tensor(
-            [[CONTROL_TOKENS["<pad>"]] * n + prompts[i] for i, n in zip(rows, padding, strict=True)]
-        )
+        ids = torch.tensor([[CONTROL_TOKENS["<pad>"]] * n + prompts[i] for i, n in zip(rows, padding, strict=True)])
         mask = torch.tensor([[0] * n + [1] * (length - n) for n in padding])
         with torch.inference_mode():
             made = model.generate(

@@ -33,7 +33,7 @@ _COMMON: dict[str, Any] = {
 TARGET: dict[str, Any] = {
     **_COMMON,
     "hidden_size": 128,
-    "intermediate_size": 384,
+    "intermediate_size": 256,
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
