@@ -74,7 +74,7 @@ def create(shape: dict[str, Any], seed: int) -> Gemma4ForCausalLM:
         torch.manual_seed(seed)
         model = Gemma4ForCausalLM(config)
     for layer in model.model.layers:
-        torch.nn.init.constant_(layer.self_attn.q_norm.weight, layer.self_attn.head_dim**-0.5)
+        torch.nn.init.constant_(layer.self_attn.q_norm.weight, 0.4)
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, pad_token_id=config.pad_token_id, eos_token_id=END_IDS
     )

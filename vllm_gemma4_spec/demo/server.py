@@ -62,7 +62,7 @@ class Server:
     def __enter__(self) -> Server:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *self.arguments]
+        command = [sys.executable, "-m", "vllm_gemma4_spec.demo.vllm_command", "serve", *self.arguments]
         command += ["--host", "127.0.0.1", "--port", str(port)]
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
