@@ -53,9 +53,10 @@ DEMO_DIR = Setting(
     "",
     "folder of the demo's models instead of the one below $XDG_CACHE_HOME or ~/.cache",
 )
+CHECK = switch(f"{PREFIX}_CHECK", "1 checks the invariants of every draft pass; slow, for tests and fault finding", "0")
 
 # Settings other than the switches of single patches; a module that reads one imports it from here.
-SETTINGS: tuple[Setting, ...] = (ALL, DEMO_DIR)
+SETTINGS: tuple[Setting, ...] = (ALL, CHECK, DEMO_DIR)
 
 
 def patch_switch(patch_name: str) -> Setting:

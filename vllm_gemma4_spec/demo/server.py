@@ -20,6 +20,7 @@ from vllm_gemma4_spec.errors import Gemma4SpecError
 
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 STOP_SECONDS = 20.0
+VLLM_SERVE = (sys.executable, "-m", "vllm_gemma4_spec.demo.vllm_command", "serve")
 # What the demo sets for the server unless the user has set it: a small KV cache, no telemetry, no model hub.
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 # The last line of a traceback, or a line that vLLM logs as an error.
@@ -43,6 +44,7 @@ class Server:
         log: file that takes the server's output.
         timeout: seconds until the server must be ready.
         waiting: called with the seconds waited so far, about twice a second.
+        program: what is run in place of ``vllm serve``.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class Server:
         log: Path,
         timeout: float = 300.0,
         waiting: Callable[[float], None] = lambda seconds: None,
+        program: Sequence[str] = VLLM_SERVE,
     ) -> None:
+        self.program = list(program)
         self.arguments = list(arguments)
         self.log = log
         self.timeout = timeout
@@ -62,8 +66,7 @@ class Server:
     def __enter__(self) -> Server:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "vllm_gemma4_spec.demo.vllm_command", "serve", *self.arguments]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
+        command = [*self.program, *self.arguments, "--host", "127.0.0.1", "--port", str(port)]
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
                 command,

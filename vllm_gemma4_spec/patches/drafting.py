@@ -1,5 +1,112 @@
+"""Patches for speculation with a drafter whose layers span several KV cache groups."""
+
 from __future__ import annotations
 
-from vllm_gemma4_spec.patching.patch import Patch
+from vllm_gemma4_spec.patching.patch import Edit, Group, Patch
 
-PATCHES: tuple[Patch, ...] = ()
+_PROPOSER = "vllm.v1.spec_decode.eagle:SpecDecodeBaseProposer"
+_RUNNER = "vllm.v1.worker.gpu_model_runner"
+_OURS = "vllm_gemma4_spec.drafting"
+
+DRAFT_GROUPS = Patch(
+    name="draft-groups",
+    group=Group.CORRECTNESS,
+    why="vLLM asserts that all draft layers are in one KV cache group. A Gemma 4 drafter's sliding and full "
+    "layers are in several; with the first group's block table for all of them 1.5 % to 29 % of drafts "
+    "are accepted where the drafter is the target itself.",
+    how="Calls initialize_attn_backend once per group and layer spec, and puts an adapter in each metadata "
+    "builder's place that swaps in its group's block table, slot mapping and kernel block size, in every "
+    "draft pass. Metadata is built once per distinct spec. A drafter in one group is left as it is.",
+    retire="A release whose proposer builds attention metadata per KV cache group.",
+    edits=(
+        Edit(f"{_PROPOSER}.__init__", f"{_OURS}.proposer:keep_runner"),
+        Edit(f"{_PROPOSER}.initialize_attn_backend", f"{_OURS}.proposer:initialize_attn_backend"),
+        Edit(f"{_PROPOSER}._get_slot_mapping", f"{_OURS}.proposer:get_slot_mapping"),
+    ),
+    watches=(
+        f"{_PROPOSER}.propose",
+        f"{_PROPOSER}.set_inputs_first_pass",
+        f"{_PROPOSER}.dummy_run",
+        f"{_RUNNER}:GPUModelRunner._build_attention_metadata",
+        "vllm.v1.worker.utils:AttentionGroup",
+    ),
+)
+
+OWN_BLOCKS = Patch(
+    name="own-blocks",
+    group=Group.CORRECTNESS,
+    why="A new request's first step allocates no slots for drafts, while the drafter writes k tokens past the "
+    "prompt; rows of the block table keep the tail of the request that had them before. Those writes can "
+    "land in another request's live block.",
+    how="allocate_slots grants look-ahead in the first step as in all later ones (not with a KV connector, "
+    "whose block counts must match the remote side's); add_row and move_row leave the null block in "
+    "every entry that a row's request does not own.",
+    retire="A release that allocates look-ahead slots in the first step and clears rows of the block table.",
+    edits=(
+        Edit("vllm.v1.core.sched.scheduler:Scheduler.__init__", f"{_OURS}.blocks:scheduler_init"),
+        Edit("vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots", f"{_OURS}.blocks:allocate_slots"),
+        Edit("vllm.v1.worker.block_table:BlockTable.add_row", f"{_OURS}.blocks:add_row"),
+        Edit("vllm.v1.worker.block_table:BlockTable.move_row", f"{_OURS}.blocks:move_row"),
+    ),
+    watches=(
+        "vllm.v1.core.sched.scheduler:Scheduler.schedule",
+        "vllm.v1.worker.block_table:BlockTable.append_row",
+        "vllm.v1.worker.block_table:BlockTable.clear_row",
+        "vllm.v1.worker.block_table:BlockTable.swap_row",
+    ),
+)
+
+KV_SHARED_LAYERS = Patch(
+    name="kv-shared-layers",
+    group=Group.CORRECTNESS,
+    why="E4B checkpoints as transformers writes them have no k_norm in layers that reuse KV, and vLLM refuses "
+    "them; with --disable-hybrid-kv-cache-manager such layers have no KV cache spec of their own and "
+    "start-up ends in a KeyError.",
+    how="load_weights reports the k_norm of such layers, which nothing reads, as loaded; they get the spec of "
+    "the layer whose KV they reuse.",
+    retire="A release in which Gemma 4's KV-shared layers have no k_norm and per-layer specs include them.",
+    edits=(
+        Edit("vllm.model_executor.models.gemma4:Gemma4Model.load_weights", f"{_OURS}.kv_sharing:load_weights"),
+        Edit(
+            f"{_RUNNER}:add_kv_sharing_layers_to_kv_cache_groups",
+            f"{_OURS}.kv_sharing:add_kv_sharing_layers",
+            source="vllm.v1.worker.utils:add_kv_sharing_layers_to_kv_cache_groups",
+        ),
+    ),
+    watches=("vllm.model_executor.models.gemma4:Gemma4Attention",),
+)
+
+ONE_GROUP_WINDOWS = Patch(
+    name="one-group-windows",
+    group=Group.CORRECTNESS,
+    why="With --disable-hybrid-kv-cache-manager, a drafter whose sliding window is not the target's (512 and 1024) "
+    "ends start-up: 'All attention layers in the same KV cache group must have the same window size'.",
+    how="The test for equal specs answers no instead of raising; vLLM then makes one group with a spec per layer.",
+    retire="A release whose is_kv_cache_spec_uniform returns False for different windows.",
+    edits=(
+        Edit("vllm.v1.core.kv_cache_utils:is_kv_cache_spec_uniform", f"{_OURS}.one_group:is_kv_cache_spec_uniform"),
+    ),
+    watches=(
+        "vllm.v1.core.kv_cache_utils:unify_hybrid_kv_cache_specs",
+        "vllm.v1.core.kv_cache_utils:get_kv_cache_groups",
+        "vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs",
+    ),
+)
+
+DRAFTER_CHECKS = Patch(
+    name="drafter-checks",
+    group=Group.CONVENIENCE,
+    why="A drafter folder without config.json, with another vocabulary or another tensor-parallel size ends in a "
+    "traceback, for the last one in a worker after the target has been loaded.",
+    how="create_speculative_config looks at the drafter before and after the original and ends with one line.",
+    retire="One-line errors upstream; the checks are of use with any release.",
+    edits=(
+        Edit(
+            "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+            f"{_OURS}.refusals:create_speculative_config",
+        ),
+    ),
+    watches=("vllm.config.speculative:SpeculativeConfig.verify_equal_vocab_size_if_draft_model",),
+)
+
+PATCHES: tuple[Patch, ...] = (DRAFT_GROUPS, OWN_BLOCKS, KV_SHARED_LAYERS, ONE_GROUP_WINDOWS, DRAFTER_CHECKS)

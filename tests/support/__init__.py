@@ -1,0 +1,1 @@
+"""What several test folders share: tiny models, engine runs in processes of their own."""

@@ -1,0 +1,53 @@
+"""A CPU model runner that drafts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner, _torch_cuda_wrapper
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+
+class DraftingCPUModelRunner(CPUModelRunner):
+    """``CPUModelRunner`` for a configuration with speculation; without it, its parent unchanged.
+
+    The parent's ``__init__`` asserts that there is no speculation, so it is passed over: the grandparent
+    runs in the same wrapper and the parent's own post-processing follows.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        if vllm_config.speculative_config is None:
+            super().__init__(vllm_config, device)
+            return
+        with _torch_cuda_wrapper():
+            GPUModelRunner.__init__(self, vllm_config, device)
+        self.use_cuda_graph = False
+        self.cascade_attn_enabled = False
+        self._postprocess_tensors()
+        self._postprocess_triton()
+
+    def load_model(self, load_dummy_weights: bool = False) -> None:
+        super().load_model(load_dummy_weights)
+        drafter: Any = getattr(self, "drafter", None)
+        if drafter is not None and hasattr(drafter, "load_model"):
+            drafter.load_model(self.model)
+        if self.use_aux_hidden_state_outputs:
+            layers = self._get_eagle3_aux_layers_from_config()
+            self.model.set_aux_hidden_state_layers(layers or self.model.get_eagle3_default_aux_hidden_state_layers())
+
+    def _copy_draft_token_ids_to_cpu(self, scheduler_output: Any, zeros_only: bool = False) -> None:
+        """The parent's copy goes through a CUDA stream; here both sides are in the same memory."""
+        self._draft_token_req_ids = self.input_batch.req_ids.copy()
+        if torch.is_tensor(self._draft_token_ids):
+            drafts = self._draft_token_ids
+            self.draft_token_ids_cpu[: drafts.shape[0]] = 0 if zeros_only else drafts
+
+    def _copy_valid_sampled_token_count(self, next_token_ids: Any, valid_sampled_tokens_count: Any) -> None:
+        """Needed for async scheduling only, which the CPU worker does not do."""
+
+
+def runner_class(original: type[CPUModelRunner]) -> type[CPUModelRunner]:
+    """What ``CPUWorker`` instantiates in place of ``CPUModelRunner``."""
+    return DraftingCPUModelRunner
