@@ -92,7 +92,7 @@ def test_a_difference_is_named(change: dict[str, Any]) -> None:
     question = run.questions()[0]
     one = {"reasoning": "r", "content": "c", "calls": [("f", {})], "ended": "stop"}
     run.check_same(question, Answer(**one), Answer(**one), ("streamed", "plain"), LOG)
-    with pytest.raises(DemoError, match=f"{next(iter(change))} of the streamed answer .* /logs/server.log"):
+    with pytest.raises(DemoError, match=rf"{next(iter(change))} of the streamed answer .* /logs/server.log"):
         run.check_same(question, Answer(**one), Answer(**{**one, **change}), ("streamed", "plain"), LOG)
 
 
@@ -115,5 +115,5 @@ def test_right_means_every_part() -> None:
 
 def test_missing_vllm_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DemoError, match="vllm is not installed .* pip install"):
+    with pytest.raises(DemoError, match=r"vllm is not installed .* pip install"):
         run.require_vllm()

