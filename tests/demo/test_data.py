@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import pytest
@@ -50,7 +50,7 @@ def test_arithmetic_and_counting_are_right() -> None:
             first, last = map(int, re.findall(r"\d+", question(d)))
             numbers = [int(n) for n in re.findall(r"\d+", d.content)]
             assert (numbers[0], numbers[-1]) == (first, last)
-            assert {b - a for a, b in zip(numbers, numbers[1:], strict=False)} == {1 if first < last else -1}
+            assert {b - a for a, b in pairwise(numbers)} == {1 if first < last else -1}
 
 
 def test_an_answer_is_what_the_template_writes_for_it() -> None:

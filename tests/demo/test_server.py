@@ -20,7 +20,8 @@ if mode == "fails":
     print("ValueError: no such model: nowhere")
     print("RuntimeError: Engine core initialization failed")
     sys.exit(1)
-child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"])
+stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+child = subprocess.Popen([sys.executable, "-c", stubborn])
 open(pids, "w").write(f"{os.getpid()} {child.pid}")
 if mode == "hangs":
     time.sleep(600)

@@ -61,12 +61,17 @@ def ensure_with_bar(folder: Path, force: bool = False) -> tuple[build.Pair, bool
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict[str, TaskID] = {}
+    bar = Progress(*columns, console=Console(stderr=True))
+    tasks: dict[str, TaskID] = {}
 
-        def show(name: str, step: int, steps: int, loss: float) -> None:
-            if name not in tasks:
-                tasks[name] = bar.add_task(f"training the {name}", total=steps, loss=loss)
-            bar.update(tasks[name], completed=step, loss=loss)
+    def show(name: str, step: int, steps: int, loss: float) -> None:
+        bar.start()  # only now: nothing is drawn while a pair that is there is checked
+        if name not in tasks:
+            tasks[name] = bar.add_task(f"training the {name}", total=steps, loss=loss)
+        bar.update(tasks[name], completed=step, loss=loss)
 
+    try:
         return build.ensure(folder, force, show)
+    finally:
+        if tasks:
+            bar.stop()

@@ -177,6 +177,11 @@ def _make(folder: Path, progress: Progress) -> None:
         )
     measured["seconds"] = round(time.monotonic() - started, 1)
     measured["cpu_seconds"] = round(time.process_time() - cpu, 1)
+    write_manifest(folder, measured)
+
+
+def write_manifest(folder: Path, measured: dict[str, Any]) -> None:
+    """``manifest.json`` for the files in ``folder``: recipe, versions, ``measured``, and size and sha256 of each."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     manifest = {
         "recipe": recipe_hash(),

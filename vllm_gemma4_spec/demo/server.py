@@ -20,6 +20,7 @@ from vllm_gemma4_spec.errors import Gemma4SpecError
 
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 STOP_SECONDS = 20.0
+KILL_SECONDS = 2.0
 VLLM_SERVE = (sys.executable, "-m", "vllm_gemma4_spec.demo.vllm_command", "serve")
 # What the demo sets for the server unless the user has set it: a small KV cache, no telemetry, no model hub.
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -123,25 +124,25 @@ class Server:
         group = process.pid  # a session's leader is the leader of its group
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGTERM)
-        deadline = time.monotonic() + STOP_SECONDS
         try:
-            while _alive(process, group) and time.monotonic() < deadline:
-                time.sleep(0.1)
+            _wait_until_gone(process, group, STOP_SECONDS)
         finally:
             # Also when a second Ctrl-C cuts the waiting short.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
             process.wait()
+            _wait_until_gone(process, group, KILL_SECONDS)
 
 
-def _alive(process: subprocess.Popen[bytes], group: int) -> bool:
-    """Whether a process of the group still runs; the leader is reaped on the way."""
-    process.poll()
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def _wait_until_gone(process: subprocess.Popen[bytes], group: int, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        process.poll()  # reaps the leader, which would count as one of the group otherwise
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
 
 
 def free_port() -> int:
