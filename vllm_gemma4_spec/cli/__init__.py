@@ -21,6 +21,8 @@ app = typer.Typer(
 
 # Subcommand -> module that holds its function `command`.
 COMMANDS = {
+    "demo": "vllm_gemma4_spec.cli.demo",
+    "demo-models": "vllm_gemma4_spec.cli.demo_models",
     "patches": "vllm_gemma4_spec.cli.patches",
     "inspect": "vllm_gemma4_spec.cli.inspect",
     "repair": "vllm_gemma4_spec.cli.repair",
