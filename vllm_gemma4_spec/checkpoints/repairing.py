@@ -76,8 +76,9 @@ class Parent:
             CheckpointError: the parent has none, or one of another shape.
         """
         shape = module.parts["weight"].shape
-        info, wanted, offset = self._find(f"{module.module}.weight"), (shape[0], shape[1] * 2), 0
+        info, wanted = self._find(f"{module.module}.weight"), (shape[0], shape[1] * 2)
         expert: tuple[int, ...] = ()
+        offset = 0
         root, _, rest = module.module.partition(".experts.")
         if info is None and rest:
             number, _, projection = rest.partition(".")
@@ -142,7 +143,7 @@ def _mend(
         _check_parent(module, packed, scale, scale_2, wanted, found, parent)
         rows, blocks = lost.T
         full = torch.full((len(lost), 1), nvfp4.SCALE_MAX).to(torch.float8_e4m3fn)
-        place = torch.searchsorted(touched, rows)
+        place = torch.searchsorted(touched, rows.contiguous())
         codes = nvfp4.encode(wanted.unflatten(-1, (-1, nvfp4.BLOCK))[place, blocks], full, scale_2)
         packed.unflatten(-1, (-1, nvfp4.BLOCK // 2))[rows, blocks] = codes
         scale[rows, blocks] = full[:, 0]
@@ -212,9 +213,7 @@ def _require_space(checkpoint: Checkpoint, out: Path) -> None:
     needed = sum(f.stat().st_size for f in checkpoint.folder.rglob("*") if f.is_file())
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise CheckpointError(
-            f"{out}: no space left: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free in {folder}"
-        )
+        raise CheckpointError(f"{out}: no space left, {needed / 1e9:.1f} GB needed and {free / 1e9:.1f} GB free")
 
 
 def repair(

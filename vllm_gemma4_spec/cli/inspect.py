@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 
 def command(
@@ -46,7 +46,7 @@ def _print(report: object) -> None:
     cache = f", KV cache {report.kv_cache}" if report.kv_cache else ""
     size = f"{report.bytes / 1e9:.2f} GB in {report.shards} shards, {report.tensors} tensors"
     console.print(f"{form}{by}{cache}; {size}", highlight=False)
-    table = Table("kind", "layers", "format", "pre_quant_scale", "low rank", "MB")
+    table = Table(Column("kind", overflow="fold"), "layers", "format", "pre_quant_scale", "low rank", "MB")
     for kind in report.kinds:
         formats = ", ".join(
             f"{name} {count}" if len(kind.formats) > 1 else name for name, count in kind.formats.items()
@@ -55,9 +55,9 @@ def _print(report: object) -> None:
         table.add_row(*row, f"{kind.bytes / 1e6:.1f}")
     console.print(table)
     if report.nan:
-        table = Table("NaN block scales in", "file", "blocks", "codes destroyed", "codes intact")
+        table = Table(Column("NaN block scales in", overflow="fold"), "blocks", "codes destroyed", "codes intact")
         for layer in report.nan:
-            table.add_row(layer.module, layer.file, str(layer.blocks), str(layer.destroyed), str(layer.intact))
+            table.add_row(layer.module, str(layer.blocks), str(layer.destroyed), str(layer.intact))
         console.print(table)
     console.print(f"vLLM 0.19.1 alone: {report.vllm_alone}", highlight=False)
     console.print(f"with the overlay:  {report.with_overlay}", highlight=False)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 
 def command(
@@ -37,9 +37,9 @@ def command(
         return
     console = Console()
     if done.changes:
-        table = Table("layer", "file", "saturated", "zeroed", "restored from the parent")
+        table = Table(Column("layer", overflow="fold"), "saturated", "zeroed", "restored from the parent")
         for change in done.changes:
-            table.add_row(change.module, change.file, str(change.saturated), str(change.zeroed), str(change.restored))
+            table.add_row(change.module, str(change.saturated), str(change.zeroed), str(change.restored))
         console.print(table)
     what = f"{len(done.changes)} layers in {len(done.rewritten)} files changed" if done.changes else "nothing to repair"
     console.print(f"{what}; written to {done.out}", highlight=False)
