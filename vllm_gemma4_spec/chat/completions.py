@@ -110,7 +110,9 @@ class _Stream:
                 at = end
         if finish is not None:
             out[-1].finish_reason, out[-1].stop_reason = self._choice.finish_reason(finish), stop
-        for piece, part in zip(pieces, out, strict=True):
+        elif finish is not None:
+            output.finish_reason = self._choice.finish_reason(finish)
+        for piece, part in zip(pieces, out):  # noqa: B905 - as many; once per token
             part.token_ids = parsed = ParsedTokens(part.token_ids)
             parsed.delta = delta_message(piece, self._ids)
             if parsed.delta is None and self._all_tokens and parsed:
