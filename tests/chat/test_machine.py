@@ -12,11 +12,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from tests.chat import reference
-from tests.chat.reference import CALL, CHANNEL, END_CALL, END_CHANNEL, QUOTE, read_json
 from vllm_gemma4_spec.chat.machine import Options, OutputParser, Tools
 from vllm_gemma4_spec.chat.results import Choice, Message
 from vllm_gemma4_spec.chat.tokens import CONTROL_TOKENS, Vocabulary, vocabulary
+
+from . import reference
+from .reference import CALL, CHANNEL, END_CALL, END_CHANNEL, QUOTE, read_json
 
 # The words the sequences are made of: every control token, and texts that matter to one of the states.
 CONTROL = [CALL, END_CALL, QUOTE, CHANNEL, END_CHANNEL, 106, 105, 50, 51, 46, 98, 0, 2]

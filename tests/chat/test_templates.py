@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests.chat import tokenizer as tokenizers_
-from tests.chat.scenarios import TOOLS
-from tests.chat.test_serving import AFTER_TOOL, USER
 from vllm_gemma4_spec.chat.machine import Options, OutputParser, Tools
 from vllm_gemma4_spec.chat.tokens import vocabulary
+
+from . import tokenizer as tokenizers_
+from .scenarios import TOOLS
+from .test_serving import AFTER_TOOL, USER
 
 ROOT = tokenizers_.artifacts()
 FOLDERS = [] if ROOT is None else [*(ROOT / "chat_templates").glob("*.jinja"), *(ROOT / "models").glob("*/*.jinja")]
