@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.chat import server
-from tests.chat import tokenizer as tokenizers_
+from . import server
+from . import tokenizer as tokenizers_
 
 
 @pytest.fixture(scope="session")

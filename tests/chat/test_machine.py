@@ -12,11 +12,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from tests.chat import reference
-from tests.chat.reference import CALL, CHANNEL, END_CALL, END_CHANNEL, QUOTE, read_json
 from vllm_gemma4_spec.chat.machine import Options, OutputParser, Tools
 from vllm_gemma4_spec.chat.results import Choice, Message
 from vllm_gemma4_spec.chat.tokens import CONTROL_TOKENS, Vocabulary, vocabulary
+
+from . import reference
+from .reference import CALL, CHANNEL, END_CALL, END_CHANNEL, QUOTE, read_json
 
 # The words the sequences are made of: every control token, and texts that matter to one of the states.
 CONTROL = [CALL, END_CALL, QUOTE, CHANNEL, END_CHANNEL, 106, 105, 50, 51, 46, 98, 0, 2]
@@ -120,7 +121,7 @@ def test_any_cut_gives_the_same(subject: Subject, data: st.DataObject) -> None:
         for piece in choice.pieces(output(tokens[start:end], "length" if last else None)):
             assert len({e.kind for e in piece.events}) <= 1
             counted += piece.tokens
-            message.add(piece.events)
+            message.add(piece)
         if last:
             break
     message.finish_reason = choice.finish_reason("length")
@@ -183,9 +184,9 @@ def test_stop_strings(subject: Subject, data: st.DataObject, include: bool, show
     # In the first delta the engine has given out what cannot be part of a match any more; here: nothing.
     first = tokens[:cut] if len(_text(subject, tokens[:cut], shown)) <= text.find(stop) else []
     for piece in choice.pieces(output(first, None)):
-        message.add(piece.events)
+        message.add(piece)
     for piece in choice.pieces(output(tokens[len(first) :], "stop", "x" * engine, stop)):
-        message.add(piece.events)
+        message.add(piece)
     message.finish_reason = choice.finish_reason("stop")
     meaning = reference.understand(tokens, subject.decode, special, shown=shown, stop=stop, include_stop=include)
     assert message.reasoning == meaning.reasoning

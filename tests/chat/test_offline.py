@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from tests.chat import server
-from tests.chat.scenarios import SCENARIOS, Scenario
-from tests.chat.server import by
-from tests.chat.test_serving import differences, expected
 from vllm_gemma4_spec.chat import parse_output
+
+from . import server
+from .scenarios import SCENARIOS, Scenario
+from .server import by
+from .test_serving import differences, expected
 
 
 @pytest.fixture(scope="module")

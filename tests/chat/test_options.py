@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.chat import server
-from tests.chat.scenarios import THINK, TOOLS
-from tests.chat.server import Server, all_at_once, by, random_cut, whole_choice
 from vllm_gemma4_spec.patches.chat import CHAT_OUTPUT
+
+from . import server
+from .scenarios import THINK, TOOLS
+from .server import Server, all_at_once, by, random_cut, whole_choice
 
 USER = [{"role": "user", "content": "Hi"}]
 CUTS = [by(1), by(2), by(3), by(6), all_at_once, random_cut(3)]

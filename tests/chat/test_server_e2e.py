@@ -14,10 +14,10 @@ import httpx
 import openai
 import pytest
 
-from tests.chat import server
-from tests.chat.scenarios import SCENARIOS, TOOLS, Scenario
-from tests.chat.server import MODEL, Server, all_at_once, by
-from tests.chat.test_serving import USER, differences, expected
+from . import server
+from .scenarios import SCENARIOS, TOOLS, Scenario
+from .server import MODEL, Server, all_at_once, by
+from .test_serving import USER, differences, expected
 
 # Newer releases of the Anthropic client are built on httpx2 and take no other client.
 anthropic_httpx = getattr(anthropic._base_client, "httpx2", httpx)

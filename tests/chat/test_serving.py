@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from tests.chat import reference, server
-from tests.chat.scenarios import SCENARIOS, Scenario
-from tests.chat.server import Server, all_at_once, by, random_cut
 from vllm_gemma4_spec.chat.tokens import vocabulary
 from vllm_gemma4_spec.patches.chat import CHAT_OUTPUT
+
+from . import reference, server
+from .scenarios import SCENARIOS, Scenario
+from .server import Server, all_at_once, by, random_cut
 
 USER = [{"role": "user", "content": "Hi"}]
 AFTER_TOOL = [

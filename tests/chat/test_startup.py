@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from tests.chat import server
-from tests.chat import tokenizer as tokenizers_
-from tests.chat.server import Server
 from vllm_gemma4_spec.chat.tokens import CONTROL_TOKENS, TokenizerError, vocabulary
+
+from . import server
+from . import tokenizer as tokenizers_
+from .server import Server
 
 
 def test_ids_are_the_genuine_ones(tokenizer: Any) -> None:
@@ -25,6 +26,14 @@ def test_other_ids_are_refused(overlay: None, tmp_path: Path, parsers: tuple[str
     folder = tokenizers_.write_small(tmp_path, ids)
     with pytest.raises(TokenizerError, match=r"<\|channel> is id 101, wanted 100; <channel\|> is id 100, wanted 101"):
         server.run(Server(str(folder), *parsers).start())
+
+
+def test_the_vllm_command_ends_with_one_line(overlay: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tokenizers_.write_small(tmp_path, {**tokenizers_.SPECIAL, "<|channel>": 101, "<channel|>": 100})
+    monkeypatch.setattr("sys.argv", ["/usr/bin/vllm", "serve"])
+    with pytest.raises(SystemExit, match=r"^vllm-gemma4-spec: tokenizer .* wanted 100") as error:
+        server.run(Server(str(folder)).start())
+    assert "\n" not in str(error.value)
 
 
 def test_missing_tokens_are_refused(overlay: None, tmp_path: Path) -> None:

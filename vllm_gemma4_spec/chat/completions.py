@@ -29,7 +29,8 @@ class ParsedTokens(list[int]):
     the sum of two is the second.
     """
 
-    delta: DeltaMessage | None = None
+    __slots__ = ("delta",)
+    delta: DeltaMessage | None
 
     def __add__(self, other: Any) -> Any:
         return other
@@ -97,8 +98,8 @@ class _Stream:
     def outputs(self, output: Any) -> list[Any]:
         """One ``CompletionOutput`` per piece, the first of them ``output`` itself; the last has the finish."""
         pieces = self._choice.pieces(output)
-        out = [output]
         finish, stop = output.finish_reason, output.stop_reason
+        out = [output]
         if len(pieces) > 1:
             tokens, logprobs, at = output.token_ids, output.logprobs, 0
             out += [replace(output, text="") for _ in pieces[1:]]
@@ -110,7 +111,8 @@ class _Stream:
                 at = end
         if finish is not None:
             out[-1].finish_reason, out[-1].stop_reason = self._choice.finish_reason(finish), stop
-        for piece, part in zip(pieces, out, strict=True):
+        for i, piece in enumerate(pieces):
+            part = out[i]
             part.token_ids = parsed = ParsedTokens(part.token_ids)
             parsed.delta = delta_message(piece, self._ids)
             if parsed.delta is None and self._all_tokens and parsed:

@@ -16,13 +16,14 @@ class TextStream:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
+        self._texts = vocabulary.texts
         self._core = vocabulary.core
         self._stream: DecodeStream | None = None  # of the bytes since the last token with a text of its own
         self._pending: list[int] = []  # fed, but no text yet
 
     def push(self, token_id: int) -> str:
         """The text that ``token_id`` completes; empty if a character is still open."""
-        text = self._vocabulary.text(token_id)
+        text = self._texts.get(token_id) or self._vocabulary.text(token_id)
         if text is not None:
             return text if self._stream is None else self.flush() + text
         if self._stream is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,17 +43,24 @@ class Message:
     tool_calls: list[ToolCall] = field(default_factory=list)
     finish_reason: str | None = None
 
-    def add(self, events: Sequence[Event]) -> None:
-        for event in events:
-            if event.kind is Kind.REASONING:
-                self.reasoning += event.text
-            elif event.kind is Kind.CONTENT:
-                self.content += event.text
-            elif event.name:
+    def add(self, piece: Piece) -> None:
+        if piece.kind is Kind.REASONING:
+            self.reasoning += piece.text
+        elif piece.kind is Kind.CONTENT:
+            self.content += piece.text
+        arguments: list[str] = []
+        for event in piece.events if piece.kind is Kind.CALL else ():
+            if event.name:
+                self._arguments(arguments)
                 self.tool_calls.append(ToolCall(event.name))
-            else:
-                self.tool_calls[-1].arguments += event.text
-                self.tool_calls[-1].cut |= event.cut
+            arguments.append(event.text)
+            self.tool_calls[-1].cut |= event.cut
+        self._arguments(arguments)
+
+    def _arguments(self, texts: list[str]) -> None:
+        if texts:
+            self.tool_calls[-1].arguments += "".join(texts)
+            texts.clear()
 
 
 class Choice:
@@ -117,6 +123,6 @@ class Choice:
         """Parse a whole output at once."""
         message = Message()
         for piece in self.pieces(output):
-            message.add(piece.events)
+            message.add(piece)
         message.finish_reason = self.finish_reason(output.finish_reason)
         return message

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from vllm import envs
 
 from vllm_gemma4_spec.chat.requests import Parsers
-from vllm_gemma4_spec.chat.tokens import vocabulary
+from vllm_gemma4_spec.chat.tokens import TokenizerError, vocabulary
 
 
 def render_init(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -24,7 +26,13 @@ def render_init(original: Callable[..., Any]) -> Callable[..., Any]:
         original(self, *args, **kwargs)
         tokenizer = self.renderer.tokenizer
         if tokenizer is not None and Parsers.of(self.reasoning_parser, self.tool_parser) is not None:
-            vocabulary(tokenizer)
+            try:
+                vocabulary(tokenizer)
+            except TokenizerError as error:
+                # A user's mistake ends the command with one line; a custom server gets the exception.
+                if os.path.basename(sys.argv[0]) == "vllm":
+                    raise SystemExit(f"vllm-gemma4-spec: {error}") from None
+                raise
 
     return wrapper
 
