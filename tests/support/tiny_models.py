@@ -6,7 +6,6 @@ genuine 256 and 512. Everything else keeps the genuine pattern: five sliding lay
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -91,8 +90,12 @@ def save(config: Gemma4TextConfig, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-@functools.cache
-def shared(folder: Path, kind: str, seed: int = 0) -> Path:
-    """One checkpoint per kind and session: ``target`` or ``drafter``."""
-    config = {"target": target_config, "drafter": drafter_config}[kind]()
-    return save(config, folder / f"{kind}-{seed}", seed)
+def perturbed(model: Path, folder: Path, noise: float = 0.02, seed: int = 3) -> Path:
+    """A copy of ``model`` with noise on its weights: a drafter that is right now and then."""
+    torch.manual_seed(seed)
+    copy = Gemma4ForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in copy.parameters():
+            parameter.add_(noise * parameter.std(correction=0) * torch.randn_like(parameter))
+    copy.save_pretrained(folder)
+    return folder

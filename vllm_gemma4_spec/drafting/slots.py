@@ -40,4 +40,4 @@ def group_slot_mappings(
         # The clamp keeps masked positions inside the table.
         block = (positions // block_size).clamp_(max=table.shape[1] - 1)
         slots = table[rows, block].to(torch.int64) * block_size + positions % block_size
-        torch.where(written, slots, PADDING_SLOT_ID, out=out[group, :num_tokens])
+        out[group, :num_tokens] = torch.where(written, slots, PADDING_SLOT_ID)

@@ -20,4 +20,63 @@ CPU_RUNNER = Patch(
     ),
 )
 
-PATCHES: tuple[Patch, ...] = (CPU_RUNNER,)
+_DRAFT = "vllm_gemma4_spec.cpu.draft_kernels"
+_REJECTION = "vllm_gemma4_spec.cpu.rejection_kernels"
+
+
+def _kernel(user: str, form: str, source: str) -> Edit:
+    """``user``'s name for the kernel ``form`` of ``source``."""
+    name = f"{form.partition(':')[2]}_kernel"
+    return Edit(f"{user}:{name}", f"{form}.on_cpu", source=None if user == source else f"{source}:{name}")
+
+
+CPU_KERNELS = Patch(
+    name="cpu-kernels",
+    group=Group.CORRECTNESS,
+    why="Drafting and rejection sampling launch Triton kernels. On a machine without a GPU driver vLLM's triton is a "
+    "placeholder, whose kernels cannot be launched and which lacks next_power_of_2; with a driver they would be "
+    "launched on CPU tensors, as would the top-k/top-p kernel for 8 or more draft tokens.",
+    how="On the CPU platform each kernel name refers to a vectorised PyTorch form with the same launch interface, and "
+    "the top-k/top-p sampler takes vLLM's own PyTorch path. On other platforms every name keeps its kernel.",
+    retire="CPU forms of these kernels in vllm.utils.cpu_triton_utils, as 0.19.1 has for compute_slot_mapping.",
+    edits=(
+        _kernel("vllm.v1.spec_decode.utils", f"{_DRAFT}:eagle_step_slot_mapping_metadata", "vllm.v1.spec_decode.utils"),
+        *(
+            _kernel("vllm.v1.spec_decode.eagle", f"{_DRAFT}:{name}", "vllm.v1.spec_decode.utils")
+            for name in (
+                "eagle_prepare_inputs_padded",
+                "eagle_prepare_next_token_padded",
+                "copy_and_expand_eagle_inputs",
+            )
+        ),
+        *(
+            _kernel("vllm.v1.sample.rejection_sampler", f"{_REJECTION}:{name}", "vllm.v1.sample.rejection_sampler")
+            for name in ("rejection_greedy_sample", "rejection_random_sample", "expand", "sample_recovered_tokens")
+        ),
+        Edit(
+            "vllm.v1.sample.ops.topk_topp_sampler:HAS_TRITON",
+            "vllm_gemma4_spec.cpu.launch:without_triton",
+            source="vllm.triton_utils.importing:HAS_TRITON",
+        ),
+        # The placeholder stands in for triton where there is no driver; a machine with one never uses it.
+        Edit(
+            "vllm.triton_utils.importing:TritonPlaceholder.next_power_of_2",
+            "vllm_gemma4_spec.cpu.launch:next_power_of_2",
+            adds=True,
+        ),
+    ),
+    watches=(
+        "vllm.triton_utils.importing:TritonPlaceholder",
+        "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p",
+        # The launches: argument order, grids, buffer sizes and dtypes.
+        "vllm.v1.spec_decode.utils:eagle_step_update_slot_mapping_and_metadata",
+        "vllm.v1.spec_decode.eagle:SpecDecodeBaseProposer.set_inputs_first_pass",
+        "vllm.v1.spec_decode.eagle:SpecDecodeBaseProposer.prepare_next_token_ids_padded",
+        "vllm.v1.spec_decode.eagle:SpecDecodeBaseProposer.prepare_inputs_padded",
+        "vllm.v1.sample.rejection_sampler:rejection_sample",
+        "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
+        "vllm.v1.sample.rejection_sampler:sample_recovered_tokens",
+    ),
+)
+
+PATCHES: tuple[Patch, ...] = (CPU_RUNNER, CPU_KERNELS)

@@ -1,0 +1,25 @@
+"""Session-wide fixtures: the tiny checkpoints every engine test shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support import engine as _engine  # sets the engine's environment before anything imports vLLM
+
+assert _engine
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of float32 checkpoints: ``target`` (31B-like), ``drafter`` (E4B-like), ``close`` (a near-target)."""
+    from tests.support import tiny_models
+
+    folder = tmp_path_factory.mktemp("tiny")
+    target = tiny_models.save(tiny_models.target_config(), folder / "target")
+    return {
+        "target": target,
+        "drafter": tiny_models.save(tiny_models.drafter_config(), folder / "drafter", seed=1),
+        "close": tiny_models.perturbed(target, folder / "close"),
+    }

@@ -1,0 +1,92 @@
+"""The real vLLM engine on the CPU, in this process, with tiny models."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+Prompt = list[int]
+
+
+@contextlib.contextmanager
+def engine(model: Path, drafter: Path | None = None, k: int = 3, **options: Any) -> Iterator[Any]:
+    """An ``LLM`` in float32 without a tokenizer; with ``drafter`` it speculates ``k`` tokens ahead."""
+    from vllm import LLM
+
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "max_model_len": 1024,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 2048,
+        "block_size": 16,
+        "num_gpu_blocks_override": 2048,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+    } | options
+    if drafter is not None:
+        speculative = {"method": "draft_model", "model": str(drafter), "num_speculative_tokens": k}
+        settings["speculative_config"] = speculative | settings.pop("speculative", {})
+    llm = LLM(str(model), **settings)
+    try:
+        yield llm
+    finally:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def generate(llm: Any, prompts: Sequence[Prompt], max_tokens: int | Sequence[int] = 32, **sampling: Any) -> list[Prompt]:
+    """Token ids of the answers; greedy and without an end of sequence unless ``sampling`` says otherwise."""
+    from vllm import SamplingParams
+
+    limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
+    values = {"temperature": 0.0, "ignore_eos": True, "detokenize": False} | sampling
+    params = [SamplingParams(max_tokens=n, **values) for n in limits]
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    return [list(o.outputs[0].token_ids) for o in outputs]
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Counters of speculative decoding since the engine started."""
+
+    drafts: int
+    proposed: int
+    accepted: int
+
+    def __sub__(self, other: Acceptance) -> Acceptance:
+        return Acceptance(
+            self.drafts - other.drafts, self.proposed - other.proposed, self.accepted - other.accepted
+        )
+
+
+def acceptance(llm: Any) -> Acceptance:
+    """Read the counters that ``/metrics`` shows (Prometheus: they go on over all engines of a process)."""
+    values = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    return Acceptance(
+        *(int(values.get(f"vllm:spec_decode_num_{name}", 0)) for name in ("drafts", "draft_tokens", "accepted_tokens"))
+    )
+
+
+def random_prompts(lengths: Sequence[int], vocab: int = 512, seed: int = 1) -> list[Prompt]:
+    """Prompts without control tokens (ids below 3)."""
+    import torch
+
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, vocab, (n,), generator=g).tolist() for n in lengths]
