@@ -51,7 +51,9 @@ def engine(model: Path, drafter: Path | None = None, k: int = 3, **options: Any)
         gc.collect()
 
 
-def generate(llm: Any, prompts: Sequence[Prompt], max_tokens: int | Sequence[int] = 32, **sampling: Any) -> list[Prompt]:
+def generate(
+    llm: Any, prompts: Sequence[Prompt], max_tokens: int | Sequence[int] = 32, **sampling: Any
+) -> list[Prompt]:
     """Token ids of the answers; greedy and without an end of sequence unless ``sampling`` says otherwise."""
     from vllm import SamplingParams
 
@@ -71,9 +73,7 @@ class Acceptance:
     accepted: int
 
     def __sub__(self, other: Acceptance) -> Acceptance:
-        return Acceptance(
-            self.drafts - other.drafts, self.proposed - other.proposed, self.accepted - other.accepted
-        )
+        return Acceptance(self.drafts - other.drafts, self.proposed - other.proposed, self.accepted - other.accepted)
 
 
 def acceptance(llm: Any) -> Acceptance:

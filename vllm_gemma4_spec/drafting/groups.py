@@ -76,7 +76,7 @@ class DraftGroups:
             replace(g, metadata_builders=[GroupBuilder(self, i, g.get_metadata_builder())])
             for i, g in enumerate(attn_groups)
         ]
-        self._builders = [g.get_metadata_builder() for g in attn_groups]
+        self.builders = [g.get_metadata_builder() for g in attn_groups]
 
     def block_tables(self, num_reqs: int) -> list[torch.Tensor]:
         # Looked up each time: the runner makes a new input batch after the drafter's groups are known.
@@ -107,7 +107,7 @@ class DraftGroups:
 
     def build(self, index: int, cad: CommonAttentionMetadata, draft_index: int) -> Any:
         """Metadata of one attention group; built once per distinct spec and then shared."""
-        row, builder = self._row[index], self._builders[index]
+        row, builder = self._row[index], self.builders[index]
         own = copy.copy(cad)
         own.block_table_tensor = self._tables[row]
         own.slot_mapping = self._slots[row, : cad.num_actual_tokens]

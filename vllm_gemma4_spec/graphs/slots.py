@@ -14,7 +14,7 @@ BLOCK = 64  # tokens per inner step: a decode step has k + 2, a prefill chunk th
 
 
 @triton.jit
-def _group_slot_mapping_kernel(
+def _group_slot_mapping_kernel(  # type: ignore[no-untyped-def]
     table_ptrs,  # [num_groups] int64: addresses of int32 block tables
     table_strides,  # [num_groups] int64: entries per row
     block_sizes,  # [num_groups] int64
