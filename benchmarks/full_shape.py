@@ -129,8 +129,22 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         print(args.engine, "draft parts", result["draft_parts"], flush=True)
         if args.profile:
             result["profile"] = rpc(probes.profile_replay, args=(sizes[0],))[0]
-            print("\n".join(f"{us:9.1f} us {count:5d}  {name}" for name, count, us in result["profile"]), flush=True)
+            print(kernel_table(result["profile"]), flush=True)
     return result
+
+
+def kernel_table(kernels: list[tuple[str, float, float]], top: int = 30) -> str:
+    """Kernels of one draft by total time, and what lies between them."""
+    names = sorted({name for name, _, _ in kernels})
+    rows = [
+        (sum(us for n, _, us in kernels if n == name), sum(n == name for n, _, _ in kernels), name) for name in names
+    ]
+    busy = sum(row[0] for row in rows)
+    span = kernels[-1][1] + kernels[-1][2] if kernels else 0.0
+    lines = [f"{span:.0f} us, {len(kernels)} kernels busy for {busy:.0f} us"]
+    rows.sort(reverse=True)
+    lines += [f"{total:9.1f} us {count:5d} x {total / count:7.2f}  {name}" for total, count, name in rows[:top]]
+    return "\n".join(lines)
 
 
 def table(results: dict[str, Any]) -> str:

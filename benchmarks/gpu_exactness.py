@@ -51,7 +51,7 @@ def compare_with_original(drafter: Any) -> dict[str, int]:
 def main() -> int:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--head-dim", type=int, default=256, help="sliding layers; full layers have twice that")
-    ap.add_argument("--ways", default="plain,self-eager,self,self-async,other,other-async")
+    ap.add_argument("--ways", default="plain,self-eager,self,self-async,close,close-async,other-async")
     ap.add_argument("--compile", type=int, default=0, choices=(0, 3))
     ap.add_argument("--out", type=Path)
     args = ap.parse_args()
@@ -62,13 +62,14 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="exactness-"))
     target = tiny_models.save(tiny_models.target_config(**heads), folder / "target")
     other = tiny_models.save(tiny_models.drafter_config(**heads), folder / "drafter", seed=1)
+    close = tiny_models.perturbed(target, folder / "close")
+    models = {"plain": None, "self": target, "close": close, "other": other}
     prompts = engine.random_prompts(LENGTHS)
     limits = [TOKENS + 7 * i for i in range(len(prompts))]
     results: dict[str, Any] = {}
     answers: list[list[int]] | None = None
     for way in args.ways.split(","):
-        drafter = None if way == "plain" else other if way.startswith("other") else target
-        os.environ["VLLM_GEMMA4_SPEC_PATCH_DRAFT_GRAPHS"] = "0" if way.endswith("eager") else "1"
+        drafter = models[way.partition("-")[0]]
         sizes = [1, 2, 4] if drafter is None else [K + 1, 2 * (K + 1), 4 * (K + 1)]
         options: dict[str, Any] = {
             "enforce_eager": False,

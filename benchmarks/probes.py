@@ -158,8 +158,8 @@ def draft_parts(worker: Any, sizes: list[int], context: int) -> dict[str, dict[s
     return out
 
 
-def profile_replay(worker: Any, size: int, top: int = 25) -> list[tuple[str, int, float]]:
-    """Kernels of one replay: name, count, total microseconds."""
+def profile_replay(worker: Any, size: int) -> list[tuple[str, float, float]]:
+    """Kernels of one replay in order: name, start and duration in microseconds."""
     from torch.profiler import ProfilerActivity, profile
 
     from vllm_gemma4_spec.graphs.proposal import GRAPHS
@@ -167,12 +167,15 @@ def profile_replay(worker: Any, size: int, top: int = 25) -> list[tuple[str, int
     graphs = worker.model_runner.drafter.__dict__.get(GRAPHS)
     if graphs is None:
         return []
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as prof:
+    graphs._graphs[size].cuda_graph.replay()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
         graphs._graphs[size].cuda_graph.replay()
         torch.cuda.synchronize()
-    rows = [(e.key[:90], e.count, round(e.device_time_total, 1)) for e in prof.key_averages() if e.device_time_total]
-    rows.sort(key=lambda r: -r[2])
-    return [("total", sum(r[1] for r in rows), round(sum(r[2] for r in rows), 1)), *rows[:top]]
+    kernels = [e for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels.sort(key=lambda e: e.time_range.start)
+    first = kernels[0].time_range.start if kernels else 0
+    return [(e.name[:120], e.time_range.start - first, e.time_range.elapsed_us()) for e in kernels]
 
 
 def bandwidth_and_bytes(worker: Any) -> dict[str, float]:

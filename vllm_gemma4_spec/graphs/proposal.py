@@ -136,14 +136,16 @@ class DraftGraphs:
 
     @contextmanager
     def _as_captured(self) -> Iterator[None]:
-        """Padding decided by this object's live count, and no piecewise graphs inside the whole one."""
+        """Padding decided by this object's live count, and no graph replayed inside the one being captured."""
         kernel, dispatcher = self._groups.slot_kernel, self._proposer.cudagraph_dispatcher
         live, keys = kernel.num_live, dispatcher.keys_initialized
+        graphs = self._proposer.__dict__.pop(GRAPHS, None)
         kernel.num_live, dispatcher.keys_initialized = self._num_live, False
         try:
             yield
         finally:
             kernel.num_live, dispatcher.keys_initialized = live, keys
+            setattr(self._proposer, GRAPHS, graphs)
 
     @torch.inference_mode()
     def capture(self, pool: Any, warmups: int = 2) -> None:
