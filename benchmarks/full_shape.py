@@ -130,6 +130,8 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         if args.profile:
             result["profile"] = rpc(probes.profile_replay, args=(sizes[0],))[0]
             print(kernel_table(result["profile"]), flush=True)
+            result["linears"] = rpc(probes.linear_times, args=(1, result["bandwidth"]))[0]
+            print("\n".join(str(row) for row in result["linears"]), flush=True)
     return result
 
 

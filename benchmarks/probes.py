@@ -178,6 +178,48 @@ def profile_replay(worker: Any, size: int) -> list[tuple[str, float, float]]:
     return [(e.name[:120], e.time_range.start - first, e.time_range.elapsed_us()) for e in kernels]
 
 
+def linear_times(worker: Any, tokens: int, bandwidth: float) -> list[dict[str, Any]]:
+    """Per shape of the drafter's linear layers: microseconds of one call in a graph, and its floor.
+
+    Args:
+        tokens: rows of the input.
+        bandwidth: GB/s, for the floor: bytes of the weight over it.
+    """
+    runner = worker.model_runner
+    shapes: dict[tuple[int, int, str], list[Any]] = {}
+    for module in runner.drafter.model.modules():
+        if hasattr(module, "input_size_per_partition") and hasattr(module, "output_size_per_partition"):
+            kind = type(module.quant_method).__name__
+            shapes.setdefault((module.output_size_per_partition, module.input_size_per_partition, kind), []).append(
+                module
+            )
+    rows = []
+    for (size_n, size_k, kind), modules in shapes.items():
+        x = torch.randn(tokens, size_k, device=runner.device).to(runner.dtype)
+
+        def calls(modules: list[Any] = modules, x: torch.Tensor = x) -> None:
+            for module in modules:  # different weights each time, so the cache holds none of them
+                module(x)
+
+        with torch.inference_mode():
+            calls()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                calls()
+        nbytes = sum(p.numel() * p.element_size() for p in modules[0].parameters())
+        rows.append(
+            {
+                "shape": [size_n, size_k],
+                "method": kind,
+                "layers": len(modules),
+                "us": round(_median_ms(graph.replay) * 1e3 / len(modules), 2),
+                "floor_us": round(nbytes / bandwidth / 1e3, 2),
+            }
+        )
+    return sorted(rows, key=lambda r: -r["us"] * r["layers"])
+
+
 def bandwidth_and_bytes(worker: Any) -> dict[str, float]:
     """Copy bandwidth in GB/s (bytes read plus written) and the bytes a pass of each model must read, in GB."""
     from shapes import weight_bytes

@@ -49,7 +49,9 @@ class Rerun(DraftGraphs):
         k = self.query_len - 1
         for n in self.batch_sizes:
             drafts = torch.full((n, k), -1, dtype=torch.int64)
-            self._graphs[n] = _Graph(SimpleNamespace(replay=lambda n=n, drafts=drafts: drafts.copy_(self.run(n))), drafts)
+            self._graphs[n] = _Graph(
+                SimpleNamespace(replay=lambda n=n, drafts=drafts: drafts.copy_(self.run(n))), drafts
+            )
 
     def run(self, num_reqs: int) -> torch.Tensor:
         with self._as_captured():
