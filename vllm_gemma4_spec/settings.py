@@ -48,8 +48,10 @@ def switch(name: str, help: str, default: str = "1") -> Setting:
 
 ALL = switch(PREFIX, "0 leaves vLLM as it is: no patch is applied in any process")
 
+CHECK = switch(f"{PREFIX}_CHECK", "1 checks the invariants of every draft pass; slow, for tests and fault finding", "0")
+
 # Settings other than the switches of single patches; a module that reads one imports it from here.
-SETTINGS: tuple[Setting, ...] = (ALL,)
+SETTINGS: tuple[Setting, ...] = (ALL, CHECK)
 
 
 def patch_switch(patch_name: str) -> Setting:

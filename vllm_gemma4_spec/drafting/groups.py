@@ -17,6 +17,8 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_gemma4_spec import settings
+from vllm_gemma4_spec.drafting.check import check_pass
 from vllm_gemma4_spec.drafting.slots import PADDING_SLOT_ID, group_slot_mappings
 
 # Metadata of these backends depends on the group only through these two fields, so one build serves
@@ -57,6 +59,7 @@ class DraftGroups:
     ) -> None:
         self._proposer = proposer
         self._runner = runner
+        self._check = settings.CHECK.on()
         # KV cache group ids in use; several attention groups may share one (other backend or head size).
         self._gids = sorted({g.kv_cache_group_id for g in attn_groups})
         self._block_sizes = [block_sizes[gid] for gid in self._gids]
@@ -88,7 +91,7 @@ class DraftGroups:
         num_tokens, num_reqs = cad.num_actual_tokens, cad.num_reqs
         positions = self._proposer._get_positions(num_tokens)
         self._tables = self.block_tables(num_reqs)
-        positions = positions if positions.dim() == 1 else positions[0]
+        positions = positions if positions.dim() == 1 else positions[0]  # M-RoPE: alike for text
         if self.slot_kernel is not None:
             self.slot_kernel.bind(self._tables)
             self.slot_kernel(cad.query_start_loc, num_reqs, positions, cad.slot_mapping)
@@ -104,6 +107,8 @@ class DraftGroups:
             )
         self._num_slots = num_tokens
         self._built.clear()
+        if self._check:
+            check_pass(self._runner, self._gids, cad, positions, self._slots[:, :num_tokens])
 
     def build(self, index: int, cad: CommonAttentionMetadata, draft_index: int) -> Any:
         """Metadata of one attention group; built once per distinct spec and then shared."""

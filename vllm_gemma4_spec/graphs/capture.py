@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vllm_gemma4_spec import settings
 from vllm_gemma4_spec.drafting.proposer import GROUPS
 from vllm_gemma4_spec.graphs.proposal import GRAPHS, DraftGraphs, capturable, decode_batch_sizes
 
@@ -65,6 +66,7 @@ def _batch_sizes(runner: Any) -> list[int]:
     if (
         groups is None
         or groups.slot_kernel is None
+        or settings.CHECK.on()  # it reads every pass back, which a graph cannot
         or not config.cudagraph_mode.has_full_cudagraphs()
         # Data parallel ranks agree on every pass's padding, and LoRA changes what a graph must hold.
         or runner.parallel_config.data_parallel_size > 1

@@ -76,4 +76,21 @@ KV_SHARED_LAYERS = Patch(
     watches=("vllm.model_executor.models.gemma4:Gemma4Attention",),
 )
 
-PATCHES: tuple[Patch, ...] = (DRAFT_GROUPS, OWN_BLOCKS, KV_SHARED_LAYERS)
+ONE_GROUP_WINDOWS = Patch(
+    name="one-group-windows",
+    group=Group.CORRECTNESS,
+    why="With --disable-hybrid-kv-cache-manager, a drafter whose sliding window is not the target's (512 and 1024) "
+    "ends start-up: 'All attention layers in the same KV cache group must have the same window size'.",
+    how="The test for equal specs answers no instead of raising; vLLM then makes one group with a spec per layer.",
+    retire="A release whose is_kv_cache_spec_uniform returns False for different windows.",
+    edits=(
+        Edit("vllm.v1.core.kv_cache_utils:is_kv_cache_spec_uniform", f"{_OURS}.one_group:is_kv_cache_spec_uniform"),
+    ),
+    watches=(
+        "vllm.v1.core.kv_cache_utils:unify_hybrid_kv_cache_specs",
+        "vllm.v1.core.kv_cache_utils:get_kv_cache_groups",
+        "vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs",
+    ),
+)
+
+PATCHES: tuple[Patch, ...] = (DRAFT_GROUPS, OWN_BLOCKS, KV_SHARED_LAYERS, ONE_GROUP_WINDOWS)
