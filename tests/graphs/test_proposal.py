@@ -64,6 +64,7 @@ def attach(llm: Any, batch_sizes: list[int]) -> dict[str, Any]:
     drafter = runner.drafter
     groups = drafter._gemma4_spec_groups
     groups.slot_kernel = SlotsInPyTorch(groups)
+    groups._check = False  # it reads every pass back; with it on, nothing is captured
     table = runner.input_batch.block_table[drafter.kv_cache_gid]
     graphs = Rerun(drafter, groups, table.get_device_tensor, type(drafter).propose, batch_sizes)
     graphs.capture(None)
