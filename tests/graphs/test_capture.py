@@ -11,6 +11,7 @@ from tests.support import engine as _engine  # sets the environment
 from vllm_gemma4_spec import settings
 from vllm_gemma4_spec.drafting.proposer import GROUPS
 from vllm_gemma4_spec.graphs.capture import _batch_sizes, capture_drafts
+from vllm_gemma4_spec.graphs.proposal import update_cudagraph_mode
 
 assert _engine
 
@@ -85,3 +86,23 @@ def test_elsewhere_there_are_none(changes: dict[str, Any]) -> None:
 def test_none_while_every_pass_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(settings.CHECK.name, "1")
     assert _batch_sizes(runner()) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "device", "draft_model", "wanted"),
+    [
+        ("FULL_AND_PIECEWISE", "cuda", True, True),
+        ("PIECEWISE", "cuda", True, True),
+        ("FULL_DECODE_ONLY", "cuda", True, False),  # the model is not compiled in pieces
+        ("NONE", "cuda", True, False),
+        ("FULL_AND_PIECEWISE", "cpu", True, False),
+        ("FULL_AND_PIECEWISE", "cuda", False, False),  # EAGLE: vLLM does it itself
+    ],
+)
+def test_pieces_where_the_target_has_them(mode: str, device: str, draft_model: bool, wanted: bool) -> None:
+    given: list[Any] = []
+    self = runner(mode=mode, draft_model=draft_model)
+    self.device = SimpleNamespace(type=device)
+    self.drafter.initialize_cudagraph_keys = given.append
+    update_cudagraph_mode(lambda self: None)(self)
+    assert given == ([self.compilation_config.cudagraph_mode] if wanted else [])

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 # Attribute of a proposer that holds its graphs once they are captured.
@@ -262,8 +261,8 @@ def capture_model(original: Callable[..., int]) -> Callable[..., int]:
 def update_cudagraph_mode(original: Callable[..., None]) -> Callable[..., None]:
     """``GPUModelRunner._check_and_update_cudagraph_mode``: a draft model, too, gets piecewise graphs.
 
-    0.19.1 initializes the drafter's dispatcher for EAGLE only; the drafter's dummy runs capture the rest.
-    They serve the batches that no whole graph fits.
+    0.19.1 initializes the dispatcher for EAGLE only; the drafter's dummy runs then capture the pieces. They
+    serve the batches that no whole graph fits.
     """
 
     @functools.wraps(original)
@@ -272,7 +271,7 @@ def update_cudagraph_mode(original: Callable[..., None]) -> Callable[..., None]:
         spec = self.speculative_config
         if spec is not None and spec.uses_draft_model() and self.device.type == "cuda":
             mode = self.compilation_config.cudagraph_mode
-            if mode.requires_piecewise_compilation() or mode == CUDAGraphMode.NONE:
+            if mode.requires_piecewise_compilation():
                 self.drafter.initialize_cudagraph_keys(mode)
 
     return wrapper

@@ -61,7 +61,7 @@ class GroupSlotKernel:
         self._sizes = torch.tensor(list(block_sizes), dtype=torch.int64, device=out.device)
         self._bound: list[int] = []
         # [1] int32: how many requests are no padding. A CUDA graph is captured with its own tensor here.
-        self.all_live = self.num_live = torch.full((1,), 2**31 - 1, dtype=torch.int32, device=out.device)
+        self.num_live = torch.full((1,), 2**31 - 1, dtype=torch.int32, device=out.device)
 
     def bind(self, tables: Sequence[torch.Tensor]) -> None:
         """Take the groups' block tables, ``[num_reqs, max_blocks_g]`` int32 each; free if they are the same."""

@@ -15,12 +15,11 @@ DRAFT_GRAPHS = Patch(
     "needs 2 to 3 ms to run it, so speculation loses at any acceptance.",
     how="For decode batches the original propose (first pass, further passes, lm_head, argmax) is captured as one "
     "CUDA graph per batch size after the target's own graphs, and replayed on buffers that keep their address. "
-    "Other batches use the original, with piecewise graphs where the target has them.",
+    "Other batches, and drafters in one KV cache group, use the original.",
     retire="A release that captures a draft model's whole loop.",
     edits=(
         Edit(f"{_PROPOSER}.propose", f"{_OURS}.proposal:propose"),
         Edit(f"{_RUNNER}.capture_model", f"{_OURS}.proposal:capture_model"),
-        Edit(f"{_RUNNER}._check_and_update_cudagraph_mode", f"{_OURS}.proposal:update_cudagraph_mode"),
     ),
     watches=(
         f"{_PROPOSER}.set_inputs_first_pass",
@@ -31,6 +30,21 @@ DRAFT_GRAPHS = Patch(
         "vllm.v1.spec_decode.utils:extend_all_queries_by_N",
         "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch",
         "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder",
+    ),
+)
+
+DRAFT_PIECES = Patch(
+    name="draft-pieces",
+    group=Group.CONVENIENCE,
+    why="Only EAGLE's dispatcher is given piecewise CUDA graphs, so the passes of a draft model in a batch that also "
+    "holds a prompt are launched kernel by kernel.",
+    how="The draft model's dispatcher gets the target's sizes, too; vLLM's own dummy runs then capture the pieces.",
+    retire="A release that initializes the dispatcher of draft models.",
+    edits=(Edit(f"{_RUNNER}._check_and_update_cudagraph_mode", f"{_OURS}.proposal:update_cudagraph_mode"),),
+    watches=(
+        f"{_PROPOSER}.initialize_cudagraph_keys",
+        f"{_PROPOSER}.dummy_run",
+        f"{_RUNNER}._dummy_run",
     ),
 )
 
@@ -76,4 +90,4 @@ LOCAL_ARGMAX = Patch(
     ),
 )
 
-PATCHES: tuple[Patch, ...] = (DRAFT_GRAPHS, ASYNC_DRAFTS, LOCAL_ARGMAX)
+PATCHES: tuple[Patch, ...] = (DRAFT_GRAPHS, DRAFT_PIECES, ASYNC_DRAFTS, LOCAL_ARGMAX)
