@@ -22,6 +22,9 @@ app = typer.Typer(
 # Subcommand -> module that holds its function `command`.
 COMMANDS = {
     "patches": "vllm_gemma4_spec.cli.patches",
+    "inspect": "vllm_gemma4_spec.cli.inspect",
+    "repair": "vllm_gemma4_spec.cli.repair",
+    "quantize": "vllm_gemma4_spec.cli.quantize",
 }
 
 

@@ -93,4 +93,20 @@ ONE_GROUP_WINDOWS = Patch(
     ),
 )
 
-PATCHES: tuple[Patch, ...] = (DRAFT_GROUPS, OWN_BLOCKS, KV_SHARED_LAYERS, ONE_GROUP_WINDOWS)
+DRAFTER_CHECKS = Patch(
+    name="drafter-checks",
+    group=Group.CONVENIENCE,
+    why="A drafter folder without config.json, with another vocabulary or another tensor-parallel size ends in a "
+    "traceback, for the last one in a worker after the target has been loaded.",
+    how="create_speculative_config looks at the drafter before and after the original and ends with one line.",
+    retire="One-line errors upstream; the checks are of use with any release.",
+    edits=(
+        Edit(
+            "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+            f"{_OURS}.refusals:create_speculative_config",
+        ),
+    ),
+    watches=("vllm.config.speculative:SpeculativeConfig.verify_equal_vocab_size_if_draft_model",),
+)
+
+PATCHES: tuple[Patch, ...] = (DRAFT_GROUPS, OWN_BLOCKS, KV_SHARED_LAYERS, ONE_GROUP_WINDOWS, DRAFTER_CHECKS)
