@@ -21,7 +21,7 @@ K = 3
 
 
 class SlotsInPyTorch:
-    """Stands in for ``GroupSlotKernel``; test_slots.py shows that they write the same."""
+    """Stands in for ``GroupSlotKernel``; test_slot_kernel.py shows that they write the same."""
 
     def __init__(self, groups: Any) -> None:
         self._groups = groups
