@@ -33,7 +33,7 @@ REMEDY = "run `vllm-gemma4-spec demo-models --force` to make it again"
 THREADS = 2
 CORPUS = 2000  # dialogues the tokenizer learns from
 TARGET_RECIPE = train.Recipe(steps=750, batch_tokens=1024, learning_rate=4e-3, seed=0)
-DRAFTER_RECIPE = train.Recipe(steps=600, batch_tokens=1024, learning_rate=5e-3, seed=0)
+DRAFTER_RECIPE = train.Recipe(steps=650, batch_tokens=1024, learning_rate=5e-3, seed=0)
 ASKED = 64  # held-out questions the finished pair is measured on
 DRAFTS = 3
 LEAST_RIGHT, LEAST_ACCEPTANCE = 0.9, 2.5
