@@ -34,7 +34,7 @@ def command(
     check: Annotated[
         bool, typer.Option("--check", help="Serve once more without speculation and compare the answers.")
     ] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds until a server must be ready.")] = 300.0,
+    timeout: Annotated[float, typer.Option(help="Seconds until a server must be ready.")] = 600.0,
     speculation: Annotated[bool, typer.Option("--speculation/--no-speculation", hidden=True)] = True,
 ) -> None:
     """Serve a small trained Gemma 4 pair with `vllm serve`, ask it, and show what speculation did.
