@@ -31,6 +31,10 @@ class PatchStateError(Gemma4SpecError):
     """Patches were applied or undone in an order that cannot work."""
 
 
+class CheckpointError(Gemma4SpecError, ValueError):
+    """A checkpoint, or a file or tensor of it, is not what it must be; the message names it."""
+
+
 class DrafterError(Gemma4SpecError, ValueError):
     """The drafter in the speculative config does not fit its target, or cannot be read."""
 

@@ -55,8 +55,21 @@ DEMO_DIR = Setting(
 )
 CHECK = switch(f"{PREFIX}_CHECK", "1 checks the invariants of every draft pass; slow, for tests and fault finding", "0")
 
+NAN_SCALES = Setting(
+    f"{PREFIX}_NAN_SCALES",
+    "repair",
+    "strict refuses a checkpoint with NaN block scales; repair saturates or zeroes those blocks and says so",
+    ("repair", "strict"),
+)
+NVFP4_WEIGHTS = Setting(
+    f"{PREFIX}_NVFP4_WEIGHTS",
+    "auto",
+    "without an FP4 kernel (CPU): keep NVFP4 weights packed, or dequantized once; auto: dequantized if they fit",
+    ("auto", "packed", "dequantized"),
+)
+
 # Settings other than the switches of single patches; a module that reads one imports it from here.
-SETTINGS: tuple[Setting, ...] = (ALL, CHECK, DEMO_DIR)
+SETTINGS: tuple[Setting, ...] = (ALL, CHECK, NAN_SCALES, NVFP4_WEIGHTS, DEMO_DIR)
 
 
 def patch_switch(patch_name: str) -> Setting:

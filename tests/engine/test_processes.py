@@ -41,9 +41,8 @@ def run(model: Path, mode: str, folder: Path, **env: str) -> subprocess.Complete
 
 
 def reports(text: str) -> dict[str, str]:
-    """Process -> what it says is on. vLLM puts the name and id of the engine core and the workers before a line."""
-    found = re.findall(r"^(?:\((\w+) pid=(\d+)\) |\((\w+)[^)]*pid=(\d+)\) )?.*?(vllm-gemma4-spec \S+: .*)$", text, re.M)
-    return {" ".join(filter(None, f[:4])) or "main": f[4] for f in found}
+    """Process id -> what that process says is on."""
+    return {pid: line for line, pid in re.findall(r"(vllm-gemma4-spec \S+: .*) \[process (\d+)\]", text)}
 
 
 def test_every_process_reports_the_same_patches(tiny: dict[str, Path], tmp_path: Path) -> None:
@@ -60,6 +59,5 @@ def test_left_out_means_in_no_process(tiny: dict[str, Path], tmp_path: Path, env
     done = run(tiny["target"], "draft", tmp_path, **env)
     text = done.stdout + done.stderr
     assert done.returncode != 0
-    assert "spec decode is not supported" in text  # stock vLLM's refusal on the CPU
+    assert "spec decode is not supported" in text  # the worker is stock: vLLM's refusal on the CPU
     assert "patches on" not in text
-    assert run(tiny["target"], "plain", tmp_path, **env).returncode == 0

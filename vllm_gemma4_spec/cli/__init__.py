@@ -24,6 +24,9 @@ COMMANDS = {
     "demo": "vllm_gemma4_spec.cli.demo",
     "demo-models": "vllm_gemma4_spec.cli.demo_models",
     "patches": "vllm_gemma4_spec.cli.patches",
+    "inspect": "vllm_gemma4_spec.cli.inspect",
+    "repair": "vllm_gemma4_spec.cli.repair",
+    "quantize": "vllm_gemma4_spec.cli.quantize",
 }
 
 

@@ -48,7 +48,7 @@ def load() -> None:
     declare_settings()
     if os.getpid() not in _said:
         _said.add(os.getpid())
-        logger.info("%s", summary())
+        logger.info("%s [process %d]", summary(), os.getpid())
         missing = PATCHER.missing_correctness()
         if missing and settings.ALL.on():
             logger.warning("vllm-gemma4-spec: answers may be wrong, switched off: %s", ", ".join(missing))

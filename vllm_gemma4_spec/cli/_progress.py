@@ -1,0 +1,23 @@
+"""Progress over shards, on stderr, where somebody watches."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+
+
+@contextmanager
+def shards(verb: str, total: int, *, quiet: bool) -> Iterator[Callable[[Path], None]]:
+    """A function to call after each shard; silent with ``quiet`` and where stderr is no terminal."""
+    with Progress(console=Console(stderr=True), disable=quiet or not sys.stderr.isatty(), transient=True) as progress:
+        task = progress.add_task(verb, total=total)
+
+        def step(file: Path) -> None:
+            progress.update(task, advance=1, description=f"{verb} {file.name}")
+
+        yield step

@@ -1,0 +1,61 @@
+"""``vllm-gemma4-spec quantize``: NVFP4 with ModelOpt, without the NaN scales that 0.42.0 writes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_gemma4_spec.errors import CheckpointError, SettingError
+
+
+def command(
+    src: Annotated[Path, typer.Argument(help="Folder of the bf16 Gemma 4 checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
+    recipe: Annotated[str, typer.Option("--recipe", help="nvfp4, awq-lite, awq-clip, awq-full or svdquant.")],
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", help="Text or JSON lines to calibrate on; else a few built-in texts."),
+    ] = None,
+    python: Annotated[
+        Path | None, typer.Option("--python", help="Interpreter of an environment that has nvidia-modelopt 0.42.0.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print inspect's JSON object of the result.")] = False,
+) -> None:
+    """Quantize SRC into OUT, on the GPU or, slowly, on the CPU; the result has no NaN block scale.
+
+    OUT appears when it is complete. Exit code: 0 written, 2 bad input, no ModelOpt or no space.
+
+    Example: vllm-gemma4-spec quantize ./gemma-4-31B-it ./nvfp4 --recipe awq-full --calibration prompts.jsonl
+    """
+    from vllm_gemma4_spec.checkpoints import quantizer
+    from vllm_gemma4_spec.checkpoints.files import Checkpoint
+    from vllm_gemma4_spec.checkpoints.inspection import inspect
+
+    if recipe not in quantizer.RECIPES:
+        raise SettingError(f"--recipe {recipe}: expected one of {', '.join(quantizer.RECIPES)}")
+    Checkpoint(src)  # a wrong folder is named before ModelOpt is imported
+    root = str(Path(quantizer.__file__).parents[2])
+    path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    arguments = [str(src), str(out), recipe, *([str(calibration)] if calibration else [])]
+    # A process of its own also here: ModelOpt changes transformers, and prints on stdout.
+    done = subprocess.run(
+        [str(python or sys.executable), "-m", quantizer.__name__, *arguments],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=sys.stderr if not as_json else subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["the quantizer ended without a word"]
+        raise CheckpointError(last[0].removeprefix("vllm-gemma4-spec: "))
+    report = inspect(Checkpoint(out))
+    if as_json:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        typer.echo(f"{report.algorithm}, {report.bytes / 1e9:.2f} GB, no NaN block scale: {out}")

@@ -1,0 +1,45 @@
+"""``vllm-gemma4-spec repair``: a copy of a checkpoint without NaN block scales."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+
+def command(
+    path: Annotated[Path, typer.Argument(help="Folder of the quantized checkpoint; it is only read.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; it must not exist.")],
+    parent: Annotated[
+        Path | None, typer.Option("--parent", help="The bf16 checkpoint it was quantized from: restores lost blocks.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Saturate NaN scales whose codes are intact; requantize destroyed blocks from the parent, or zero them.
+
+    OUT appears when it is complete. Exit code: 0 written, 2 bad input or no space.
+
+    Example: vllm-gemma4-spec repair ./gemma-4-31B-NVFP4 --out ./mended --parent ./gemma-4-31B-it
+    """
+    from vllm_gemma4_spec.checkpoints.files import Checkpoint
+    from vllm_gemma4_spec.checkpoints.repairing import repair
+    from vllm_gemma4_spec.cli._progress import shards
+
+    checkpoint = Checkpoint(path)
+    source = Checkpoint(parent) if parent is not None else None
+    with shards("repairing", len(checkpoint.files), quiet=as_json) as step:
+        done = repair(checkpoint, out, source, step)
+    if as_json:
+        typer.echo(done.model_dump_json(indent=2))
+        return
+    console = Console()
+    if done.changes:
+        table = Table(Column("layer", overflow="fold"), "saturated", "zeroed", "restored from the parent")
+        for change in done.changes:
+            table.add_row(change.module, str(change.saturated), str(change.zeroed), str(change.restored))
+        console.print(table)
+    what = f"{len(done.changes)} layers in {len(done.rewritten)} files changed" if done.changes else "nothing to repair"
+    console.print(f"{what}; written to {done.out}", highlight=False)

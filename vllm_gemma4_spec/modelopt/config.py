@@ -1,0 +1,111 @@
+"""The quantization config of ModelOpt's NVFP4 checkpoints, ``NVFP4_AWQ`` and ``NVFP4_SVD`` included."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.layer import FusedMoE
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.quantization.modelopt import QUANT_ALGOS, ModelOptNvFp4Config
+from vllm.platforms import current_platform
+from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+from vllm_gemma4_spec.checkpoints import files
+from vllm_gemma4_spec.checkpoints.nvfp4 import BLOCK
+from vllm_gemma4_spec.errors import CheckpointError
+from vllm_gemma4_spec.modelopt.linear import Nvfp4LinearMethod
+from vllm_gemma4_spec.modelopt.moe import fused_moe_method
+
+
+class Nvfp4Config(ModelOptNvFp4Config):
+    """``modelopt_fp4`` with the algorithms that vLLM does not know.
+
+    Attributes:
+        quant_algo: ``NVFP4``, ``NVFP4_AWQ`` or ``NVFP4_SVD``.
+        float_modules: modules whose weight the checkpoint holds unquantized, under vLLM's names once a
+            model has applied its mapper. ModelOpt does not list all of them as excluded (experts).
+    """
+
+    __module__ = "vllm_gemma4_spec.modelopt"  # pickled under the package, which imports in the right order
+
+    LinearMethodCls = Nvfp4LinearMethod
+
+    quant_algo = "NVFP4"
+    float_modules: frozenset[str] = frozenset()
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Nvfp4Config:
+        """From hf_quant_config.json or from config.json's flat ``quantization_config``.
+
+        Raises:
+            CheckpointError: unknown ``quant_algo`` or a group size other than 16.
+        """
+        section = config.get("quantization", config)
+        if not isinstance(section, dict):
+            raise CheckpointError("quantization config: 'quantization' must be an object")
+        algorithm = str(section.get("quant_algo", "")).upper()
+        if algorithm not in (*files.ALGORITHMS, *QUANT_ALGOS):
+            known = ", ".join(files.ALGORITHMS)
+            raise CheckpointError(f"quant_algo {algorithm or 'missing'}: not an NVFP4 format known here ({known})")
+        groups = [g.get("weights", {}).get("group_size") for g in section.get("config_groups", {}).values()]
+        for size in (section.get("group_size"), *groups):
+            if algorithm in files.ALGORITHMS and size is not None and int(size) != BLOCK:
+                raise CheckpointError(f"group_size {size}: NVFP4 has one scale per {BLOCK} columns")
+        plain = copy.copy(config)
+        if algorithm in files.ALGORITHMS:
+            # The formats differ in the linear method alone, so the base class may read them as plain NVFP4.
+            plain |= {"quantization": section | {"quant_algo": "NVFP4"}} if section is not config else {}
+            plain |= {"quant_algo": "NVFP4"} if section is config else {}
+        made: Nvfp4Config = super().from_config(plain)
+        made.quant_algo = algorithm
+        return made
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Emulation multiplies in any dtype, so a CPU may run in float32."""
+        more = [torch.float32] if current_platform.is_cpu() else []
+        return [*super().get_supported_act_dtypes(), *more]
+
+    def maybe_update_config(self, model_name: str) -> None:
+        """Read from the checkpoint's headers which weights are not quantized."""
+        super().maybe_update_config(model_name)
+        if Path(model_name).is_dir():
+            self.float_modules = frozenset(files.float_modules(files.Checkpoint(model_name).tensors))
+            return
+        remote = get_safetensors_params_metadata(model_name)
+        floats = (n for n, i in remote.items() if i["dtype"] in ("BF16", "F16", "F32") and len(i["shape"]) >= 2)
+        self.float_modules = frozenset(name.removesuffix(".weight") for name in floats)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        super().apply_vllm_mapper(hf_to_vllm_mapper)
+        self.float_modules = frozenset(hf_to_vllm_mapper.apply_list(sorted(self.float_modules)))
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, LinearBase) and self._members(prefix) <= self.float_modules:
+            return UnquantizedLinearMethod()
+        if isinstance(layer, FusedMoE):
+            if self._float_experts(prefix):
+                return None  # FusedMoE then takes the unquantized method
+            if not self.is_layer_excluded(prefix):
+                return fused_moe_method(self, layer.moe_config)
+        return super().get_quant_method(layer, prefix)
+
+    def _members(self, prefix: str) -> set[str]:
+        """The checkpoint's modules behind a vLLM layer: ``…qkv_proj`` -> ``…q_proj``, ``…k_proj``, ``…v_proj``."""
+        base, _, name = prefix.rpartition(".")
+        found = {f"{base}.{member}" for member in self.packed_modules_mapping.get(name, [name])}
+        return found & self.float_modules or found  # E4B layers that reuse KV have q alone
+
+    def _float_experts(self, prefix: str) -> bool:
+        """Gemma 4's experts are ``layers.N.experts.*`` in the checkpoint and ``layers.N.moe.experts`` in vLLM."""
+        places = (prefix, prefix.replace(".moe.experts", ".experts"))
+        return any(f"{place}.gate_up_proj" in self.float_modules for place in places)
+
+
+def nvfp4_config(original: type) -> type:
+    """Takes the place of ``ModelOptNvFp4Config``."""
+    assert issubclass(Nvfp4Config, original)
+    return Nvfp4Config

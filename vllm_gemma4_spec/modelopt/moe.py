@@ -1,0 +1,108 @@
+"""Experts of ModelOpt's NVFP4 checkpoints: NaN scales mended everywhere, emulated on a CPU.
+
+vLLM recognises ModelOpt's expert tensors by the method's class name, so the names keep ``ModelOpt``.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.nn import functional as F
+from vllm.model_executor.layers.fused_moe import cpu_fused_moe
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4FusedMoE
+from vllm.platforms import current_platform
+
+from vllm_gemma4_spec.checkpoints import nvfp4
+from vllm_gemma4_spec.errors import CheckpointError
+from vllm_gemma4_spec.modelopt import emulation
+from vllm_gemma4_spec.modelopt.nan import mend
+
+
+def fused_moe_method(quant_config: Any, moe_config: Any) -> FusedMoEMethodBase:
+    method = ModelOptNvFp4EmulatedMoE if current_platform.is_cpu() else ModelOptNvFp4MendedMoE
+    return method(quant_config, moe_config)
+
+
+def _mend(layer: Module) -> None:
+    """w13 uint8 [E, 2I, H/2] and w2 [E, H, I/2] with their scales; global scales must be finite."""
+    layer.modelopt_checked = True
+    for name in ("w13", "w2"):
+        weight, scale = (getattr(layer, f"{name}_{x}").data for x in ("weight", "weight_scale"))
+        mend(layer, f"{layer.layer_name}.{name}", weight, scale)
+        for suffix in ("weight_scale_2", "input_scale"):
+            if not bool(torch.isfinite(getattr(layer, f"{name}_{suffix}")).all()):
+                raise CheckpointError(f"{layer.layer_name}.{name}_{suffix}: NaN or infinity; quantize the model again")
+
+
+class ModelOptNvFp4MendedMoE(ModelOptNvFp4FusedMoE):
+    """vLLM's method and kernels, with NaN block scales mended first."""
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        _mend(layer)
+        super().process_weights_after_loading(layer)
+
+
+class ModelOptNvFp4EmulatedMoE(ModelOptNvFp4FusedMoE):
+    """Weight-only experts for a CPU: dequantized once where memory allows, an expert at a time where not."""
+
+    def __init__(self, quant_config: Any, moe_config: Any) -> None:
+        # Not super().__init__: it raises where vLLM has no FP4 MoE kernel.
+        FusedMoEMethodBase.__init__(self, moe_config)
+        self.quant_config = quant_config
+        self.use_global_sf = False
+        self.plain = UnquantizedFusedMoEMethod(moe_config)
+
+    @property
+    def is_monolithic(self) -> bool:
+        return bool(self.plain.is_monolithic)
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        _mend(layer)
+        scale_2 = {"w13": layer.w13_weight_scale_2.data, "w2": layer.w2_weight_scale_2.data}  # [E, 2], [E]
+        scale_2["w13"] = scale_2["w13"].repeat_interleave(layer.w13_weight.shape[1] // scale_2["w13"].shape[1], 1)
+        size = 2 * sum(getattr(layer, f"{name}_weight").numel() for name in scale_2)
+        packed = not emulation.fits(size * layer.params_dtype.itemsize, layer.w13_weight.device)
+        experts = {}
+        for name, factor in scale_2.items():
+            weight, scale = (getattr(layer, f"{name}_{x}").data for x in ("weight", "weight_scale"))
+            experts[name] = [partial(nvfp4.dequantize, *expert) for expert in zip(weight, scale, factor, strict=True)]
+            for suffix in ("weight_scale", "weight_scale_2", "input_scale"):
+                delattr(layer, f"{name}_{suffix}")
+            if not packed:
+                made = torch.stack([expert(layer.params_dtype) for expert in experts[name]])
+                setattr(layer, f"{name}_weight", Parameter(made, requires_grad=False))
+        if packed:
+            self.plain.cpu_fused_moe = PackedExperts(layer, experts["w13"], experts["w2"])
+        else:
+            self.plain.process_weights_after_loading(layer)
+
+    def get_fused_moe_quant_config(self, layer: Module) -> Any:
+        return self.plain.get_fused_moe_quant_config(layer)
+
+    def apply_monolithic(self, layer: Module, x: Tensor, router_logits: Tensor) -> Tensor:
+        return self.plain.apply_monolithic(layer, x, router_logits)
+
+
+class PackedExperts(cpu_fused_moe.CPUFusedMOE):
+    """vLLM's expert-by-expert CPU path, each expert dequantized when tokens reach it."""
+
+    def __init__(
+        self, layer: Module, gate_up: Sequence[Callable[..., Tensor]], down: Sequence[Callable[..., Tensor]]
+    ) -> None:
+        self.isa = "none"
+        self.forward_method = self.forward_torch
+        layer.gate_up_linear = [partial(_linear, weight) for weight in gate_up]
+        layer.down_linear = [partial(_linear, weight) for weight in down]
+        cpu_fused_moe._CPU_MOE_LAYER_CACHE[id(layer)] = weakref.ref(layer)
+
+
+def _linear(weight: Callable[[torch.dtype], Tensor], x: Tensor) -> Tensor:
+    return F.linear(x, weight(x.dtype))

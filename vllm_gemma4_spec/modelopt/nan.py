@@ -1,0 +1,78 @@
+"""NaN block scales at load: found, mended by the rule, counted, reported once per model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from vllm.distributed import get_tp_group
+
+from vllm_gemma4_spec import settings
+from vllm_gemma4_spec.checkpoints import nvfp4
+from vllm_gemma4_spec.errors import CheckpointError
+
+logger = logging.getLogger("vllm.plugins.gemma4_spec")
+
+
+def mend(layer: Module, prefix: str, packed: Tensor, scale: Tensor) -> None:
+    """Mend ``scale`` float8_e4m3fn [..., K/16] of weights uint8 [..., K/2] in place; the count stays on the layer.
+
+    ``layer.modelopt_nan`` is ``{prefix: (blocks, of them destroyed)}``, set only where there are any.
+    """
+    if not nvfp4.has_nan(scale):
+        return
+    found = nvfp4.find_nan(packed, scale)
+    nvfp4.mend_(scale, found)
+    if getattr(layer, "tp_size", 1) > 1 and _replicated(layer) and get_tp_group().rank_in_group > 0:
+        return  # every rank holds this layer whole; the first one counts it
+    layer.modelopt_nan = {**getattr(layer, "modelopt_nan", {}), prefix: (found.count, found.lost)}
+
+
+def _replicated(layer: Module) -> bool:
+    whole = (getattr(layer, "input_size", 0), getattr(layer, "output_size", 0))
+    return whole == (getattr(layer, "input_size_per_partition", -1), getattr(layer, "output_size_per_partition", -1))
+
+
+def summary(model: Module) -> str | None:
+    """One line for the whole model, counted over all tensor-parallel ranks; None where nothing was NaN."""
+    counts: dict[str, tuple[int, int]] = {}
+    for module in model.modules():
+        counts |= getattr(module, "modelopt_nan", {})
+    blocks, lost = (sum(c[i] for c in counts.values()) for i in (0, 1))
+    layers = set(counts)
+    group = get_tp_group()
+    if group.world_size > 1:
+        everyone: list[Any] = [None] * group.world_size
+        torch.distributed.all_gather_object(everyone, (sorted(layers), blocks, lost), group=group.cpu_group)
+        layers = {name for names, _, _ in everyone for name in names}
+        blocks, lost = (sum(rank[i] for rank in everyone) for i in (1, 2))
+    if not blocks:
+        return None
+    some = ", ".join(sorted(layers)[:3]) + (", …" if len(layers) > 3 else "")
+    return (
+        f"{blocks} NaN block scales in {len(layers)} NVFP4 layers ({some}): {blocks - lost} set to 448 (codes intact), "
+        f"{lost} set to zero (codes destroyed)"
+    )
+
+
+def reported(original: Callable[..., None]) -> Callable[..., None]:
+    """``process_weights_after_loading`` that says what was mended, or refuses the model in strict mode."""
+
+    def process_weights_after_loading(model: Module, *args: Any, **kwargs: Any) -> None:
+        original(model, *args, **kwargs)
+        if not any(hasattr(module, "modelopt_checked") for module in model.modules()):
+            return
+        line = summary(model)
+        if line is None:
+            return
+        advice = "`vllm-gemma4-spec repair` restores the blocks from the bf16 parent"
+        if settings.NAN_SCALES.read() == "strict":
+            raise CheckpointError(f"{line.split(':')[0]}; {advice}, or unset {settings.NAN_SCALES.name}")
+        if get_tp_group().rank_in_group == 0:
+            logger.warning("ModelOpt checkpoint: %s; %s", line, advice)
+
+    return process_weights_after_loading

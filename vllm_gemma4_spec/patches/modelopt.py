@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from vllm_gemma4_spec.patching.patch import Edit, Group, Patch
+
+_QUANTIZATION = "vllm.model_executor.layers.quantization.modelopt"
+_LOADER = "vllm.model_executor.model_loader"
+_CPU_MOE = "vllm.model_executor.layers.fused_moe.cpu_fused_moe"
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        name="modelopt-nvfp4",
+        group=Group.CORRECTNESS,
+        why=(
+            "0.19.1 refuses quant_algo NVFP4_AWQ and NVFP4_SVD, loads NaN block scales as they are, lets "
+            "uninitialised scales of E4B layers that reuse KV into a maximum, takes bf16 experts for quantized "
+            "ones, and has no NVFP4 on a CPU."
+        ),
+        how=(
+            "A subclass of the NVFP4 config chooses a subclass of the linear method, which adds pre_quant_scale "
+            "and the low-rank branch, mends what was loaded and emulates where vLLM has no kernel."
+        ),
+        retire="vLLM reads pre_quant_scale and svdquant_lora_*, and mends or refuses NaN scales itself.",
+        edits=(
+            Edit(f"{_QUANTIZATION}:ModelOptNvFp4Config", "vllm_gemma4_spec.modelopt.config:nvfp4_config"),
+            Edit(
+                "vllm.transformers_utils.model_arch_config_convertor:"
+                "ModelArchConfigConvertorBase._normalize_quantization_config",
+                "vllm_gemma4_spec.modelopt.loading:known_algorithm",
+            ),
+            Edit(
+                f"{_LOADER}.default_loader:DefaultModelLoader.get_all_weights",
+                "vllm_gemma4_spec.modelopt.loading:checked_weights",
+            ),
+            Edit(
+                f"{_LOADER}.base_loader:process_weights_after_loading",
+                "vllm_gemma4_spec.modelopt.nan:reported",
+                source=f"{_LOADER}.utils:process_weights_after_loading",
+            ),
+        ),
+        watches=(
+            f"{_QUANTIZATION}:ModelOptQuantConfigBase",
+            f"{_QUANTIZATION}:ModelOptNvFp4LinearMethod",
+            f"{_QUANTIZATION}:ModelOptNvFp4FusedMoE",
+            "vllm.model_executor.layers.quantization.utils.nvfp4_utils:select_nvfp4_linear_backend",
+            "vllm.model_executor.layers.quantization.utils.nvfp4_utils:apply_nvfp4_linear",
+            "vllm.model_executor.layers.linear:LinearBase",
+            "vllm.model_executor.layers.linear:UnquantizedLinearMethod",
+            "vllm.model_executor.parameter:ModelWeightParameter",
+            "vllm.model_executor.models.gemma4:Gemma4Model.load_weights",
+            f"{_LOADER}.default_loader:DefaultModelLoader._prepare_weights",
+        ),
+    ),
+    Patch(
+        name="cpu-moe-gelu",
+        group=Group.CORRECTNESS,
+        why="On a CPU, 0.19.1's experts know silu and swigluoai only: 26B-A4B stops at an assertion.",
+        how="Adds Gemma 4's gelu to the table of the path in torch and keeps it off the C++ kernel.",
+        retire="vLLM's CPU experts support MoEActivation.GELU.",
+        edits=(
+            Edit(f"{_CPU_MOE}:_CPU_MOE_ACT_FN", "vllm_gemma4_spec.modelopt.cpu_experts:with_gelu"),
+            Edit(
+                f"{_CPU_MOE}:CPUFusedMOE.check_grouped_gemm",
+                "vllm_gemma4_spec.modelopt.cpu_experts:native_activations_only",
+            ),
+        ),
+        watches=(
+            f"{_CPU_MOE}:CPUFusedMOE",
+            f"{_CPU_MOE}:cpu_fused_moe_torch",
+            "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:UnquantizedFusedMoEMethod",
+        ),
+    ),
+)
