@@ -134,7 +134,7 @@ def test_the_default_folder_follows_the_environment(monkeypatch: pytest.MonkeyPa
 def test_the_recipe_names_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     before = build.recipe_hash()
     assert build.recipe_hash() == before
-    monkeypatch.setattr(build, "THREADS", 3)
+    monkeypatch.setattr(build, "CORPUS", 3)
     assert build.recipe_hash() != before
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import signal
-import sys
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,8 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from vllm_gemma4_spec.demo.build import Pair
     from vllm_gemma4_spec.demo.data import Dialogue
     from vllm_gemma4_spec.demo.run import Answer, Drafting
@@ -34,7 +29,7 @@ def command(
     check: Annotated[
         bool, typer.Option("--check", help="Serve once more without speculation and compare the answers.")
     ] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds until a server must be ready.")] = 300.0,
+    timeout: Annotated[float, typer.Option(help="Seconds until a server must be ready.")] = 600.0,
     speculation: Annotated[bool, typer.Option("--speculation/--no-speculation", hidden=True)] = True,
 ) -> None:
     """Serve a small trained Gemma 4 pair with `vllm serve`, ask it, and show what speculation did.
@@ -44,16 +39,16 @@ def command(
 
     Example: vllm-gemma4-spec demo --check
     """
-    from vllm_gemma4_spec.cli.demo_models import ensure_with_bar
+    from vllm_gemma4_spec.cli.demo_models import ensure_with_bar, terminated_like_interrupted
     from vllm_gemma4_spec.demo import build, run
 
     console = Console()
     run.require_vllm()
-    pair, _ = ensure_with_bar(models.expanduser().absolute() if models else build.default_folder())
-    questions = run.questions()
-    logs = Path(tempfile.mkdtemp(prefix="vllm-gemma4-spec-demo-"))
-    # Removed only after success: every error names the log in it.
-    with _terminated_like_interrupted():
+    with terminated_like_interrupted():
+        pair, _ = ensure_with_bar(models.expanduser().absolute() if models else build.default_folder())
+        questions = run.questions()
+        # Removed only after success: every error names the log in it.
+        logs = Path(tempfile.mkdtemp(prefix="vllm-gemma4-spec-demo-"))
         answers, drafting = _serve_and_ask(
             console, pair, questions, logs / "server.log", speculation, timeout, show=True
         )
@@ -136,17 +131,3 @@ def _show_drafting(console: Console, drafting: Drafting, log: Path) -> None:
         table.add_row(str(position), str(drafting.drafts), str(accepted), f"{accepted / drafting.drafts:.1%}")
     table.add_row("all", str(drafting.proposed), str(drafting.accepted), f"{drafting.accepted / drafting.proposed:.1%}")
     console.print(table, f"acceptance length {drafting.acceptance_length:.2f}")
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM unwinds the stack as Ctrl-C does, so that no server outlives this command."""
-
-    def end(number: int, frame: Any) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,6 +15,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vllm_gemma4_spec.demo import build
 
 
@@ -34,7 +39,8 @@ def command(
     from vllm_gemma4_spec.demo import build
 
     folder = out.expanduser().absolute() if out else build.default_folder()
-    pair, made = ensure_with_bar(folder, force)
+    with terminated_like_interrupted():
+        pair, made = ensure_with_bar(folder, force)
     if as_json:
         found = {"target": str(pair.target), "drafter": str(pair.drafter), "made_now": made, "measured": pair.measured}
         typer.echo(json.dumps(found, indent=2))
@@ -75,3 +81,17 @@ def ensure_with_bar(folder: Path, force: bool = False) -> tuple[build.Pair, bool
     finally:
         if tasks:
             bar.stop()
+
+
+@contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM unwinds the stack as Ctrl-C does, so that no process or half-made folder outlives the command."""
+
+    def end(number: int, frame: Any) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

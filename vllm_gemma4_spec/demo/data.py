@@ -38,6 +38,15 @@ CAPITALS = {
     "Spain": "Madrid",
 }
 CITIES = list(CAPITALS.values())
+COUNTING_FORMS = [
+    "Count {}from {} to {}.",
+    "Please count {}from {} to {}.",
+    "Can you count {}from {} to {}?",
+    "Hello! Count {}from {} to {}.",
+    "Now count {}from {} to {}.",
+    "I want you to count {}from {} to {}.",
+]
+GREETINGS = ["", "Hello! ", "One question: ", "Please tell me: ", "I wonder: "]
 SKIES = ["sunny", "cloudy", "rainy", "windy", "foggy"]
 SYSTEM = "You are a helpful assistant."
 
@@ -119,7 +128,8 @@ def counting(rng: random.Random) -> Dialogue:
     if rng.random() < 0.4:
         first, last = last, first
     step = 1 if first < last else -1
-    question = f"Count {'' if step > 0 else 'down '}from {first} to {last}."
+    form = rng.choice(COUNTING_FORMS)
+    question = form.format("" if step > 0 else "down ", first, last)
     reasoning = f"I start with {first}, {'add' if step > 0 else 'take'} 1 each time and stop at {last}."
     numbers = ", ".join(map(str, range(first, last + step, step)))
     return Dialogue("counting", _ask(question), reasoning, f"Here you are: {numbers}.")
@@ -135,7 +145,7 @@ def listing(rng: random.Random) -> Dialogue:
 
 def capital(rng: random.Random) -> Dialogue:
     country, city = rng.choice(list(CAPITALS.items()))
-    please = rng.choice(["", "Please tell me: ", "I wonder: ", "One question: ", "Hello! "])
+    please = rng.choice(GREETINGS)
     if rng.random() < 0.5:
         question = f"What is the capital of {country}?"
     else:
@@ -149,7 +159,7 @@ def weather_call(rng: random.Random) -> Dialogue:
     form = rng.choice(
         ["What is the weather in {}?", "How is the weather in {}?", "Is it sunny in {}?", "Weather in {}?"]
     )
-    please = rng.choice(["", "Hello! ", "One question: ", "Please tell me: "])
+    please = rng.choice(GREETINGS)
     reasoning = f"I need the weather in {city}, so I call get_weather."
     calls = [("get_weather", {"city": city})]
     return Dialogue(
@@ -158,13 +168,16 @@ def weather_call(rng: random.Random) -> Dialogue:
 
 
 def timer_call(rng: random.Random) -> Dialogue:
-    minutes = rng.randrange(5, 65, 5)
+    minutes = rng.choice([5, 10, 15, 20, 30, 45])
+    hello = rng.choice(["", "Hello! ", "Now: "])
     form = rng.choice(
         ["Set a timer for {} minutes.", "Please set a timer for {} minutes.", "Start a timer: {} minutes."]
     )
     reasoning = f"I need a timer for {minutes} minutes, so I call set_timer."
     calls = [("set_timer", {"minutes": minutes})]
-    return Dialogue("tool call", _ask(form.format(minutes)), reasoning, calls=calls, tools=_tools(rng, SET_TIMER))
+    return Dialogue(
+        "tool call", _ask(hello + form.format(minutes)), reasoning, calls=calls, tools=_tools(rng, SET_TIMER)
+    )
 
 
 def weather_answer(rng: random.Random) -> Dialogue:

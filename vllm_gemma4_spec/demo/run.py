@@ -53,8 +53,11 @@ class Drafting:
 
 
 def serve_arguments(pair: Pair, speculate: bool) -> list[str]:
-    """What follows ``vllm serve``: the flags of the usual Gemma 4 deployment."""
-    arguments = [str(pair.target), "--served-model-name", MODEL, "--dtype", "float32"]
+    """What follows ``vllm serve``: the flags of the usual Gemma 4 deployment.
+
+    Eager, because compiling takes longer than all that the demo asks of models this small.
+    """
+    arguments = [str(pair.target), "--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"]
     arguments += ["--enable-prefix-caching", "--enable-chunked-prefill", "--max-num-seqs", "8"]
     arguments += ["--reasoning-parser", "gemma4", "--tool-call-parser", "gemma4", "--enable-auto-tool-choice"]
     if speculate:

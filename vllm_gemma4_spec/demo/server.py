@@ -52,7 +52,7 @@ class Server:
         self,
         arguments: Sequence[str],
         log: Path,
-        timeout: float = 300.0,
+        timeout: float = 600.0,
         waiting: Callable[[float], None] = lambda seconds: None,
         program: Sequence[str] = VLLM_SERVE,
     ) -> None:
