@@ -73,7 +73,8 @@ class Nvfp4Config(ModelOptNvFp4Config):
         """Read from the checkpoint's headers which weights are not quantized."""
         super().maybe_update_config(model_name)
         if Path(model_name).is_dir():
-            self.float_modules = frozenset(files.float_modules(files.Checkpoint(model_name).tensors))
+            if any(Path(model_name).glob("*.safetensors")):  # none for dummy weights
+                self.float_modules = frozenset(files.float_modules(files.Checkpoint(model_name).tensors))
             return
         remote = get_safetensors_params_metadata(model_name)
         floats = (n for n, i in remote.items() if i["dtype"] in ("BF16", "F16", "F32") and len(i["shape"]) >= 2)
