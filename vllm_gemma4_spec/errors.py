@@ -6,6 +6,10 @@ that names the thing and the way out. The command line prints it without a trace
 
 from __future__ import annotations
 
+import os
+import sys
+from typing import NoReturn
+
 
 class Gemma4SpecError(Exception):
     """Base of all errors raised for something a user can mend."""
@@ -29,3 +33,14 @@ class PatchStateError(Gemma4SpecError):
 
 class CheckpointError(Gemma4SpecError, ValueError):
     """A checkpoint, or a file or tensor of it, is not what it must be; the message names it."""
+
+
+class DrafterError(Gemma4SpecError, ValueError):
+    """The drafter in the speculative config does not fit its target, or cannot be read."""
+
+
+def stop(error: Gemma4SpecError) -> NoReturn:
+    """End with ``error``: one line and exit code 1 in the ``vllm`` command, an exception everywhere else."""
+    if os.path.basename(sys.argv[0]) == "vllm":
+        raise SystemExit(f"vllm-gemma4-spec: {error}") from None
+    raise error from None

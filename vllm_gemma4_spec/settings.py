@@ -48,6 +48,13 @@ def switch(name: str, help: str, default: str = "1") -> Setting:
 
 ALL = switch(PREFIX, "0 leaves vLLM as it is: no patch is applied in any process")
 
+DEMO_DIR = Setting(
+    f"{PREFIX}_DEMO_DIR",
+    "",
+    "folder of the demo's models instead of the one below $XDG_CACHE_HOME or ~/.cache",
+)
+CHECK = switch(f"{PREFIX}_CHECK", "1 checks the invariants of every draft pass; slow, for tests and fault finding", "0")
+
 NAN_SCALES = Setting(
     f"{PREFIX}_NAN_SCALES",
     "repair",
@@ -62,7 +69,7 @@ NVFP4_WEIGHTS = Setting(
 )
 
 # Settings other than the switches of single patches; a module that reads one imports it from here.
-SETTINGS: tuple[Setting, ...] = (ALL, NAN_SCALES, NVFP4_WEIGHTS)
+SETTINGS: tuple[Setting, ...] = (ALL, CHECK, NAN_SCALES, NVFP4_WEIGHTS, DEMO_DIR)
 
 
 def patch_switch(patch_name: str) -> Setting:

@@ -121,7 +121,8 @@ def copy_and_expand(r: Random) -> Case:
     if r.chance(0.2):  # rows that pad a batch have no tokens
         lengths[r.number(0, rows - 1) :] = 0
     lengths[0] = max(lengths[0], 1)
-    total, net = int(lengths.sum()), slots - shift
+    # The target's inputs may be padded past the last request.
+    total, net = int(lengths.sum()) + r.number(0, 3) * r.chance(0.3), slots - shift
     start = np.cumsum([0, *lengths])
     # Up to all tokens of a request are rejected (a discarded one).
     rejected = r.numbers(0, 99, rows) % (lengths + 1) * r.numbers(0, 1, rows)

@@ -6,6 +6,7 @@ target: any wrong block table, slot or length shows as a rejection. Plain decodi
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.support.engine import Acceptance, acceptance, engine, generate, rando
 # Around blocks (16, 32), windows (32, 64) and far beyond both.
 LENGTHS = (1, 15, 16, 17, 63, 65, 200, 700)
 REQUESTS = 8
-TOKENS = 40
+TOKENS = 32
 
 # Every way of running that touches blocks: engine options and the lengths of the answers.
 WAYS: dict[str, dict[str, Any]] = {
@@ -24,7 +25,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "chunked-prefill": {"max_num_batched_tokens": 96, "max_num_seqs": 8},
     "prefix-caching": {"enable_prefix_caching": True},
     "one-group": {"disable_hybrid_kv_cache_manager": True},
-    "preemption": {"num_gpu_blocks_override": 150, "max_num_seqs": 8},
+    "preemption": {"num_gpu_blocks_override": 120, "max_num_seqs": 8},
     "replaced-requests": {"max_num_seqs": 3},
 }
 
@@ -34,16 +35,17 @@ def work(way: str) -> tuple[list[list[int]], list[int]]:
     prompts = random_prompts(LENGTHS)
     limits = [TOKENS] * len(prompts)
     if way == "prefix-caching":  # the same prompts and their prefixes again
-        prompts += [p[: len(p) * 2 // 3 + 1] + [7, 8, 9] for p in prompts] + prompts
+        prompts += [[*p[: len(p) * 2 // 3 + 1], 7, 8, 9] for p in prompts] + prompts
         limits = [TOKENS] * len(prompts)
     elif way == "preemption":  # all of them grow, and together they do not fit
         prompts = random_prompts([60 + i for i in range(REQUESTS)])
-        limits = [200] * REQUESTS
+        limits = [120] * REQUESTS
     elif way == "replaced-requests":
         limits = [3, 40, 7, 25, 1, 12, 33, 20]
     return prompts, limits
 
 
+@functools.cache
 def plain(model: Path, way: str) -> list[list[int]]:
     prompts, limits = work(way)
     with engine(model) as llm:
@@ -55,8 +57,6 @@ def speculate(model: Path, drafter: Path, k: int, way: str) -> tuple[list[list[i
     with engine(model, drafter, k, **WAYS[way]) as llm:
         before, preempted = acceptance(llm), _counter(llm, "vllm:num_preemptions")
         answers = generate(llm, prompts, limits)
-        if way == "prefix-caching":
-            answers = generate(llm, prompts, limits)
         return answers, acceptance(llm) - before, {"preempted": _counter(llm, "vllm:num_preemptions") - preempted}
 
 
@@ -64,8 +64,13 @@ def _counter(llm: Any, name: str) -> float:
     return sum(m.value for m in llm.get_metrics() if m.name == name)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
+def matrix() -> list[Any]:
+    """Every k with every way; `make test` takes every k once and every way once, `make test-slow` the rest."""
+    cases = [(k, way) for k in (1, 2, 3, 5, 8) for way in WAYS]
+    return [pytest.param(*c, marks=() if c[0] == 3 or c[1] == "replaced-requests" else pytest.mark.slow) for c in cases]
+
+
+@pytest.mark.parametrize(("k", "way"), matrix())
 @pytest.mark.parametrize("kind", ["target", "drafter"])
 def test_a_model_as_its_own_drafter_accepts_every_draft(tiny: dict[str, Path], kind: str, k: int, way: str) -> None:
     want = plain(tiny[kind], way)
@@ -77,13 +82,12 @@ def test_a_model_as_its_own_drafter_accepts_every_draft(tiny: dict[str, Path], k
         assert extra["preempted"] > 0
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("k", "way"), matrix())
 @pytest.mark.parametrize("drafter", ["drafter", "close"])
-def test_another_drafter_changes_no_token(tiny: dict[str, Path], drafter: str, way: str) -> None:
+def test_another_drafter_changes_no_token(tiny: dict[str, Path], drafter: str, k: int, way: str) -> None:
     want = plain(tiny["target"], way)
-    for k in (1, 3, 8):
-        answers, counts, _ = speculate(tiny["target"], tiny[drafter], k, way)
-        assert answers == want
-        assert counts.proposed > 0
-        if drafter == "close":  # neither always right nor always wrong, so both paths of the sampler are taken
-            assert 0 < counts.accepted < counts.proposed
+    answers, counts, _ = speculate(tiny["target"], tiny[drafter], k, way)
+    assert answers == want
+    assert counts.proposed > 0
+    if drafter == "close":  # neither always right nor always wrong, so both paths of the sampler are taken
+        assert 0 < counts.accepted < counts.proposed

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Tiny matrices: threads that spin for each other cost more than they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_GEMMA4_SPEC_CHECK", "1")
 
 Prompt = list[int]
 
@@ -23,6 +26,10 @@ Prompt = list[int]
 def engine(model: Path, drafter: Path | None = None, k: int = 3, **options: Any) -> Iterator[Any]:
     """An ``LLM`` in float32 without a tokenizer; with ``drafter`` it speculates ``k`` tokens ahead."""
     from vllm import LLM
+
+    import vllm_gemma4_spec
+
+    vllm_gemma4_spec.apply()  # another test may have undone a patch; vLLM loads plugins once per process
 
     settings: dict[str, Any] = {
         "dtype": "float32",
@@ -51,7 +58,9 @@ def engine(model: Path, drafter: Path | None = None, k: int = 3, **options: Any)
         gc.collect()
 
 
-def generate(llm: Any, prompts: Sequence[Prompt], max_tokens: int | Sequence[int] = 32, **sampling: Any) -> list[Prompt]:
+def generate(
+    llm: Any, prompts: Sequence[Prompt], max_tokens: int | Sequence[int] = 32, **sampling: Any
+) -> list[Prompt]:
     """Token ids of the answers; greedy and without an end of sequence unless ``sampling`` says otherwise."""
     from vllm import SamplingParams
 
@@ -71,9 +80,7 @@ class Acceptance:
     accepted: int
 
     def __sub__(self, other: Acceptance) -> Acceptance:
-        return Acceptance(
-            self.drafts - other.drafts, self.proposed - other.proposed, self.accepted - other.accepted
-        )
+        return Acceptance(self.drafts - other.drafts, self.proposed - other.proposed, self.accepted - other.accepted)
 
 
 def acceptance(llm: Any) -> Acceptance:

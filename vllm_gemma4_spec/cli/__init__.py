@@ -21,6 +21,8 @@ app = typer.Typer(
 
 # Subcommand -> module that holds its function `command`.
 COMMANDS = {
+    "demo": "vllm_gemma4_spec.cli.demo",
+    "demo-models": "vllm_gemma4_spec.cli.demo_models",
     "patches": "vllm_gemma4_spec.cli.patches",
     "inspect": "vllm_gemma4_spec.cli.inspect",
     "repair": "vllm_gemma4_spec.cli.repair",
@@ -43,15 +45,17 @@ def _root(
     pass
 
 
-def _register() -> None:
-    for name, module in COMMANDS.items():
+def _register(arguments: list[str]) -> None:
+    """Add the subcommand asked for; all of them where that is not known, as for ``--help``."""
+    asked = {name: COMMANDS[name] for name in arguments[:1] if name in COMMANDS}
+    for name, module in (asked or COMMANDS).items():
         function: Callable[..., Any] = importlib.import_module(module).command
         app.command(name)(function)
 
 
 def main() -> None:
     """Console entry point: a user's mistake ends with one line on stderr and exit code 2."""
-    _register()
+    _register(sys.argv[1:])
     try:
         app()
     except Gemma4SpecError as error:

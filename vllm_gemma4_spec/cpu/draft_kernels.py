@@ -150,7 +150,7 @@ def copy_and_expand_eagle_inputs(
     slot = num_valid.unsqueeze(1) + torch.arange(slots, device=device, dtype=start.dtype)  # [B, slots]
     _write(
         out_new_token_indices[: rows * slots].view(rows, slots),
-        (slot >= 0) & (slot < out_len.unsqueeze(1)),
+        slot >= 0,
         out_start.unsqueeze(1) + slot,
     )
     if shift_input_ids:

@@ -17,6 +17,8 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_gemma4_spec import settings
+from vllm_gemma4_spec.drafting.check import check_pass
 from vllm_gemma4_spec.drafting.slots import PADDING_SLOT_ID, group_slot_mappings
 
 # Metadata of these backends depends on the group only through these two fields, so one build serves
@@ -57,6 +59,7 @@ class DraftGroups:
     ) -> None:
         self._proposer = proposer
         self._runner = runner
+        self._check = settings.CHECK.on()
         # KV cache group ids in use; several attention groups may share one (other backend or head size).
         self._gids = sorted({g.kv_cache_group_id for g in attn_groups})
         self._block_sizes = [block_sizes[gid] for gid in self._gids]
@@ -64,6 +67,11 @@ class DraftGroups:
         self._slots = torch.full(
             (len(self._gids), proposer.max_num_tokens), PADDING_SLOT_ID, dtype=torch.int64, device=proposer.device
         )
+        self.slot_kernel = None
+        if proposer.device.type == "cuda":
+            from vllm_gemma4_spec.graphs.slots import GroupSlotKernel
+
+            self.slot_kernel = GroupSlotKernel(self._block_sizes, self._slots)
         self._num_slots = 0  # tokens of the pass being prepared; 0 when there is none
         self._row = [self._gids.index(g.kv_cache_group_id) for g in attn_groups]
         self._built: dict[tuple[Any, ...], Any] = {}
@@ -71,9 +79,9 @@ class DraftGroups:
             replace(g, metadata_builders=[GroupBuilder(self, i, g.get_metadata_builder())])
             for i, g in enumerate(attn_groups)
         ]
-        self._builders = [g.get_metadata_builder() for g in attn_groups]
+        self.builders = [g.get_metadata_builder() for g in attn_groups]
 
-    def _block_tables(self, num_reqs: int) -> list[torch.Tensor]:
+    def block_tables(self, num_reqs: int) -> list[torch.Tensor]:
         # Looked up each time: the runner makes a new input batch after the drafter's groups are known.
         tables = self._runner.input_batch.block_table
         return [tables[gid].get_device_tensor(num_reqs) for gid in self._gids]
@@ -82,22 +90,29 @@ class DraftGroups:
         """Fill every group's slots for the pass that ``cad`` describes (host-side; no device sync)."""
         num_tokens, num_reqs = cad.num_actual_tokens, cad.num_reqs
         positions = self._proposer._get_positions(num_tokens)
-        self._tables = self._block_tables(num_reqs)
-        group_slot_mappings(
-            self._tables,
-            self._block_sizes,
-            positions if positions.dim() == 1 else positions[0],
-            cad.query_start_loc[1 : num_reqs + 1],
-            self._proposer.arange[:num_tokens],
-            cad.slot_mapping[:num_tokens],
-            self._slots,
-        )
+        self._tables = self.block_tables(num_reqs)
+        positions = positions if positions.dim() == 1 else positions[0]  # M-RoPE: alike for text
+        if self.slot_kernel is not None:
+            self.slot_kernel.bind(self._tables)
+            self.slot_kernel(cad.query_start_loc, num_reqs, positions, cad.slot_mapping)
+        else:
+            group_slot_mappings(
+                self._tables,
+                self._block_sizes,
+                positions,
+                cad.query_start_loc[1 : num_reqs + 1],
+                self._proposer.arange[:num_tokens],
+                cad.slot_mapping[:num_tokens],
+                self._slots,
+            )
         self._num_slots = num_tokens
         self._built.clear()
+        if self._check:
+            check_pass(self._runner, self._gids, cad, positions, self._slots[:, :num_tokens])
 
     def build(self, index: int, cad: CommonAttentionMetadata, draft_index: int) -> Any:
         """Metadata of one attention group; built once per distinct spec and then shared."""
-        row, builder = self._row[index], self._builders[index]
+        row, builder = self._row[index], self.builders[index]
         own = copy.copy(cad)
         own.block_table_tensor = self._tables[row]
         own.slot_mapping = self._slots[row, : cad.num_actual_tokens]

@@ -5,7 +5,13 @@ To add one: declare it in a topic module, run ``make fingerprints ledger``, add 
 
 from __future__ import annotations
 
-from vllm_gemma4_spec.patches import cpu, drafting, modelopt
+from vllm_gemma4_spec.patches import chat, cpu, drafting, graphs, modelopt
 from vllm_gemma4_spec.patching.patch import Patch
 
-PATCHES: tuple[Patch, ...] = (*drafting.PATCHES, *cpu.PATCHES, *modelopt.PATCHES)
+PATCHES: tuple[Patch, ...] = (
+    *drafting.PATCHES,
+    *graphs.PATCHES,
+    *cpu.PATCHES,
+    *modelopt.PATCHES,
+    *chat.PATCHES,
+)

@@ -76,4 +76,37 @@ KV_SHARED_LAYERS = Patch(
     watches=("vllm.model_executor.models.gemma4:Gemma4Attention",),
 )
 
-PATCHES: tuple[Patch, ...] = (DRAFT_GROUPS, OWN_BLOCKS, KV_SHARED_LAYERS)
+ONE_GROUP_WINDOWS = Patch(
+    name="one-group-windows",
+    group=Group.CORRECTNESS,
+    why="With --disable-hybrid-kv-cache-manager, a drafter whose sliding window is not the target's (512 and 1024) "
+    "ends start-up: 'All attention layers in the same KV cache group must have the same window size'.",
+    how="The test for equal specs answers no instead of raising; vLLM then makes one group with a spec per layer.",
+    retire="A release whose is_kv_cache_spec_uniform returns False for different windows.",
+    edits=(
+        Edit("vllm.v1.core.kv_cache_utils:is_kv_cache_spec_uniform", f"{_OURS}.one_group:is_kv_cache_spec_uniform"),
+    ),
+    watches=(
+        "vllm.v1.core.kv_cache_utils:unify_hybrid_kv_cache_specs",
+        "vllm.v1.core.kv_cache_utils:get_kv_cache_groups",
+        "vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs",
+    ),
+)
+
+DRAFTER_CHECKS = Patch(
+    name="drafter-checks",
+    group=Group.CONVENIENCE,
+    why="A drafter folder without config.json, with another vocabulary or another tensor-parallel size ends in a "
+    "traceback, for the last one in a worker after the target has been loaded.",
+    how="create_speculative_config looks at the drafter before and after the original and ends with one line.",
+    retire="One-line errors upstream; the checks are of use with any release.",
+    edits=(
+        Edit(
+            "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
+            f"{_OURS}.refusals:create_speculative_config",
+        ),
+    ),
+    watches=("vllm.config.speculative:SpeculativeConfig.verify_equal_vocab_size_if_draft_model",),
+)
+
+PATCHES: tuple[Patch, ...] = (DRAFT_GROUPS, OWN_BLOCKS, KV_SHARED_LAYERS, ONE_GROUP_WINDOWS, DRAFTER_CHECKS)

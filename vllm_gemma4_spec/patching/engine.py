@@ -76,7 +76,7 @@ def _check_live(edit: Edit, original: Any) -> None:
     code = inspect.unwrap(function).__code__
     path = fingerprint.source_file(symbol.partition(":")[0])
     ours = code.co_filename.startswith(os.path.dirname(os.path.dirname(__file__)) + os.sep)
-    if not ours and (path is None or not os.path.samefile(code.co_filename, path)):
+    if not ours and (path is None or os.path.realpath(code.co_filename) != os.path.realpath(path)):
         raise TargetError(
             f"{edit.target} was replaced before this package could patch it: found {function.__module__}."
             f"{function.__qualname__}, wanted the function of vLLM 0.19.1; remove the other patch or set "
@@ -134,10 +134,13 @@ class Patcher:
         """Apply every enabled edit of ``module`` that is not in force. wrapt calls it after an import."""
         with self._lock:
             done = {id(a.edit) for a in self._applied}
-            for patch in self._patches:
-                for edit in patch.edits:
-                    if edit.module == module.__name__ and id(edit) not in done:
-                        self._applied.append(self._apply_edit(edit, module))
+            edits = [e for p in self._patches for e in p.edits if e.module == module.__name__ and id(e) not in done]
+            try:
+                for edit in edits:
+                    self._applied.append(self._apply_edit(edit, module))
+            except BaseException:
+                self.undo()  # all or nothing, also when a module turns out wrong long after the start
+                raise
 
     def _apply_edit(self, edit: Edit, module: ModuleType) -> _Applied:
         owner, attribute = _resolve(module, edit.target.partition(":")[2])

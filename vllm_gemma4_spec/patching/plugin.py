@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 
 from vllm_gemma4_spec import settings
 from vllm_gemma4_spec._version import __version__
-from vllm_gemma4_spec.errors import Gemma4SpecError
+from vllm_gemma4_spec.errors import Gemma4SpecError, stop
 from vllm_gemma4_spec.patching.engine import PATCHER
 
 # vLLM configures the logger "vllm" only: a logger outside that namespace prints no INFO line.
@@ -45,13 +44,11 @@ def load() -> None:
     try:
         PATCHER.apply()
     except Gemma4SpecError as error:
-        if os.path.basename(sys.argv[0]) == "vllm":
-            raise SystemExit(f"vllm-gemma4-spec: {error}") from None
-        raise
+        stop(error)
     declare_settings()
     if os.getpid() not in _said:
         _said.add(os.getpid())
-        logger.info("%s", summary())
+        logger.info("%s [process %d]", summary(), os.getpid())
         missing = PATCHER.missing_correctness()
         if missing and settings.ALL.on():
             logger.warning("vllm-gemma4-spec: answers may be wrong, switched off: %s", ", ".join(missing))

@@ -1,0 +1,189 @@
+"""Full-size Gemma 4 on one GPU, with and without speculation, in one run.
+
+    GEMMA4_ARTIFACTS=… python benchmarks/full_shape.py --target 31B --drafter E4B --out results.json
+
+Every engine is a process of its own: ``stock`` (plain decoding without this package), ``plain`` (with it),
+``spec`` (speculation) and, on request, ``spec-eager`` and ``spec-sync`` (without the graphs, without async
+scheduling). Times exclude prompts and a warm-up of every batch size; figures are medians of ``--repeats``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ENGINES: dict[str, dict[str, str]] = {
+    "stock": {"VLLM_GEMMA4_SPEC": "0"},
+    "plain": {},
+    "spec": {},
+    "spec-sync": {},
+    "spec-eager": {"VLLM_GEMMA4_SPEC_PATCH_DRAFT_GRAPHS": "0"},
+}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--target", default="31B", choices=("31B", "26B-A4B", "E4B"))
+    ap.add_argument("--drafter", default="E4B", choices=("E4B", "26B-A4B"))
+    ap.add_argument("--k", type=int, default=3, help="draft tokens per step")
+    ap.add_argument("--engines", default="stock,plain,spec", help=f"of {', '.join(ENGINES)}")
+    ap.add_argument("--concurrency", default="1,2,4,8,16")
+    ap.add_argument("--acceptance", default="1.0,0.7,0.0", help="chance that a draft position is accepted")
+    ap.add_argument("--tokens", type=int, default=128, help="tokens generated per request")
+    ap.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
+    ap.add_argument("--repeats", type=int, default=3)
+    ap.add_argument("--target-layers", type=int, help="cut the target, for a quick look at the drafter")
+    ap.add_argument("--compile", type=int, default=3, choices=(0, 3), help="vLLM's compilation mode")
+    ap.add_argument("--profile", action="store_true", help="list the kernels of one draft")
+    ap.add_argument("--out", type=Path, default=Path("full_shape.json"))
+    ap.add_argument("--engine", help=argparse.SUPPRESS)
+    return ap.parse_args(argv)
+
+
+def run_engine(args: argparse.Namespace) -> dict[str, Any]:
+    """One engine, in this process."""
+    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "fork")  # the hooks below must be inherited
+    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    import probes
+    import shapes
+    import vllm.model_executor.model_loader.dummy_loader as loader
+    from vllm import LLM, SamplingParams
+
+    loader.initialize_dummy_weights = shapes.random_weights
+    speculative = args.engine.startswith("spec")
+    sizes = [int(c) for c in args.concurrency.split(",")]
+    work = Path(tempfile.mkdtemp(prefix="shapes-"))
+    query = args.k + 1 if speculative else 1
+    options: dict[str, Any] = {}
+    if speculative:
+        options["speculative_config"] = {
+            "method": "draft_model",
+            "model": str(shapes.write_model(args.drafter, work / "drafter")),
+            "num_speculative_tokens": args.k,
+        }
+    if args.engine == "spec-sync":
+        options["async_scheduling"] = False
+    began = time.perf_counter()
+    llm = LLM(
+        str(shapes.write_model(args.target, work / "target", args.target_layers)),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_model_len=4096,
+        max_num_seqs=max(sizes),
+        max_num_batched_tokens=4096,
+        gpu_memory_utilization=0.8,
+        enable_prefix_caching=False,
+        disable_log_stats=False,
+        seed=0,
+        compilation_config={
+            "mode": args.compile,
+            "cudagraph_mode": "FULL_AND_PIECEWISE" if args.compile else "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": sorted({n * query for n in sizes}),
+        },
+        **options,
+    )
+    result: dict[str, Any] = {"start_s": round(time.perf_counter() - began, 1), "runs": []}
+    rpc = llm.collective_rpc
+    result["finite_logits"] = rpc(probes.finite)[0]
+    result |= rpc(probes.bandwidth_and_bytes)[0]
+    rpc(probes.install_marks)
+
+    def generate(n: int, tokens: int) -> tuple[float, dict[str, float]]:
+        prompts = [
+            {"prompt_token_ids": [(7 * i + 13 * j) % 50_000 + 100 for i in range(args.prompt)]} for j in range(n)
+        ]
+        params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
+        rpc(probes.switch_marks, args=(True,))
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        stats = [o.metrics for o in outputs]
+        first, last = max(s.first_token_ts for s in stats), max(s.last_token_ts for s in stats)
+        return (tokens - 1) * n / (last - first), rpc(probes.read_marks)[0]
+
+    for rate in [float(a) for a in args.acceptance.split(",")] if speculative else [None]:
+        if rate is not None:
+            rpc(probes.force_acceptance, args=(rate,))
+        for n in sizes:
+            generate(n, 24)
+            runs = [generate(n, args.tokens) for _ in range(args.repeats)]
+            speeds = sorted(r[0] for r in runs)
+            middle = statistics.median_low(speeds)
+            row = {
+                "concurrency": n,
+                "acceptance": rate,
+                "tokens_per_s": round(middle, 1),
+                "spread": [round(speeds[0], 1), round(speeds[-1], 1)],
+                **next(r[1] for r in runs if r[0] == middle),
+            }
+            print(args.engine, row, flush=True)
+            result["runs"].append(row)
+    if speculative:
+        result["draft_parts"] = rpc(probes.draft_parts, args=(sizes, args.prompt + args.tokens))[0]
+        print(args.engine, "draft parts", result["draft_parts"], flush=True)
+        if args.profile:
+            result["profile"] = rpc(probes.profile_replay, args=(sizes[0],))[0]
+            print(kernel_table(result["profile"]), flush=True)
+            result["linears"] = rpc(probes.linear_times, args=(1, result["bandwidth"]))[0]
+            print("\n".join(str(row) for row in result["linears"]), flush=True)
+    return result
+
+
+def kernel_table(kernels: list[tuple[str, float, float]], top: int = 30) -> str:
+    """Kernels of one draft by total time, and what lies between them."""
+    names = sorted({name for name, _, _ in kernels})
+    rows = [
+        (sum(us for n, _, us in kernels if n == name), sum(n == name for n, _, _ in kernels), name) for name in names
+    ]
+    busy = sum(row[0] for row in rows)
+    span = kernels[-1][1] + kernels[-1][2] if kernels else 0.0
+    lines = [f"{span:.0f} us, {len(kernels)} kernels busy for {busy:.0f} us"]
+    rows.sort(reverse=True)
+    lines += [f"{total:9.1f} us {count:5d} x {total / count:7.2f}  {name}" for total, count, name in rows[:top]]
+    return "\n".join(lines)
+
+
+def table(results: dict[str, Any]) -> str:
+    """tok/s of every engine, and of speculation over plain decoding."""
+    base = {r["concurrency"]: r["tokens_per_s"] for r in results.get("stock", results.get("plain", {})).get("runs", [])}
+    lines = ["engine       accept   c    tok/s  ratio    step  verify  sampling  draft    gap (ms)"]
+    for engine, result in results.items():
+        for r in result.get("runs", []):
+            n = r["concurrency"]
+            ratio = f"{r['tokens_per_s'] / base[n]:5.2f}" if n in base else "    -"
+            times = "  ".join(f"{r.get(p, float('nan')):6.2f}" for p in ("step", "verify", "sampling", "draft", "gap"))
+            accept = "  -" if r["acceptance"] is None else f"{r['acceptance']:.1f}"
+            lines.append(f"{engine:12s} {accept:>5s} {n:4d} {r['tokens_per_s']:8.1f}  {ratio}  {times}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    if args.engine:
+        args.out.write_text(json.dumps(run_engine(args)))
+        return
+    results: dict[str, Any] = {}
+    for engine in args.engines.split(","):
+        out = args.out.with_suffix(f".{engine}.part")
+        env = os.environ | ENGINES[engine] | {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO")}
+        command = [sys.executable, __file__, *sys.argv[1:], "--engine", engine, "--out", str(out)]
+        done = subprocess.run(command, env=env)
+        results[engine] = json.loads(out.read_text()) if done.returncode == 0 else {"failed": done.returncode}
+        out.unlink(missing_ok=True)
+        args.out.write_text(json.dumps({"args": vars(args) | {"out": str(args.out)}, "engines": results}, indent=1))
+    for engine, result in results.items():
+        if "bandwidth" in result:
+            reads = result["target"] + result.get("drafter", 0.0) * args.k
+            print(f"{engine}: floor {reads / result['bandwidth'] * 1e3:.2f} ms a step "
+                  f"({reads:.2f} GB at {result['bandwidth']:.0f} GB/s); start {result['start_s']} s")  # fmt: skip
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""What the benchmark puts into a running engine; every function runs in the worker (``LLM.collective_rpc``)."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import statistics
+import time
+from typing import Any
+
+import torch
+
+
+class _Marks:
+    """CUDA events and host times around the parts of a step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.on = False
+
+    def mark(self, name: str) -> None:
+        if not self.on:
+            return
+        if name == "forward":
+            self.steps.append({})
+        if self.steps:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.steps[-1][name] = event
+
+
+def force_acceptance(worker: Any, probability: float | None) -> None:
+    """From now on every draft position is accepted with ``probability`` (None: by the model again).
+
+    The sampler does its work first, so its cost stays in the figures; then its verdict is replaced.
+    """
+    sampler = worker.model_runner.rejection_sampler
+    original = type(sampler).forward
+
+    def forward(metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(sampler, metadata, *args, **kwargs)
+        tokens = output.sampled_token_ids  # [batch, k + 1], -1 where rejected
+        counts, k = metadata.num_draft_tokens, metadata.max_spec_len
+        if probability is None or set(counts) != {k}:
+            return output
+        drafts = metadata.draft_token_ids.view(len(counts), k)
+        accepted = (torch.rand(drafts.shape, device=drafts.device) < probability).cumprod(1)
+        # The token after the last accepted one: any valid id, here the draft before it or a constant.
+        kept = torch.cat([torch.ones_like(accepted[:, :1]), accepted], dim=1).bool()
+        values = torch.cat([drafts, torch.full_like(drafts[:, :1], 1000)], dim=1)
+        output.sampled_token_ids = torch.where(kept, values, -1).to(tokens.dtype)
+        return output
+
+    sampler.forward = forward
+
+
+def install_marks(worker: Any) -> None:
+    """Record events around the target's forward pass and the draft; ``read_marks`` gives the times."""
+    runner, marks = worker.model_runner, _Marks()
+    runner.benchmark_marks = marks
+
+    def around(owner: Any, attribute: str, before: str, after: str) -> None:
+        function = getattr(owner, attribute)
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            marks.mark(before)
+            out = function(*args, **kwargs)
+            marks.mark(after)
+            return out
+
+        setattr(owner, attribute, wrapper)
+
+    around(runner, "_model_forward", "forward", "forward end")
+    if getattr(runner, "drafter", None) is not None:
+        around(runner.drafter, "propose", "draft", "draft end")
+
+
+def switch_marks(worker: Any, on: bool) -> None:
+    marks = worker.model_runner.benchmark_marks
+    marks.on = on
+    if on:
+        marks.steps = []
+
+
+def read_marks(worker: Any) -> dict[str, float]:
+    """Medians in ms: ``step``, ``verify``, ``sampling`` (logits to draft), ``draft``, ``gap`` (to the next pass)."""
+    torch.cuda.synchronize()
+    steps = worker.model_runner.benchmark_marks.steps
+    parts: dict[str, list[float]] = {}
+    for step, following in itertools.pairwise(steps[2:]):
+        last = step.get("draft end", step["forward end"])
+        parts.setdefault("step", []).append(step["forward"].elapsed_time(following["forward"]))
+        parts.setdefault("verify", []).append(step["forward"].elapsed_time(step["forward end"]))
+        if "draft" in step:
+            parts.setdefault("sampling", []).append(step["forward end"].elapsed_time(step["draft"]))
+            parts.setdefault("draft", []).append(step["draft"].elapsed_time(step["draft end"]))
+        parts.setdefault("gap", []).append(last.elapsed_time(following["forward"]))
+    return {name: round(statistics.median(values), 3) for name, values in parts.items()} | {"steps": len(steps)}
+
+
+def _median_ms(run: Any, repeats: int = 20) -> float:
+    times = []
+    for _ in range(repeats + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[3:])
+
+
+def draft_parts(worker: Any, sizes: list[int], context: int) -> dict[str, dict[str, float]]:
+    """Per batch size: ms of a whole replay, of its first pass, of one further pass, and host ms per replay.
+
+    The first pass is a graph of its own, captured with one draft token.
+    """
+    from vllm.distributed.parallel_state import graph_capture
+
+    from vllm_gemma4_spec.graphs.proposal import GRAPHS, DraftGraphs
+
+    runner = worker.model_runner
+    drafter = runner.drafter
+    graphs = drafter.__dict__.get(GRAPHS)
+    if graphs is None:
+        return {}
+    k = drafter.num_speculative_tokens
+    first = DraftGraphs(drafter, graphs._groups, graphs._primary_table, graphs._propose, sizes)
+    drafter.num_speculative_tokens = 1
+    try:
+        with graph_capture(device=runner.device):
+            first.capture(torch.cuda.graph_pool_handle())
+    finally:
+        drafter.num_speculative_tokens = k
+    out = {}
+    for graph in (graphs, first):
+        graph._inputs.seq_lens.fill_(context)
+        graph._inputs.positions.copy_(
+            (torch.arange(k + 1, device=runner.device) + context - k - 1).repeat(graph.batch_sizes[-1])
+        )
+        graph._num_live.fill_(0)
+    for n in sizes:
+        whole = _median_ms(graphs._graphs[n].cuda_graph.replay)
+        once = _median_ms(first._graphs[n].cuda_graph.replay)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(20):
+            graphs._graphs[n].cuda_graph.replay()
+        host = (time.perf_counter() - began) / 20 * 1e3
+        torch.cuda.synchronize()
+        out[str(n)] = {
+            "whole": round(whole, 3),
+            "first": round(once, 3),
+            "further": round((whole - once) / max(1, k - 1), 3),
+            "host": round(host, 3),
+        }
+    return out
+
+
+def profile_replay(worker: Any, size: int) -> list[tuple[str, float, float]]:
+    """Kernels of one replay in order: name, start and duration in microseconds."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from vllm_gemma4_spec.graphs.proposal import GRAPHS
+
+    graphs = worker.model_runner.drafter.__dict__.get(GRAPHS)
+    if graphs is None:
+        return []
+    graphs._graphs[size].cuda_graph.replay()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+        graphs._graphs[size].cuda_graph.replay()
+        torch.cuda.synchronize()
+    kernels = [e for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels.sort(key=lambda e: e.time_range.start)
+    first = kernels[0].time_range.start if kernels else 0
+    return [(e.name[:120], e.time_range.start - first, e.time_range.elapsed_us()) for e in kernels]
+
+
+def linear_times(worker: Any, tokens: int, bandwidth: float) -> list[dict[str, Any]]:
+    """Per shape of the drafter's linear layers: microseconds of one call in a graph, and its floor.
+
+    Args:
+        tokens: rows of the input.
+        bandwidth: GB/s, for the floor: bytes of the weight over it.
+    """
+    runner = worker.model_runner
+    shapes: dict[tuple[int, int, str], list[Any]] = {}
+    for module in runner.drafter.model.modules():
+        if hasattr(module, "input_size_per_partition") and hasattr(module, "output_size_per_partition"):
+            kind = type(module.quant_method).__name__
+            shapes.setdefault((module.output_size_per_partition, module.input_size_per_partition, kind), []).append(
+                module
+            )
+    rows = []
+    for (size_n, size_k, kind), modules in shapes.items():
+        x = torch.randn(tokens, size_k, device=runner.device).to(runner.dtype)
+
+        def calls(modules: list[Any] = modules, x: torch.Tensor = x) -> None:
+            for module in modules:  # different weights each time, so the cache holds none of them
+                module(x)
+
+        with torch.inference_mode():
+            calls()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                calls()
+        nbytes = sum(p.numel() * p.element_size() for p in modules[0].parameters())
+        rows.append(
+            {
+                "shape": [size_n, size_k],
+                "method": kind,
+                "layers": len(modules),
+                "us": round(_median_ms(graph.replay) * 1e3 / len(modules), 2),
+                "floor_us": round(nbytes / bandwidth / 1e3, 2),
+            }
+        )
+    return sorted(rows, key=lambda r: -r["us"] * r["layers"])
+
+
+def bandwidth_and_bytes(worker: Any) -> dict[str, float]:
+    """Copy bandwidth in GB/s (bytes read plus written) and the bytes a pass of each model must read, in GB."""
+    from shapes import weight_bytes
+
+    runner = worker.model_runner
+    a = torch.empty(2**31, dtype=torch.uint8, device=runner.device)
+    b = torch.empty_like(a)
+    seconds = _median_ms(lambda: b.copy_(a), 10) / 1e3
+    out = {"bandwidth": 2 * a.numel() / seconds / 1e9, "target": weight_bytes(runner.get_model()) / 1e9}
+    if getattr(runner, "drafter", None) is not None:
+        out["drafter"] = weight_bytes(runner.drafter.model) / 1e9
+    return {name: round(value, 3) for name, value in out.items()}
+
+
+def finite(worker: Any) -> bool:
+    """Whether the target's logits are finite: random weights must mean something."""
+    runner = worker.model_runner
+    with torch.inference_mode():
+        hidden = torch.randn(4, runner.model_config.get_hidden_size(), device=runner.device).to(runner.dtype)
+        return bool(torch.isfinite(runner.model.compute_logits(hidden)).all())

@@ -1,0 +1,83 @@
+"""Gemma 4 at full size from its published configs alone: text-only, NVFP4, random finite weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MODELS = {"31B": "gemma-4-31B-it", "26B-A4B": "gemma-4-26B-A4B-it", "E4B": "gemma-4-E4B-it"}
+
+
+def artifacts() -> Path:
+    """The folder with ``gemma4/models/*/config.json``."""
+    folder = os.environ.get("GEMMA4_ARTIFACTS")
+    if not folder:
+        raise SystemExit("GEMMA4_ARTIFACTS is unset: it must name the folder that holds gemma4/models")
+    return Path(folder)
+
+
+def write_model(name: str, folder: Path, layers: int | None = None) -> Path:
+    """A folder with the config of ``Gemma4ForCausalLM`` in ModelOpt NVFP4; there are no weights in it.
+
+    Args:
+        layers: keep this many layers only (for a quick look; figures of such a model mean little).
+    """
+    published = json.loads((artifacts() / "gemma4/models" / MODELS[name] / "config.json").read_text())
+    config: dict[str, Any] = published["text_config"]
+    if layers:
+        config["num_hidden_layers"] = layers
+        config["layer_types"] = config["layer_types"][:layers]
+        config["num_kv_shared_layers"] = min(config["num_kv_shared_layers"], layers // 2)
+    config |= {
+        "architectures": ["Gemma4ForCausalLM"],
+        "tie_word_embeddings": True,
+        "quantization_config": {
+            "quant_method": "modelopt",
+            "quant_algo": "NVFP4",
+            "group_size": 16,
+            "ignore": ["lm_head", "*router*"],
+            "producer": {"name": "modelopt"},
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    return folder
+
+
+@torch.no_grad()
+def random_weights(model: torch.nn.Module, *_: Any, **__: Any) -> None:
+    """In the place of vLLM's ``initialize_dummy_weights``, which leaves NVFP4 codes and scales uninitialized.
+
+    Codes are random bytes, block scales 1, global scales such that a product keeps its input's size.
+    """
+    torch.manual_seed(0)
+    fan_in = {id(m): m.weight.shape[-1] * 2 for m in model.modules() if hasattr(m, "weight_scale_2")}
+    for module in model.modules():
+        for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if name in module._non_persistent_buffers_set:
+                continue
+            if value.dtype == torch.uint8:
+                value.random_(0, 256)
+            elif "weight_scale_2" in name:
+                value.fill_(1.0 / (3.0 * fan_in.get(id(module), 2048) ** 0.5))
+            elif "scale" in name and "layer_scalar" not in name:
+                value.copy_(torch.ones_like(value, dtype=torch.float32).to(value.dtype))
+            elif "Norm" in type(module).__name__ or name == "layer_scalar":
+                value.fill_(1.0)
+            elif value.is_floating_point():
+                value.normal_(0.0, 0.02)
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes that one decode step must read: everything but the embedding tables that it looks rows up in."""
+    total, seen = 0, set()
+    for name, value in model.named_parameters():
+        if value.data_ptr() in seen or ("per_layer" in name and "embed_tokens" in name):
+            continue
+        seen.add(value.data_ptr())
+        total += value.numel() * value.element_size()  # tied embeddings are read once, as the lm_head
+    return total

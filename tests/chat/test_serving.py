@@ -1,0 +1,138 @@
+"""/v1/chat/completions: vLLM's server code over scripted tokens, every scenario in every cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vllm_gemma4_spec.chat.tokens import vocabulary
+from vllm_gemma4_spec.patches.chat import CHAT_OUTPUT
+
+from . import reference, server
+from .scenarios import SCENARIOS, Scenario
+from .server import Server, all_at_once, by, random_cut
+
+USER = [{"role": "user", "content": "Hi"}]
+AFTER_TOOL = [
+    *USER,
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "get", "arguments": '{"n": 1}'}}],
+    },
+    {"role": "tool", "tool_call_id": "c1", "content": "15 degrees"},
+]
+SHORT = 24  # tokens; short outputs are also split in two everywhere
+
+
+@pytest.fixture(scope="module")
+def both(folder: Any) -> Server:
+    return server.run(Server(str(folder)).start())
+
+
+def cuts(length: int, whole: bool) -> list[tuple[str, server.Cut]]:
+    """The ways to cut a streamed answer; a whole answer is the same in all, so a few do."""
+    some = [("1", by(1)), ("3", by(3)), ("all", all_at_once)]
+    if whole:
+        return some
+    some += [("2", by(2)), ("6", by(6)), ("random 1", random_cut(1)), ("random 2", random_cut(2))]
+    if length <= SHORT:
+        some += [
+            (f"{at} + rest", lambda n, at=at: [min(at, n), *([n - at] if n > at else [])]) for at in range(1, length)
+        ]
+    return some
+
+
+def expected(tokenizer: Any, scenario: Scenario, tokens: list[int], prompt: list[int]) -> dict[str, Any]:
+    """The reference's answer, in the server's plain form; arguments as :func:`reference.read_json` gives them."""
+    request = scenario.request
+    ends = next((i for i, t in enumerate(tokens, 1) if t in server.ENDS), None)
+    limit = request.get("max_tokens")
+    stopped = ends is not None and not request.get("ignore_eos") and (limit is None or ends <= limit)
+    used = tokens[:ends] if stopped else tokens[:limit]
+    text_tokens = used[:-1] if stopped and not request.get("include_stop_str_in_output") else used
+    stops = request.get("stop", [])
+    special = vocabulary(tokenizer).special
+    runs = tokenizer.decode([t for t in text_tokens if t not in special])
+    stop = next((s for s in stops if s in runs), None)
+    meaning = reference.understand(
+        text_tokens,
+        lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+        special,
+        prompt=prompt,
+        tools=scenario.tools,
+        shown=request.get("skip_special_tokens") is False,
+        stop=stop,
+        include_stop=bool(request.get("include_stop_str_in_output")),
+    )
+    engine = "stop" if stopped or stop else "length"
+    return {
+        "reasoning": meaning.reasoning if request.get("include_reasoning", True) else "",
+        "content": meaning.content,
+        "calls": meaning.calls,
+        "finish_reason": meaning.finish(engine),
+        "usage": None if stop else len(used),  # with a stop string, the tokens of the last step count
+    }
+
+
+def differences(got: dict[str, Any], want: dict[str, Any]) -> dict[str, Any]:
+    try:
+        got = {**got, "calls": [[name, reference.read_json(arguments)] for name, arguments in got["calls"]]}
+    except ValueError as error:
+        return {"arguments are no JSON": (got["calls"], str(error))}
+    return {k: (got[k], v) for k, v in want.items() if got[k] != v and v is not None}
+
+
+async def one(served: Server, scenario: Scenario, tokens: list[int], cut: server.Cut, stream: bool) -> dict[str, Any]:
+    served.script(tokens, cut=cut)
+    options = {"stream_options": {"include_usage": True}} if stream else {}
+    messages = AFTER_TOOL if scenario.after_tool else USER
+    (answer,) = await served.chat(messages=messages, stream=stream, **options, **scenario.request)
+    return answer
+
+
+def wrong(served: Server, scenario: Scenario, encode: Any, plain: Any) -> dict[str, Any]:
+    """Cut -> what differs from the reference."""
+
+    async def every_cut() -> dict[str, Any]:
+        tokens = scenario.tokens(encode, plain)
+        bad = {}
+        for stream in (False, True):
+            for name, cut in cuts(len(tokens), not stream):
+                try:
+                    got = await one(served, scenario, tokens, cut, stream)
+                    want = expected(served.engine.tokenizer, scenario, tokens, served.engine.prompts[-1])
+                    difference = differences(got, want)
+                except AssertionError as error:
+                    difference = {"error": str(error)}
+                if difference:
+                    bad[f"{'streamed' if stream else 'whole'}, {name}"] = difference
+        return bad
+
+    return server.run(every_cut())
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.name)
+def test_every_cut(overlay: None, both: Server, scenario: Scenario, encode: Any, plain: Any) -> None:
+    assert wrong(both, scenario, encode, plain) == {}
+
+
+def test_stock_is_wrong(overlay: None, both: Server, encode: Any, plain: Any, record_property: Any) -> None:
+    """What the patch is for: without it most scenarios go wrong in some cut. Fails when it can be retired."""
+    CHAT_OUTPUT.undo()
+    try:
+        bad = {s.name: wrong(both, s, encode, plain) for s in SCENARIOS}
+    finally:
+        CHAT_OUTPUT.apply()
+    broken = {name for name, cuts_ in bad.items() if cuts_}
+    token_by_token = {n for n, c in bad.items() if "streamed, 1" in c}
+    plainly = {n for n, c in bad.items() if any(k.startswith("whole") for k in c)}
+    counts = (len(SCENARIOS), len(broken), len(token_by_token), len(plainly))
+    text = "{} scenarios: stock is wrong in {}, {} streamed token by token, {} not streamed".format(*counts)
+    record_property("stock", text)
+    print(text)
+    for name in ("reasoning, then content", "a call", "calls in parallel", "reasoning, then a call"):
+        assert name in broken
+    assert len(broken) > len(SCENARIOS) / 2
+    assert wrong(both, SCENARIOS[2], encode, plain) == {}

@@ -1,0 +1,77 @@
+"""Drafters of other models, whose layers share one KV cache group, keep vLLM's own path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.support.engine import acceptance, engine, generate, random_prompts
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).float().save_pretrained(folder)
+    return folder
+
+
+def drafter_of(llm: Any) -> Any:
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter
+
+
+def test_a_single_group_drafter_is_left_alone(llama: Path) -> None:
+    from vllm_gemma4_spec.drafting.groups import GroupBuilder
+
+    prompts = random_prompts((3, 40, 100))
+    with engine(llama) as llm:
+        want = generate(llm, prompts, 12)
+    with engine(llama, llama, 3) as llm:
+        before = acceptance(llm)
+        assert generate(llm, prompts, 12) == want
+        counts = acceptance(llm) - before
+        assert counts.accepted == counts.proposed > 0
+        drafter = drafter_of(llm)
+        assert drafter._gemma4_spec_groups is None
+        assert not any(isinstance(g.get_metadata_builder(), GroupBuilder) for g in drafter.draft_attn_groups)
+
+
+def test_groups_of_a_gemma_drafter(tiny: dict[str, Path]) -> None:
+    """Metadata is built once per distinct spec; every draft layer is served by exactly one group."""
+    with engine(tiny["target"], tiny["drafter"], 3) as llm:
+        drafter = drafter_of(llm)
+        names = [name for group in drafter.draft_attn_groups for name in group.layer_names]
+        assert sorted(names) == sorted(drafter._draft_attn_layer_names)
+        gids = {g.kv_cache_group_id for g in drafter.draft_attn_groups}
+        specs = {g.kv_cache_spec for g in drafter.draft_attn_groups}
+        assert len(gids) > len(specs) == 2  # sliding and full
+        builds: list[Any] = []
+        for builder in {
+            id(g.get_metadata_builder().builder): g.get_metadata_builder().builder for g in drafter.draft_attn_groups
+        }.values():
+            original = builder.build_for_drafting
+
+            def counted(*args: Any, original: Any = original, **kwargs: Any) -> Any:
+                builds.append(kwargs["draft_index"])
+                return original(*args, **kwargs)
+
+            builder.build_for_drafting = counted
+        generate(llm, random_prompts((20,)), 2)
+    # A prefill and at most two decode steps, three passes each, two builds a pass.
+    assert builds
+    assert {builds.count(i) for i in (0, 1, 2)} == {builds.count(0)}
+    assert builds.count(0) % 2 == 0
+    assert builds.count(0) <= 2 * 3

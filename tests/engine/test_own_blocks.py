@@ -1,0 +1,65 @@
+"""Draft writes stay in their request's blocks; without the patch they do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.engine import acceptance, engine, generate, random_prompts
+
+# A prompt that ends with its block: the first draft already needs a block the prompt did not.
+PROMPTS = random_prompts((16, 32, 48, 16, 32, 64))
+
+
+def test_stock_writes_drafts_where_the_request_owns_nothing(tiny: dict[str, Path]) -> None:
+    from vllm_gemma4_spec.drafting.check import InvariantError
+    from vllm_gemma4_spec.patches.drafting import OWN_BLOCKS
+
+    with engine(tiny["target"], tiny["target"], 3) as llm:  # also applies all patches
+        generate(llm, PROMPTS, 4)
+    OWN_BLOCKS.undo()
+    try:
+        with (
+            engine(tiny["target"], tiny["target"], 3) as llm,
+            pytest.raises(InvariantError, match=r"position \d+ of KV cache group \d+ .*does not own"),
+        ):
+            generate(llm, PROMPTS, 4)
+    finally:
+        OWN_BLOCKS.apply()
+
+
+def test_first_step_looks_ahead(tiny: dict[str, Path]) -> None:
+    """Blocks for the drafts are there in the first step, so those drafts are right, too."""
+    with engine(tiny["target"], tiny["target"], 5) as llm:
+        before = acceptance(llm)
+        generate(llm, PROMPTS, 12)
+        counts = acceptance(llm) - before
+    assert counts.accepted == counts.proposed > 0
+
+
+def test_rows_keep_nothing_of_a_request_that_left() -> None:
+    import torch
+    from vllm.v1.worker.block_table import BlockTable
+
+    from vllm_gemma4_spec.patches.drafting import OWN_BLOCKS
+
+    def rows() -> list[list[int]]:
+        table = BlockTable(16, 3, 6, 64, False, torch.device("cpu"), 16, 1)
+        table.add_row([1, 2, 3, 4], 0)
+        table.add_row([5, 6, 7, 8, 9], 2)
+        table.clear_row(0)
+        table.move_row(2, 0)  # condense
+        table.add_row([10], 2)
+        table.add_row([11, 12], 0)  # the row's request left and another came
+        return table.block_table.np.tolist()
+
+    OWN_BLOCKS.undo()
+    try:
+        stock = rows()
+    finally:
+        OWN_BLOCKS.apply()
+    assert stock[2] == [10, 6, 7, 8, 9, 0]
+    assert stock[0] == [11, 12, 7, 8, 9, 0]
+    assert rows()[2] == [10, 0, 0, 0, 0, 0]
+    assert rows()[0] == [11, 12, 0, 0, 0, 0]

@@ -1,0 +1,63 @@
+"""The same patches in every process that vLLM starts, or in none."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import sys
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    spec = {} if sys.argv[2] == "plain" else {"speculative_config": {"method": "draft_model", "model": sys.argv[1],
+                                                                     "num_speculative_tokens": 2}}
+    llm = LLM(sys.argv[1], skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=256,
+              max_num_seqs=4, block_size=16, num_gpu_blocks_override=256, distributed_executor_backend="mp", **spec)
+    params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True, detokenize=False)
+    print("answer", list(llm.generate([{"prompt_token_ids": [5, 6, 7]}], params)[0].outputs[0].token_ids))
+"""
+
+
+def run(model: Path, mode: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    script = folder / "run.py"
+    script.write_text(SCRIPT)
+    return subprocess.run(
+        [sys.executable, str(script), str(model), mode],
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+        | env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def reports(text: str) -> dict[str, str]:
+    """Process id -> what that process says is on."""
+    return {pid: line for line, pid in re.findall(r"(vllm-gemma4-spec \S+: .*) \[process (\d+)\]", text)}
+
+
+def test_every_process_reports_the_same_patches(tiny: dict[str, Path], tmp_path: Path) -> None:
+    done = run(tiny["target"], "draft", tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = reports(done.stdout + done.stderr)
+    assert len(found) == 3, found  # this process, the engine core, one worker
+    assert len(set(found.values())) == 1
+    assert "draft-groups" in next(iter(found.values()))
+
+
+@pytest.mark.parametrize("env", [{"VLLM_PLUGINS": ""}, {"VLLM_GEMMA4_SPEC": "0"}], ids=["plugins", "switch"])
+def test_left_out_means_in_no_process(tiny: dict[str, Path], tmp_path: Path, env: dict[str, str]) -> None:
+    done = run(tiny["target"], "draft", tmp_path, **env)
+    text = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "spec decode is not supported" in text  # the worker is stock: vLLM's refusal on the CPU
+    assert "patches on" not in text

@@ -1,0 +1,46 @@
+"""Drafters that do not fit are refused in one line, before any weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import tiny_models
+from tests.support.engine import engine
+from vllm_gemma4_spec.errors import DrafterError
+
+
+def refusal(target: Path, drafter: Path | str, **speculative: Any) -> str:
+    with (
+        pytest.raises(DrafterError) as caught,
+        engine(target, Path(drafter), 2, speculative={"model": str(drafter)} | speculative),
+    ):
+        pass
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_no_such_folder(tiny: dict[str, Path], tmp_path: Path) -> None:
+    assert refusal(tiny["target"], tmp_path / "none").endswith("no such folder; give a model folder or a hub id")
+
+
+def test_folder_without_config(tiny: dict[str, Path], tmp_path: Path) -> None:
+    assert "has no readable config.json" in refusal(tiny["target"], tmp_path)
+
+
+def test_config_that_is_not_json(tiny: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json is not JSON" in refusal(tiny["target"], tmp_path)
+
+
+def test_another_vocabulary(tiny: dict[str, Path], tmp_path: Path) -> None:
+    config = tiny_models.drafter_config(vocab_size=256, vocab_size_per_layer_input=256)
+    other = tiny_models.save(config, tmp_path / "other")
+    assert "has another vocabulary size than target" in refusal(tiny["target"], other)
+
+
+def test_another_tensor_parallel_size(tiny: dict[str, Path]) -> None:
+    assert "draft_tensor_parallel_size is 2" in refusal(tiny["target"], tiny["drafter"], draft_tensor_parallel_size=2)

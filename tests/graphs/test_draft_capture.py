@@ -1,0 +1,108 @@
+"""Where the drafter's graphs are captured, and where the original must stay in charge."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.support import engine as _engine  # sets the environment
+from vllm_gemma4_spec import settings
+from vllm_gemma4_spec.drafting.proposer import GROUPS
+from vllm_gemma4_spec.graphs.capture import _batch_sizes, capture_drafts
+from vllm_gemma4_spec.graphs.proposal import update_cudagraph_mode
+
+assert _engine
+
+
+class TritonAttentionMetadataBuilder:
+    pass
+
+
+class FlashInferMetadataBuilder:
+    pass
+
+
+def runner(**changes: Any) -> Any:
+    from vllm.config import CUDAGraphMode
+
+    groups = SimpleNamespace(slot_kernel=object(), builders=[changes.get("builder", TritonAttentionMetadataBuilder)()])
+    drafter = SimpleNamespace(
+        num_speculative_tokens=3, max_num_tokens=2048, pass_hidden_states_to_model=False, parallel_drafting=False
+    )
+    setattr(drafter, GROUPS, changes.get("groups", groups))
+    spec = SimpleNamespace(
+        uses_draft_model=lambda: changes.get("draft_model", True),
+        enforce_eager=changes.get("eager", False),
+        disable_padded_drafter_batch=False,
+    )
+    return SimpleNamespace(
+        speculative_config=changes.get("speculative", spec),
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=CUDAGraphMode[changes.get("mode", "FULL_AND_PIECEWISE")],
+            cudagraph_capture_sizes=[4, 8, 16],
+        ),
+        drafter=drafter,
+        parallel_config=SimpleNamespace(
+            data_parallel_size=changes.get("dp", 1), pipeline_parallel_size=changes.get("pp", 1)
+        ),
+        lora_config=changes.get("lora"),
+        scheduler_config=SimpleNamespace(max_num_seqs=4),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _no_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(settings.CHECK.name, "0")
+
+
+@pytest.mark.parametrize("mode", ["FULL_AND_PIECEWISE", "FULL_DECODE_ONLY", "FULL"])
+def test_a_graph_per_batch_size_of_the_target(mode: str) -> None:
+    assert _batch_sizes(runner(mode=mode)) == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"speculative": None},
+        {"draft_model": False},
+        {"eager": True},
+        {"groups": None},  # one KV cache group: vLLM's own way
+        {"builder": FlashInferMetadataBuilder},
+        {"mode": "NONE"},
+        {"mode": "PIECEWISE"},
+        {"dp": 2},
+        {"pp": 2},
+        {"lora": object()},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_elsewhere_there_are_none(changes: dict[str, Any]) -> None:
+    assert _batch_sizes(runner(**changes)) == []
+    assert capture_drafts(runner(**changes)) == 0
+
+
+def test_none_while_every_pass_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(settings.CHECK.name, "1")
+    assert _batch_sizes(runner()) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "device", "draft_model", "wanted"),
+    [
+        ("FULL_AND_PIECEWISE", "cuda", True, True),
+        ("PIECEWISE", "cuda", True, True),
+        ("FULL_DECODE_ONLY", "cuda", True, False),  # the model is not compiled in pieces
+        ("NONE", "cuda", True, False),
+        ("FULL_AND_PIECEWISE", "cpu", True, False),
+        ("FULL_AND_PIECEWISE", "cuda", False, False),  # EAGLE: vLLM does it itself
+    ],
+)
+def test_pieces_where_the_target_has_them(mode: str, device: str, draft_model: bool, wanted: bool) -> None:
+    given: list[Any] = []
+    self = runner(mode=mode, draft_model=draft_model)
+    self.device = SimpleNamespace(type=device)
+    self.drafter.initialize_cudagraph_keys = given.append
+    update_cudagraph_mode(lambda self: None)(self)
+    assert given == ([self.compilation_config.cudagraph_mode] if wanted else [])

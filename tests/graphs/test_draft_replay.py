@@ -1,0 +1,135 @@
+"""What a replay does around the graph, in the real engine: staging, padding and the live count.
+
+A CPU has no CUDA graphs. Here a replay runs the captured function again on the same buffers, so everything
+else is the real thing; ``benchmarks/gpu_exactness.py`` compares the graphs themselves on a GPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.engine import acceptance, engine, generate, random_prompts
+from vllm_gemma4_spec.drafting.slots import PADDING_SLOT_ID, group_slot_mappings
+from vllm_gemma4_spec.graphs.proposal import GRAPHS, DraftGraphs, _Graph, decode_batch_sizes
+
+K = 3
+
+
+class SlotsInPyTorch:
+    """Stands in for ``GroupSlotKernel``; test_slot_kernel.py shows that they write the same."""
+
+    def __init__(self, groups: Any) -> None:
+        self._groups = groups
+        self.num_live = torch.tensor([2**31 - 1], dtype=torch.int32)
+
+    def bind(self, tables: list[torch.Tensor]) -> None:
+        self._tables = tables
+
+    def __call__(self, starts: torch.Tensor, num_reqs: int, positions: torch.Tensor, primary: torch.Tensor) -> None:
+        primary = primary.clone()
+        live = int(self.num_live)
+        if live < num_reqs:
+            primary[starts[live] :] = PADDING_SLOT_ID
+        arange = torch.arange(len(positions), dtype=torch.int32)
+        groups = self._groups
+        group_slot_mappings(
+            self._tables, groups._block_sizes, positions, starts[1 : num_reqs + 1], arange, primary, groups._slots
+        )
+
+
+class Rerun(DraftGraphs):
+    """Graphs whose replay calls the captured function on the same buffers."""
+
+    def capture(self, pool: Any, warmups: int = 0) -> None:
+        k = self.query_len - 1
+        for n in self.batch_sizes:
+            drafts = torch.full((n, k), -1, dtype=torch.int64)
+            self._graphs[n] = _Graph(
+                SimpleNamespace(replay=lambda n=n, drafts=drafts: drafts.copy_(self.run(n))), drafts
+            )
+
+    def run(self, num_reqs: int) -> torch.Tensor:
+        with self._as_captured():
+            return self._run(num_reqs)
+
+
+def attach(llm: Any, batch_sizes: list[int]) -> dict[str, Any]:
+    """Give the running engine's drafter ``Rerun`` graphs; every replay is compared with the original."""
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    drafter = runner.drafter
+    groups = drafter._gemma4_spec_groups
+    groups.slot_kernel = SlotsInPyTorch(groups)
+    groups._check = False  # it reads every pass back; with it on, nothing is captured
+    table = runner.input_batch.block_table[drafter.kv_cache_gid]
+    graphs = Rerun(drafter, groups, table.get_device_tensor, type(drafter).propose, batch_sizes)
+    graphs.capture(None)
+    setattr(drafter, GRAPHS, graphs)
+    seen: dict[str, Any] = {"replays": 0, "padded": 0, "originals": 0, "different": 0}
+    wrapped = type(drafter).propose
+
+    def propose(**kwargs: Any) -> torch.Tensor:
+        cad = kwargs["common_attn_metadata"]
+        drafts = wrapped(drafter, **kwargs)
+        if graphs.fits(cad, kwargs["num_rejected_tokens_gpu"], kwargs["mm_embed_inputs"]):
+            seen["replays"] += 1
+            seen["padded"] += cad.num_reqs not in batch_sizes
+            seen["different"] += int((drafts != wrapped.__wrapped__(drafter, **kwargs)).sum())
+        else:
+            seen["originals"] += 1
+        return drafts
+
+    drafter.propose = propose
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["target", "close"])
+def test_replays_draft_what_the_original_drafts(tiny: dict[str, Path], kind: str) -> None:
+    prompts = random_prompts([5, 40, 90, 17, 33])
+    limits = [20, 26, 32, 38, 44]  # they end one after the other, so batches of every size occur
+    with engine(tiny["target"], max_num_seqs=4) as llm:
+        plain = generate(llm, prompts, limits)
+    with engine(tiny["target"], tiny[kind], K, max_num_seqs=4) as llm:
+        seen, before = attach(llm, [1, 2, 4]), acceptance(llm)
+        answers, counts = generate(llm, prompts, limits), acceptance(llm) - before
+    assert answers == plain
+    assert seen["different"] == 0
+    assert seen["replays"] > 5
+    assert seen["padded"] > 0  # three requests in the graph of four
+    assert seen["originals"] > 0  # prompts
+    if kind == "target":
+        assert counts.accepted == counts.proposed > 0
+    else:
+        assert 0 < counts.accepted < counts.proposed
+
+
+def test_batches_that_no_graph_fits() -> None:
+    graphs = Rerun(
+        SimpleNamespace(num_speculative_tokens=K, device=torch.device("cpu")), None, None, None, [1, 2, 4]  # type: ignore[arg-type]
+    )  # fmt: skip
+    rejected = torch.zeros(2, dtype=torch.int32)
+
+    def metadata(num_reqs: int, num_tokens: int, longest: int) -> Any:
+        return SimpleNamespace(num_reqs=num_reqs, num_actual_tokens=num_tokens, max_query_len=longest)
+
+    assert graphs.fits(metadata(2, 8, 4), rejected, None)
+    assert not graphs.fits(metadata(2, 8, 4), None, None)  # nothing was verified: prompts alone
+    assert not graphs.fits(metadata(2, 8, 4), rejected, ([], rejected))  # image embeddings
+    assert not graphs.fits(metadata(2, 5, 4), rejected, None)  # one request without drafts
+    assert not graphs.fits(metadata(2, 8, 7), rejected, None)  # a prompt of 7 and a request of 1
+    assert not graphs.fits(metadata(5, 20, 4), rejected, None)  # more than was captured
+
+
+def test_batch_sizes_follow_the_targets_and_thin_out() -> None:
+    proposer = SimpleNamespace(num_speculative_tokens=K, max_num_tokens=8192)
+    tokens = [4, *range(8, 513, 4)]
+    sizes = decode_batch_sizes(proposer, tokens, max_num_seqs=100)
+    assert sizes == [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 20, 24, 28, 32, 48, 64, 80, 96, 100]
+    assert decode_batch_sizes(proposer, [4, 8, 16], max_num_seqs=3) == [1, 2, 3]
+    assert decode_batch_sizes(proposer, [1, 2], max_num_seqs=3) == []
+    proposer.max_num_tokens = 12  # two requests of k + 2 tokens
+    assert decode_batch_sizes(proposer, tokens, max_num_seqs=100) == [1, 2]

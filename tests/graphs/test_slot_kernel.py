@@ -1,0 +1,87 @@
+"""The Triton slot kernel against the PyTorch form that the CPU runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_gemma4_spec.drafting.slots import PADDING_SLOT_ID, group_slot_mappings
+
+BLOCK_SIZES = [16, 32, 64, 128, 16, 48]
+MAX_LEN = 2048
+
+
+def case(seed: int, query_lens: list[int], live: int | None = None) -> dict[str, Any]:
+    """Requests at random places, a third of their tokens without a slot in the primary group."""
+    generator = torch.Generator().manual_seed(seed)
+    tables = [
+        torch.randint(1, 5000, (8, -(-MAX_LEN // size)), generator=generator, dtype=torch.int32) for size in BLOCK_SIZES
+    ]
+    starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
+    num_tokens = int(starts[-1])
+    positions = torch.cat(
+        [torch.arange(n) + int(torch.randint(0, MAX_LEN - n + 1, (1,), generator=generator)) for n in query_lens]
+    )
+    primary = torch.randint(0, 10**6, (num_tokens,), generator=generator)
+    primary[torch.rand(num_tokens, generator=generator) < 0.33] = PADDING_SLOT_ID
+    # A rejected position may lie past the maximum length.
+    positions[primary < 0] += MAX_LEN // 2
+    return {
+        "tables": tables,
+        "block_sizes": BLOCK_SIZES,
+        "query_start_loc": starts,
+        "positions": positions,
+        "primary_slots": primary,
+        "out": torch.empty(len(BLOCK_SIZES), num_tokens + 5, dtype=torch.int64),
+        "live": live,
+    }
+
+
+def expected(case: dict[str, Any]) -> torch.Tensor:
+    out = torch.full_like(case["out"], -7)
+    starts, num_tokens = case["query_start_loc"], len(case["positions"])
+    num_reqs = len(starts) - 1
+    primary = case["primary_slots"].clone()
+    if case["live"] is not None:
+        primary[starts[case["live"]] :] = PADDING_SLOT_ID
+    arange = torch.arange(num_tokens, dtype=torch.int32)
+    tables = [t[:num_reqs] for t in case["tables"]]
+    group_slot_mappings(tables, BLOCK_SIZES, case["positions"], starts[1:], arange, primary, out)
+    return out
+
+
+CASES = {
+    "one decode": case(0, [5]),
+    "decodes": case(1, [5] * 8),
+    "further pass": case(2, [1] * 8),
+    "prompts and decodes": case(3, [200, 5, 1, 65, 64]),
+    "padding of a graph": case(4, [5] * 8, live=3),
+    "nothing live": case(5, [5] * 4, live=0),
+}
+
+
+@pytest.fixture(scope="module")
+def by_triton(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("slots")
+    torch.save(list(CASES.values()), folder / "cases.pt")
+    script = Path(__file__).with_name("slots_by_triton.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder / "cases.pt"), str(folder / "results.pt")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(CASES, torch.load(folder / "results.pt"), strict=True))
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_kernel_writes_what_pytorch_writes(name: str, by_triton: dict[str, torch.Tensor]) -> None:
+    wanted = expected(CASES[name])
+    assert torch.equal(by_triton[name], wanted)
+    live = CASES[name]["live"]
+    assert bool((wanted[:, : len(CASES[name]["positions"])] >= 0).any()) == (live != 0)

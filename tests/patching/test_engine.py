@@ -1,0 +1,217 @@
+"""The patch engine itself, on the real targets in vLLM 0.19.1."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from vllm_gemma4_spec.patches import PATCHES
+from vllm_gemma4_spec.patching import fingerprint, ledger
+from vllm_gemma4_spec.patching.patch import Group
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a fresh Python: what is patched where is a matter of whole processes."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_GEMMA4_SPEC")}
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=clean | {"PYTHONPATH": str(ROOT), "VLLM_LOGGING_LEVEL": "INFO"} | env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+# Imports every module that a patch touches, so that nothing stays "waiting".
+IMPORT_ALL = """
+import importlib, json
+import vllm_gemma4_spec as ours
+from vllm_gemma4_spec.patches import PATCHES
+from vllm_gemma4_spec.patching.engine import PATCHER
+modules = list(dict.fromkeys(e.module for p in PATCHES for e in p.edits))
+def load(): [importlib.import_module(m) for m in modules]
+def raw():
+    import inspect, functools
+    out = {}
+    for p in PATCHES:
+        for e in p.edits:
+            *path, attribute = e.target.partition(":")[2].split(".")
+            owner = functools.reduce(getattr, path, importlib.import_module(e.module))
+            out[e.target] = vars(owner).get(attribute, "absent")
+    return out
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_applied_once_and_undone_whatever_was_imported_first(when: str) -> None:
+    first, second = ("ours.apply()", "load()") if when == "before" else ("load()", "ours.apply()")
+    stock = "{}" if when == "before" else "raw()"
+    done = run(
+        IMPORT_ALL
+        + f"""
+if {when == "after"}: load()
+stock = {stock}
+{first}; {second}
+once = raw()
+ours.apply(); ours.register()
+assert raw() == once, "a second apply changed something"
+assert {{s.state for s in ours.status()}} == {{"on"}}, ours.status()
+if stock:
+    same = [t for t in stock if stock[t] is once[t]]
+    print(json.dumps({{"untouched": same}}))
+ours.undo()
+back = raw()
+if stock:
+    assert all(stock[t] is back[t] for t in stock), [t for t in stock if stock[t] is not back[t]]
+assert not [t for t in back if getattr(back[t], "__module__", "").startswith("vllm_gemma4_spec")]
+assert {{s.state for s in ours.status()}} == {{"not applied"}}
+ours.apply()
+assert {{s.state for s in ours.status()}} == {{"on"}}
+print("fine")
+"""
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip().endswith("fine")
+
+
+def test_register_imports_nothing_heavy_and_is_quick_in_modules() -> None:
+    """Importing and registering adds no module of vLLM's engine, no torch, no transformers by itself."""
+    done = run(
+        """
+        import sys, vllm, vllm.envs
+        before = set(sys.modules)
+        import vllm_gemma4_spec; vllm_gemma4_spec.register()
+        new = {m for m in set(sys.modules) - before if m.split(".")[0] in ("torch", "transformers", "vllm", "triton")}
+        print(sorted(new))
+        """
+    )
+    assert done.stdout.strip().splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def test_importing_the_package_imports_no_vllm() -> None:
+    done = run("import sys, vllm_gemma4_spec; print([m for m in ('vllm', 'torch', 'wrapt') if m in sys.modules])")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (
+            "import vllm.v1.spec_decode.eagle as e\ne.SpecDecodeBaseProposer._get_slot_mapping = lambda self, n: {}",
+            "SpecDecodeBaseProposer._get_slot_mapping was replaced before",
+        ),
+        (
+            "import vllm.v1.worker.block_table as b\ndel b.BlockTable.move_row",
+            "BlockTable.move_row is gone",
+        ),
+        (
+            "import vllm_gemma4_spec.patching.fingerprint as f; f.of_source = lambda *a: 0; f._digest = lambda d: ''",
+            r"vLLM 0.19.1 is not the 0.19.1 these patches were written for: vllm.v1.spec_decode.eagle:",
+        ),
+        ("import vllm; vllm.__version__ = '0.20.0'", "vLLM 0.20.0 is installed and this overlay is for 0.19.1"),
+    ],
+    ids=["replaced", "gone", "changed", "version"],
+)
+def test_a_target_that_is_not_the_one_stops_everything(prepare: str, message: str) -> None:
+    done = run(
+        IMPORT_ALL
+        + prepare
+        + """
+try:
+    ours.apply(); load()
+except Exception as error:
+    print(type(error).__name__, error)
+print("patched:", [t for t, o in raw().items() if getattr(o, "__module__", "").startswith("vllm_gemma4_spec")])
+"""
+    )
+    assert message in done.stdout, done.stdout + done.stderr[-2000:]
+    assert "patched: []" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"VLLM_GEMMA4_SPEC_PATCH_DRAFT_GRUOPS": "0"}, "VLLM_GEMMA4_SPEC_PATCH_DRAFT_GRUOPS: no such patch switch"),
+        ({"VLLM_GEMMA4_SPEC_CHEKC": "1"}, "VLLM_GEMMA4_SPEC_CHEKC: no such setting"),
+        ({"VLLM_GEMMA4_SPEC": "maybe"}, "VLLM_GEMMA4_SPEC='maybe': expected one of 0, 1"),
+    ],
+)
+def test_a_wrong_switch_is_one_line(env: dict[str, str], message: str) -> None:
+    done = run("import vllm_gemma4_spec as o\ntry: o.apply()\nexcept ValueError as e: print(e)", **env)
+    assert message in done.stdout
+    assert len(done.stdout.strip().splitlines()) == 1
+
+
+def test_switches() -> None:
+    code = """
+    import vllm, vllm.envs, vllm_gemma4_spec as o
+    o.register()
+    print([s.name for s in o.status() if s.state == "off"])
+    """
+    off = run(code, VLLM_GEMMA4_SPEC="0")
+    assert set(off.stdout.strip().splitlines()[-1].strip("[]").replace("'", "").split(", ")) == {
+        p.name for p in PATCHES
+    }
+    one = run(code, VLLM_GEMMA4_SPEC_PATCH_OWN_BLOCKS="0")
+    assert one.stdout.strip().splitlines()[-1] == "['own-blocks']"
+    assert "answers may be wrong" in one.stdout + one.stderr
+
+
+def test_switches_are_known_to_vllm_and_in_its_cache_key() -> None:
+    code = """
+    import vllm, vllm.envs, vllm_gemma4_spec as o
+    o.register()
+    vllm.envs.validate_environ(hard_fail=True)
+    factors = vllm.envs.compile_factors()
+    print({k: v for k, v in factors.items() if k.startswith("VLLM_GEMMA4_SPEC")})
+    """
+    on, off = run(code), run(code, VLLM_GEMMA4_SPEC_PATCH_OWN_BLOCKS="0")
+    assert on.returncode == off.returncode == 0, off.stderr[-2000:]
+    assert "VLLM_GEMMA4_SPEC_STATE" in on.stdout
+    assert on.stdout.strip().splitlines()[-1] != off.stdout.strip().splitlines()[-1]
+
+
+def test_the_vllm_command_ends_with_one_line(tmp_path: Path) -> None:
+    """A user's mistake in the ``vllm`` command is no traceback."""
+    done = run(
+        """
+        import sys; sys.argv[0] = "/usr/bin/vllm"
+        import vllm, vllm_gemma4_spec; vllm_gemma4_spec.register()
+        """,
+        VLLM_GEMMA4_SPEC="2",
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("vllm-gemma4-spec: VLLM_GEMMA4_SPEC='2'")
+    assert "Traceback" not in done.stderr
+
+
+def test_declarations_are_complete() -> None:
+    names = [p.name for p in PATCHES]
+    assert len(set(names)) == len(names)
+    targets = [e.target for p in PATCHES for e in p.edits]
+    assert len(set(targets)) == len(targets) or all(p.group for p in PATCHES)
+    for patch in PATCHES:
+        assert patch.edits
+        assert isinstance(patch.group, Group)
+        assert all(len(text) > 20 for text in (patch.why, patch.how, patch.retire))
+
+
+def test_fingerprints_are_those_of_the_installed_vllm() -> None:
+    """From the source text, not by the digest of whole files, which is the quick way."""
+    wanted = {s: fingerprint.wanted(s) for p in PATCHES for s in p.checked_symbols}
+    built = fingerprint.build_record(list(wanted))
+    assert {f"{m}:{n}": mark for m, entry in built.items() for n, mark in entry["symbols"].items()} == wanted
+    assert json.loads(fingerprint.RECORD.read_text()) == built
+
+
+def test_the_ledger_is_current() -> None:
+    assert (ROOT / "docs/patches.md").read_text() == ledger.render(), "run `make ledger`"

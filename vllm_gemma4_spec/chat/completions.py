@@ -1,0 +1,296 @@
+"""/v1/chat/completions and /v1/messages: the parser behind vLLM's own generators.
+
+vLLM builds the chunks, the usage, the logprobs and the finish; only what goes into ``reasoning``,
+``content`` and ``tool_calls`` comes from here. The engine's outputs reach vLLM's generators with their
+parse attached (to the token list when streamed, to the text otherwise), and the reasoning parser that the
+generators ask hands that parse back.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from vllm.entrypoints.chat_utils import make_tool_call_id
+from vllm.entrypoints.openai.engine.protocol import DeltaFunctionCall, DeltaMessage, DeltaToolCall, FunctionCall
+
+from vllm_gemma4_spec.chat.machine import Kind
+from vllm_gemma4_spec.chat.requests import Parsers, Plan
+from vllm_gemma4_spec.chat.results import Choice, Message, Piece
+
+
+class ParsedTokens(list[int]):
+    """New token ids of a choice, and the delta that is made of them.
+
+    vLLM joins the ids of all deltas, a copy of everything with every token; nobody reads the sum here, so
+    the sum of two is the second.
+    """
+
+    __slots__ = ("delta",)
+    delta: DeltaMessage | None
+
+    def __add__(self, other: Any) -> Any:
+        return other
+
+
+class ParsedText(str):
+    """The text of a whole output, which stands in for its content, and its parse."""
+
+    message: Message
+
+
+class _Handover:
+    """Takes the place of a reasoning parser in vLLM's generators and hands the parse over."""
+
+    def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
+        return False  # the generators shall ask for every delta
+
+    def extract_reasoning_streaming(
+        self, previous_text: str, current_text: str, delta_text: str, previous: Any, current: Any, delta: ParsedTokens
+    ) -> DeltaMessage | None:
+        return delta.delta
+
+    def extract_reasoning(self, model_output: ParsedText, request: Any) -> tuple[str | None, ParsedText | None]:
+        message = model_output.message
+        # The content stays attached while calls are to be taken from it; see `parsed_calls`.
+        if message.content or message.tool_calls or not message.reasoning:
+            return message.reasoning or None, model_output
+        return message.reasoning, None
+
+
+def delta_message(piece: Piece, ids: dict[int, str]) -> DeltaMessage | None:
+    """One piece as a delta; ``ids`` keeps the calls' ids by index."""
+    if piece.kind is None:
+        return None
+    if piece.kind is Kind.REASONING:
+        return DeltaMessage(reasoning=piece.text)
+    if piece.kind is Kind.CONTENT:
+        return DeltaMessage(content=piece.text)
+    calls: dict[int, DeltaToolCall] = {}
+    for event in piece.events:
+        if event.name:
+            ids[event.call] = make_tool_call_id()
+            calls[event.call] = DeltaToolCall(
+                index=event.call,
+                id=ids[event.call],
+                type="function",
+                function=DeltaFunctionCall(name=event.name, arguments=""),
+            )
+        else:
+            call = calls.get(event.call)
+            if call is None:
+                call = calls[event.call] = DeltaToolCall(index=event.call, function=DeltaFunctionCall(arguments=""))
+            call.function.arguments += event.text
+    return DeltaMessage(tool_calls=list(calls.values()))
+
+
+class _Stream:
+    """One choice while it is streamed."""
+
+    def __init__(self, choice: Choice, all_tokens: bool) -> None:
+        self._choice = choice
+        self._all_tokens = all_tokens  # a chunk for every token, also where there is no text
+        self._ids: dict[int, str] = {}
+
+    def outputs(self, output: Any) -> list[Any]:
+        """One ``CompletionOutput`` per piece, the first of them ``output`` itself; the last has the finish."""
+        pieces = self._choice.pieces(output)
+        finish, stop = output.finish_reason, output.stop_reason
+        out = [output]
+        if len(pieces) > 1:
+            tokens, logprobs, at = output.token_ids, output.logprobs, 0
+            out += [replace(output, text="") for _ in pieces[1:]]
+            for piece, part in zip(pieces, out, strict=True):
+                end = at + piece.tokens
+                part.token_ids = tokens[at:end]
+                part.logprobs = None if logprobs is None else logprobs[at:end]
+                part.finish_reason = part.stop_reason = None
+                at = end
+        if finish is not None:
+            out[-1].finish_reason, out[-1].stop_reason = self._choice.finish_reason(finish), stop
+        for i, piece in enumerate(pieces):
+            part = out[i]
+            part.token_ids = parsed = ParsedTokens(part.token_ids)
+            parsed.delta = delta_message(piece, self._ids)
+            if parsed.delta is None and self._all_tokens and parsed:
+                parsed.delta = DeltaMessage()
+        return out
+
+
+async def _streamed(results: AsyncIterator[Any], plan: Plan, all_tokens: bool) -> AsyncGenerator[Any, None]:
+    """``RequestOutput`` s of deltas, every choice's outputs replaced by its pieces."""
+    streams: dict[int, _Stream] = {}
+    async for result in results:
+        outputs = []
+        for output in result.outputs:
+            stream = streams.get(output.index)
+            if stream is None:
+                stream = streams[output.index] = _Stream(plan.choice(result.prompt_token_ids), all_tokens)
+            outputs += stream.outputs(output)
+        result.outputs = outputs  # deltas are made for this reader alone
+        yield result
+
+
+async def _whole(results: AsyncIterator[Any], plan: Plan, messages: dict[int, Message]) -> AsyncGenerator[Any, None]:
+    """The last ``RequestOutput``, its texts replaced by contents; ``messages`` gets the parse per choice."""
+    last = None
+    async for result in results:
+        last = result
+    if last is None:
+        return
+    last = copy.copy(last)
+    outputs = []
+    for output in last.outputs:
+        message = plan.choice(last.prompt_token_ids).message(output)
+        messages[output.index] = message
+        text = ParsedText(message.content)
+        text.message = message
+        outputs.append(replace(output, text=text, finish_reason=message.finish_reason))
+    last.outputs = outputs
+    yield last
+
+
+def _echoable(conversation: list[Any]) -> list[Any]:
+    """Gemma 4's templates get contents in parts; vLLM's stream can echo a string only (its plain answer joins)."""
+    if not conversation or not isinstance(conversation[-1].get("content"), list):
+        return conversation
+    text = "\n".join(part["text"] for part in conversation[-1]["content"])
+    return [*conversation[:-1], {**conversation[-1], "content": text}]
+
+
+def stream_generator(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``OpenAIServingChat.chat_completion_stream_generator``."""
+
+    @functools.wraps(original)
+    def wrapper(
+        self: Any,
+        request: Any,
+        result_generator: AsyncIterator[Any],
+        request_id: str,
+        model_name: str,
+        conversation: Any,
+        tokenizer: Any,
+        request_metadata: Any,
+        reasoning_parser: Any = None,
+    ) -> Any:
+        parsers = Parsers.of(self.reasoning_parser_cls, self.tool_parser)
+        if parsers is not None:
+            plan = Plan.of(parsers, request, tokenizer)
+            result_generator = _streamed(result_generator, plan, bool(request.logprobs))
+            reasoning_parser = _Handover()
+            conversation = _echoable(conversation) if request.echo else conversation
+            # Otherwise vLLM would look for calls in the text itself.
+            request = request.model_copy(update={"tool_choice": "none"})
+        return original(
+            self,
+            request,
+            result_generator,
+            request_id,
+            model_name,
+            conversation,
+            tokenizer,
+            request_metadata,
+            reasoning_parser,
+        )
+
+    return wrapper
+
+
+def full_generator(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``OpenAIServingChat.chat_completion_full_generator``."""
+
+    @functools.wraps(original)
+    async def wrapper(
+        self: Any,
+        request: Any,
+        result_generator: AsyncIterator[Any],
+        request_id: str,
+        model_name: str,
+        conversation: Any,
+        tokenizer: Any,
+        request_metadata: Any,
+        reasoning_parser: Any = None,
+    ) -> Any:
+        parsers = Parsers.of(self.reasoning_parser_cls, self.tool_parser)
+        messages: dict[int, Message] = {}
+        if parsers is not None:
+            plan = Plan.of(parsers, request, tokenizer)
+            result_generator = _whole(result_generator, plan, messages)
+            reasoning_parser = _Handover()
+            # vLLM's branch for `auto` is the one that takes content and calls alike.
+            request = request.model_copy(update={"tool_choice": "auto" if plan.parses_calls else "none"})
+        response = await original(
+            self,
+            request,
+            result_generator,
+            request_id,
+            model_name,
+            conversation,
+            tokenizer,
+            request_metadata,
+            reasoning_parser,
+        )
+        for choice in getattr(response, "choices", ()) if messages else ():
+            # That branch also says `tool_calls` where a call was cut or a function was named.
+            choice.finish_reason = messages[choice.index].finish_reason or "stop"
+            if plan.forces_calls and choice.message.content is None:
+                choice.message.content = ""  # as vLLM answers a forced tool choice
+        return response
+
+    return wrapper
+
+
+def parsed_calls(original: staticmethod[..., Any]) -> staticmethod[..., Any]:
+    """Wraps ``OpenAIServing._parse_tool_calls_from_content``: calls that came with the content are taken."""
+    inner = original.__func__
+
+    @functools.wraps(inner)
+    def wrapper(
+        request: Any, tokenizer: Any, enable_auto_tools: bool, tool_parser_cls: Any, content: Any = None
+    ) -> Any:
+        if not isinstance(content, ParsedText):
+            return inner(request, tokenizer, enable_auto_tools, tool_parser_cls, content)
+        message = content.message
+        calls = [FunctionCall(id=make_tool_call_id(), name=c.name, arguments=c.arguments) for c in message.tool_calls]
+        return calls, message.content if message.content or not calls else None
+
+    return staticmethod(wrapper)
+
+
+def batch_full_generator(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``OpenAIServingChatBatch.chat_completion_full_generator_batch``."""
+
+    @functools.wraps(original)
+    async def wrapper(
+        self: Any,
+        request: Any,
+        generators: list[Any],
+        request_id: str,
+        model_name: str,
+        all_conversations: Any,
+        tokenizer: Any,
+        request_metadata: Any,
+        reasoning_parser: Any = None,
+    ) -> Any:
+        # The endpoint knows no tools, so a tool parser alone leaves it as it is.
+        parsers = Parsers.of(self.reasoning_parser_cls, self.tool_parser)
+        if parsers is not None and parsers.reasoning:
+            plan = Plan.of(parsers, request, tokenizer)
+            generators = [_whole(g, plan, {}) for g in generators]
+            reasoning_parser = _Handover()
+        return await original(
+            self,
+            request,
+            generators,
+            request_id,
+            model_name,
+            all_conversations,
+            tokenizer,
+            request_metadata,
+            reasoning_parser,
+        )
+
+    return wrapper

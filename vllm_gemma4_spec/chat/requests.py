@@ -1,0 +1,87 @@
+"""What a server and a request want, in the parser's terms; and whether the parser is in charge at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.reasoning.gemma4_reasoning_parser import Gemma4ReasoningParser
+from vllm.tool_parsers.gemma4_tool_parser import Gemma4ToolParser
+
+from vllm_gemma4_spec.chat.machine import Options, OutputParser, Tools
+from vllm_gemma4_spec.chat.results import Choice
+from vllm_gemma4_spec.chat.tokens import Vocabulary, vocabulary
+
+
+@dataclass(frozen=True)
+class Parsers:
+    """Which of the parsers named ``gemma4`` a server was started with."""
+
+    reasoning: bool
+    tools: bool
+
+    @classmethod
+    def of(cls, reasoning_parser: Any, tool_parser: Any) -> Parsers | None:
+        """None if neither is ``gemma4``, or one of them is another model's: then vLLM is left as it is."""
+        if reasoning_parser not in (None, Gemma4ReasoningParser) or tool_parser not in (None, Gemma4ToolParser):
+            return None
+        if reasoning_parser is None and tool_parser is None:
+            return None
+        return cls(reasoning_parser is not None, tool_parser is not None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the outputs of one request are parsed."""
+
+    vocabulary: Vocabulary
+    options: Options
+
+    @classmethod
+    def of(cls, parsers: Parsers, request: Any, tokenizer: Any) -> Plan:
+        """
+        Args:
+            parsers: of the server.
+            request: ``ChatCompletionRequest``, ``BatchChatCompletionRequest`` or ``ResponsesRequest``.
+            tokenizer: of the server.
+        """
+        tools, name = _tools(request) if parsers.tools else (Tools.OFF, "")
+        stop = getattr(request, "stop", None) or []
+        options = Options(
+            reasoning=parsers.reasoning,
+            include_reasoning=getattr(request, "include_reasoning", True),
+            tools=tools,
+            tool_name=name,
+            # None means the default, as in vLLM's own filter; only an explicit False is a limit there too.
+            parallel_calls=getattr(request, "parallel_tool_calls", True) is not False,
+            special_text=not getattr(request, "skip_special_tokens", True),
+            stop=tuple(s for s in ([stop] if isinstance(stop, str) else stop) if s),
+            include_stop=getattr(request, "include_stop_str_in_output", False),
+        )
+        return cls(vocabulary(tokenizer), options)
+
+    @property
+    def parses_calls(self) -> bool:
+        return self.options.tools is not Tools.OFF
+
+    @property
+    def forces_calls(self) -> bool:
+        return self.options.tools in (Tools.REQUIRED, Tools.NAMED)
+
+    def choice(self, prompt_token_ids: Sequence[int] | None) -> Choice:
+        """A fresh parser for one choice."""
+        parser = OutputParser(self.vocabulary, self.options, prompt_token_ids or ())
+        return Choice(parser, calls_finish=self.options.tools is not Tools.NAMED)
+
+
+def _tools(request: Any) -> tuple[Tools, str]:
+    choice = getattr(request, "tool_choice", None)
+    if not getattr(request, "tools", None) or choice == "none":
+        return Tools.OFF, ""
+    if choice == "required":
+        return Tools.REQUIRED, ""
+    if choice is None or isinstance(choice, str):
+        return Tools.AUTO, ""
+    name = getattr(getattr(choice, "function", choice), "name", None)
+    return (Tools.NAMED, name) if isinstance(name, str) else (Tools.AUTO, "")

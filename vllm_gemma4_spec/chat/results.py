@@ -1,0 +1,128 @@
+"""What an engine's output becomes: pieces of one kind each, and whole messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_gemma4_spec.chat.machine import Event, Kind, OutputParser
+
+
+@dataclass(slots=True)
+class Piece:
+    """Consecutive events of one kind, and how many tokens brought them about.
+
+    A token that ends one piece and begins the next counts for the first. ``kind`` is None where tokens
+    brought nothing about.
+    """
+
+    kind: Kind | None = None
+    tokens: int = 0
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return self.events[0].text if len(self.events) == 1 else "".join(e.text for e in self.events)
+
+
+@dataclass
+class ToolCall:
+    """One call; ``arguments`` is a JSON object, what was read of it if the call was ``cut``."""
+
+    name: str
+    arguments: str = ""
+    cut: bool = False
+
+
+@dataclass
+class Message:
+    """One whole output. ``finish_reason`` is ``tool_calls`` where every call was read to its end."""
+
+    reasoning: str = ""
+    content: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def add(self, piece: Piece) -> None:
+        if piece.kind is Kind.REASONING:
+            self.reasoning += piece.text
+        elif piece.kind is Kind.CONTENT:
+            self.content += piece.text
+        arguments: list[str] = []
+        for event in piece.events if piece.kind is Kind.CALL else ():
+            if event.name:
+                self._arguments(arguments)
+                self.tool_calls.append(ToolCall(event.name))
+            arguments.append(event.text)
+            self.tool_calls[-1].cut |= event.cut
+        self._arguments(arguments)
+
+    def _arguments(self, texts: list[str]) -> None:
+        if texts:
+            self.tool_calls[-1].arguments += "".join(texts)
+            texts.clear()
+
+
+class Choice:
+    """One choice of a request: its parser, fed with the engine's ``CompletionOutput`` s as they come."""
+
+    def __init__(self, parser: OutputParser, calls_finish: bool) -> None:
+        """
+        Args:
+            parser: fresh.
+            calls_finish: whole calls make the finish reason ``tool_calls`` (not so for a named function).
+        """
+        self._parser = parser
+        self._calls_finish = calls_finish
+        self._engine_length = 0
+
+    def pieces(self, output: Any) -> list[Piece]:
+        """Parse the next part of the output; at least one piece, in order.
+
+        Args:
+            output: ``CompletionOutput`` with the new tokens only (or all at once).
+        """
+        self._engine_length += len(output.text)
+        parser, token_ids = self._parser, output.token_ids
+        last: int | None = None
+        if output.finish_reason is not None:
+            if isinstance(output.stop_reason, str):
+                parser.stopped(output.stop_reason, self._engine_length)
+            elif output.finish_reason == "stop" and token_ids:
+                # The last token is no text: the end of sequence, or one of `stop_token_ids`.
+                last, token_ids = token_ids[-1], token_ids[:-1]
+        pieces = [Piece()]
+        for token in token_ids:
+            self._append(pieces, parser.feed(token), 1)
+        if output.finish_reason is not None:
+            self._append(pieces, parser.finish(last), int(last is not None))
+        return pieces
+
+    @staticmethod
+    def _append(pieces: list[Piece], events: list[Event], tokens: int) -> None:
+        piece = pieces[-1]
+        if events and piece.kind is not None and piece.kind is not events[0].kind:
+            piece = Piece()
+            pieces.append(piece)
+        piece.tokens += tokens
+        for event in events:
+            if piece.kind is not event.kind:
+                if piece.kind is not None:
+                    piece = Piece()
+                    pieces.append(piece)
+                piece.kind = event.kind
+            piece.events.append(event)
+
+    def finish_reason(self, engine: str | None) -> str | None:
+        """The finish reason for the client, given the engine's."""
+        if engine in ("stop", "length") and self._calls_finish and self._parser.calls_whole:
+            return "tool_calls"
+        return engine
+
+    def message(self, output: Any) -> Message:
+        """Parse a whole output at once."""
+        message = Message()
+        for piece in self.pieces(output):
+            message.add(piece)
+        message.finish_reason = self.finish_reason(output.finish_reason)
+        return message

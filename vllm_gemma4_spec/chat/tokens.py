@@ -1,0 +1,113 @@
+"""The control tokens of Gemma 4 and their ids, which are the same for every published model."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_gemma4_spec.errors import Gemma4SpecError
+
+# Text -> id, from the tokenizer published with 31B, 26B-A4B, E4B and E2B (one file, same hash).
+CONTROL_TOKENS = {
+    "<eos>": 1,
+    "<|tool_call>": 48,
+    "<tool_call|>": 49,
+    "<|tool_response>": 50,
+    '<|"|>': 52,
+    "<|channel>": 100,
+    "<channel|>": 101,
+    "<|turn>": 105,
+    "<turn|>": 106,
+}
+
+TOOL_CALL_OPEN = CONTROL_TOKENS["<|tool_call>"]
+TOOL_CALL_CLOSE = CONTROL_TOKENS["<tool_call|>"]
+QUOTE = CONTROL_TOKENS['<|"|>']
+CHANNEL_OPEN = CONTROL_TOKENS["<|channel>"]
+CHANNEL_CLOSE = CONTROL_TOKENS["<channel|>"]
+# What ends a turn ends whatever was open in it; only seen in the middle of an output with ignore_eos.
+TURN_ENDS = frozenset(CONTROL_TOKENS[t] for t in ("<eos>", "<|tool_response>", "<|turn>", "<turn|>"))
+
+LABEL = "thought"  # `<|channel>thought\n`: the channel's name, not text
+
+
+class TokenizerError(Gemma4SpecError):
+    """The tokenizer is not Gemma 4's, so its output cannot be parsed."""
+
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>\Z")
+# Gemma 4's decoder: what a token's text is depends on no other token, bytes of a character apart.
+_ONE_BY_ONE = ["Replace", "ByteFallback", "Fuse"]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the parser needs of a tokenizer.
+
+    Attributes:
+        core: ``tokenizers.Tokenizer``.
+        special: texts of the special tokens.
+        texts: texts of ordinary tokens that have one of their own, filled as they are met; None for bytes.
+    """
+
+    core: Any
+    special: dict[int, str]
+    one_by_one: bool
+    texts: dict[int, str | None] = field(default_factory=dict)
+
+    def text(self, token_id: int) -> str | None:
+        """The token's text, or None if it has none without its neighbours."""
+        try:
+            return self.texts[token_id]
+        except KeyError:
+            piece = self.core.id_to_token(token_id) if self.one_by_one else None
+            own = piece is not None and not _BYTE.match(piece)
+            text = self.core.decode([token_id], skip_special_tokens=False) if own else None
+            self.texts[token_id] = text
+            return text
+
+
+def vocabulary(tokenizer: Any) -> Vocabulary:
+    """Check a tokenizer against the genuine ids and take what the parser needs.
+
+    Args:
+        tokenizer: a transformers fast tokenizer, or vLLM's cached form of one.
+
+    Raises:
+        TokenizerError: not a fast tokenizer, or a control token is missing, has another id or is not special.
+    """
+    core = getattr(tokenizer, "_tokenizer", None)
+    if core is None or not hasattr(core, "get_added_tokens_decoder"):
+        raise TokenizerError(
+            f"tokenizer {_name(tokenizer)} ({type(tokenizer).__name__}) has no tokenizer.json behind it; "
+            "serve Gemma 4 with its own tokenizer.json, or drop the parser gemma4"
+        )
+    return _checked(core, _name(tokenizer))
+
+
+@functools.lru_cache(maxsize=8)
+def _checked(core: Any, name: str) -> Vocabulary:
+    added = core.get_added_tokens_decoder()
+    special = {token_id: token.content for token_id, token in added.items() if token.special}
+    wrong = []
+    for text, wanted in CONTROL_TOKENS.items():
+        found = core.token_to_id(text)
+        if found != wanted:
+            wrong.append(f"{text} is {'missing' if found is None else f'id {found}'}, wanted {wanted}")
+        elif wanted not in special:
+            wrong.append(f"{text} is not marked special")
+    if wrong:
+        raise TokenizerError(
+            f"tokenizer {name} does not have Gemma 4's control tokens ({'; '.join(wrong)}); "
+            "use the model's own tokenizer, or drop --reasoning-parser and --tool-call-parser gemma4"
+        )
+    decoder = json.loads(core.decoder.__getstate__()) if core.decoder is not None else {}
+    steps = [step["type"] for step in decoder.get("decoders", ())]
+    return Vocabulary(core, special, one_by_one=steps == _ONE_BY_ONE)
+
+
+def _name(tokenizer: Any) -> str:
+    return str(getattr(tokenizer, "name_or_path", "") or "without a name")

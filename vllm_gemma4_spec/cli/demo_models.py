@@ -1,0 +1,77 @@
+"""``vllm-gemma4-spec demo-models``: make the demo's target and drafter, or check the pair that is there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from vllm_gemma4_spec.demo import build
+
+
+def command(
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Folder for the pair.", show_default="$VLLM_GEMMA4_SPEC_DEMO_DIR or the user's cache"
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Make the pair again, also where one is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of a table.")] = False,
+) -> None:
+    """Train the demo's target and drafter on this machine's CPU (about two minutes on 2 cores), once.
+
+    A pair that is there is checked against its checksums and kept.
+
+    Example: vllm-gemma4-spec demo-models --out ./pair
+    """
+    from vllm_gemma4_spec.demo import build
+
+    folder = out.expanduser().absolute() if out else build.default_folder()
+    pair, made = ensure_with_bar(folder, force)
+    if as_json:
+        found = {"target": str(pair.target), "drafter": str(pair.drafter), "made_now": made, "measured": pair.measured}
+        typer.echo(json.dumps(found, indent=2))
+        return
+    measured = pair.measured
+    table = Table("demo pair", "made now" if made else "found, checksums right", show_header=True)
+    table.add_row("target", str(pair.target))
+    table.add_row("drafter", str(pair.drafter))
+    for kind, (right, asked) in measured["right_by_kind"].items():
+        table.add_row(f"right answers: {kind}", f"{right} of {asked}")
+    table.add_row(f"acceptance length, k = {measured['drafts']}", f"{measured['acceptance_length']:.2f}")
+    table.add_row("time to make", f"{measured['seconds']:.0f} s ({measured['cpu_seconds']:.0f} CPU s)")
+    Console().print(table)
+
+
+def ensure_with_bar(folder: Path, force: bool = False) -> tuple[build.Pair, bool]:
+    """:func:`build.ensure` with a progress bar on stderr while something is trained."""
+    from vllm_gemma4_spec.demo import build
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} steps  loss {task.fields[loss]:.3f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=Console(stderr=True))
+    tasks: dict[str, TaskID] = {}
+
+    def show(name: str, step: int, steps: int, loss: float) -> None:
+        bar.start()  # only now: nothing is drawn while a pair that is there is checked
+        if name not in tasks:
+            tasks[name] = bar.add_task(f"training the {name}", total=steps, loss=loss)
+        bar.update(tasks[name], completed=step, loss=loss)
+
+    try:
+        return build.ensure(folder, force, show)
+    finally:
+        if tasks:
+            bar.stop()

@@ -1,0 +1,1 @@
+"""A small trained target and drafter in Gemma 4's shape, and the demo that serves them."""

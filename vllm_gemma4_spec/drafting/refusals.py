@@ -1,0 +1,65 @@
+"""What cannot draft is refused when the configuration is made, in one line."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm_gemma4_spec.errors import DrafterError, stop
+
+
+def create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``EngineArgs.create_speculative_config``, for ``method: draft_model``; other methods pass through."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
+        asked = self.speculative_config
+        if not isinstance(asked, dict) or asked.get("method") != "draft_model" or not asked.get("model"):
+            return original(self, target_model_config, target_parallel_config)
+        drafter, target = str(asked["model"]), str(target_model_config.model)
+        try:
+            _check_folder(drafter)
+            _check_tensor_parallel(asked, target_parallel_config)
+            try:
+                config = original(self, target_model_config, target_parallel_config)
+            except ValueError as error:
+                if "same vocabulary size" in str(error):
+                    raise DrafterError(
+                        f"drafter {drafter} has another vocabulary size than target {target} "
+                        f"({target_model_config.get_vocab_size()}); use a drafter with the target's tokenizer"
+                    ) from None
+                raise
+        except DrafterError as error:
+            stop(error)
+        return config
+
+    return wrapper
+
+
+def _check_folder(drafter: str) -> None:
+    """A path must be a folder with a readable config.json; anything else is a hub id, which vLLM resolves."""
+    folder = Path(drafter)
+    if not folder.exists():
+        if os.path.isabs(drafter) or drafter.startswith("."):
+            raise DrafterError(f"drafter {drafter}: no such folder; give a model folder or a hub id")
+        return
+    config = folder / "config.json"
+    try:
+        json.loads(config.read_text())
+    except OSError:
+        raise DrafterError(f"drafter {drafter} has no readable config.json; give a folder that holds a model") from None
+    except ValueError as error:
+        raise DrafterError(f"drafter {drafter}: config.json is not JSON ({error}); download it again") from None
+
+
+def _check_tensor_parallel(asked: dict[str, Any], target_parallel_config: Any) -> None:
+    size, wanted = asked.get("draft_tensor_parallel_size"), target_parallel_config.tensor_parallel_size
+    if size is not None and size != wanted:
+        raise DrafterError(
+            f"draft_tensor_parallel_size is {size} and the target's tensor-parallel size is {wanted}; "
+            "vLLM 0.19.1 drafts only with equal sizes: leave draft_tensor_parallel_size out"
+        )

@@ -1,0 +1,78 @@
+"""When and for which batch sizes the drafter's graphs are captured."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+
+from vllm_gemma4_spec import settings
+from vllm_gemma4_spec.drafting.proposer import GROUPS
+from vllm_gemma4_spec.graphs.proposal import GRAPHS, DraftGraphs, capturable, decode_batch_sizes
+
+logger = logging.getLogger("vllm.plugins.gemma4_spec")
+
+
+def capture_drafts(runner: Any) -> int:
+    """Capture the drafter's graphs after the target's.
+
+    Args:
+        runner: a ``GPUModelRunner`` that has just captured its own graphs.
+
+    Returns:
+        Bytes of GPU memory taken.
+    """
+    from vllm.compilation.monitor import set_cudagraph_capturing_enabled
+    from vllm.distributed.parallel_state import graph_capture
+    from vllm.platforms import current_platform
+
+    sizes = _batch_sizes(runner)
+    if not sizes:
+        return 0
+    drafter = runner.drafter
+    groups = getattr(drafter, GROUPS)
+    table = runner.input_batch.block_table[drafter.kv_cache_gid]
+    graphs = DraftGraphs(drafter, groups, table.get_device_tensor, type(drafter).propose, sizes)
+
+    started, free = time.perf_counter(), torch.cuda.mem_get_info()[0]
+    set_cudagraph_capturing_enabled(True)
+    try:
+        # The target's pool: its graphs and these are never in flight together.
+        with runner._freeze_gc(), graph_capture(device=runner.device):
+            graphs.capture(current_platform.get_global_graph_pool())
+    finally:
+        set_cudagraph_capturing_enabled(False)
+    torch.cuda.synchronize()
+    used = max(0, free - torch.cuda.mem_get_info()[0])
+    setattr(drafter, GRAPHS, graphs)
+    logger.info(
+        "Drafter: %d CUDA graphs of whole drafts (1 to %d requests) in %.1f s, %.2f GiB",
+        len(sizes),
+        sizes[-1],
+        time.perf_counter() - started,
+        used / 2**30,
+    )
+    return used
+
+
+def _batch_sizes(runner: Any) -> list[int]:
+    """Batch sizes to capture; none where the original must stay in charge."""
+    spec, config = runner.speculative_config, runner.compilation_config
+    if spec is None or not spec.uses_draft_model() or spec.enforce_eager or spec.disable_padded_drafter_batch:
+        return []
+    groups = getattr(runner.drafter, GROUPS, None)
+    if (
+        groups is None
+        or groups.slot_kernel is None
+        or settings.CHECK.on()  # it reads every pass back, which a graph cannot
+        or not config.cudagraph_mode.has_full_cudagraphs()
+        # Data parallel ranks agree on every pass's padding, and LoRA changes what a graph must hold.
+        or runner.parallel_config.data_parallel_size > 1
+        or runner.parallel_config.pipeline_parallel_size > 1
+        or runner.lora_config is not None
+        or not capturable(runner.drafter, groups)
+    ):
+        return []
+    return decode_batch_sizes(runner.drafter, config.cudagraph_capture_sizes, runner.scheduler_config.max_num_seqs)

@@ -1,0 +1,91 @@
+"""One Triton kernel that maps the slots of every KV cache group.
+
+The PyTorch form, which the CPU runs and the tests compare with, is ``drafting.slots.group_slot_mappings``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from vllm.triton_utils import tl, triton
+
+BLOCK = 64  # tokens per inner step: a decode step has k + 2, a prefill chunk thousands
+
+
+@triton.jit
+def _group_slot_mapping_kernel(  # type: ignore[no-untyped-def]
+    table_ptrs,  # [num_groups] int64: addresses of int32 block tables
+    table_strides,  # [num_groups] int64: entries per row
+    block_sizes,  # [num_groups] int64
+    query_start_loc,  # [num_reqs + 1] int32
+    positions,  # [num_tokens] int64
+    primary_slots,  # [num_tokens] int64
+    num_live,  # [1] int32: requests from here on are padding of a CUDA graph
+    out,  # [num_groups, out_stride] int64
+    out_stride,
+    pad: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Grid ``(num_reqs, num_groups)``: one program per request and group."""
+    request = tl.program_id(0)
+    group = tl.program_id(1)
+    start = tl.load(query_start_loc + request)
+    end = tl.load(query_start_loc + request + 1)
+    live = request < tl.load(num_live)
+    stride = tl.load(table_strides + group)
+    block_size = tl.load(block_sizes + group)
+    row = tl.load(table_ptrs + group).to(tl.pointer_type(tl.int32)) + request * stride
+    for first in range(start, end, block):
+        token = first + tl.arange(0, block)
+        mask = token < end
+        position = tl.load(positions + token, mask=mask, other=0)
+        written = mask & live & (tl.load(primary_slots + token, mask=mask, other=pad) >= 0)
+        # The clamp keeps positions that are not written inside the table.
+        index = tl.minimum(position // block_size, stride - 1)
+        number = tl.load(row + index, mask=written, other=0).to(tl.int64)
+        slot = number * block_size + position % block_size
+        tl.store(out + group * out_stride + token, tl.where(written, slot, pad), mask=mask)
+
+
+class GroupSlotKernel:
+    """Launches the kernel for a fixed set of groups; nothing is allocated per call.
+
+    Args:
+        block_sizes: per group, tokens in a kernel block.
+        out: ``[num_groups, max_tokens]`` int64, written in place.
+    """
+
+    def __init__(self, block_sizes: Sequence[int], out: torch.Tensor) -> None:
+        self._out = out
+        self._sizes = torch.tensor(list(block_sizes), dtype=torch.int64, device=out.device)
+        self._bound: list[int] = []
+        # [1] int32: how many requests are no padding. A CUDA graph is captured with its own tensor here.
+        self.num_live = torch.full((1,), 2**31 - 1, dtype=torch.int32, device=out.device)
+
+    def bind(self, tables: Sequence[torch.Tensor]) -> None:
+        """Take the groups' block tables, ``[num_reqs, max_blocks_g]`` int32 each; free if they are the same."""
+        addresses = [t.data_ptr() for t in tables]
+        if addresses != self._bound:
+            self._bound = addresses
+            strides = [t.stride(0) for t in tables]
+            self._pointers = torch.tensor(addresses, dtype=torch.int64, device=self._out.device)
+            self._strides = torch.tensor(strides, dtype=torch.int64, device=self._out.device)
+
+    def __call__(
+        self, query_start_loc: torch.Tensor, num_reqs: int, positions: torch.Tensor, primary_slots: torch.Tensor
+    ) -> None:
+        """Same result as ``group_slot_mappings``; ``query_start_loc`` is ``[>= num_reqs + 1]`` int32."""
+        _group_slot_mapping_kernel[(num_reqs, self._out.shape[0])](
+            self._pointers,
+            self._strides,
+            self._sizes,
+            query_start_loc,
+            positions,
+            primary_slots,
+            self.num_live,
+            self._out,
+            self._out.stride(0),
+            pad=-1,
+            block=BLOCK,
+        )

@@ -1,0 +1,46 @@
+"""Chat output of Gemma 4. The reasons in full: docs/chat-output.md."""
+
+from __future__ import annotations
+
+from vllm_gemma4_spec.patching.patch import Edit, Group, Patch
+
+_COMPLETIONS = "vllm_gemma4_spec.chat.completions"
+_RESPONSES = "vllm_gemma4_spec.chat.responses"
+_STARTUP = "vllm_gemma4_spec.chat.startup"
+_CHAT = "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"
+_BATCH = "vllm.entrypoints.openai.chat_completion.batch_serving:OpenAIServingChatBatch"
+_SERVING = "vllm.entrypoints.openai.engine.serving:OpenAIServing"
+_RENDER = "vllm.entrypoints.serve.render.serving:OpenAIServingRender"
+_SERVING_RESPONSES = "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"
+
+CHAT_OUTPUT = Patch(
+    name="chat-output",
+    group=Group.CORRECTNESS,
+    why=(
+        "The parsers named gemma4 look for control tokens in text, one per delta. With speculation a delta holds "
+        "several tokens: `<|channel>` and `thought` leak into answers and tool calls come out as text."
+    ),
+    how=(
+        "One state machine on token ids per choice, fed before vLLM's generators; they get deltas and messages "
+        "ready made. Active only where the parsers of the server are gemma4 (either or both)."
+    ),
+    retire="vLLM's own parsers on token ids (vllm/parser/gemma4.py), released after 0.19.",
+    edits=(
+        Edit(f"{_RENDER}.__init__", f"{_STARTUP}:render_init"),
+        Edit(f"{_RENDER}.preprocess_chat", f"{_STARTUP}:preprocess_chat"),
+        Edit(f"{_SERVING}._parse_tool_calls_from_content", f"{_COMPLETIONS}:parsed_calls"),
+        Edit(f"{_CHAT}.chat_completion_stream_generator", f"{_COMPLETIONS}:stream_generator"),
+        Edit(f"{_CHAT}.chat_completion_full_generator", f"{_COMPLETIONS}:full_generator"),
+        Edit(f"{_BATCH}.chat_completion_full_generator_batch", f"{_COMPLETIONS}:batch_full_generator"),
+        Edit(f"{_SERVING_RESPONSES}._process_simple_streaming_events", f"{_RESPONSES}:streaming_events"),
+        Edit(f"{_SERVING_RESPONSES}.responses_full_generator", f"{_RESPONSES}:full_generator"),
+        Edit(f"{_SERVING_RESPONSES}._make_response_output_items", f"{_RESPONSES}:output_items"),
+    ),
+    watches=(
+        "vllm.reasoning.gemma4_reasoning_parser:Gemma4ReasoningParser",
+        "vllm.tool_parsers.gemma4_tool_parser:Gemma4ToolParser",
+        "vllm.entrypoints.openai.responses.context:SimpleContext",
+    ),
+)
+
+PATCHES: tuple[Patch, ...] = (CHAT_OUTPUT,)

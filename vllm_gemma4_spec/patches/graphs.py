@@ -1,0 +1,93 @@
+"""Patches that make drafting fast on a GPU; without them the tokens are the same. On a CPU they do nothing."""
+
+from __future__ import annotations
+
+from vllm_gemma4_spec.patching.patch import Edit, Group, Patch
+
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_PROPOSER = "vllm.v1.spec_decode.eagle:SpecDecodeBaseProposer"
+_OURS = "vllm_gemma4_spec.graphs"
+
+DRAFT_GRAPHS = Patch(
+    name="draft-graphs",
+    group=Group.CONVENIENCE,
+    why="vLLM runs a draft model without CUDA graphs: a pass of E4B takes the host 32 ms to launch where an H200 "
+    "needs 2 to 3 ms to run it, so speculation loses at any acceptance.",
+    how="For decode batches the original propose (first pass, further passes, lm_head, argmax) is captured as one "
+    "CUDA graph per batch size after the target's own graphs, and replayed on buffers that keep their address. "
+    "Other batches, and drafters in one KV cache group, use the original.",
+    retire="A release that captures a draft model's whole loop.",
+    edits=(
+        Edit(f"{_PROPOSER}.propose", f"{_OURS}.proposal:propose"),
+        Edit(f"{_RUNNER}.capture_model", f"{_OURS}.proposal:capture_model"),
+    ),
+    watches=(
+        f"{_PROPOSER}.set_inputs_first_pass",
+        f"{_PROPOSER}.prepare_inputs_padded",
+        f"{_PROPOSER}._determine_batch_execution_and_padding",
+        f"{_RUNNER}.propose_draft_token_ids",
+        "vllm.v1.spec_decode.utils:compute_new_slot_mapping",
+        "vllm.v1.spec_decode.utils:extend_all_queries_by_N",
+        "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch",
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder",
+    ),
+)
+
+DRAFT_PIECES = Patch(
+    name="draft-pieces",
+    group=Group.CONVENIENCE,
+    why="Only EAGLE's dispatcher is given piecewise CUDA graphs, so the passes of a draft model in a batch that also "
+    "holds a prompt are launched kernel by kernel.",
+    how="The draft model's dispatcher gets the target's sizes, too; vLLM's own dummy runs then capture the pieces.",
+    retire="A release that initializes the dispatcher of draft models.",
+    edits=(Edit(f"{_RUNNER}._check_and_update_cudagraph_mode", f"{_OURS}.proposal:update_cudagraph_mode"),),
+    watches=(
+        f"{_PROPOSER}.initialize_cudagraph_keys",
+        f"{_PROPOSER}.dummy_run",
+        f"{_RUNNER}._dummy_run",
+    ),
+)
+
+ASYNC_DRAFTS = Patch(
+    name="async-drafts",
+    group=Group.CONVENIENCE,
+    why="Async scheduling turns itself off for a draft model, so the host's work between steps is not hidden; and "
+    "where a user turns it on, sliding-window blocks are freed up to k tokens too early, because lengths count "
+    "drafts that are then rejected.",
+    how="It stays on by default for draft models on CUDA, and blocks are freed k tokens later while it is on.",
+    retire="A release whose default is on and that frees blocks by confirmed lengths.",
+    edits=(
+        Edit("vllm.config.vllm:VllmConfig.__post_init__", f"{_OURS}.scheduling:vllm_config"),
+        Edit("vllm.v1.core.sched.scheduler:Scheduler.__init__", f"{_OURS}.scheduling:scheduler_init"),
+        Edit(
+            "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.remove_skipped_blocks",
+            f"{_OURS}.scheduling:remove_skipped_blocks",
+        ),
+    ),
+    watches=(
+        "vllm.v1.core.sched.async_scheduler:AsyncScheduler",
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
+    ),
+)
+
+LOCAL_ARGMAX = Patch(
+    name="local-argmax",
+    group=Group.CONVENIENCE,
+    why="use_local_argmax_reduction of a speculative config is refused: Gemma 4 has no get_top_tokens, so under "
+    "tensor parallelism every draft pass gathers all 262,144 logits.",
+    how="Adds the method, which hands on to vLLM's own LogitsProcessor.get_top_tokens.",
+    retire="A release whose Gemma4ForCausalLM has get_top_tokens.",
+    edits=(
+        Edit(
+            "vllm.model_executor.models.gemma4:Gemma4ForCausalLM.get_top_tokens",
+            f"{_OURS}.sampling:get_top_tokens",
+            adds=True,
+        ),
+    ),
+    watches=(
+        "vllm.model_executor.layers.logits_processor:LogitsProcessor.get_top_tokens",
+        "vllm.model_executor.models.gemma4:Gemma4ForCausalLM.compute_logits",
+    ),
+)
+
+PATCHES: tuple[Patch, ...] = (DRAFT_GRAPHS, DRAFT_PIECES, ASYNC_DRAFTS, LOCAL_ARGMAX)

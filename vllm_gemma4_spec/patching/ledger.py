@@ -1,0 +1,60 @@
+"""``docs/patches.md``, generated from the declarations: ``python -m vllm_gemma4_spec.patching.ledger``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from vllm_gemma4_spec import settings
+from vllm_gemma4_spec.patches import PATCHES
+from vllm_gemma4_spec.patching.patch import Patch
+
+_HEAD = """# Patches
+
+Everything this package changes in vLLM 0.19.1, in the order it is applied. Generated from
+`vllm_gemma4_spec/patches/` by `make ledger`; a test fails when this page is stale.
+
+A patch is applied once per process, when the module it changes has been imported. Before anything is
+changed, the source of every symbol below is compared with its fingerprint in 0.19.1 (the first 16 hex
+digits of the SHA-256 of its text); a difference stops the start and names the symbol. `vllm-gemma4-spec
+patches` prints the same comparison for the vLLM installed. `VLLM_GEMMA4_SPEC=0` leaves all patches out.
+
+| patch | group | switch (`0` leaves it out) |
+|---|---|---|
+"""
+
+
+def _section(patch: Patch) -> str:
+    marks = patch.fingerprints
+    lines = [
+        f"\n## {patch.name}\n",
+        f"**Group:** {patch.group.value}\n",
+        f"**Without it:** {patch.why}\n",
+        f"**How:** {patch.how}\n",
+        f"**Unnecessary with:** {patch.retire}\n",
+        "| replaced | with | fingerprint |",
+        "|---|---|---|",
+    ]
+    for edit in patch.edits:
+        mark = f"`{marks[edit.checked_symbol]}`" if edit.checked_symbol else "not in 0.19.1"
+        lines.append(f"| `{edit.target}` | `{edit.replacement}` | {mark} |")
+    if patch.watches:
+        lines += ["", "| relied on | fingerprint |", "|---|---|"]
+        lines += [f"| `{symbol}` | `{marks[symbol]}` |" for symbol in patch.watches]
+    return "\n".join(lines) + "\n"
+
+
+def render() -> str:
+    """The whole page."""
+    rows = "".join(
+        f"| [{p.name}](#{p.name}) | {p.group.value} | `{settings.patch_switch(p.name).name}` |\n" for p in PATCHES
+    )
+    names = [p.name for p in PATCHES]
+    other = [s for s in settings.all_settings(names) if not s.name.startswith(settings.PATCH_PREFIX)]
+    table = "\n## Other environment variables\n\n| variable | default | what it does |\n|---|---|---|\n"
+    table += "".join(f"| `{s.name}` | `{s.default}` | {s.help} |\n" for s in other)
+    return _HEAD + rows + "".join(_section(p) for p in PATCHES) + table
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1] if len(sys.argv) > 1 else "docs/patches.md").write_text(render())
