@@ -222,6 +222,28 @@ def test_killed_it_leaves_no_output_and_the_next_run_cleans_up(tmp_path: Path) -
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def other_format(tmp_path: Path, method: str, parts: dict[str, torch.Tensor]) -> Path:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    config = {"architectures": ["Gemma4ForCausalLM"], "quantization_config": {"quant_method": method}}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({f"model.layers.0.mlp.down_proj.{k}": v for k, v in parts.items()}, folder / "model.safetensors")
+    return folder
+
+
+def test_other_formats_are_named_and_left_alone(tmp_path: Path) -> None:
+    fp8 = torch.zeros(8, 32).to(torch.float8_e4m3fn)
+    one = torch.tensor(1.0)
+    report = inspect(
+        Checkpoint(other_format(tmp_path, "modelopt", {"weight": fp8, "weight_scale": one, "input_scale": one.clone()}))
+    )
+    assert (report.clean, report.kinds[0].formats) == (True, {"F8_E4M3": 1})
+    shutil.rmtree(tmp_path / "other")
+    packed = {"weight_packed": torch.zeros(8, 16, dtype=torch.uint8), "weight_scale": fp8[:, :2].contiguous()}
+    report = inspect(Checkpoint(other_format(tmp_path, "compressed-tensors", packed)))
+    assert (report.clean, report.kinds[0].formats) == (True, {"NVFP4 (compressed-tensors)": 1})
+
+
 # ---- bad input ----
 
 

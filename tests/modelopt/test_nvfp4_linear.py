@@ -296,6 +296,23 @@ def test_the_multiplication_fuses_into_what_makes_the_activation() -> None:
 
 
 @pytest.mark.usefixtures("world")
+def test_the_compile_cache_knows_what_a_layer_has() -> None:
+    """The same layer with and without its scale must not share a compiled graph."""
+    from vllm.config import get_current_vllm_config
+
+    config = get_current_vllm_config()
+
+    def key(*change: Callable[..., None]) -> str:
+        config.additional_config.clear()
+        loaded("row", *change)
+        return str(config.compute_hash())
+
+    without = lambda shard, parts: parts.pop("pre_quant_scale")  # noqa: E731
+    assert key() == key()
+    assert key() != key(without)
+
+
+@pytest.mark.usefixtures("world")
 def test_weights_that_do_not_fit_stay_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 

@@ -74,8 +74,11 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        begin, end = (8 + length + offset for offset in entry["data_offsets"])
-        info = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file, begin, end)
+        try:
+            begin, end = (8 + length + int(offset) for offset in entry["data_offsets"])
+            info = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file, begin, end)
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{file}: its header does not describe {name}; the file is damaged") from None
         wanted = math.prod(info.shape) * _BYTES.get(info.dtype, 0)
         if end > size:
             raise CheckpointError(
@@ -168,11 +171,17 @@ def quantized_modules(tensors: Mapping[str, TensorInfo]) -> dict[str, Quantized]
         module, _, suffix = canonical(name).rpartition(".")
         if suffix in suffixes:
             parts.setdefault(module, {})[suffix] = info
-    return {
-        module: Quantized(module, found)
-        for module, found in parts.items()
-        if len(found.keys() - {"weight"}) > 0 or found["weight"].dtype == "U8"
-    }
+    return {m: Quantized(m, found) for m, found in parts.items() if _is_nvfp4(m, found, tensors)}
+
+
+def _is_nvfp4(module: str, parts: Mapping[str, TensorInfo], tensors: Mapping[str, TensorInfo]) -> bool:
+    """Told from FP8, MXFP8 and compressed-tensors; also where one of the tensors is missing."""
+    if f"{module}.weight_packed" in tensors:  # compressed-tensors
+        return False
+    weight, scale = parts.get("weight"), parts.get("weight_scale")
+    if weight is None:
+        return "weight_scale_2" in parts or (scale is not None and len(scale.shape) == 2)
+    return "weight_scale_2" in parts or (weight.dtype == "U8" and "weight_scale" in parts)
 
 
 def float_modules(tensors: Mapping[str, TensorInfo]) -> list[str]:
@@ -212,7 +221,7 @@ class Checkpoint:
         """Every tensor, by name; complete against the index."""
         tensors = read_headers(self.files)
         index = self.folder / INDEX
-        for name, file in (_read_json(index)["weight_map"] if index.is_file() else {}).items():
+        for name, file in (_read_json(index).get("weight_map", {}) if index.is_file() else {}).items():
             if name not in tensors:
                 raise CheckpointError(f"{name}: the index promises it in {file}, which does not hold it")
         return tensors

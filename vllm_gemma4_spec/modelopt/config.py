@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from vllm.model_executor.layers.fused_moe.layer import FusedMoE
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -72,8 +73,10 @@ class Nvfp4Config(ModelOptNvFp4Config):
     def maybe_update_config(self, model_name: str) -> None:
         """Read from the checkpoint's headers which weights are not quantized."""
         super().maybe_update_config(model_name)
-        if Path(model_name).is_dir():
-            self.float_modules = frozenset(files.float_modules(files.Checkpoint(model_name).tensors))
+        folder = _local(model_name)
+        if folder is not None:
+            if any(folder.glob("*.safetensors")):  # none for dummy weights
+                self.float_modules = frozenset(files.float_modules(files.Checkpoint(folder).tensors))
             return
         remote = get_safetensors_params_metadata(model_name)
         floats = (n for n, i in remote.items() if i["dtype"] in ("BF16", "F16", "F32") and len(i["shape"]) >= 2)
@@ -103,6 +106,17 @@ class Nvfp4Config(ModelOptNvFp4Config):
         """Gemma 4's experts are ``layers.N.experts.*`` in the checkpoint and ``layers.N.moe.experts`` in vLLM."""
         places = (prefix, prefix.replace(".moe.experts", ".experts"))
         return any(f"{place}.gate_up_proj" in self.float_modules for place in places)
+
+
+def _local(model_name: str) -> Path | None:
+    """The checkpoint's folder if its weights are here: the name itself, or the Hub's cache."""
+    if Path(model_name).is_dir():
+        return Path(model_name)
+    try:
+        folder = Path(snapshot_download(model_name, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+    return folder if any(folder.glob("*.safetensors")) else None
 
 
 def nvfp4_config(original: type) -> type:

@@ -6,6 +6,7 @@ y  = nvfp4(xs) @ R.T + (xs @ A.T) @ B.T      with the low-rank branch of SVDQuan
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from vllm_gemma4_spec.modelopt import emulation, tensors
 from vllm_gemma4_spec.modelopt.nan import mend
 
 _NEEDED = ("weight", "weight_scale", "weight_scale_2", "input_scale")
+_KEY = "vllm_gemma4_spec_nvfp4"
 _EXTRA = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
 
 
@@ -62,7 +64,9 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
         )
         layer.params_dtype = params_dtype
         layer.modelopt_ledger = ledger
-        layer.modelopt_dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        config = get_current_vllm_config()
+        layer.modelopt_dummy = config.load_config.load_format == "dummy"
+        layer.modelopt_additional = config.additional_config
         tensors.add_pre_quant_scale(layer, ledger)
         if self.quant_config.quant_algo == "NVFP4_SVD":
             tensors.add_low_rank(layer, ledger, params_dtype, load)
@@ -73,6 +77,7 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
         else:
             self._settle(layer)
         del layer.modelopt_ledger
+        _tell_compiler(layer)
         layer.modelopt_checked = True
         if self.backend == NvFp4LinearBackend.EMULATION:
             emulation.prepare(layer)
@@ -140,6 +145,19 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
         if layer.svdquant_lora_a is not None:
             y = y + F.linear(F.linear(x, layer.svdquant_lora_a), layer.svdquant_lora_b)
         return y
+
+
+def _tell_compiler(layer: Module) -> None:
+    """Put what the layer has into vLLM's compile cache key: the same folder may be repaired or exported anew.
+
+    A cached graph without a product would otherwise run on a checkpoint that needs it.
+    """
+    additional = layer.__dict__.pop("modelopt_additional")
+    if not isinstance(additional, dict):
+        return
+    has = "".join(str(int(getattr(layer, name) is not None)) for name in _EXTRA)
+    before = additional.get(_KEY, "")
+    additional[_KEY] = hashlib.sha256(f"{before} {layer.prefix} {has}".encode()).hexdigest()[:16]
 
 
 def _drop(layer: Module, name: str) -> None:
