@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from vllm_gemma4_spec.chat.machine import Options, OutputParser, Tools
 from vllm_gemma4_spec.chat.results import Choice, Message
@@ -68,8 +67,8 @@ class Subject:
 
 
 @pytest.fixture(scope="module")
-def subject(folder: Any) -> Subject:
-    return Subject(AutoTokenizer.from_pretrained(folder))
+def subject(tokenizer: Any) -> Subject:
+    return Subject(tokenizer)
 
 
 def output(tokens: Sequence[int], finish: str | None = "length", text: str = "", stop: str | None = None) -> Any:

@@ -281,7 +281,7 @@ def streaming_events(original: Callable[..., Any]) -> Callable[..., Any]:
         tokenizer: Any,
         request_metadata: Any,
         created_time: int,
-        number: Callable[[Any], Any],
+        _increment_sequence_number_and_return: Callable[[Any], Any],
     ) -> AsyncGenerator[Any, None]:
         plan = _plan(self, request, context, tokenizer)
         if plan is None:
@@ -295,7 +295,7 @@ def streaming_events(original: Callable[..., Any]) -> Callable[..., Any]:
                 tokenizer,
                 request_metadata,
                 created_time,
-                number,
+                _increment_sequence_number_and_return,
             ):
                 yield event
             return
@@ -308,9 +308,9 @@ def streaming_events(original: Callable[..., Any]) -> Callable[..., Any]:
             self._raise_if_error(output.finish_reason, request.request_id)
             choice = choice or plan.choice(result.prompt_token_ids)
             for event in answer.read(choice.pieces(output), output):
-                yield number(event)
+                yield _increment_sequence_number_and_return(event)
         for event in answer.close():
-            yield number(event)
+            yield _increment_sequence_number_and_return(event)
         _attach(context, answer)
 
     return wrapper
