@@ -5,7 +5,7 @@ To add one: declare it in a topic module, run ``make fingerprints ledger``, add 
 
 from __future__ import annotations
 
-from vllm_gemma4_spec.patches import cpu, drafting
+from vllm_gemma4_spec.patches import cpu, drafting, multimodal
 from vllm_gemma4_spec.patching.patch import Patch
 
-PATCHES: tuple[Patch, ...] = (*drafting.PATCHES, *cpu.PATCHES)
+PATCHES: tuple[Patch, ...] = (*drafting.PATCHES, *multimodal.PATCHES, *cpu.PATCHES)
