@@ -39,6 +39,7 @@ CONTROL = {
 }
 FIRST_WORD = 11
 IMAGE_TOKEN_ID = CONTROL["image_token"][1]
+PLACEHOLDERS = {CONTROL[name][1] for name in ("image_token", "audio_token", "video_token")}
 VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
