@@ -5,11 +5,12 @@ To add one: declare it in a topic module, run ``make fingerprints ledger``, add 
 
 from __future__ import annotations
 
-from vllm_gemma4_spec.patches import chat, cpu, drafting, graphs, modelopt
+from vllm_gemma4_spec.patches import chat, cpu, drafting, graphs, modelopt, multimodal
 from vllm_gemma4_spec.patching.patch import Patch
 
 PATCHES: tuple[Patch, ...] = (
     *drafting.PATCHES,
+    *multimodal.PATCHES,
     *graphs.PATCHES,
     *cpu.PATCHES,
     *modelopt.PATCHES,

@@ -93,6 +93,27 @@ ONE_GROUP_WINDOWS = Patch(
     ),
 )
 
+TEXT_DRAFTER = Patch(
+    name="text-drafter",
+    group=Group.CORRECTNESS,
+    why="A multimodal target is refused with a draft model, and all published Gemma 4 checkpoints are multimodal: "
+    "without the refusal the target's embeddings would go into the drafter, whose own towers would be built and "
+    "loaded for nothing.",
+    how="A draft model drafts from token ids, placeholders of images, audio and video included. A drafter's "
+    "Gemma4ForConditionalGeneration config becomes that of its language model, Gemma4ForCausalLM.",
+    retire="A release that drafts from text for multimodal targets and loads a drafter's language model only.",
+    edits=(
+        Edit(f"{_PROPOSER}._raise_if_multimodal", f"{_OURS}.text_only:raise_if_multimodal"),
+        Edit("vllm.config.speculative:SpeculativeConfig.hf_config_override", f"{_OURS}.text_only:hf_config_override"),
+    ),
+    watches=(
+        f"{_PROPOSER}.load_model",
+        f"{_PROPOSER}.propose",
+        f"{_RUNNER}:GPUModelRunner.propose_draft_token_ids",
+        "vllm.model_executor.models.gemma4:Gemma4ForCausalLM.load_weights",
+    ),
+)
+
 DRAFTER_CHECKS = Patch(
     name="drafter-checks",
     group=Group.CONVENIENCE,
@@ -109,4 +130,11 @@ DRAFTER_CHECKS = Patch(
     watches=("vllm.config.speculative:SpeculativeConfig.verify_equal_vocab_size_if_draft_model",),
 )
 
-PATCHES: tuple[Patch, ...] = (DRAFT_GROUPS, OWN_BLOCKS, KV_SHARED_LAYERS, ONE_GROUP_WINDOWS, DRAFTER_CHECKS)
+PATCHES: tuple[Patch, ...] = (
+    DRAFT_GROUPS,
+    OWN_BLOCKS,
+    KV_SHARED_LAYERS,
+    ONE_GROUP_WINDOWS,
+    TEXT_DRAFTER,
+    DRAFTER_CHECKS,
+)

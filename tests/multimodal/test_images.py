@@ -1,0 +1,232 @@
+"""A Gemma 4 target with a vision tower, images through the chat API, and drafters that read tokens only.
+
+transformers owns the logits; plain decoding owns the tokens; the language model alone, given the ids of the
+prompt with its placeholders, owns the drafts.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor, Gemma4ForCausalLM, Gemma4ForConditionalGeneration
+
+from tests.support import tiny_models, tiny_multimodal
+from tests.support.engine import acceptance, engine
+from tests.support.recorder import Recorder
+from tests.support.tiny_multimodal import IMAGE_TOKEN_ID, PLACEHOLDERS
+
+# As in tests/engine/test_truth.py; measured here: 2e-5.
+TOLERANCE = 2e-4
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """``target`` (31B-like) and ``drafter`` (E4B-like) with vision towers; ``text``: the drafter's language model."""
+    folder = tmp_path_factory.mktemp("multimodal")
+    drafter = tiny_multimodal.save(tiny_models.drafter_config(), folder / "drafter", seed=1)
+    tiny_models.drafter_config(architectures=["Gemma4ForCausalLM"], dtype="float32").save_pretrained(folder / "text")
+    weights = load_file(drafter / "model.safetensors")
+    prefix = "model.language_model."
+    text = {f"model.{n.removeprefix(prefix)}": w for n, w in weights.items() if n.startswith(prefix)}
+    save_file(text, folder / "text" / "model.safetensors", {"format": "pt"})
+    return {
+        "target": tiny_multimodal.save(tiny_models.target_config(), folder / "target"),
+        "drafter": drafter,
+        "text": folder / "text",
+    }
+
+
+def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def part(content: str | Image.Image) -> dict[str, Any]:
+    """One part of a chat message."""
+    if isinstance(content, str):
+        return {"type": "text", "text": content}
+    file = io.BytesIO()
+    content.save(file, "PNG")  # lossless, so transformers sees the same pixels
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+# Contents of one user message each: an image, two of other shapes, text only. No answer has a placeholder.
+CHATS: list[list[str | Image.Image]] = [
+    ["w20 w21", picture(0), "w30 w31"],
+    ["w90", picture(1, 48, 80), "w30 w31", picture(0), "w99"],
+    [" ".join(f"w{50 + i}" for i in range(70))],
+]
+
+
+@contextmanager
+def chatting(model: Path, drafter: Path | None = None, **options: Any) -> Iterator[Any]:
+    settings: dict[str, Any] = {
+        "skip_tokenizer_init": False,
+        "max_model_len": 512,
+        "max_num_seqs": 4,
+        "limit_mm_per_prompt": {"image": 2, "video": 0},
+    }
+    with engine(model, drafter, **(settings | options)) as llm:
+        yield llm
+
+
+def chat(llm: Any, contents: list[list[str | Image.Image]], **sampling: Any) -> list[Any]:
+    from vllm import SamplingParams
+
+    messages = [[{"role": "user", "content": [part(c) for c in content]}] for content in contents]
+    values = {"max_tokens": TOKENS, "temperature": 0.0, "ignore_eos": True} | sampling
+    return llm.chat(messages, SamplingParams(**values), use_tqdm=False)
+
+
+def answers(outputs: list[Any]) -> list[list[int]]:
+    return [list(o.outputs[0].token_ids) for o in outputs]
+
+
+@pytest.fixture(scope="module")
+def plain(models: dict[str, Path]) -> list[Any]:
+    """What the target answers without speculation, with all log-probabilities."""
+    with chatting(models["target"], max_logprobs=512) as llm:
+        return chat(llm, CHATS, logprobs=512)
+
+
+def check_truth(model: Path, outputs: list[Any]) -> None:
+    hf = Gemma4ForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(model)
+    for content, output in zip(CHATS, outputs, strict=True):
+        images = [c for c in content if not isinstance(c, str)]
+        text = "<bos> " + " ".join(c if isinstance(c, str) else "<|image|>" for c in content)
+        inputs = processor(text=text, images=images or None, return_tensors="pt")
+        prompt, answer = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
+        assert inputs["input_ids"][0].tolist() == prompt
+        assert prompt.count(IMAGE_TOKEN_ID) == (64, 124, 0)[CHATS.index(content)]
+        assert not PLACEHOLDERS & set(answer)  # transformers would take one for a missing image
+        extra = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_position_ids")}
+        with torch.no_grad():
+            logits = hf(input_ids=torch.tensor([prompt + answer]), **extra).logits[0, len(prompt) - 1 : -1]
+        for step, found in zip(logits.log_softmax(-1), output.outputs[0].logprobs, strict=True):
+            assert (torch.tensor([found[t].logprob for t in range(512)]) - step).abs().max() < TOLERANCE
+
+
+def test_logits_after_images_are_those_of_transformers(models: dict[str, Path], plain: list[Any]) -> None:
+    check_truth(models["target"], plain)
+
+
+def test_logits_with_per_layer_embeddings_too(models: dict[str, Path]) -> None:
+    """E4B as the target: its per-layer embeddings take the padding token where an image stands."""
+    with chatting(models["drafter"], max_logprobs=512) as llm:
+        check_truth(models["drafter"], chat(llm, CHATS, logprobs=512))
+
+
+class Chunks:
+    """Which tokens of each request a step computes: ``(request id, first, one past the last)``."""
+
+    def __init__(self, llm: Any) -> None:
+        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        self.steps: list[tuple[str, int, int]] = []
+        original = runner.execute_model
+
+        def execute_model(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+            starts = {r.req_id: r.num_computed_tokens for r in scheduled.scheduled_new_reqs}
+            cached = scheduled.scheduled_cached_reqs
+            starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+            self.steps += [(r, starts[r], starts[r] + n) for r, n in scheduled.num_scheduled_tokens.items()]
+            return original(scheduled, *args, **kwargs)
+
+        runner.execute_model = execute_model
+
+    def cut(self, first: int, end: int) -> bool:
+        """Whether a chunk ended inside positions ``first`` to ``end``."""
+        return any(first < stop < end for _, _, stop in self.steps)
+
+
+@pytest.mark.parametrize("way", ["plain", "chunked-prefill", "prefix-caching"])
+@pytest.mark.parametrize("kind", ["drafter", "text"])
+def test_an_answer_to_an_image_is_that_of_plain_decoding(
+    models: dict[str, Path], plain: list[Any], kind: str, way: str
+) -> None:
+    """The drafter as published (with towers) and as text only; its drafts are those of its language model."""
+    options: dict[str, Any] = {
+        "plain": {},
+        "chunked-prefill": {"max_num_batched_tokens": 48, "max_num_seqs": 2},
+        "prefix-caching": {"enable_prefix_caching": True},
+    }[way]
+    with chatting(models["target"], models[kind], **options) as llm:
+        before, chunks, recorder = acceptance(llm), Chunks(llm), Recorder(llm)
+        for _ in range(2 if way == "prefix-caching" else 1):
+            assert answers(chat(llm, CHATS)) == answers(plain)
+        counts = acceptance(llm) - before
+    assert counts.drafts >= len(CHATS) * (TOKENS // 4)
+    if way == "chunked-prefill":
+        at = list(plain[0].prompt_token_ids).index(IMAGE_TOKEN_ID)
+        assert chunks.cut(at, at + 64)
+    hf = Gemma4ForCausalLM.from_pretrained(models["text"], dtype=torch.float32).eval()
+    with_image = [(context, draft) for context, draft in recorder.drafts if IMAGE_TOKEN_ID in context]
+    finished = [(c, d) for c, d in with_image if c.count(IMAGE_TOKEN_ID) in (64, 124)]
+    assert len(finished) >= TOKENS
+    for context, draft in finished[:: 1 if way == "plain" else 5]:
+        with torch.no_grad():
+            logits = hf(torch.tensor([context + draft[:-1]])).logits[0, len(context) - 1 :]
+        assert logits.argmax(-1).tolist() == draft
+
+
+def test_towers_of_a_drafter_are_neither_built_nor_loaded(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes: the drafter in the engine is as large as its language model on disk, not as its checkpoint."""
+    from vllm.model_executor.models.gemma4 import Gemma4ForCausalLM as Loaded
+
+    tensors = load_file(models["drafter"] / "model.safetensors")
+    whole = sum(t.numel() * t.element_size() for t in tensors.values())
+    towers = sum(t.numel() * t.element_size() for n, t in tensors.items() if "language_model" not in n)
+    assert towers > 0
+    built: dict[int, int] = {}
+    original = Loaded.load_weights
+
+    def load_weights(self: Any, weights: Any) -> Any:
+        # Counted here: on the CPU vLLM replaces weights by packed copies once they are loaded.
+        built[id(self)] = sum(t.numel() * t.element_size() for t in self.parameters())
+        return original(self, weights)
+
+    monkeypatch.setattr(Loaded, "load_weights", load_weights)
+    with chatting(models["target"], models["drafter"]) as llm:
+        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        drafter = runner.drafter
+        assert type(drafter.model) is Loaded
+        names = [n for n, _ in drafter.model.named_modules()]
+        assert not any("tower" in n or "embed_vision" in n for n in names)
+        assert not drafter.supports_mm_inputs
+        assert drafter.model.config.image_token_index == IMAGE_TOKEN_ID == runner.model.config.image_token_id
+        size = built[id(drafter.model)]
+    print(f"checkpoint {whole} bytes, of them towers {towers}; drafter in the engine {size}")
+    # vLLM also allocates k_proj, v_proj and k_norm of layers that reuse KV, which transformers does not write:
+    # 48 x 32 five times, 48 x 64 once, float32.
+    assert size - (whole - towers) == 4 * (5 * (2 * 48 * 32 + 32) + (2 * 48 * 64 + 64))
+
+
+def test_the_target_as_its_own_drafter(models: dict[str, Path], plain: list[Any]) -> None:
+    """Text: every draft accepted. Image: fewer, as the drafter embeds the placeholders, the target the picture."""
+    with chatting(models["target"], models["target"]) as llm:
+        before = acceptance(llm)
+        assert answers(chat(llm, CHATS[2:])) == answers(plain[2:])
+        text = acceptance(llm) - before
+        assert text.accepted == text.proposed > 0
+        assert answers(chat(llm, CHATS[:2])) == answers(plain[:2])
+        image = acceptance(llm) - before - text
+        assert image.drafts > 0
+        assert image.accepted < image.proposed
+        before = acceptance(llm)
+        assert answers(chat(llm, CHATS[2:])) == answers(plain[2:])
+        after = acceptance(llm) - before
+        assert after.accepted == after.proposed > 0

@@ -1,0 +1,1 @@
+"""Image, video and audio inputs of Gemma 4 targets."""
