@@ -21,6 +21,7 @@ app = typer.Typer(
 
 # Subcommand -> module that holds its function `command`.
 COMMANDS = {
+    "doctor": "vllm_gemma4_spec.cli.doctor",
     "patches": "vllm_gemma4_spec.cli.patches",
 }
 

@@ -9,6 +9,7 @@ import sys
 from vllm_gemma4_spec import settings
 from vllm_gemma4_spec._version import __version__
 from vllm_gemma4_spec.errors import Gemma4SpecError
+from vllm_gemma4_spec.ops import reports
 from vllm_gemma4_spec.patching.engine import PATCHER
 
 # vLLM configures the logger "vllm" only: a logger outside that namespace prints no INFO line.
@@ -49,6 +50,7 @@ def load() -> None:
             raise SystemExit(f"vllm-gemma4-spec: {error}") from None
         raise
     declare_settings()
+    reports.announce()
     if os.getpid() not in _said:
         _said.add(os.getpid())
         logger.info("%s", summary())
