@@ -22,6 +22,7 @@ app = typer.Typer(
 # Subcommand -> module that holds its function `command`.
 COMMANDS = {
     "doctor": "vllm_gemma4_spec.cli.doctor",
+    "plan": "vllm_gemma4_spec.cli.plan",
     "patches": "vllm_gemma4_spec.cli.patches",
 }
 
