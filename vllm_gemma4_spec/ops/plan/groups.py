@@ -13,7 +13,10 @@ from vllm_gemma4_spec.patching.version import require_supported
 
 @dataclass(frozen=True)
 class Group:
-    """One KV cache group: ``window`` is 0 for full attention, ``page_bytes`` one block of one layer."""
+    """One KV cache group: ``window`` is 0 for full attention, ``page_bytes`` one block of one layer.
+
+    ``owner`` is ``both`` where layers of target and drafter have equal specs: vLLM then puts them together.
+    """
 
     number: int
     owner: str
@@ -113,7 +116,8 @@ def plan_cache(
 
 def _group(number: int, group: Any) -> Group:
     spec = group.kv_cache_spec
-    owner = "drafter" if group.layer_names[0].startswith("draft_model.") else "target"
+    owners = {"drafter" if name.startswith("draft_model.") else "target" for name in group.layer_names}
+    owner = owners.pop() if len(owners) == 1 else "both"
     window = int(getattr(spec, "sliding_window", None) or 0)
     members = tuple(int(name.split(".layers.")[1].split(".")[0]) for name in group.layer_names)
     kind = "sliding" if window else "full"
