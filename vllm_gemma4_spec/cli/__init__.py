@@ -21,6 +21,7 @@ app = typer.Typer(
 
 # Subcommand -> module that holds its function `command`.
 COMMANDS = {
+    "bench": "vllm_gemma4_spec.cli.bench",
     "doctor": "vllm_gemma4_spec.cli.doctor",
     "plan": "vllm_gemma4_spec.cli.plan",
     "patches": "vllm_gemma4_spec.cli.patches",

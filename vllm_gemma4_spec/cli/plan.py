@@ -34,7 +34,7 @@ def command(
     ] = _RATES,
     target_ms: Annotated[float | None, typer.Option(min=0, help="Measured step of the target, for its floor.")] = None,
     draft_ms: Annotated[float | None, typer.Option(min=0, help="Measured pass of the drafter, for its floor.")] = None,
-    overhead_ms: Annotated[float, typer.Option(min=0, help="Added to every step.")] = 0,
+    overhead_ms: Annotated[float, typer.Option(min=0, help="Added to every step with drafts.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Write tok/s by k to this file (PNG, SVG, PDF).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/plan.md has the schema.")] = False,
 ) -> None:

@@ -2,7 +2,7 @@
 
 A step with k drafts is k passes of the drafter and one of the target over k + 1 tokens a request::
 
-    time(k)   = k * T_draft + T_target(k + 1) + overhead
+    time(k)   = k * T_draft + T_target(k + 1) + overhead      (no overhead for k = 0)
     tokens(k) = 1 + a_1 + … + a_k         a_i: share of steps in which draft i is accepted
     speed(k)  = requests * tokens(k) / time(k)
 
@@ -75,7 +75,7 @@ class Steps:
         return cls(draft, passes, overhead)
 
     def seconds(self, k: int) -> float:
-        return k * self.draft + self.target[k] + self.overhead
+        return k * self.draft + self.target[k] + (self.overhead if k else 0.0)
 
 
 def curve(text: str) -> tuple[float, ...]:
