@@ -23,6 +23,9 @@ app = typer.Typer(
 COMMANDS = {
     "demo": "vllm_gemma4_spec.cli.demo",
     "demo-models": "vllm_gemma4_spec.cli.demo_models",
+    "bench": "vllm_gemma4_spec.cli.bench",
+    "doctor": "vllm_gemma4_spec.cli.doctor",
+    "plan": "vllm_gemma4_spec.cli.plan",
     "patches": "vllm_gemma4_spec.cli.patches",
     "inspect": "vllm_gemma4_spec.cli.inspect",
     "repair": "vllm_gemma4_spec.cli.repair",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 import vllm.envs as envs
 from torch import Tensor

@@ -8,7 +8,7 @@ import inspect
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -92,6 +92,7 @@ class Patcher:
         self._patches: list[Patch] = []  # enabled, in the order they are applied
         self._applied: list[_Applied] = []
         self._hooked: set[str] = set()
+        self.on_change: list[Callable[[], None]] = []  # called after patches went on or off
 
     def known(self) -> tuple[Patch, ...]:
         from vllm_gemma4_spec.patches import PATCHES
@@ -141,6 +142,8 @@ class Patcher:
             except BaseException:
                 self.undo()  # all or nothing, also when a module turns out wrong long after the start
                 raise
+            if edits:
+                self._tell()
 
     def _apply_edit(self, edit: Edit, module: ModuleType) -> _Applied:
         owner, attribute = _resolve(module, edit.target.partition(":")[2])
@@ -167,6 +170,11 @@ class Patcher:
                 applied.revert()
                 self._applied.remove(applied)
             self._patches = [p for p in self._patches if p not in chosen]
+            self._tell()
+
+    def _tell(self) -> None:
+        for callback in self.on_change:
+            callback()
 
     def status(self) -> list[PatchStatus]:
         """One entry per known patch."""

@@ -8,6 +8,7 @@ import os
 from vllm_gemma4_spec import settings
 from vllm_gemma4_spec._version import __version__
 from vllm_gemma4_spec.errors import Gemma4SpecError, stop
+from vllm_gemma4_spec.ops import reports
 from vllm_gemma4_spec.patching.engine import PATCHER
 
 # vLLM configures the logger "vllm" only: a logger outside that namespace prints no INFO line.
@@ -46,6 +47,7 @@ def load() -> None:
     except Gemma4SpecError as error:
         stop(error)
     declare_settings()
+    reports.announce()
     if os.getpid() not in _said:
         _said.add(os.getpid())
         logger.info("%s [process %d]", summary(), os.getpid())

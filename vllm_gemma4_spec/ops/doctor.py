@@ -1,0 +1,262 @@
+"""What is installed, chosen, switched and loaded, against what is supported; one finding per fact."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from vllm_gemma4_spec import settings
+from vllm_gemma4_spec.errors import Gemma4SpecError
+from vllm_gemma4_spec.ops import server
+from vllm_gemma4_spec.patching import fingerprint
+from vllm_gemma4_spec.patching.engine import PATCHER
+from vllm_gemma4_spec.patching.version import SUPPORTED, vllm_version
+
+# transformers: vLLM 0.19.1 excludes up to 5.5.0; 5.15 and later read Gemma 4's config differently.
+WANTED = {"torch": SpecifierSet("==2.10.*"), "transformers": SpecifierSet(">=5.5.1,<5.15")}
+PYTHON = SpecifierSet(">=3.10,<3.14")
+
+# vLLM's own variables that change what the overlay does; value -> why it is wrong (None: any value is a remark).
+VLLM_VARIABLES: dict[str, dict[str, str]] = {
+    "VLLM_PLUGINS": {},
+    "VLLM_NVFP4_GEMM_BACKEND": {"emulation": "0.19.1's emulation computes wrong results; unset it"},
+    "VLLM_USE_NVFP4_CT_EMULATIONS": {"1": "0.19.1's emulation computes wrong results; unset it"},
+    "VLLM_USE_FBGEMM": {},
+    "VLLM_USE_FLASHINFER_MOE_FP4": {},
+    "VLLM_DISABLE_COMPILE_CACHE": {},
+    "VLLM_CACHE_ROOT": {},
+    "VLLM_ENABLE_V1_MULTIPROCESSING": {},
+    "VLLM_WORKER_MULTIPROC_METHOD": {},
+    "VLLM_CPU_KVCACHE_SPACE": {},
+    "VLLM_CPU_OMP_THREADS_BIND": {},
+    "PROMETHEUS_MULTIPROC_DIR": {},
+}
+
+
+class State(str, Enum):
+    """``problem`` makes the exit code 1; a ``note`` needs no action."""
+
+    OK = "ok"
+    NOTE = "note"
+    PROBLEM = "problem"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact. ``advice`` says what to do and is empty unless something is to be done or explained."""
+
+    section: str
+    name: str
+    state: State
+    found: str
+    wanted: str = ""
+    advice: str = ""
+
+
+def versions() -> Iterator[Finding]:
+    section = "versions"
+    python = platform.python_version()
+    fine = Version(python) in PYTHON
+    advice = "" if fine else "make a virtual environment with a Python in that range"
+    yield Finding(section, "python", State.OK if fine else State.PROBLEM, python, str(PYTHON), advice)
+    found = vllm_version()
+    fine = found == SUPPORTED
+    advice = "" if fine else f"install vllm=={SUPPORTED}, or see docs/newer-vllm.md for a newer one"
+    yield Finding(section, "vllm", State.OK if fine else State.PROBLEM, found or "not installed", SUPPORTED, advice)
+    for name, wanted in WANTED.items():
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            version = None
+        fine = version is not None and wanted.contains(Version(version).public, prereleases=True)
+        advice = "" if fine else f"pip install '{name}{wanted}'"
+        yield Finding(
+            section, name, State.OK if fine else State.PROBLEM, version or "not installed", str(wanted), advice
+        )
+    try:
+        import torch
+
+        cuda = torch.version.cuda
+    except ImportError:
+        return
+    yield Finding(section, "CUDA", State.OK if cuda else State.NOTE, cuda or "a build of torch without CUDA")
+
+
+def plugin() -> Iterator[Finding]:
+    section = "plugin"
+    points = importlib.metadata.entry_points(group="vllm.general_plugins")
+    names = sorted({p.name for p in points if p.value.startswith("vllm_gemma4_spec:")})
+    if not names:
+        advice = "pip install vllm-gemma4-spec into the environment that runs vLLM"
+        yield Finding(section, "entry point", State.PROBLEM, "not installed", "gemma4_spec", advice)
+        return
+    yield Finding(section, "entry point", State.OK, names[0], "gemma4_spec")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "gemma4_spec" not in [p.strip() for p in allowed.split(",")]:
+        advice = "add gemma4_spec to VLLM_PLUGINS, or unset it"
+        yield Finding(section, "VLLM_PLUGINS", State.PROBLEM, repr(allowed), "gemma4_spec among them", advice)
+
+
+def _nvfp4_reason(backend: str, capability: tuple[int, int]) -> str:
+    """Why vLLM 0.19.1 chose ``backend`` (the order of ``select_nvfp4_linear_backend``)."""
+    for variable in ("VLLM_USE_FBGEMM", "VLLM_USE_NVFP4_CT_EMULATIONS", "VLLM_NVFP4_GEMM_BACKEND"):
+        if os.environ.get(variable, "0") not in ("", "0"):
+            return f"forced by {variable}"
+    if backend.startswith("flashinfer"):
+        return "compute capability 10.0 or above, and FlashInfer is usable"
+    if backend == "marlin":
+        return f"no FP4 tensor core kernel for {capability[0]}.{capability[1]}: weights in 4 bits, arithmetic in bf16"
+    return "vLLM's CUTLASS kernel supports this device; FlashInfer is missing or has no compiler"
+
+
+def device() -> Iterator[Finding]:
+    section = "device"
+    try:
+        import torch
+    except ImportError:
+        return
+    if not torch.cuda.is_available():
+        yield Finding(section, "GPU", State.NOTE, "none visible", advice="the CPU build serves small models only")
+        yield Finding(section, "NVFP4 backend", State.NOTE, "none: all of vLLM's need a GPU")
+        return
+    p, capability = torch.cuda.get_device_properties(0), torch.cuda.get_device_capability()
+    found = f"{torch.cuda.device_count()} x {p.name}, {p.major}.{p.minor}, {p.total_memory / 2**30:.0f} GiB"
+    yield Finding(section, "GPU", State.OK, found)
+    if vllm_version() != SUPPORTED:
+        return
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its INFO lines go to stdout
+    try:
+        from vllm.model_executor.layers.quantization.utils import nvfp4_utils
+
+        backend = nvfp4_utils.select_nvfp4_linear_backend().value
+    except (ValueError, AssertionError, ImportError, AttributeError) as error:
+        advice = "unset VLLM_NVFP4_GEMM_BACKEND, or install what it needs"
+        yield Finding(section, "NVFP4 backend", State.PROBLEM, f"none: {error}", advice=advice)
+        return
+    wrong = backend == "emulation"
+    yield Finding(
+        section,
+        "NVFP4 backend",
+        State.PROBLEM if wrong else State.OK,
+        backend,
+        advice="its results are wrong in 0.19.1; unset the variable" if wrong else _nvfp4_reason(backend, capability),
+    )
+
+
+def patches() -> Iterator[Finding]:
+    section = "patches"
+    try:
+        statuses = PATCHER.status()
+    except Gemma4SpecError as error:  # an unreadable switch; environment() names it too
+        yield Finding(section, "states", State.PROBLEM, "unknown", advice=str(error))
+        return
+    for status, patch in zip(statuses, PATCHER.known(), strict=True):
+        wrong = []
+        for symbol in patch.checked_symbols:
+            found, wanted = fingerprint.installed(symbol), fingerprint.wanted(symbol)
+            if found != wanted:
+                wrong.append(f"{symbol} is {found or 'gone'}, wanted {wanted}")
+        marks = f"{len(patch.checked_symbols)} fingerprints match"
+        if wrong:
+            advice = f"install an unchanged vllm=={SUPPORTED}: bind-mounted or edited files must go"
+            yield Finding(section, patch.name, State.PROBLEM, "; ".join(wrong), "the source of 0.19.1", advice)
+        elif status.state == "off" and status.group == "correctness":
+            advice = f"answers may be wrong without it; unset {status.switch} and {settings.PREFIX}"
+            yield Finding(section, patch.name, State.PROBLEM, f"off; {marks}", "on", advice)
+        else:
+            # `not applied` here: this command is no server; a server applies what is switched on
+            found = "off" if status.state == "off" else "switched on"
+            yield Finding(section, patch.name, State.NOTE if found == "off" else State.OK, f"{found}; {marks}")
+
+
+def environment() -> Iterator[Finding]:
+    section = "environment"
+    names = [p.name for p in PATCHER.known()]
+    try:
+        settings.check_environment(names)
+    except Gemma4SpecError as error:
+        yield Finding(section, settings.PREFIX, State.PROBLEM, "unknown or unreadable", advice=str(error))
+    for setting in settings.all_settings(names):
+        if setting.name in os.environ:
+            yield Finding(section, setting.name, State.NOTE, os.environ[setting.name], setting.default, setting.help)
+    for name, wrong in VLLM_VARIABLES.items():
+        value = os.environ.get(name)
+        if value is not None:
+            reason = wrong.get(value.lower(), "")
+            yield Finding(section, name, State.PROBLEM if reason else State.NOTE, value or "(empty)", advice=reason)
+
+
+def running(url: str, api_key: str | None = None, workers: int | None = None) -> Iterator[Finding]:
+    """Which processes of the server at ``url`` have which patches (see :mod:`vllm_gemma4_spec.ops.reports`).
+
+    Raises:
+        ServerError: nothing answers there, or not vLLM.
+    """
+    section = "server"
+    version = server.version(url, api_key)
+    fine = Version(version).public == SUPPORTED
+    yield Finding(section, "vllm", State.OK if fine else State.PROBLEM, version, SUPPORTED)
+    on: dict[tuple[str, str], dict[str, bool]] = defaultdict(dict)
+    figures = server.samples(url, api_key)
+    for sample in figures:
+        key = (sample.labels.get("process", ""), sample.labels.get("pid", ""))
+        if sample.name == "gemma4_spec_process":
+            on[key] = on[key] or {}
+        elif sample.name == "gemma4_spec_patch_on":
+            on[key][sample.labels["patch"]] = sample.value == 1
+    if not on:
+        advice = (
+            "pip install vllm-gemma4-spec into the server's environment and look for 'patches on' in its log; "
+            "with --api-server-count above 1 only the log says it"
+        )
+        yield Finding(section, "plugin", State.PROBLEM, "no process reports it", "every process", advice)
+        return
+    reference = next(iter(on.values()))
+    for (name, pid), states in on.items():
+        enabled = sorted(patch for patch, state in states.items() if state)
+        off = sorted(patch for patch, state in states.items() if not state)
+        same = states == reference
+        found = f"{len(enabled)} on: {', '.join(enabled)}" + (f"; off: {', '.join(off)}" if off else "")
+        advice = "" if same else "not the patches of the other processes: give all of them one environment"
+        yield Finding(section, f"{name} ({pid})", State.OK if same else State.PROBLEM, found, advice=advice)
+    kinds = [name for name, _ in on]
+    if not any(k.startswith("EngineCore") for k in kinds):
+        advice = "the engine core runs unpatched, or inside the API server's process"
+        yield Finding(section, "EngineCore", State.PROBLEM, "does not report", "reports", advice)
+    found_workers = sum(k.startswith("VllmWorker") for k in kinds)
+    if workers is None:
+        text = f"{found_workers} report" if found_workers else "none of their own: they run inside the engine core"
+        yield Finding(section, "workers", State.NOTE, text, advice="give --workers N (GPUs used) to have it checked")
+    else:
+        fine = found_workers == workers or (workers == 1 and found_workers == 0)  # one worker shares the core's process
+        advice = "" if fine else "a worker runs without the plugin; read its log"
+        state = State.OK if fine else State.PROBLEM
+        yield Finding(section, "workers", state, str(found_workers), str(workers), advice)
+
+
+def examine(url: str | None = None, api_key: str | None = None, workers: int | None = None) -> list[Finding]:
+    """All findings, in the order they are printed.
+
+    Raises:
+        ServerError: ``url`` was given and no vLLM server answers there.
+    """
+    asked = list(running(url, api_key, workers)) if url else []  # first: a wrong address is said at once
+    return [*versions(), *plugin(), *device(), *patches(), *environment(), *asked]
+
+
+def healthy(findings: Sequence[Finding]) -> bool:
+    return all(f.state is not State.PROBLEM for f in findings)
+
+
+def python_prefix() -> str:
+    """Which environment was examined."""
+    return sys.prefix

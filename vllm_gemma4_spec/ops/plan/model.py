@@ -1,0 +1,209 @@
+"""Gemma 4's shapes from a config, and the bytes of its weights as vLLM 0.19.1 lays them out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vllm_gemma4_spec.errors import Gemma4SpecError
+
+# Bytes per weight. NVFP4: 4 bits and one 8-bit scale for each block of 16.
+WEIGHT_BYTES = {"float32": 4.0, "bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5 + 1 / 16}
+
+
+class PlanError(Gemma4SpecError):
+    """A config that cannot be read or planned with."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight matrix (``copies`` of them for experts) with its name inside the checkpoint."""
+
+    name: str
+    elements: int
+    copies: int = 1
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Gemma 4 text model: transformers' own config, the format of its weights, and what is left in bf16."""
+
+    name: str
+    text: Any
+    weights: str
+    unquantized: tuple[str, ...] = ()
+    files_bytes: int | None = None
+
+    @property
+    def layers(self) -> int:
+        return int(self.text.num_hidden_layers)
+
+    def is_full(self, layer: int) -> bool:
+        return bool(self.text.layer_types[layer] == "full_attention")
+
+    @property
+    def first_shared(self) -> int:
+        """The first layer that reuses an earlier layer's KV."""
+        return self.layers - int(getattr(self.text, "num_kv_shared_layers", 0) or 0)
+
+    def attention(self, layer: int) -> tuple[int, int]:
+        """``(KV heads, head size)`` of a layer."""
+        text = self.text
+        if not self.is_full(layer):
+            return int(text.num_key_value_heads), int(text.head_dim)
+        heads = text.num_global_key_value_heads if text.attention_k_eq_v else None
+        return int(heads or text.num_key_value_heads), int(text.global_head_dim or text.head_dim)
+
+    @cached_property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """What one forward pass multiplies with, experts apart: K is stored again as V where K = V, and layers
+        that reuse KV have a K and a V all the same (``QKVParallelLinear`` of vLLM 0.19.1).
+        """
+        text, hidden = self.text, int(self.text.hidden_size)
+        out = []
+        for i in range(self.layers):
+            at = f"model.language_model.layers.{i}"
+            kv_heads, size = self.attention(i)
+            heads = int(text.num_attention_heads)
+            out.append(Matrix(f"{at}.self_attn.qkv_proj", hidden * size * (heads + 2 * kv_heads)))
+            out.append(Matrix(f"{at}.self_attn.o_proj", hidden * size * heads))
+            wide = 2 if getattr(text, "use_double_wide_mlp", False) and i >= self.first_shared > 0 else 1
+            out.append(Matrix(f"{at}.mlp", 3 * hidden * int(text.intermediate_size) * wide))
+            if text.enable_moe_block:
+                out.append(Matrix(f"{at}.router.proj", hidden * int(text.num_experts)))
+            if text.hidden_size_per_layer_input:
+                per_layer = int(text.hidden_size_per_layer_input)
+                out.append(Matrix(f"{at}.per_layer_input_gate", hidden * per_layer))
+                out.append(Matrix(f"{at}.per_layer_projection", hidden * per_layer))
+        if text.hidden_size_per_layer_input:
+            width = self.layers * int(text.hidden_size_per_layer_input)
+            out.append(Matrix("model.language_model.per_layer_model_projection", hidden * width))
+        return tuple(out)
+
+    @cached_property
+    def experts(self) -> tuple[Matrix, ...]:
+        """The expert matrices: ``elements`` of one expert, ``copies`` experts."""
+        text = self.text
+        if not text.enable_moe_block:
+            return ()
+        one = 3 * int(text.hidden_size) * int(text.moe_intermediate_size)
+        return tuple(
+            Matrix(f"model.language_model.layers.{i}.experts", one, int(text.num_experts)) for i in range(self.layers)
+        )
+
+    def _bytes(self, matrix: Matrix) -> float:
+        """Of one copy. Routers and whatever the checkpoint's ignore list names stay in bf16."""
+        plain = "router" in matrix.name or any(_ignored(matrix.name, p) for p in self.unquantized)
+        kind = "bf16" if plain and self.weights != "float32" else self.weights
+        return matrix.elements * WEIGHT_BYTES[kind]
+
+    @property
+    def _wide(self) -> float:
+        """Bytes of an unquantized number: embeddings are not quantized."""
+        return WEIGHT_BYTES["float32" if self.weights == "float32" else "bf16"]
+
+    @property
+    def head_bytes(self) -> float:
+        """The output matrix, which is the embedding table."""
+        return int(self.text.vocab_size) * int(self.text.hidden_size) * self._wide
+
+    @property
+    def weight_bytes(self) -> float:
+        """Memory of the text model: matrices, experts, embeddings, per-layer embeddings (norms are left out)."""
+        total = sum(self._bytes(m) for m in self.matrices) + self.head_bytes
+        total += sum(self._bytes(m) * m.copies for m in self.experts)
+        if self.text.hidden_size_per_layer_input:
+            width = self.layers * int(self.text.hidden_size_per_layer_input)
+            total += int(self.text.vocab_size_per_layer_input) * width * self._wide
+        return total
+
+    def read_bytes(self, tokens: int) -> float:
+        """Weight bytes that a pass over ``tokens`` tokens reads once: of the experts those that at least one
+        token picks, if all are equally likely; of the (per-layer) embeddings only rows, which are left out.
+        """
+        total = sum(self._bytes(m) for m in self.matrices) + self.head_bytes
+        for matrix in self.experts:
+            chance = 1 - (1 - int(self.text.top_k_experts) / matrix.copies) ** tokens
+            total += self._bytes(matrix) * matrix.copies * chance
+        return total
+
+    def kv_read_bytes(self, context: int, kv_bytes: float) -> float:
+        """KV bytes that one token at position ``context`` reads: every layer, its window at most."""
+        total = 0.0
+        for i in range(self.layers):
+            heads, size = self.attention(i)
+            seen = context if self.is_full(i) else min(context, int(self.text.sliding_window))
+            total += 2 * heads * size * kv_bytes * seen
+        return total
+
+
+def _ignored(name: str, pattern: str) -> bool:
+    """ModelOpt's ``exclude_modules`` and compressed-tensors' ``ignore``: globs, or a part of the name."""
+    pattern = pattern.removeprefix("re:").rstrip("*").rstrip(".")
+    short = pattern.removeprefix("*").removeprefix("model.language_model.").removeprefix("model.")
+    return bool(short) and (fnmatch(name, f"*{short}*") or name.startswith(pattern + "."))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise PlanError(f"{path}: not there; give a model folder or its config.json") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except ValueError as error:
+        raise PlanError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise PlanError(f"{path}: not a config (a JSON object)")
+    return found
+
+
+def _format(config: dict[str, Any], folder: Path) -> tuple[str, tuple[str, ...]]:
+    """Weight format and the modules left out of it, from config.json or ModelOpt's hf_quant_config.json."""
+    quant = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    beside = folder / "hf_quant_config.json"
+    if quant is None and beside.is_file():
+        quant = _read(beside).get("quantization")
+    dtype = str((config.get("text_config") or config).get("dtype") or config.get("torch_dtype") or "bfloat16")
+    if not quant:
+        return ("float32" if dtype == "float32" else "bf16"), ()
+    left = tuple(quant.get("exclude_modules") or quant.get("ignore") or ())
+    algorithm = str(quant.get("quant_algo") or quant.get("quant_method") or quant.get("format") or "").lower()
+    for kind in ("nvfp4", "fp8"):
+        if kind in algorithm or kind in json.dumps(quant).lower():
+            return kind, left
+    raise PlanError(
+        f"{folder}: weights quantized by {algorithm!r}; choose their format with --target-weights or --drafter-weights"
+    )
+
+
+def load(path: Path, weights: str | None = None) -> Model:
+    """Read a model folder or a bare ``config.json``.
+
+    Args:
+        path: folder or file.
+        weights: a key of :data:`WEIGHT_BYTES` that overrides what the checkpoint says.
+
+    Raises:
+        PlanError: nothing readable there, or not a Gemma 4 model.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    raw = _read(file)
+    if raw.get("model_type") not in ("gemma4", "gemma4_text"):
+        raise PlanError(f"{file}: model_type is {raw.get('model_type')!r}; plan knows gemma4 and gemma4_text")
+    from transformers import Gemma4Config, Gemma4TextConfig
+
+    try:
+        is_text = raw["model_type"] == "gemma4_text"
+        text = Gemma4TextConfig.from_dict(raw) if is_text else Gemma4Config.from_dict(raw).text_config
+    except Exception as error:  # transformers raises many kinds for a malformed config
+        raise PlanError(f"{file}: transformers cannot read it ({str(error).splitlines()[0]})") from None
+    kind, left = (weights, ()) if weights else _format(raw, file.parent)
+    if kind not in WEIGHT_BYTES:
+        raise PlanError(f"weights {kind!r}: choose from {', '.join(WEIGHT_BYTES)}")
+    shards = sum(p.stat().st_size for p in file.parent.glob("*.safetensors")) or None
+    return Model(file.parent.name, text, kind, left, shards)

@@ -1,0 +1,113 @@
+"""Floors of a decode step from bytes and bandwidth, tokens per step from acceptance, and the k that pays best.
+
+A step with k drafts is k passes of the drafter and one of the target over k + 1 tokens a request::
+
+    time(k)   = k * T_draft + T_target(k + 1) + overhead      (no overhead for k = 0)
+    tokens(k) = 1 + a_1 + … + a_k         a_i: share of steps in which draft i is accepted
+    speed(k)  = requests * tokens(k) / time(k)
+
+``a_i`` is the acceptance rate per position of vLLM's ``/metrics``; from one rate p per draft, a_i = p ** i.
+A floor of T is bytes read / bandwidth. Nothing is faster; real steps are slower by launches, arithmetic
+and what attention does besides reading.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_gemma4_spec.ops.plan.model import Model, PlanError
+
+MAX_K = 10
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """``memory`` in bytes, ``bandwidth`` in bytes per second (measured where it was, else the data sheet's)."""
+
+    name: str
+    memory: float
+    bandwidth: float
+    source: str
+
+
+def hardware() -> dict[str, Hardware]:
+    """The table ``hardware.json``."""
+    table = json.loads(Path(__file__).with_name("hardware.json").read_text())
+    return {
+        name: Hardware(name, row["memory"] * 1e9, row.get("sustained", row["bandwidth"]) * 1e9, row["source"])
+        for name, row in table.items()
+        if not name.startswith("_")
+    }
+
+
+@dataclass(frozen=True)
+class Workload:
+    """``requests`` that decode at once, each at ``context`` tokens; ``kv_bytes`` per number in the cache."""
+
+    requests: int
+    context: int
+    kv_bytes: float
+
+    def pass_bytes(self, model: Model, tokens: int = 1) -> float:
+        """Bytes read by one pass over ``tokens`` tokens of each request; the KV is read once for all of them."""
+        kv = model.kv_read_bytes(self.context, self.kv_bytes) * self.requests
+        return model.read_bytes(tokens * self.requests) + kv
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Seconds of a drafter's pass, and of the target's pass over 1, 2, … ``MAX_K`` + 1 tokens a request."""
+
+    draft: float
+    target: tuple[float, ...]
+    overhead: float = 0.0
+
+    @classmethod
+    def floors(
+        cls, target: Model, drafter: Model | None, load: Workload, bandwidth: float, overhead: float = 0.0
+    ) -> Steps:
+        draft = load.pass_bytes(drafter) / bandwidth if drafter else 0.0
+        passes = tuple(load.pass_bytes(target, k + 1) / bandwidth for k in range(MAX_K + 1))
+        return cls(draft, passes, overhead)
+
+    def seconds(self, k: int) -> float:
+        return k * self.draft + self.target[k] + (self.overhead if k else 0.0)
+
+
+def curve(text: str) -> tuple[float, ...]:
+    """``0.7`` (one rate per draft) or ``0.8,0.6,0.45`` (rate per position) as a_1 … a_MAX_K.
+
+    Positions beyond those given go on with the last ratio.
+
+    Raises:
+        PlanError: not numbers from 0 to 1 that never rise.
+    """
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise PlanError(f"--acceptance {text}: write one rate (0.7) or one per position (0.8,0.6,0.45)") from None
+    if any(not 0 <= v <= 1 for v in values) or any(b > a for a, b in itertools.pairwise(values)):
+        raise PlanError(f"--acceptance {text}: rates lie between 0 and 1 and never rise from one position to the next")
+    previous = values[-2] if len(values) > 1 else 1.0
+    ratio = values[-1] / previous if previous else 0.0
+    while len(values) < MAX_K:
+        values.append(values[-1] * ratio)
+    return tuple(values[:MAX_K])
+
+
+def tokens_per_step(rates: Sequence[float], k: int) -> float:
+    return 1 + sum(rates[:k])
+
+
+def speed(steps: Steps, rates: Sequence[float], k: int, requests: int) -> float:
+    """Tokens per second of all requests together."""
+    return requests * tokens_per_step(rates, k) / steps.seconds(k)
+
+
+def best_k(steps: Steps, rates: Sequence[float], requests: int) -> int:
+    """The k (0: no speculation) with the most tokens per second; the smallest among equals."""
+    return max(range(MAX_K + 1), key=lambda k: (speed(steps, rates, k, requests), -k))
