@@ -48,5 +48,9 @@ ledger: setup
 wheel: setup
 	$(BIN)/uv build --python $(BIN)/python --out-dir dist
 
+docs: setup
+	$(BIN)/uv pip install --quiet --python $(BIN)/python 'mkdocs-material>=9.5'
+	$(BIN)/mkdocs build --strict
+
 clean:
 	rm -rf dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
