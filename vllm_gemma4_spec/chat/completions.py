@@ -124,7 +124,7 @@ async def _streamed(results: AsyncIterator[Any], plan: Plan, all_tokens: bool) -
     """``RequestOutput`` s of deltas, every choice's outputs replaced by its pieces."""
     streams: dict[int, _Stream] = {}
     async for result in results:
-        outputs = []
+        outputs: list[Any] = []
         for output in result.outputs:
             stream = streams.get(output.index)
             if stream is None:

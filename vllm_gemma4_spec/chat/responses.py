@@ -39,6 +39,7 @@ from vllm.utils import random_uuid
 from vllm_gemma4_spec.chat.machine import Kind
 from vllm_gemma4_spec.chat.requests import Parsers, Plan
 from vllm_gemma4_spec.chat.results import Piece
+from vllm_gemma4_spec.chat.tokens import vocabulary
 
 _UNNUMBERED = -1  # vLLM numbers the events as it sends them
 
@@ -180,6 +181,7 @@ class _Output:
     """The items of one answer, one after the other, and the events that announce them."""
 
     def __init__(self, serving: Any, request: Any, tokenizer: Any) -> None:
+        self._special = vocabulary(tokenizer).special
         self._serving = serving
         self._request = request
         self._tokenizer = tokenizer
@@ -193,7 +195,8 @@ class _Output:
         """The events of new pieces of ``output`` (``CompletionOutput`` with the tokens they came from)."""
         at = 0
         for piece in pieces:
-            tokens = slice(at, at + piece.tokens)
+            # Text has the logprobs of its tokens; control tokens before it have none to show.
+            tokens = [i for i in range(at, at + piece.tokens) if output.token_ids[i] not in self._special]
             at += piece.tokens
             if piece.kind is Kind.REASONING:
                 yield from self._begin(_Reasoning)
@@ -232,12 +235,12 @@ class _Output:
             yield from self._open.end()
         self._open = None
 
-    def _logprobs(self, output: Any, tokens: slice) -> tuple[list[Any] | None, list[Any]]:
+    def _logprobs(self, output: Any, tokens: list[int]) -> tuple[list[Any] | None, list[Any]]:
         if not self._request.is_include_output_logprobs() or output.logprobs is None:
             return None, []
         arguments = {
-            "token_ids": output.token_ids[tokens],
-            "logprobs": output.logprobs[tokens],
+            "token_ids": [output.token_ids[i] for i in tokens],
+            "logprobs": [output.logprobs[i] for i in tokens],
             "tokenizer": self._tokenizer,
             "top_logprobs": self._request.top_logprobs,
         }

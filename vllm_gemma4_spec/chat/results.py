@@ -12,8 +12,8 @@ from vllm_gemma4_spec.chat.machine import Event, Kind, OutputParser
 class Piece:
     """Consecutive events of one kind, and how many tokens brought them about.
 
-    A token that ends one piece and begins the next counts for the first. ``kind`` is None where tokens
-    brought nothing about.
+    A token that brings nothing about counts for the piece that follows; one that ends a piece and begins the
+    next counts for the first. ``kind`` is None where all tokens of a delta brought nothing about.
     """
 
     kind: Kind | None = None
@@ -91,20 +91,26 @@ class Choice:
             elif output.finish_reason == "stop" and token_ids:
                 # The last token is no text: the end of sequence, or one of `stop_token_ids`.
                 last, token_ids = token_ids[-1], token_ids[:-1]
-        pieces = [Piece()]
+        pieces, quiet = [Piece()], 0
         for token in token_ids:
-            self._append(pieces, parser.feed(token), 1)
+            events = parser.feed(token)
+            if events:
+                self._append(pieces, events, quiet + 1)
+                quiet = 0
+            else:
+                quiet += 1
         if output.finish_reason is not None:
-            self._append(pieces, parser.finish(last), int(last is not None))
+            events = parser.finish(last)
+            quiet += last is not None
+            if events:
+                self._append(pieces, events, quiet)
+                quiet = 0
+        pieces[-1].tokens += quiet
         return pieces
 
     @staticmethod
     def _append(pieces: list[Piece], events: list[Event], tokens: int) -> None:
         piece = pieces[-1]
-        if events and piece.kind is not None and piece.kind is not events[0].kind:
-            piece = Piece()
-            pieces.append(piece)
-        piece.tokens += tokens
         for event in events:
             if piece.kind is not event.kind:
                 if piece.kind is not None:
@@ -112,6 +118,8 @@ class Choice:
                     pieces.append(piece)
                 piece.kind = event.kind
             piece.events.append(event)
+            piece.tokens += tokens
+            tokens = 0
 
     def finish_reason(self, engine: str | None) -> str | None:
         """The finish reason for the client, given the engine's."""
