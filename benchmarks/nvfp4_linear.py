@@ -299,7 +299,8 @@ def experts() -> dict[str, Any]:
         packed[f"{base}.input_scale"] = torch.tensor(0.01)
         return nvfp4.dequantize(packed[f"{base}.weight"], scale, scale_2)
 
-    amax = torch.stack([v.abs().max() for k, v in state.items() if "_proj" in k]).max().float() / 2688
+    largest = torch.stack([v.abs().max() for k, v in state.items() if "_proj" in k]).max().float()
+    scale_2 = 2 ** torch.ceil(torch.log2(largest / 2688))  # a power of two: the plain bf16 weights are exact
     for name, value in state.items():
         if ".experts." in name:
             root, _, projection = name.rpartition(".")
@@ -308,11 +309,11 @@ def experts() -> dict[str, Any]:
                 halves = weight.chunk(2) if projection == "gate_up_proj" else (weight,)
                 names = ("gate_proj", "up_proj") if projection == "gate_up_proj" else ("down_proj",)
                 pairs = zip(names, halves, strict=True)
-                made.append(torch.cat([quantize(f"{root}.{e}.{p}", w, amax) for p, w in pairs]))
+                made.append(torch.cat([quantize(f"{root}.{e}.{p}", w, scale_2) for p, w in pairs]))
             plain[name] = torch.stack(made).bfloat16()
         elif name.endswith("_proj.weight"):
             base = name.removesuffix(".weight")
-            plain[name] = quantize(base, value, amax).bfloat16()
+            plain[name] = quantize(base, value, scale_2).bfloat16()
             if "o_proj" in name or "down_proj" in name:
                 scale = torch.tensor([0.5, 2.0], device=DEVICE).repeat(value.shape[1] // 2).bfloat16()
                 packed[f"{base}.pre_quant_scale"] = scale  # powers of two: folding them rounds nothing

@@ -29,7 +29,6 @@ pytestmark = [
     pytest.mark.skipif(not PYTHON, reason="GEMMA4_MODELOPT_PYTHON names no interpreter with ModelOpt 0.42.0"),
 ]
 
-# (fixture, its clamped twin, blocks): bf16 rounding of pre_quant_scale moves one code of one block
 CLIPPED = [n for n in names() if n.endswith(CLIPPING)]
 
 
@@ -61,30 +60,39 @@ def test_repair_equals_an_exporter_with_the_clamp(name: str, exports: Path, tmp_
     assert all(torch.equal(ours[n], fixed[n]) for n in ours if not n.endswith("weight"))
 
 
+DECODE = """
+import pathlib, sys, torch
+from safetensors.torch import load_file, save_file
+from modelopt.torch.quantization.qtensor import NVFP4QTensor
+for folder in pathlib.Path(sys.argv[1]).iterdir():
+    t, out = load_file(folder / "model.safetensors"), {}
+    for n, w in t.items():
+        if w.dtype == torch.uint8:
+            q, b = NVFP4QTensor((w.shape[0], w.shape[1] * 2), torch.float32, w), n.removesuffix("weight")
+            scales = {"scale": t[b + "weight_scale"], "double_scale": t[b + "weight_scale_2"]}
+            out[n] = q.dequantize(torch.float32, block_sizes={-1: 16}, **scales).contiguous()
+    save_file(out, pathlib.Path(sys.argv[2]) / (folder.name + ".safetensors"))
+"""
+
+
+@pytest.fixture(scope="module")
+def decoded(exports: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``NVFP4QTensor.dequantize`` of every export, run where ModelOpt is."""
+    out = tmp_path_factory.mktemp("decoded")
+    subprocess.run([PYTHON, "-c", DECODE, str(exports), str(out)], check=True)
+    return out
+
+
 @pytest.mark.parametrize("name", [n for n in names() if not n.endswith("bf16")])
-def test_decoding_equals_modelopts(name: str, exports: Path, tmp_path: Path) -> None:
-    """``NVFP4QTensor.dequantize`` in its own interpreter against the reference decoder, bit for bit."""
-    code = (
-        "import sys, torch; from safetensors.torch import load_file, save_file\n"
-        "from modelopt.torch.quantization.qtensor import NVFP4QTensor\n"
-        "t = load_file(sys.argv[1]); out = {}\n"
-        "for n, w in t.items():\n"
-        "    if w.dtype == torch.uint8:\n"
-        "        q = NVFP4QTensor((w.shape[0], w.shape[1] * 2), torch.float32, w)\n"
-        "        b = n.removesuffix('weight')\n"
-        "        out[n] = q.dequantize(torch.float32, scale=t[b + 'weight_scale'],\n"
-        "            double_scale=t[b + 'weight_scale_2'], block_sizes={-1: 16}).contiguous()\n"
-        "save_file(out, sys.argv[2])"
-    )
-    source = exports / name / "model.safetensors"
-    subprocess.run([PYTHON, "-c", code, str(source), str(tmp_path / "out.safetensors")], check=True)
+def test_decoding_equals_modelopts(name: str, exports: Path, decoded: Path) -> None:
+    """The reference decoder, bit for bit; where ModelOpt has NaN the reference applies the repair rule."""
     tensors = reference.read(exports / name)
-    theirs = load_file(tmp_path / "out.safetensors")
+    theirs = load_file(decoded / f"{name}.safetensors")
     assert theirs
     for key, weight in theirs.items():
         base = key.removesuffix("weight")
         ours = reference.decode(tensors[key][1], tensors[base + "weight_scale"][1], tensors[base + "weight_scale_2"][1])
-        known = ~weight.isnan()  # NaN blocks: the reference applies the repair rule
+        known = ~weight.isnan()
         assert torch.equal(torch.from_numpy(ours)[known], weight[known])
 
 
