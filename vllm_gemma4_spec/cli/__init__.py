@@ -25,6 +25,7 @@ COMMANDS = {
     "doctor": "vllm_gemma4_spec.cli.doctor",
     "plan": "vllm_gemma4_spec.cli.plan",
     "patches": "vllm_gemma4_spec.cli.patches",
+    "top": "vllm_gemma4_spec.cli.top",
 }
 
 

