@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.support.commands import free_port, gemma4_spec
+from tests.support.commands import environment, free_port, gemma4_spec
 from vllm_gemma4_spec.ops import bench
 
 
@@ -37,10 +45,50 @@ def test_unreadable_prompts_are_one_line(tmp_path: Path, content: str | None, wo
 
 
 def test_no_server_is_one_line(prompt_file: Path) -> None:
+    pytest.importorskip("pandas")
     done = gemma4_spec("bench", "--url", f"http://127.0.0.1:{free_port()}", "--prompts", str(prompt_file))
     assert done.returncode == 2
     assert "no answer" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+class _Models(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"data": [{"id": "someone"}]}')
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def other_server() -> Iterator[str]:
+    """OpenAI's list of models and nothing else."""
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Models)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}"
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_ctrl_c_leaves_no_process_behind(other_server: str, prompt_file: Path) -> None:
+    pytest.importorskip("pandas")
+    command = [sys.executable, "-c", "from vllm_gemma4_spec.cli import main; main()", "bench"]
+    command += ["--url", other_server, "--prompts", str(prompt_file)]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    children: list[psutil.Process] = []
+    end = time.monotonic() + 120
+    while not children and process.poll() is None and time.monotonic() < end:
+        children = psutil.Process(process.pid).children(recursive=True)
+        time.sleep(0.05)
+    assert children, process.communicate()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert "Traceback" not in process.communicate()[1]
+    gone, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    assert gone
 
 
 def test_summary_and_ratios() -> None:

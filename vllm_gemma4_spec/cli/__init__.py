@@ -30,6 +30,7 @@ COMMANDS = {
     "inspect": "vllm_gemma4_spec.cli.inspect",
     "repair": "vllm_gemma4_spec.cli.repair",
     "quantize": "vllm_gemma4_spec.cli.quantize",
+    "top": "vllm_gemma4_spec.cli.top",
 }
 
 

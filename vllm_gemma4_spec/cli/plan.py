@@ -115,7 +115,10 @@ def command(
     if plot:
         title = " + ".join(f"{m.name} ({m.weights})" for m in (big, small) if m)
         title += f", {requests} request{'s' if requests > 1 else ''} at {context} tokens"
-        lines = {m["name"]: {a: c["tok_s"] for a, c in m["acceptance"].items()} for m in report["machines"]}
+        lines = {
+            m["name"] + ("" if m["fits"] else " (does not fit)"): {a: c["tok_s"] for a, c in m["acceptance"].items()}
+            for m in report["machines"]
+        }
         save(lines, title, plot)
 
 

