@@ -151,8 +151,18 @@ class Chunks:
         return any(first < stop < end for _, _, stop in self.steps)
 
 
-@pytest.mark.parametrize("way", ["plain", "chunked-prefill", "prefix-caching"])
-@pytest.mark.parametrize("kind", ["drafter", "text"])
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("drafter", "plain"),
+        ("text", "plain"),
+        ("drafter", "chunked-prefill"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("text", "chunked-prefill"), ("drafter", "prefix-caching"), ("text", "prefix-caching"))
+        ),
+    ],
+)
 def test_an_answer_to_an_image_is_that_of_plain_decoding(
     models: dict[str, Path], plain: list[Any], kind: str, way: str
 ) -> None:
