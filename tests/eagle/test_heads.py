@@ -89,7 +89,17 @@ def test_a_head_drafts_as_its_reference(tiny: dict[str, Path], tmp_path: Path, h
     target = Gemma4ForCausalLM.from_pretrained(tiny["target"], dtype=torch.float32).eval()
     reference = ReferenceHead(folder, target.get_input_embeddings().weight.detach())
     assert len(recorder.given) >= len(LENGTHS) * 4
+    texts = [p + a for p, a in zip(random_prompts(LENGTHS), want, strict=True)]
+    if way == "chunked-prefill":
+        assert any(
+            g.first == 0 and len(g.context) <= n and g.context == t[: len(g.context)]
+            for g in recorder.given
+            for n, t in zip(LENGTHS, texts, strict=True)
+        )
     for given in recorder.given:
+        # Also after a chunk of a prompt, what follows is the request's own next token.
+        n = len(given.context)
+        assert any(given.context[: len(t)] == t[:n] for t in texts)
         with torch.no_grad():
             seen = target.model(torch.tensor([given.context[:-1]]), output_hidden_states=True)
             if kind.method == "eagle3":

@@ -114,6 +114,17 @@ TEXT_DRAFTER = Patch(
     ),
 )
 
+CHUNK_BOUNDARIES = Patch(
+    name="chunk-boundaries",
+    group=Group.CORRECTNESS,
+    why="After a chunk of a prompt the drafter is given the whole prompt's last token, not the next one. An EAGLE "
+    "head keeps the KV of that wrong pair, once per chunk, and drafts from it. Draft models recompute it.",
+    how="The token looked up for an unfinished prompt is the one after the tokens computed so far.",
+    retire="A release whose prepare_next_token_ids_padded looks up the sequence length for unfinished prompts.",
+    edits=(Edit(f"{_PROPOSER}.prepare_next_token_ids_padded", f"{_OURS}.chunks:prepare_next_token_ids_padded"),),
+    watches=(f"{_RUNNER}:GPUModelRunner._prepare_inputs", "vllm.v1.worker.gpu_input_batch:CachedRequestState"),
+)
+
 DRAFTER_CHECKS = Patch(
     name="drafter-checks",
     group=Group.CONVENIENCE,
@@ -136,5 +147,6 @@ PATCHES: tuple[Patch, ...] = (
     KV_SHARED_LAYERS,
     ONE_GROUP_WINDOWS,
     TEXT_DRAFTER,
+    CHUNK_BOUNDARIES,
     DRAFTER_CHECKS,
 )
