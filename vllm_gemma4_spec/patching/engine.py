@@ -166,10 +166,15 @@ class Patcher:
         with self._lock:
             chosen = list(self._patches if patches is None else patches)
             edits = {id(e) for p in chosen for e in p.edits}
-            for applied in reversed([a for a in self._applied if id(a.edit) in edits]):
+            # Patches share targets: those on top of an undone one come off with it and go back on without it.
+            targets = {e.target for p in chosen for e in p.edits}
+            off = [a for a in self._applied if a.edit.target in targets]
+            for applied in reversed(off):
                 applied.revert()
                 self._applied.remove(applied)
             self._patches = [p for p in self._patches if p not in chosen]
+            for edit in (a.edit for a in off if id(a.edit) not in edits):
+                self._applied.append(self._apply_edit(edit, sys.modules[edit.module]))
             self._tell()
 
     def _tell(self) -> None:
