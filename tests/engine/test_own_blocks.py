@@ -12,12 +12,15 @@ from tests.support.engine import acceptance, engine, generate, random_prompts
 PROMPTS = random_prompts((16, 32, 48, 16, 32, 64))
 
 
-def test_stock_writes_drafts_where_the_request_owns_nothing(tiny: dict[str, Path]) -> None:
+def test_stock_writes_drafts_where_the_request_owns_nothing(
+    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vllm_gemma4_spec.drafting.check import InvariantError
     from vllm_gemma4_spec.patches.drafting import OWN_BLOCKS
 
     with engine(tiny["target"], tiny["target"], 3) as llm:  # also applies all patches
         generate(llm, PROMPTS, 4)
+    monkeypatch.setenv("VLLM_GEMMA4_SPEC_PATCH_OWN_BLOCKS", "0")
     OWN_BLOCKS.undo()
     try:
         with (
