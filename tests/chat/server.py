@@ -303,5 +303,6 @@ def close() -> None:
         tasks = asyncio.all_tasks(loop)
         for task in tasks:
             task.cancel()
-        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        if tasks:  # gather() of nothing looks for another loop on Python 3.11
+            loop.run_until_complete(asyncio.wait(tasks))
         loop.close()

@@ -42,8 +42,10 @@ def test_each_fault_is_a_problem_with_advice(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In this process, through the same entry point: torch is imported once."""
+    import vllm_gemma4_spec
     from vllm_gemma4_spec import cli
 
+    vllm_gemma4_spec.undo()  # other tests of this process may have applied the patches
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("sys.argv", ["vllm-gemma4-spec", "doctor", "--json"])
