@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support import engine as _engine  # sets the engine's environment before anything imports vLLM
 
 assert _engine
+
+# The same examples in every run; `--hypothesis-profile search` looks for new ones.
+settings.register_profile("fixed", derandomize=True)
+settings.register_profile("search", derandomize=False)
+settings.load_profile("fixed")
 
 
 @pytest.fixture(scope="session")

@@ -77,6 +77,8 @@ def understand(
     if stop:
         symbols = _until(symbols, stop, include_stop)
     inside = _prompt_tail(prompt)
+    if inside is not None:  # special tokens without meaning are no text, in a prompt as in an output
+        inside = [t for t in inside if t not in special]
     meaning = Meaning()
     meaningful = set()
     if reasoning or not shown:
@@ -251,7 +253,12 @@ def _value(body: str, at: int, keep: Callable[[Any], None], begin: int, closer: 
 
 def _json_string_end(body: str, at: int, key: bool = False) -> int:
     # In a key, a backslash always takes the next character with it.
-    inside = r"(?:\\.|[^\"\\])*" if key else r'(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})|[^"])*'
+    # An escape is read once, left to right: a backslash before a quote never ends the string by itself.
+    inside = (
+        r"(?:\\.|[^\"\\])*"
+        if key
+        else r'(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})|\\(?!["\\/bfnrt]|u[0-9a-fA-F]{4})|[^"\\])*'
+    )
     match = re.compile(inside + '"', re.DOTALL).match(body, at)
     return match.end() - 1 if match else -1
 

@@ -140,7 +140,7 @@ def test_the_recipe_names_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command(made: list[Path], folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     if "demo-models" not in {c.name for c in cli.app.registered_commands}:
-        cli._register()
+        cli._register([])
     result = CliRunner().invoke(cli.app, ["demo-models", "--out", str(folder), "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)

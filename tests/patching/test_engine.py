@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run ``code`` in a fresh Python: what is patched where is a matter of whole processes."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_GEMMA4_SPEC")}
+    # Not VLLM_DIST_IDENT and the like, which an engine in this process leaves behind.
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env=clean | {"PYTHONPATH": str(ROOT), "VLLM_LOGGING_LEVEL": "INFO"} | env,
