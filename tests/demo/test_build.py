@@ -147,7 +147,7 @@ def test_the_command(made: list[Path], folder: Path, capsys: pytest.CaptureFixtu
     assert (found["target"], found["made_now"]) == (str(folder / "target"), True)
     (folder / "target/model.safetensors").write_bytes(b"")
     monkeypatch.setattr("sys.argv", ["vllm-gemma4-spec", "demo-models", "--out", str(folder)])
-    monkeypatch.setattr(cli, "_register", lambda: None)
+    monkeypatch.setattr(cli, "_register", lambda arguments: None)
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
