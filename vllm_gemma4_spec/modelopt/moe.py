@@ -16,6 +16,7 @@ from torch.nn import Module, Parameter
 from torch.nn import functional as F
 from vllm.model_executor.layers.fused_moe import cpu_fused_moe
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4FusedMoE
 from vllm.platforms import current_platform
@@ -47,6 +48,9 @@ class ModelOptNvFp4MendedMoE(ModelOptNvFp4FusedMoE):
 
     def process_weights_after_loading(self, layer: Module) -> None:
         _mend(layer)
+        if self.nvfp4_backend == NvFp4MoeBackend.MARLIN and layer.params_dtype == torch.bfloat16:
+            for name in ("w13", "w2"):
+                nvfp4.narrow_(*(getattr(layer, f"{name}_{x}").data for x in ("weight", "weight_scale")))
         super().process_weights_after_loading(layer)
 
 
