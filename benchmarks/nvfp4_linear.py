@@ -12,7 +12,8 @@ one that fails leaves the others their answers; exit code 1 if any answer is no 
   cost         a decode step of 31B's and of E4B's layers under torch.compile and CUDA graphs, NVFP4_AWQ over NVFP4
   load         the search for NaN block scales, as a share of loading
 
-``--device cpu --small`` runs everything on a CPU with tiny shapes, as a check of this script: its times mean nothing.
+``--device cpu --small`` runs everything on a CPU with tiny shapes, as a check of this script: its times mean nothing
+and are not judged.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ class Part:
         self.name = name
         self.log = folder / f"{name}.log"
         size = "small" if options.small else "full"
-        command = [sys.executable, str(HERE / "nvfp4_parts.py"), name.split()[0], options.device, size, str(target)]
+        command = [sys.executable, str(HERE / "nvfp4_parts.py"), str(target), options.device, size, *name.split()]
         paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         env["VLLM_CACHE_ROOT"] = str(folder / f"cache {name}".replace(" ", "-"))  # processes that start side by side
@@ -74,10 +76,9 @@ class Decoder:
     def __init__(self, model: str, algorithm: str, options: argparse.Namespace, folder: Path) -> None:
         path = folder / f"{model}-{algorithm}"
         path.mkdir()
-        layers = 6 if options.small else options.layers
         from nvfp4_parts import config
 
-        (path / "config.json").write_text(json.dumps(config(model, layers, algorithm, options.small)))
+        (path / "config.json").write_text(json.dumps(config(model, options.layers, algorithm, options.small)))
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.part = Part(f"decoder {path.name}", options, folder, path, **pipes)
 
@@ -95,7 +96,7 @@ class Decoder:
         return found
 
 
-def cost(pair: dict[str, Decoder]) -> dict[str, Any]:
+def cost(pair: dict[str, Decoder], small: bool) -> dict[str, Any]:
     """NVFP4_AWQ over NVFP4 in percent; both engines are up and take turns, so the card is the same for both."""
     out: dict[str, Any] = {}
     for decoder in pair.values():
@@ -115,7 +116,7 @@ def cost(pair: dict[str, Decoder]) -> dict[str, Any]:
     shown = ", ".join(
         f"{name}: {found['percent']:+.2f} % of {found['us']['NVFP4']:.0f} us" for name, found in out.items()
     )
-    return {"ok": worst <= LIMIT, "what": f"{shown} (limit {LIMIT:.0f} %)", **out}
+    return {"ok": small or worst <= LIMIT, "what": f"{shown} (limit {LIMIT:.0f} %)", **out}
 
 
 def main() -> int:
@@ -134,7 +135,7 @@ def main() -> int:
 
     def report(name: str, found: dict[str, Any]) -> None:
         results[name] = found | {"at_second": round(time.monotonic() - start)}
-        print(f"{'pass' if found['ok'] else 'FAIL'}  {name:12s} {found['what']}", flush=True)
+        print(f"{'pass' if found['ok'] else 'FAIL'}  {name:20s} {found['what']}", flush=True)
         if options.out:
             options.out.write_text(json.dumps(results, indent=1))
 
@@ -145,18 +146,22 @@ def main() -> int:
         if "cost" in wanted:
             for model in ("31B", "E4B"):
                 pairs[model] = {a: Decoder(model, a, options, folder) for a in ("NVFP4", "NVFP4_AWQ")}
+        dtypes = ("bfloat16",) if options.small else ("bfloat16", "float16")
         started = {
             name: Part(name, options, folder, folder / f"{name}.json", stdout=(folder / f"{name}.out").open("w"))
-            for name in ("linears", "experts", "checkpoints")
-            if name in wanted
+            for name in ("linears", "experts", *(f"checkpoints {dtype}" for dtype in dtypes))
+            if name.split()[0] in wanted
         }
+        decoders = [decoder for pair in pairs.values() for decoder in pair.values()]
+        watch = threading.Timer(options.limit, lambda: [decoder.part.process.kill() for decoder in decoders])
+        watch.start()  # reading from an engine that hangs would wait for ever
         left = lambda: options.limit - (time.monotonic() - start)  # noqa: E731
         try:
             for name, part in started.items():
                 report(name, answer(part, folder / f"{name}.json", left()))
             for model, pair in pairs.items():
                 try:
-                    report(f"cost {model}", cost(pair))
+                    report(f"cost {model}", cost(pair, options.small))
                 except (RuntimeError, OSError, ValueError) as error:
                     ends = {a: d.part.failed("")["log"] for a, d in pair.items()}
                     report(f"cost {model}", {"ok": False, "what": f"FAILED: {error}", "log": ends})
@@ -166,7 +171,8 @@ def main() -> int:
                 part = started["load"] = Part("load", options, folder, folder / "load.json", stdout=subprocess.DEVNULL)
                 report("load", answer(part, folder / "load.json", max(left(), 60)))
         finally:
-            for part in (*started.values(), *(d.part for pair in pairs.values() for d in pair.values())):
+            watch.cancel()
+            for part in (*started.values(), *(decoder.part for decoder in decoders)):
                 part.stop()
     failed = [name for name, found in results.items() if not found["ok"]]
     print(f"{len(results) - len(failed)} of {len(results)} in {time.monotonic() - start:.0f} s")
