@@ -80,6 +80,6 @@ def reported(original: Callable[..., None]) -> Callable[..., None]:
         if settings.NAN_SCALES.read() == "strict":
             raise CheckpointError(f"{line.split(':')[0]}; {advice}, or unset {settings.NAN_SCALES.name}")
         if get_tp_group().rank_in_group == 0:
-            logger.warning("ModelOpt checkpoint: %s; %s", line, advice)
+            logger.warning("NVFP4 checkpoint: %s; %s", line, advice)
 
     return process_weights_after_loading
