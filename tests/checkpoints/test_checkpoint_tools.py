@@ -384,6 +384,22 @@ def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_fills_up_while_writing(tmp_path: Path) -> None:
+    """The file system says no in the middle of a shard; in a process of its own, since the limit is one-way."""
+    before = snapshot(FIXTURES / "31b-awq-full")
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "from vllm_gemma4_spec.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "repair", str(FIXTURES / "31b-awq-full"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "out: cannot be written (File too large)" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert snapshot(FIXTURES / "31b-awq-full") == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
