@@ -2,8 +2,8 @@
 
     python tests/checkpoints/export_with_modelopt.py OUT [NAME ...]
 
-NAME is ``<kind>[-mm]-<recipe>[-clamped]``; none means all of them. ``--fixtures`` writes the few that the
-repository holds. ``bf16`` as the recipe writes the parent.
+NAME is ``[wide-]<kind>[-mm]-<recipe>[-clamped]``; none means all but the wide ones. ``--fixtures`` writes the few
+that the repository holds. ``bf16`` as the recipe writes the parent; ``wide`` models have the genuine head sizes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ FIXTURES = (
     "e4b-awq-clip",
     "26b-mm-awq-lite",
 )
+WIDE = ("wide-31b-awq-full", "wide-31b-awq-clip", "wide-31b-svdquant", "wide-e4b-awq-lite", "wide-26b-awq-lite")
 CLIPPING = ("awq-clip", "awq-full")  # the recipes that write NaN scales without the clamp
 
 
@@ -42,10 +43,10 @@ def names() -> list[str]:
 
 
 def export(name: str, folder: Path) -> None:
-    kind, _, recipe = name.removesuffix("-clamped").partition("-")
+    kind, _, recipe = name.removesuffix("-clamped").removeprefix("wide-").partition("-")
     multimodal = recipe.startswith("mm-")
     recipe = recipe.removeprefix("mm-")
-    model = tiny.build(kind, multimodal)
+    model = tiny.build(kind, multimodal, wide=name.startswith("wide-"))
     if recipe == "bf16":
         model.save_pretrained(folder)
         return
@@ -58,5 +59,5 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     out, *wanted = sys.argv[1:]
-    for name in FIXTURES if wanted == ["--fixtures"] else (wanted or names()):
+    for name in (*FIXTURES, *WIDE) if wanted == ["--fixtures"] else (wanted or names()):
         export(name, Path(out, name))

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.checkpoints import reference
-from tests.checkpoints.export_with_modelopt import CLIPPING, FIXTURES, names
+from tests.checkpoints.export_with_modelopt import CLIPPING, FIXTURES, WIDE, names
 from vllm_gemma4_spec.checkpoints.files import Checkpoint
 from vllm_gemma4_spec.checkpoints.inspection import inspect
+from vllm_gemma4_spec.checkpoints.quantizer import RECIPES
 from vllm_gemma4_spec.checkpoints.repairing import repair
 
 PYTHON = os.environ.get("GEMMA4_MODELOPT_PYTHON", "")
@@ -34,16 +35,17 @@ CLIPPED = [n for n in names() if n.endswith(CLIPPING)]
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All thirty-odd checkpoints: three models, text and multimodal, five recipes, clamped and not, and parents."""
+    """Some fifty checkpoints: three models, text and multimodal, five recipes, clamped and not, and parents."""
     out = tmp_path_factory.mktemp("exports")
-    subprocess.run([PYTHON, str(ROOT / "tests/checkpoints/export_with_modelopt.py"), str(out)], check=True, cwd=ROOT)
+    script = str(ROOT / "tests/checkpoints/export_with_modelopt.py")
+    subprocess.run([PYTHON, script, str(out), *names(), *WIDE], check=True, cwd=ROOT)
     return out
 
 
-@pytest.mark.parametrize("name", FIXTURES)
+@pytest.mark.parametrize("name", [*FIXTURES, *WIDE])
 def test_the_committed_fixtures_are_modelopts(name: str, exports: Path) -> None:
     for file in ("model.safetensors", "config.json", "hf_quant_config.json"):
-        committed = Path(__file__).parent / "fixtures" / name / file
+        committed = Path(__file__).parent / ("wide" if name in WIDE else "fixtures") / name / file
         assert committed.read_bytes() == (exports / name / file).read_bytes()
 
 
@@ -96,16 +98,20 @@ def test_decoding_equals_modelopts(name: str, exports: Path, decoded: Path) -> N
         assert torch.equal(torch.from_numpy(ours)[known], weight[known])
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", "awq-lite", "awq-full", "svdquant"])
-def test_quantize_writes_a_clean_checkpoint(recipe: str, exports: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "recipe"), [*(("e4b", recipe) for recipe in RECIPES), ("31b", "svdquant"), ("26b-mm", "awq-full")]
+)
+def test_quantize_writes_a_clean_checkpoint(model: str, recipe: str, exports: Path, tmp_path: Path) -> None:
     (tmp_path / "ids.jsonl").write_text("".join(f"{json.dumps(list(range(5 + i, 29 + i)))}\n" for i in range(4)))
     code = "from vllm_gemma4_spec.cli import main; main()"
     options = ["--recipe", recipe, "--calibration", str(tmp_path / "ids.jsonl"), "--python", PYTHON, "--json"]
-    command = [sys.executable, "-c", code, "quantize", str(exports / "e4b-bf16"), str(tmp_path / "out"), *options]
+    command = [sys.executable, "-c", code, "quantize", str(exports / f"{model}-bf16"), str(tmp_path / "out"), *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-500:]
     report = json.loads(done.stdout)
     assert report["clean"]
-    assert report["algorithm"] == {"nvfp4": "NVFP4", "svdquant": "NVFP4_SVD"}.get(recipe, "NVFP4_AWQ")
+    assert report["algorithm"] == {"nvfp4": "NVFP4", "awq-clip": "NVFP4", "svdquant": "NVFP4_SVD"}.get(
+        recipe, "NVFP4_AWQ"
+    )
     assert inspect(Checkpoint(tmp_path / "out")).clean
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ids.jsonl", "out"]

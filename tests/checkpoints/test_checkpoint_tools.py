@@ -222,6 +222,52 @@ def test_killed_it_leaves_no_output_and_the_next_run_cleans_up(tmp_path: Path) -
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+PEAK = """
+import sys
+from pathlib import Path
+from vllm_gemma4_spec.checkpoints import inspection, repairing
+from vllm_gemma4_spec.checkpoints.files import Checkpoint
+checkpoint = Checkpoint(sys.argv[1])
+if sys.argv[2] == "inspect":
+    inspection.inspect(checkpoint)
+else:
+    repairing.repair(checkpoint, Path(sys.argv[2]))
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of a process")
+@pytest.mark.parametrize("tool", ["inspect", "repair"])
+def test_memory_is_bounded_by_the_largest_tensor(tool: str, tmp_path: Path) -> None:
+    """Twelve times the layers, the same peak: within one tensor of 8 MiB."""
+
+    def peak(layers: int) -> int:
+        folder = tmp_path / f"{layers}"
+        folder.mkdir()
+        config = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}
+        (folder / "config.json").write_text(json.dumps(config))
+        tensors = {}
+        for layer in range(layers):
+            scale = torch.full((2048, 512), 0x38, dtype=torch.uint8)
+            scale[5, 7] = 0x7F
+            parts = {
+                "weight": torch.zeros(2048, 4096, dtype=torch.uint8),
+                "weight_scale": scale.view(torch.float8_e4m3fn),
+            }
+            parts |= {"weight_scale_2": torch.tensor(1.0), "input_scale": torch.tensor(1.0)}
+            tensors |= {f"model.layers.{layer}.mlp.down_proj.{name}": value for name, value in parts.items()}
+        save_file(tensors, folder / "model.safetensors")
+        what = tool if tool == "inspect" else str(tmp_path / f"out{layers}")
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, str(folder), what], capture_output=True, text=True, check=True
+        )
+        return int(done.stdout) * 1024
+
+    few, many = peak(2), peak(24)
+    assert many - few < 8 << 20, f"{few >> 20} MiB with 2 layers, {many >> 20} MiB with 24"
+
+
 def other_format(tmp_path: Path, method: str, parts: dict[str, torch.Tensor]) -> Path:
     folder = tmp_path / "other"
     folder.mkdir()
@@ -382,6 +428,22 @@ def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointError, match="no space left"):
         repairing.repair(Checkpoint(FIXTURES / "31b-awq-full"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_while_writing(tmp_path: Path) -> None:
+    """The file system says no in the middle of a shard; in a process of its own, since the limit is one-way."""
+    before = snapshot(FIXTURES / "31b-awq-full")
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "from vllm_gemma4_spec.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "repair", str(FIXTURES / "31b-awq-full"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "out: cannot be written (File too large)" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert snapshot(FIXTURES / "31b-awq-full") == before
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,18 @@ _ROPE = {
 }
 
 
-def text_config(kind: str) -> dict[str, Any]:
+# The genuine head sizes, and widths that Marlin's tiles divide: for the GPU, since a CPU attends to 256 at most.
+_WIDE = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "initializer_range": 0.08,
+}
+
+
+def text_config(kind: str, wide: bool = False) -> dict[str, Any]:
     """What sets the three apart: K = V in full layers, KV reuse with per-layer inputs, experts."""
     config: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -53,10 +64,16 @@ def text_config(kind: str) -> dict[str, Any]:
     if kind == "26b":
         config |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
         config |= {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    if wide:
+        config |= _WIDE
+        config |= {"hidden_size_per_layer_input": 128} if kind == "e4b" else {}
+        config |= {"moe_intermediate_size": 64} if kind == "26b" else {}
+        if kind != "e4b":
+            config |= {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
     return config
 
 
-def build(kind: str, multimodal: bool = False, seed: int = 0) -> Any:
+def build(kind: str, multimodal: bool = False, seed: int = 0, wide: bool = False) -> Any:
     """A random bfloat16 model of transformers whose activations have a few loud channels, as real ones do."""
     from transformers import Gemma4Config, Gemma4ForCausalLM, Gemma4ForConditionalGeneration, Gemma4TextConfig
 
@@ -74,7 +91,7 @@ def build(kind: str, multimodal: bool = False, seed: int = 0) -> Any:
             "position_embedding_size": 64,
         }
         config = Gemma4Config(
-            text_config=text_config(kind),
+            text_config=text_config(kind, wide),
             vision_config=vision,
             audio_config=None,
             tie_word_embeddings=True,
@@ -86,7 +103,7 @@ def build(kind: str, multimodal: bool = False, seed: int = 0) -> Any:
         )
         model = Gemma4ForConditionalGeneration(config)
     else:
-        model = Gemma4ForCausalLM(Gemma4TextConfig(**text_config(kind)))
+        model = Gemma4ForCausalLM(Gemma4TextConfig(**text_config(kind, wide)))
     model.config.architectures = [type(model).__name__]  # from_pretrained sets it; ModelOpt reads it
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

@@ -28,12 +28,12 @@ def test_no_such_folder(tiny: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_folder_without_config(tiny: dict[str, Path], tmp_path: Path) -> None:
-    assert "has no readable config.json" in refusal(tiny["target"], tmp_path)
+    assert "config.json: no such file; give a folder that holds a model" in refusal(tiny["target"], tmp_path)
 
 
 def test_config_that_is_not_json(tiny: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    assert "config.json is not JSON" in refusal(tiny["target"], tmp_path)
+    assert "config.json: not JSON" in refusal(tiny["target"], tmp_path)
 
 
 def test_another_vocabulary(tiny: dict[str, Path], tmp_path: Path) -> None:

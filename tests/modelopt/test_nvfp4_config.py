@@ -7,10 +7,12 @@ import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.support import engine as _engine
 from vllm_gemma4_spec.errors import CheckpointError
@@ -127,6 +129,40 @@ def test_bad_config(change: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         Nvfp4Config.from_config(flat | change)
     assert "\n" not in str(caught.value)
+
+
+def cut(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1000])
+
+
+def incomplete(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.down_proj.weight_scale_2"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, r"\(model\.safetensors\): the file ends \d+ bytes before"),
+        (incomplete, r"model\.layers\.0\.mlp\.down_proj\.weight_scale_2: missing from the checkpoint"),
+    ],
+)
+def test_a_damaged_checkpoint_ends_the_server_with_one_line(
+    damage: Callable[[Path], None], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any process is started or any weight is read; elsewhere than in the command it is an exception."""
+    from vllm_gemma4_spec.modelopt import Nvfp4Config
+
+    damage(shutil.copytree(FIXTURES / "31b-awq-full", tmp_path / "m"))
+    config = Nvfp4Config.from_config({"quant_algo": "NVFP4_AWQ", "quant_method": "modelopt", "ignore": ["lm_head"]})
+    with pytest.raises(CheckpointError, match=message):
+        config.maybe_update_config(str(tmp_path / "m"))
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/vllm", "serve"])
+    with pytest.raises(SystemExit, match=f"^vllm-gemma4-spec: .*{message}[^\n]*$"):
+        config.maybe_update_config(str(tmp_path / "m"))
+    with pytest.raises(SystemExit, match=r"^vllm-gemma4-spec: quant_algo NVFP4_FOO: [^\n]*$"):
+        Nvfp4Config.from_config({"quant_algo": "NVFP4_FOO", "quant_method": "modelopt", "ignore": []})
 
 
 def test_experts_in_bf16_are_not_taken_for_quantized_ones() -> None:

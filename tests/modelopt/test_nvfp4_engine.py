@@ -5,23 +5,26 @@ The reference decodes the exported tensors bit by bit and leaves the rest to tra
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tests.checkpoints import reference
-from tests.support.engine import engine
+from tests.modelopt.comparison import (
+    FIXTURES,
+    MISTAKES,
+    TOKENS,
+    edited,
+    engine_logprobs,
+    per_expert,
+    text_only,
+    without,
+)
 
-FIXTURES = Path(__file__).parents[1] / "checkpoints" / "fixtures"
 NAMES = sorted(p.name for p in FIXTURES.iterdir())
-TOKENS = [5, 9, 20, 31, 44, 17, 8, 60, 3, 71, 12, 33, 50, 6, 24, 18, 40, 7, 29, 11, 62, 35]
 
 # Quantized linears as vLLM fuses them: four a layer; E4B's two of per-layer inputs each and one for all.
 LINEARS = {"31b-nvfp4": 16, "31b-awq-full": 16, "31b-svdquant": 16, "e4b-awq-lite": 25, "e4b-awq-clip": 25}
@@ -29,54 +32,6 @@ LINEARS |= {"26b-mm-awq-lite": 8}
 
 TOLERANCE = 1e-3  # ten times what float32 rounding was seen to make of it
 WIDE = 100 * TOLERANCE  # what a decoding mistake must exceed
-
-
-def layer_errors(model: Any, weights: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Largest relative error of every quantized linear's output against its folded float32 weight.
-
-    Norms after each linear hide a wrong global scale from the logits; here nothing does.
-    """
-    out = {}
-    for name, layer in model.named_modules():
-        if not hasattr(layer, "modelopt_checked") or not hasattr(layer, "input_size"):
-            continue
-        base, _, last = name.removeprefix("language_model.").rpartition(".")
-        members = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}.get(
-            last, (last,)
-        )
-        names = [f"{base}.{m}.weight" for m in members]
-        if last == "qkv_proj" and names[1] in weights and names[2] not in weights:
-            names[2] = names[1]  # full layers of 31B: V is K
-        parts = [weights[n] for n in names if n in weights]
-        wanted = torch.cat(parts)
-        x = torch.randn(3, layer.input_size, generator=torch.Generator().manual_seed(1))
-        ours = layer.quant_method.apply(layer, x)[:, : len(wanted)]
-        truth = x.double() @ wanted.double().T
-        out[name] = ((ours - truth).abs().max() / truth.abs().max()).item()
-    return out
-
-
-def engine_logprobs(folder: Path, layers: dict[str, float] | None = None, **options: Any) -> torch.Tensor:
-    """float32 [len(TOKENS) - 1, V]: the whole distribution that each prompt token was predicted with."""
-    from vllm import SamplingParams
-
-    settings: dict[str, Any] = {"max_model_len": 64, "max_num_batched_tokens": 64, "max_num_seqs": 1}
-    settings |= {"num_gpu_blocks_override": 64, "max_logprobs": -1}
-    # vLLM compiles a helper of its log-probabilities even in eager mode: half a minute for one call.
-    eager = torch.compiler.set_stance("force_eager")
-    with eager, engine(folder, **settings | options) as llm:
-        if layers is not None:
-            weights = {k.replace("language_model.", ""): v for k, v in reference.fold(folder).items()}
-            layers |= llm.apply_model(lambda model: layer_errors(model, weights))[0]
-        sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1, detokenize=False)
-        (out,) = llm.generate([{"prompt_token_ids": TOKENS}], sampling, use_tqdm=False)
-    return torch.stack([torch.tensor([row[t].logprob for t in range(len(row))]) for row in out.prompt_logprobs[1:]])
-
-
-def text_only(folder: Path) -> dict[str, Any]:
-    """A multimodal checkpoint without image processor serves text through its language model."""
-    architectures = json.loads((folder / "config.json").read_text())["architectures"]
-    return {"hf_overrides": {"architectures": ["Gemma4ForCausalLM"]}} if "ForCond" in architectures[0] else {}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -87,46 +42,6 @@ def test_logprobs_equal_the_reference(name: str) -> None:
     torch.testing.assert_close(ours, reference.logprobs(folder, TOKENS), atol=TOLERANCE, rtol=0)
     assert len(layers) == LINEARS[name]
     assert max(layers.values()) < 1e-5, {k: v for k, v in layers.items() if v > 1e-5}
-
-
-def edited(source: Path, target: Path, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
-    shutil.copytree(source, target)
-    tensors = load_file(target / "model.safetensors")
-    save_file({k: v.contiguous() for k, v in edit(tensors).items()}, target / "model.safetensors")
-    return target
-
-
-def without(*parts: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    return lambda tensors: {k: v for k, v in tensors.items() if not any(p in k for p in parts)}
-
-
-def each(suffix: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., dict[str, torch.Tensor]]:
-    return lambda tensors: {k: change(v) if k.endswith(suffix) else v for k, v in tensors.items()}
-
-
-def swapped_nibbles(packed: torch.Tensor) -> torch.Tensor:
-    return (packed << 4) | (packed >> 4) if packed.dtype == torch.uint8 else packed
-
-
-def saturated(scale: torch.Tensor) -> torch.Tensor:
-    return scale.float().nan_to_num(nan=448.0).to(scale.dtype)
-
-
-MISTAKES: dict[str, tuple[str, Callable[..., dict[str, torch.Tensor]]]] = {
-    "pre_quant_scale ignored": ("e4b-awq-lite", without("pre_quant_scale")),
-    "pre_quant_scale divides": ("31b-awq-full", each("pre_quant_scale", lambda s: (1 / s.float()).bfloat16())),
-    "o_proj's alone ignored": ("31b-awq-full", without("o_proj.pre_quant_scale")),
-    "nibbles swapped": ("31b-nvfp4", each("_proj.weight", swapped_nibbles)),
-    "weight_scale_2 of the gates twice": ("31b-nvfp4", each("gate_proj.weight_scale_2", lambda s: s * 2)),
-    "block scales one block off": (
-        "31b-nvfp4",
-        each("weight_scale", lambda s: s.view(torch.uint8).roll(1, 1).view(s.dtype)),
-    ),
-    "low-rank branch dropped": ("31b-svdquant", without("svdquant")),
-    "low-rank branch of o_proj dropped": ("31b-svdquant", without("o_proj.weight_quantizer")),
-    "low-rank branch without pre_quant_scale": ("31b-svdquant", without("pre_quant_scale")),
-    "NaN scales saturated, codes lost": ("e4b-awq-clip", each("weight_scale", saturated)),
-}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -160,32 +75,6 @@ def test_packed_weights_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_GEMMA4_SPEC_NVFP4_WEIGHTS", "packed")
     ours = engine_logprobs(FIXTURES / "31b-svdquant")
     torch.testing.assert_close(ours, reference.logprobs(FIXTURES / "31b-svdquant", TOKENS), atol=TOLERANCE, rtol=0)
-
-
-def per_expert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """26B as later ModelOpt versions export it: every expert in NVFP4, one NaN block scale with intact codes."""
-    from vllm_gemma4_spec.checkpoints import nvfp4
-
-    out = {}
-    for name, tensor in tensors.items():
-        if ".experts." not in name:
-            out[name] = tensor
-            continue
-        root = name.rpartition(".")[0]
-        stacks = {"down_proj": tensor}
-        if name.endswith("gate_up_proj"):
-            stacks = dict(zip(("gate_proj", "up_proj"), tensor.chunk(2, dim=1), strict=True))
-        for projection, stack in stacks.items():
-            for expert, weight in enumerate(stack):
-                scale_2 = stack[expert].abs().max().float() / 2688 if projection == "down_proj" else None
-                scale_2 = tensor[expert].abs().max().float() / 2688 if scale_2 is None else scale_2
-                scale = nvfp4.block_scale(weight, scale_2)
-                base = f"{root}.{expert}.{projection}"
-                out |= {f"{base}.weight": nvfp4.encode(weight, scale, scale_2), f"{base}.weight_scale": scale}
-                out |= {f"{base}.weight_scale_2": scale_2, f"{base}.input_scale": torch.tensor(0.01)}
-    broken = out[next(k for k in out if k.endswith("experts.1.up_proj.weight_scale"))]
-    broken.view(torch.uint8)[3, 1] = 0x7F
-    return out
 
 
 @pytest.mark.parametrize("weights", ["dequantized", "packed"])

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from test_nvfp4_engine import FIXTURES, NAMES, TOKENS, TOLERANCE, engine_logprobs, text_only
-
 from tests.checkpoints import reference
+from tests.modelopt.comparison import FIXTURES, TOKENS, engine_logprobs, text_only
+
+NAMES = sorted(p.name for p in FIXTURES.iterdir())
+TOLERANCE = 1e-3  # as in test_nvfp4_engine.py
 
 # SVDQuant has everything that is cut: pre_quant_scale and A along the inputs, B along the outputs, one KV head for two.
 FAST = "31b-svdquant"

@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_gemma4_spec.checkpoints.nvfp4 import BLOCK
 from vllm_gemma4_spec.errors import CheckpointError
+from vllm_gemma4_spec.json_file import read_object
 
 INDEX = "model.safetensors.index.json"
 ALGORITHMS = ("NVFP4", "NVFP4_AWQ", "NVFP4_SVD")
@@ -100,15 +101,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; name a folder that holds a Hugging Face checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return value
+    return read_object(path, CheckpointError, "name a folder that holds a Hugging Face checkpoint")
 
 
 @dataclass(frozen=True)

@@ -95,16 +95,21 @@ class NanBlocks:
         return int(self.destroyed.sum())
 
 
-def has_nan(scale: Tensor) -> bool:
-    """Whether any block scale is NaN, in one pass over the bytes.
+def survey(scale: Tensor) -> tuple[bool, bool]:
+    """Whether any block scale is NaN, and whether any is negative, in one pass over the bytes.
 
     Read as int8, 0x7F is the maximum, 127. Scales are written positive, so a negative byte is rare and
     only then is 0xFF looked for.
     """
     if scale.numel() == 0:
-        return False
+        return False, False
     low, high = torch.aminmax(scale.view(torch.int8))
-    return bool(high == 127) or (bool(low < 0) and bool((scale.view(torch.uint8) == 0xFF).any()))
+    negative = bool(low < 0)
+    return bool(high == 127) or (negative and bool((scale.view(torch.uint8) == 0xFF).any())), negative
+
+
+def has_nan(scale: Tensor) -> bool:
+    return survey(scale)[0]
 
 
 def find_nan(packed: Tensor, scale: Tensor) -> NanBlocks:
@@ -125,3 +130,38 @@ def mend_(scale: Tensor, found: NanBlocks) -> None:
     where = tuple(found.index.T)
     saturated = codes[where] - 1  # 0x7F -> 0x7E (448), 0xFF -> 0xFE (-448)
     codes[where] = torch.where(found.destroyed, torch.zeros_like(saturated), saturated)
+
+
+def make_positive_(packed: Tensor, scale: Tensor) -> None:
+    """Move the sign of negative block scales into their codes, in place: the same weights.
+
+    Marlin reads block scales as unsigned.
+    """
+    codes = scale.view(torch.uint8)
+    where = tuple((codes & 0x80).nonzero().T)
+    blocks = packed.unflatten(-1, (-1, BLOCK // 2))  # a view
+    blocks[where] = blocks[where] ^ 0x88
+    codes[where] = codes[where] & 0x7F
+
+
+def narrow_(packed: Tensor, scale: Tensor) -> None:
+    """Bring positive block scales into the range that Marlin's can have in bfloat16, in place.
+
+    vLLM multiplies all scales of a tensor by a power of two until the smallest is 1/64 and stores them with an
+    exponent of five bits, which overflows above 480: beside a scale of 448, one of 1/512 makes 64 of the 448.
+    So blocks whose scale is too small for that are rounded to codes of the smallest scale that fits. Their
+    weights are below 1/20,000 of the tensor's largest.
+    """
+    codes = scale.view(torch.uint8)
+    top = scale.view(torch.uint8).max().view(torch.float8_e4m3fn).float()
+    factor = 2 ** torch.floor(torch.log2(480 / top.clamp(min=1))).clamp(max=8)
+    floor = (1 / (64 * factor)).to(torch.float8_e4m3fn)
+    where = tuple(((codes > 0) & (codes < floor.view(torch.uint8))).nonzero().T)
+    if not where[0].numel():
+        return
+    blocks = packed.unflatten(-1, (-1, BLOCK // 2))  # a view
+    small = codes[where].view(torch.float8_e4m3fn).unsqueeze(-1)  # [n, 1]
+    wanted = decode(blocks[where], small)
+    raised = floor.expand(small.shape)
+    blocks[where] = encode(wanted, raised, torch.ones((), device=scale.device))
+    codes[where] = floor.view(torch.uint8)

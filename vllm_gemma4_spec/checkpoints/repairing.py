@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vllm_gemma4_spec.checkpoints import nvfp4
@@ -204,6 +204,8 @@ def new_folder(out: Path) -> Iterator[Path]:
     except OSError as error:
         why = "no space left" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
         raise CheckpointError(f"{out}: cannot be written ({why}); nothing was left there") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{out}: cannot be written ({error}); nothing was left there") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -216,6 +218,19 @@ def _require_space(checkpoint: Checkpoint, out: Path) -> None:
         raise CheckpointError(f"{out}: no space left, {needed / 1e9:.1f} GB needed and {free / 1e9:.1f} GB free")
 
 
+def _copy(checkpoint: Checkpoint, target: Path, step: Callable[[Path], None]) -> None:
+    """Every file, the shards with a ``step`` each. Not ``copytree``: it goes on after a disk is full."""
+    for file in sorted(checkpoint.folder.rglob("*")):
+        place = target / file.relative_to(checkpoint.folder)
+        if file.is_dir():
+            place.mkdir(parents=True, exist_ok=True)
+        elif file.is_file():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, place)
+        if file in checkpoint.files:
+            step(file)
+
+
 def repair(
     checkpoint: Checkpoint,
     out: Path,
@@ -225,7 +240,8 @@ def repair(
     """Write ``out``, a copy of ``checkpoint`` without NaN block scales; the input is only read.
 
     Blocks whose codes are intact get scale 448 with the NaN's sign; destroyed ones are requantized from
-    ``parent`` at scale 448, or zeroed without one. A checkpoint without NaN is copied as it is.
+    ``parent`` at scale 448, or zeroed without one. A checkpoint without NaN is copied as it is. ``step`` is
+    called twice for each shard: when it is copied and when it is mended.
 
     Raises:
         CheckpointError: bad input, a parent that does not match, ``out`` exists, no space. Nothing is left then.
@@ -237,7 +253,7 @@ def repair(
     source = Parent(parent) if parent is not None else None
     _require_space(checkpoint, out)
     with new_folder(out) as partial:
-        shutil.copytree(checkpoint.folder, partial, dirs_exist_ok=True)
+        _copy(checkpoint, partial, step)
         for module, found in scan(checkpoint, step):
             change, packed, scale = _mend(module, found, checkpoint, source)
             changes.append(change)

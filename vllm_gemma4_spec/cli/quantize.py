@@ -35,6 +35,7 @@ def command(
     from vllm_gemma4_spec.checkpoints import quantizer
     from vllm_gemma4_spec.checkpoints.files import Checkpoint
     from vllm_gemma4_spec.checkpoints.inspection import inspect
+    from vllm_gemma4_spec.cli._progress import shards
 
     if recipe not in quantizer.RECIPES:
         raise SettingError(f"--recipe {recipe}: expected one of {', '.join(quantizer.RECIPES)}")
@@ -43,18 +44,23 @@ def command(
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     arguments = [str(src), str(out), recipe, *([str(calibration)] if calibration else [])]
     # A process of its own also here: ModelOpt changes transformers, and prints on stdout.
-    done = subprocess.run(
+    process = subprocess.Popen(
         [str(python or sys.executable), "-m", quantizer.__name__, *arguments],
         env={**os.environ, "PYTHONPATH": path},
         stdout=sys.stderr if not as_json else subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["the quantizer ended without a word"]
-        raise CheckpointError(last[0].removeprefix("vllm-gemma4-spec: "))
-    report = inspect(Checkpoint(out))
+    last = "the quantizer ended without a word"
+    for line in process.stderr or ():  # ModelOpt's own progress, shown as it comes
+        last = line.strip() or last
+        if not as_json and sys.stderr.isatty():
+            sys.stderr.write(line)
+    if process.wait():
+        raise CheckpointError(last.removeprefix("vllm-gemma4-spec: "))
+    made = Checkpoint(out)
+    with shards("checking", len(made.files), quiet=as_json) as step:
+        report = inspect(made, step)
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
     else:

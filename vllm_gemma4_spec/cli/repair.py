@@ -30,7 +30,7 @@ def command(
 
     checkpoint = Checkpoint(path)
     source = Checkpoint(parent) if parent is not None else None
-    with shards("repairing", len(checkpoint.files), quiet=as_json) as step:
+    with shards("repairing", 2 * len(checkpoint.files), quiet=as_json) as step:
         done = repair(checkpoint, out, source, step)
     if as_json:
         typer.echo(done.model_dump_json(indent=2))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from vllm_gemma4_spec.errors import DrafterError, stop
+from vllm_gemma4_spec.json_file import read_object
 
 
 def create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,13 +47,8 @@ def _check_folder(drafter: str) -> None:
         if os.path.isabs(drafter) or drafter.startswith("."):
             raise DrafterError(f"drafter {drafter}: no such folder; give a model folder or a hub id")
         return
-    config = folder / "config.json"
-    try:
-        json.loads(config.read_text())
-    except OSError:
-        raise DrafterError(f"drafter {drafter} has no readable config.json; give a folder that holds a model") from None
-    except ValueError as error:
-        raise DrafterError(f"drafter {drafter}: config.json is not JSON ({error}); download it again") from None
+    error = lambda text: DrafterError(f"drafter {text}")  # noqa: E731
+    read_object(folder / "config.json", error, "give a folder that holds a model")
 
 
 def _check_tensor_parallel(asked: dict[str, Any], target_parallel_config: Any) -> None:

@@ -17,7 +17,7 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from vllm_gemma4_spec.checkpoints import files
 from vllm_gemma4_spec.checkpoints.nvfp4 import BLOCK
-from vllm_gemma4_spec.errors import CheckpointError
+from vllm_gemma4_spec.errors import CheckpointError, stop
 from vllm_gemma4_spec.modelopt.linear import Nvfp4LinearMethod
 from vllm_gemma4_spec.modelopt.moe import fused_moe_method
 
@@ -43,8 +43,15 @@ class Nvfp4Config(ModelOptNvFp4Config):
         """From hf_quant_config.json or from config.json's flat ``quantization_config``.
 
         Raises:
-            CheckpointError: unknown ``quant_algo`` or a group size other than 16.
+            CheckpointError: unknown ``quant_algo`` or a group size other than 16. ``vllm serve`` ends with that line.
         """
+        try:
+            return cls._checked(config)
+        except CheckpointError as error:
+            stop(error)
+
+    @classmethod
+    def _checked(cls, config: dict[str, Any]) -> Nvfp4Config:
         section = config.get("quantization", config)
         if not isinstance(section, dict):
             raise CheckpointError("quantization config: 'quantization' must be an object")
@@ -71,12 +78,21 @@ class Nvfp4Config(ModelOptNvFp4Config):
         return [*super().get_supported_act_dtypes(), *more]
 
     def maybe_update_config(self, model_name: str) -> None:
-        """Read from the checkpoint's headers which weights are not quantized."""
+        """Read from the checkpoint's headers which weights are not quantized, and whether the tensors fit.
+
+        Raises:
+            CheckpointError: a shard or a tensor is not what it must be. ``vllm serve`` ends with that line.
+        """
         super().maybe_update_config(model_name)
         folder = _local(model_name)
         if folder is not None:
             if any(folder.glob("*.safetensors")):  # none for dummy weights
-                self.float_modules = frozenset(files.float_modules(files.Checkpoint(folder).tensors))
+                try:
+                    checkpoint = files.Checkpoint(folder)
+                    checkpoint.check()
+                except CheckpointError as error:
+                    stop(error)
+                self.float_modules = frozenset(files.float_modules(checkpoint.tensors))
             return
         remote = get_safetensors_params_metadata(model_name)
         floats = (n for n, i in remote.items() if i["dtype"] in ("BF16", "F16", "F32") and len(i["shape"]) >= 2)

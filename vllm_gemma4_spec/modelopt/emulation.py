@@ -71,7 +71,8 @@ def prepare(layer: Module) -> None:
     else:
         factor = factor.repeat_interleave(torch.tensor(layer.logical_widths, device=packed.device))
     for name in ("weight_scale_2", "input_scale", "weight_scale", "weight"):
-        delattr(layer, name)
+        if hasattr(layer, name):
+            delattr(layer, name)
     layer.emulated_scale = Parameter(factor, requires_grad=False)
     layer.emulated_packed = not fits(packed.numel() * 2 * dtype.itemsize, packed.device)
     if layer.emulated_packed:

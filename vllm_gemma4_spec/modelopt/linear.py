@@ -18,6 +18,7 @@ from vllm.model_executor.layers.linear import register_weight_loader_v2_supporte
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4LinearMethod
 from vllm.model_executor.layers.quantization.utils.nvfp4_utils import NvFp4LinearBackend
 
+from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.errors import CheckpointError
 from vllm_gemma4_spec.kernels import draft_linear
 from vllm_gemma4_spec.modelopt import emulation, tensors
@@ -85,6 +86,9 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
         if self.backend == NvFp4LinearBackend.EMULATION:
             emulation.prepare(layer)
         else:
+            marlin = self.backend == NvFp4LinearBackend.MARLIN and layer.params_dtype == torch.bfloat16
+            if marlin and not layer.modelopt_dummy:
+                nvfp4.narrow_(layer.weight.data, layer.weight_scale.data)
             super().process_weights_after_loading(layer)
         _tell_compiler(layer)
 

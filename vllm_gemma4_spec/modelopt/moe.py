@@ -16,6 +16,7 @@ from torch.nn import Module, Parameter
 from torch.nn import functional as F
 from vllm.model_executor.layers.fused_moe import cpu_fused_moe
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4FusedMoE
 from vllm.platforms import current_platform
@@ -31,7 +32,7 @@ def fused_moe_method(quant_config: Any, moe_config: Any) -> FusedMoEMethodBase:
     return method(quant_config, moe_config)
 
 
-def _mend(layer: Module) -> None:
+def mend_experts(layer: Module) -> None:
     """w13 uint8 [E, 2I, H/2] and w2 [E, H, I/2] with their scales; global scales must be finite."""
     layer.modelopt_checked = True
     for name in ("w13", "w2"):
@@ -42,22 +43,32 @@ def _mend(layer: Module) -> None:
                 raise CheckpointError(f"{layer.layer_name}.{name}_{suffix}: NaN or infinity; quantize the model again")
 
 
+def narrow(layer: Module) -> None:
+    """See :func:`~vllm_gemma4_spec.checkpoints.nvfp4.narrow_`; for Marlin in bfloat16."""
+    for name in ("w13", "w2"):
+        nvfp4.narrow_(*(getattr(layer, f"{name}_{x}").data for x in ("weight", "weight_scale")))
+
+
 class ModelOptNvFp4MendedMoE(ModelOptNvFp4FusedMoE):
     """vLLM's method and kernels, with NaN block scales mended first."""
 
     def process_weights_after_loading(self, layer: Module) -> None:
-        _mend(layer)
+        mend_experts(layer)
+        if self.nvfp4_backend == NvFp4MoeBackend.MARLIN and layer.params_dtype == torch.bfloat16:
+            narrow(layer)
         super().process_weights_after_loading(layer)
 
 
-class ModelOptNvFp4EmulatedMoE(ModelOptNvFp4FusedMoE):
-    """Weight-only experts for a CPU: dequantized once where memory allows, an expert at a time where not."""
+class EmulatedExperts(FusedMoEMethodBase):
+    """Weight-only experts for a CPU: dequantized once where memory allows, an expert at a time where not.
 
-    def __init__(self, quant_config: Any, moe_config: Any) -> None:
-        # Not super().__init__: it raises where vLLM has no FP4 MoE kernel.
+    A mixin before vLLM's method, whose constructor raises where vLLM has no FP4 MoE kernel.
+    """
+
+    use_global_sf = False
+
+    def __init__(self, moe_config: Any) -> None:
         FusedMoEMethodBase.__init__(self, moe_config)
-        self.quant_config = quant_config
-        self.use_global_sf = False
         self.plain = UnquantizedFusedMoEMethod(moe_config)
 
     @property
@@ -65,7 +76,7 @@ class ModelOptNvFp4EmulatedMoE(ModelOptNvFp4FusedMoE):
         return bool(self.plain.is_monolithic)
 
     def process_weights_after_loading(self, layer: Module) -> None:
-        _mend(layer)
+        mend_experts(layer)
         scale_2 = {"w13": layer.w13_weight_scale_2.data, "w2": layer.w2_weight_scale_2.data}  # [E, 2], [E]
         scale_2["w13"] = scale_2["w13"].repeat_interleave(layer.w13_weight.shape[1] // scale_2["w13"].shape[1], 1)
         size = 2 * sum(getattr(layer, f"{name}_weight").numel() for name in scale_2)
@@ -89,6 +100,14 @@ class ModelOptNvFp4EmulatedMoE(ModelOptNvFp4FusedMoE):
 
     def apply_monolithic(self, layer: Module, x: Tensor, router_logits: Tensor) -> Tensor:
         return self.plain.apply_monolithic(layer, x, router_logits)
+
+
+class ModelOptNvFp4EmulatedMoE(EmulatedExperts, ModelOptNvFp4FusedMoE):
+    """ModelOpt's experts on a CPU."""
+
+    def __init__(self, quant_config: Any, moe_config: Any) -> None:
+        super().__init__(moe_config)
+        self.quant_config = quant_config
 
 
 class PackedExperts(cpu_fused_moe.CPUFusedMOE):

@@ -21,12 +21,19 @@ logger = logging.getLogger("vllm.plugins.gemma4_spec")
 def mend(layer: Module, prefix: str, packed: Tensor, scale: Tensor) -> None:
     """Mend ``scale`` float8_e4m3fn [..., K/16] of weights uint8 [..., K/2] in place; the count stays on the layer.
 
-    ``layer.modelopt_nan`` is ``{prefix: (blocks, of them destroyed)}``, set only where there are any.
+    ``layer.modelopt_nan`` is ``{prefix: (blocks, of them destroyed)}``, set only where there are any. Afterwards
+    no scale is NaN or negative.
     """
-    if not nvfp4.has_nan(scale):
-        return
-    found = nvfp4.find_nan(packed, scale)
-    nvfp4.mend_(scale, found)
+    nan, negative = nvfp4.survey(scale)
+    if nan:
+        found = nvfp4.find_nan(packed, scale)
+        nvfp4.mend_(scale, found)
+        _count(layer, prefix, found)
+    if negative:
+        nvfp4.make_positive_(packed, scale)
+
+
+def _count(layer: Module, prefix: str, found: nvfp4.NanBlocks) -> None:
     if getattr(layer, "tp_size", 1) > 1 and _replicated(layer) and get_tp_group().rank_in_group > 0:
         return  # every rank holds this layer whole; the first one counts it
     layer.modelopt_nan = {**getattr(layer, "modelopt_nan", {}), prefix: (found.count, found.lost)}
@@ -73,6 +80,6 @@ def reported(original: Callable[..., None]) -> Callable[..., None]:
         if settings.NAN_SCALES.read() == "strict":
             raise CheckpointError(f"{line.split(':')[0]}; {advice}, or unset {settings.NAN_SCALES.name}")
         if get_tp_group().rank_in_group == 0:
-            logger.warning("ModelOpt checkpoint: %s; %s", line, advice)
+            logger.warning("NVFP4 checkpoint: %s; %s", line, advice)
 
     return process_weights_after_loading

@@ -4,6 +4,7 @@ from vllm_gemma4_spec.patching.patch import Edit, Group, Patch
 
 _QUANTIZATION = "vllm.model_executor.layers.quantization.modelopt"
 _LOADER = "vllm.model_executor.model_loader"
+_COMPRESSED = "vllm.model_executor.layers.quantization.compressed_tensors"
 _CPU_MOE = "vllm.model_executor.layers.fused_moe.cpu_fused_moe"
 
 PATCHES: tuple[Patch, ...] = (
@@ -48,6 +49,39 @@ PATCHES: tuple[Patch, ...] = (
             "vllm.model_executor.parameter:ModelWeightParameter",
             "vllm.model_executor.models.gemma4:Gemma4Model.load_weights",
             f"{_LOADER}.default_loader:DefaultModelLoader._prepare_weights",
+        ),
+    ),
+    Patch(
+        name="compressed-nvfp4",
+        group=Group.CORRECTNESS,
+        why=(
+            "0.19.1 has no compressed-tensors NVFP4 on a CPU, loads NaN block scales as they are, and overflows "
+            "Marlin's scales where a tensor's are far apart."
+        ),
+        how=(
+            "Subclasses of the two linear schemes and of the method for experts mend the scales and emulate "
+            "where vLLM has no kernel."
+        ),
+        retire="vLLM emulates compressed-tensors NVFP4 on a CPU, and Marlin's scales keep their range.",
+        edits=(
+            Edit(
+                f"{_COMPRESSED}.compressed_tensors:CompressedTensorsW4A4Fp4",
+                "vllm_gemma4_spec.modelopt.compressed:linear_scheme",
+                source=f"{_COMPRESSED}.schemes.compressed_tensors_w4a4_nvfp4:CompressedTensorsW4A4Fp4",
+            ),
+            Edit(
+                f"{_COMPRESSED}.compressed_tensors:CompressedTensorsW4A16Fp4",
+                "vllm_gemma4_spec.modelopt.compressed:linear_scheme",
+                source=f"{_COMPRESSED}.schemes.compressed_tensors_w4a16_nvfp4:CompressedTensorsW4A16Fp4",
+            ),
+            Edit(
+                f"{_COMPRESSED}.compressed_tensors_moe:CompressedTensorsW4A4Nvfp4MoEMethod",
+                "vllm_gemma4_spec.modelopt.compressed:experts_method",
+            ),
+        ),
+        watches=(
+            f"{_COMPRESSED}.compressed_tensors:CompressedTensorsLinearMethod",
+            f"{_COMPRESSED}.compressed_tensors_moe:CompressedTensorsMoEMethod",
         ),
     ),
     Patch(

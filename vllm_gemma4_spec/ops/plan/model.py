@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_gemma4_spec.errors import Gemma4SpecError
+from vllm_gemma4_spec.json_file import read_object
 
 # Bytes per weight. NVFP4: 4 bits and one 8-bit scale for each block of 16.
 WEIGHT_BYTES = {"float32": 4.0, "bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5 + 1 / 16}
@@ -149,17 +150,7 @@ def _ignored(name: str, pattern: str) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise PlanError(f"{path}: not there; give a model folder or its config.json") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    except ValueError as error:
-        raise PlanError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise PlanError(f"{path}: not a config (a JSON object)")
-    return found
+    return read_object(path, PlanError, "give a model folder or its config.json")
 
 
 def _format(config: dict[str, Any], folder: Path) -> tuple[str, tuple[str, ...]]:

@@ -1,0 +1,124 @@
+"""Compressed-tensors NVFP4, linears and experts: mended as ModelOpt's are, and emulated on a CPU.
+
+The format is ModelOpt's under other names, and its global scales divide:
+
+    W[n, k] = E2M1[weight_packed[n, k]] * (weight_scale[n, k // 16] / weight_global_scale)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import vllm.model_executor.layers.quantization.modelopt  # noqa: F401  first and whole: our hook on it imports moe
+from torch import Tensor
+from torch.nn import Module, Parameter
+from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
+from vllm.model_executor.layers.quantization.utils.nvfp4_utils import NvFp4LinearBackend
+from vllm.platforms import current_platform
+
+from vllm_gemma4_spec.checkpoints import nvfp4
+from vllm_gemma4_spec.errors import CheckpointError
+from vllm_gemma4_spec.modelopt import emulation, moe
+from vllm_gemma4_spec.modelopt.nan import mend
+
+
+def linear_scheme(original: type) -> type:
+    """``CompressedTensorsW4A4Fp4`` or ``CompressedTensorsW4A16Fp4`` with its scales mended."""
+
+    class Nvfp4Scheme(original):  # type: ignore[misc]
+        def __init__(self) -> None:
+            # Not super().__init__: it raises where vLLM has no FP4 kernel, as on a CPU.
+            self.group_size = nvfp4.BLOCK
+            self.backend = emulation.select_backend()
+
+        def create_weights(self, layer: Module, *args: Any, **kwargs: Any) -> None:
+            super().create_weights(layer, *args, **kwargs)
+            layer.params_dtype = kwargs["params_dtype"]
+            for name in ("weight_packed", "weight_scale"):  # members that the checkpoint lacks stay zero
+                getattr(layer, name).data.view(torch.uint8).zero_()
+            for name in ("weight_global_scale", "input_global_scale"):
+                if hasattr(layer, name):
+                    getattr(layer, name).data.fill_(_UNSET)
+
+        def process_weights_after_loading(self, layer: Module) -> None:
+            given = layer.weight_global_scale.data
+            _settle(given, f"{layer.prefix}.weight_global_scale")
+            if hasattr(layer, "input_global_scale"):
+                _settle(layer.input_global_scale.data, "")
+            mend(layer, layer.prefix, layer.weight_packed.data, layer.weight_scale.data)
+            layer.modelopt_checked = True
+            if self.backend == NvFp4LinearBackend.EMULATION:
+                layer.weight_scale_2 = Parameter(1 / given, requires_grad=False)
+                layer.weight = Parameter(layer.weight_packed.data, requires_grad=False)
+                for name in ("weight_packed", "weight_global_scale", "input_global_scale"):
+                    layer._parameters.pop(name, None)
+                emulation.prepare(layer)
+                return
+            if self.backend == NvFp4LinearBackend.MARLIN and layer.params_dtype == torch.bfloat16:
+                nvfp4.narrow_(layer.weight_packed.data, layer.weight_scale.data)
+            super().process_weights_after_loading(layer)
+
+        def apply_weights(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+            if self.backend == NvFp4LinearBackend.EMULATION:
+                return emulation.linear(layer, x, bias)
+            out: Tensor = super().apply_weights(layer, x, bias)
+            return out
+
+    Nvfp4Scheme.__name__ = Nvfp4Scheme.__qualname__ = original.__name__
+    return Nvfp4Scheme
+
+
+_UNSET = -1.0
+
+
+def _settle(scales: Tensor, what: str) -> None:
+    """Global scales of members that the checkpoint lacks have no say in a maximum; others must be positive."""
+    unset = scales == _UNSET
+    if bool(unset.any()) and not bool(unset.all()):
+        scales[unset] = scales[~unset].min()
+    if what and not bool((torch.isfinite(scales) & (scales > 0)).all()):
+        raise CheckpointError(f"{what}: missing, not positive, NaN or infinite; quantize the model again")
+
+
+def experts_method(original: type) -> type:
+    """``CompressedTensorsW4A4Nvfp4MoEMethod`` with its scales mended; on a CPU, emulated."""
+
+    class Mended(original):  # type: ignore[misc]
+        def __init__(self, moe_config: Any, layer_name: str | None = None, use_a16: bool = False) -> None:
+            super().__init__(moe_config, layer_name, use_a16)
+            self.use_a16 = use_a16
+
+        def process_weights_after_loading(self, layer: Module) -> None:
+            _as_modelopt(layer, self.use_a16)
+            moe.mend_experts(layer)
+            if self.nvfp4_backend == NvFp4MoeBackend.MARLIN and layer.params_dtype == torch.bfloat16:
+                moe.narrow(layer)
+            for name in ("w13", "w2"):  # what the original looks for; it makes the other names again
+                layer.register_parameter(f"{name}_weight_packed", layer._parameters.pop(f"{name}_weight"))
+                del layer._parameters[f"{name}_weight_scale_2"], layer._parameters[f"{name}_input_scale"]
+            super().process_weights_after_loading(layer)
+
+    class Emulated(moe.EmulatedExperts, original):  # type: ignore[misc]
+        def __init__(self, moe_config: Any, layer_name: str | None = None, use_a16: bool = False) -> None:
+            super().__init__(moe_config)
+            self.group_size, self.use_a16 = nvfp4.BLOCK, use_a16
+
+        def process_weights_after_loading(self, layer: Module) -> None:
+            _as_modelopt(layer, self.use_a16)
+            super().process_weights_after_loading(layer)
+
+    made = Emulated if current_platform.is_cpu() else Mended
+    made.__name__ = made.__qualname__ = original.__name__  # FusedMoE looks at it
+    return made
+
+
+def _as_modelopt(layer: Module, use_a16: bool) -> None:
+    """The parameters under ModelOpt's names, global scales as factors; W4A16 has none for the inputs."""
+    for name in ("w13", "w2"):
+        if use_a16:
+            getattr(layer, f"{name}_input_global_scale").data.fill_(1)
+        layer.register_parameter(f"{name}_weight", layer._parameters.pop(f"{name}_weight_packed"))
+        for old, new in (("weight_global_scale", "weight_scale_2"), ("input_global_scale", "input_scale")):
+            scale = getattr(layer, f"{name}_{old}").data
+            layer.register_parameter(f"{name}_{new}", Parameter(1 / scale, requires_grad=False))
