@@ -119,6 +119,7 @@ class DraftGraphs:
     def _run(self, num_reqs: int) -> torch.Tensor:
         """The original ``propose`` on this object's inputs: ``[num_reqs, k]`` draft token ids."""
         inputs, tokens = self._inputs, num_reqs * self.query_len
+        longest = self._proposer.vllm_config.model_config.max_model_len  # the target's; a drafter's may be shorter
         return self._propose(
             self._proposer,
             target_token_ids=inputs.token_ids[:tokens],

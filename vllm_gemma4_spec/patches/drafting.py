@@ -125,6 +125,27 @@ CHUNK_BOUNDARIES = Patch(
     watches=(f"{_RUNNER}:GPUModelRunner._prepare_inputs", "vllm.v1.worker.gpu_input_batch:CachedRequestState"),
 )
 
+LENGTH_LIMIT = Patch(
+    name="length-limit",
+    group=Group.CORRECTNESS,
+    why="While one request of a batch is within k tokens of the maximum length, the drafter's or the target's, nothing "
+    "is drafted for any. The drafter's KV of those tokens is then missing: drafts of the other requests stay wrong, "
+    "and prefix caching hands the holes on to later ones. E4B ends at 131,072 tokens, 31B at 262,144.",
+    how="Drafting goes on unless the shortest request is too long. Positions past a shorter drafter's maximum are "
+    "clamped and write nothing; drafts there are rejected.",
+    retire="A release that decides per request whether to draft.",
+    edits=(
+        Edit(f"{_RUNNER}:GPUModelRunner.sample_tokens", f"{_OURS}.length_limit:sample_tokens"),
+        Edit(f"{_PROPOSER}.__init__", f"{_OURS}.length_limit:proposer_init"),
+        Edit(f"{_PROPOSER}.set_inputs_first_pass", f"{_OURS}.length_limit:set_inputs_first_pass"),
+    ),
+    watches=(
+        f"{_PROPOSER}.propose",
+        "vllm.v1.spec_decode.utils:compute_new_slot_mapping",
+        "vllm.v1.spec_decode.utils:eagle_step_update_slot_mapping_and_metadata",
+    ),
+)
+
 DRAFTER_CHECKS = Patch(
     name="drafter-checks",
     group=Group.CONVENIENCE,
@@ -148,5 +169,6 @@ PATCHES: tuple[Patch, ...] = (
     ONE_GROUP_WINDOWS,
     TEXT_DRAFTER,
     CHUNK_BOUNDARIES,
+    LENGTH_LIMIT,
     DRAFTER_CHECKS,
 )
