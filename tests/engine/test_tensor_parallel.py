@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.engine import acceptance, engine, generate, random_prompts
 
+pytestmark = pytest.mark.slow  # test_nvfp4_tensor_parallel.py has two ranks in the fast set
 FIXTURES = Path(__file__).parents[1] / "checkpoints" / "fixtures"
 NVFP4 = FIXTURES / "31b-awq-full"
 TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "max_num_seqs": 4}
@@ -41,12 +42,7 @@ def plain(model: Path, vocab: int = 512) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("target", "drafter"),
-    [
-        ("target", "target"),
-        ("target", "close"),
-        pytest.param("drafter", "drafter", marks=pytest.mark.slow),
-        pytest.param("target", "drafter", marks=pytest.mark.slow),
-    ],
+    [("target", "target"), ("target", "close"), ("drafter", "drafter"), ("target", "drafter")],
 )
 def test_two_ranks_draft_as_one(tiny: dict[str, Path], target: str, drafter: str) -> None:
     want = plain(tiny[target])
@@ -60,7 +56,7 @@ def test_two_ranks_draft_as_one(tiny: dict[str, Path], target: str, drafter: str
         assert counts.proposed > 0
 
 
-@pytest.mark.parametrize("drafter", ["31b-awq-full", pytest.param("e4b-awq-lite", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("drafter", ["31b-awq-full", "e4b-awq-lite"])
 def test_two_ranks_of_nvfp4_awq(drafter: str) -> None:
     want = plain(NVFP4, 88)
     speculative = {"quantization": "modelopt"}

@@ -7,6 +7,7 @@ and 32) and than every block. A square image has 64 of them, each 3 x 3 patches 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Words ``w11`` … ``w511`` with their ids in the name, and Gemma 4's control tokens."""
-    vocab = dict(CONTROL.values()) | {f"w{i}": i for i in range(FIRST_WORD, vocab_size)}
+def tokenizer(vocab_size: int = 512, names: Mapping[int, str] | None = None) -> PreTrainedTokenizerFast:
+    """Words ``w11`` … ``w511`` with their ids in the name, or ``names``, and Gemma 4's control tokens."""
+    words = {i: f"w{i}" for i in range(FIRST_WORD, vocab_size)} | dict(names or {})
+    vocab = dict(CONTROL.values()) | {word: i for i, word in words.items()}
     words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     named = {name: text for name, (text, _) in CONTROL.items()}

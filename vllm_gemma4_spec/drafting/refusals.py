@@ -23,7 +23,7 @@ def create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any
         drafter, target = str(asked["model"]), str(target_model_config.model)
         try:
             _check_folder(drafter)
-            _check_tensor_parallel(asked, target_parallel_config)
+            _check_parallel(asked, target_parallel_config)
             try:
                 config = original(self, target_model_config, target_parallel_config)
             except ValueError as error:
@@ -56,7 +56,13 @@ def _check_folder(drafter: str) -> None:
         raise DrafterError(f"drafter {drafter}: config.json is not JSON ({error}); download it again") from None
 
 
-def _check_tensor_parallel(asked: dict[str, Any], target_parallel_config: Any) -> None:
+def _check_parallel(asked: dict[str, Any], target_parallel_config: Any) -> None:
+    stages = target_parallel_config.pipeline_parallel_size
+    if stages > 1:
+        raise DrafterError(
+            f"pipeline_parallel_size is {stages}; vLLM 0.19.1 builds a draft model on the last stage only, without its "
+            "first layers: use tensor parallelism"
+        )
     size, wanted = asked.get("draft_tensor_parallel_size"), target_parallel_config.tensor_parallel_size
     if size is not None and size != wanted:
         raise DrafterError(

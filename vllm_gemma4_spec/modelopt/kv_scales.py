@@ -32,3 +32,18 @@ def process_weights_after_loading(original: Callable[..., None]) -> Callable[...
             self.query_quant = None
 
     return wrapper
+
+
+def init_fp8_kv_scales(original: Callable[..., None]) -> Callable[..., None]:
+    """``GPUModelRunner.init_fp8_kv_scales`` (waking from sleep mode): a checkpoint's scales again, not 1."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any) -> None:
+        original(self)
+        for layer in self.compilation_config.static_forward_context.values():
+            for name in ("_k_scale", "_v_scale"):
+                scale = getattr(layer, f"{name}_float", None)
+                if scale is not None:
+                    getattr(layer, name).fill_(scale)
+
+    return wrapper

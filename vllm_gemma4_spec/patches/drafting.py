@@ -150,14 +150,17 @@ DRAFTER_CHECKS = Patch(
     name="drafter-checks",
     group=Group.CONVENIENCE,
     why="A drafter folder without config.json, with another vocabulary or another tensor-parallel size ends in a "
-    "traceback, for the last one in a worker after the target has been loaded.",
-    how="create_speculative_config looks at the drafter before and after the original and ends with one line.",
+    "traceback, for the last one in a worker after the target has been loaded. With pipeline parallelism a draft "
+    "model would be cut into stages of which only the last is built. Sleep level 2 discards its weights for good.",
+    how="create_speculative_config looks at the drafter before and after the original and ends with one line; "
+    "EngineCore.sleep refuses level 2 before anything is discarded.",
     retire="One-line errors upstream; the checks are of use with any release.",
     edits=(
         Edit(
             "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
             f"{_OURS}.refusals:create_speculative_config",
         ),
+        Edit("vllm.v1.engine.core:EngineCore.sleep", f"{_OURS}.sleep:engine_sleep"),
     ),
     watches=("vllm.config.speculative:SpeculativeConfig.verify_equal_vocab_size_if_draft_model",),
 )

@@ -12,18 +12,22 @@ KV_SCALES = Patch(
     why=(
         "With an fp8 KV cache, layers that reuse KV read it with their own k_scale and v_scale (ModelOpt writes "
         "1.0 there) instead of those it was written with; and TRITON_ATTN, which Gemma 4 needs, applies no scale "
-        "at all once the query is fp8, which it always is on CUDA. Checkpoints with scales other than 1 give "
-        "wrong answers without a word."
+        "at all once the query is fp8, which it always is on CUDA; waking from sleep mode sets all to 1. Checkpoints "
+        "with scales other than 1 give wrong answers without a word."
     ),
     how=(
         "After loading, such layers take the scales of the layer whose KV they reuse; where a scale is not 1, the "
-        "query stays in 16 bits, for which the kernel applies both."
+        "query stays in 16 bits, for which the kernel applies both. After sleep mode the scales are set again."
     ),
     retire="A release whose unified_attention multiplies by k_descale and v_descale for fp8 queries, too.",
     edits=(
         Edit(
             "vllm.model_executor.layers.attention.attention:Attention.process_weights_after_loading",
             "vllm_gemma4_spec.modelopt.kv_scales:process_weights_after_loading",
+        ),
+        Edit(
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner.init_fp8_kv_scales",
+            "vllm_gemma4_spec.modelopt.kv_scales:init_fp8_kv_scales",
         ),
     ),
     watches=(
