@@ -56,37 +56,6 @@ def compare_with_original(drafter: Any) -> dict[str, int]:
     return counts
 
 
-def with_kv_scales(model: Path, folder: Path, scale: float) -> Path:
-    """A copy of ``model`` as ModelOpt exports one with an fp8 KV cache: weights as they are, scales for the cache.
-
-    ``scale`` is that of every layer with a KV cache of its own. Layers that reuse KV get 1.0, as ModelOpt writes
-    them: it has seen nothing there.
-    """
-    import shutil
-
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "modelopt",
-        "quant_algo": "FP8",
-        "ignore": ["*"],
-        "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
-    }
-    config["dtype"] = "bfloat16"  # the format's linear methods take no float32
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = load_file(folder / "model.safetensors")
-    own = config["num_hidden_layers"] - config["num_kv_shared_layers"]
-    for layer in range(config["num_hidden_layers"]):
-        for name in "kv":
-            key = f"model.layers.{layer}.self_attn.{name}_proj.{name}_scale"
-            tensors[key] = torch.tensor(scale if layer < own else 1.0)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 def scales(model: Path, folder: Path, prompts: list[list[int]]) -> dict[str, Any]:
     """Mean distance of the first answer token's log-probabilities from those with a 16-bit cache.
 
@@ -97,10 +66,10 @@ def scales(model: Path, folder: Path, prompts: list[list[int]]) -> dict[str, Any
     import torch
     from vllm import SamplingParams
 
-    from tests.support import engine
+    from tests.support import engine, kv_scales
     from vllm_gemma4_spec.patches.modelopt import KV_SCALES
 
-    scaled = with_kv_scales(model, folder / "scaled", 4.0)
+    scaled = kv_scales.with_kv_scales(model, folder / "scaled", k_scale=4.0, v_scale=2.0)
     params = SamplingParams(max_tokens=1, temperature=0, detokenize=False, logprobs=512)
     options = {"dtype": "bfloat16", "max_num_seqs": 4, "gpu_memory_utilization": 0.3, "max_logprobs": 512}
     out: dict[str, Any] = {}

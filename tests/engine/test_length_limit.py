@@ -33,8 +33,9 @@ def test_every_draft_is_accepted_beside_a_request_that_ends_at_the_limit(
         assert [len(p) + len(a) for p, a in zip(PROMPTS, plain, strict=True)] == [LONGEST, 100, 115]
         assert counts.accepted == counts.proposed
         assert counts.accepted > 0.6 * sum(len(a) for a in plain)  # every step of every request had drafts
-        # What the drafter left in the cache serves a prompt that continues a cached answer.
-        again = [p + a for p, a in zip(PROMPTS, plain, strict=True)][1:]
+        # What the drafter left in the cache serves prompts that continue a cached answer, or part of it: drafts past
+        # the maximum length were written nowhere.
+        again = [PROMPTS[0] + plain[0][:10], *(p + a for p, a in zip(PROMPTS[1:], plain[1:], strict=True))]
         before = acceptance(llm)
         generate(llm, again, 10)
         counts = acceptance(llm) - before

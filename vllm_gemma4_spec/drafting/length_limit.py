@@ -61,3 +61,18 @@ def set_inputs_first_pass(original: Callable[..., Any]) -> Callable[..., Any]:
         return made
 
     return wrapper
+
+
+def eagle_step_update(original: Callable[..., None]) -> Callable[..., None]:
+    """``eagle_step_update_slot_mapping_and_metadata``: who has passed the maximum length stays past it.
+
+    The original puts such a request at position 0, so that the draft after the next would write to position 1.
+    """
+
+    @functools.wraps(original)
+    def wrapper(**kwargs: Any) -> None:
+        original(**kwargs)
+        positions, slots = kwargs["out_clamped_positions"], kwargs["out_slot_mapping"]
+        positions.masked_fill_(slots[: positions.shape[0]] < 0, kwargs["max_model_len"] - 1)
+
+    return wrapper

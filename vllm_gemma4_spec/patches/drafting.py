@@ -132,17 +132,22 @@ LENGTH_LIMIT = Patch(
     "is drafted for any. The drafter's KV of those tokens is then missing: drafts of the other requests stay wrong, "
     "and prefix caching hands the holes on to later ones. E4B ends at 131,072 tokens, 31B at 262,144.",
     how="Drafting goes on unless the shortest request is too long. Positions past a shorter drafter's maximum are "
-    "clamped and write nothing; drafts there are rejected.",
+    "clamped and write nothing, in any pass; drafts there are rejected.",
     retire="A release that decides per request whether to draft.",
     edits=(
         Edit(f"{_RUNNER}:GPUModelRunner.sample_tokens", f"{_OURS}.length_limit:sample_tokens"),
         Edit(f"{_PROPOSER}.__init__", f"{_OURS}.length_limit:proposer_init"),
         Edit(f"{_PROPOSER}.set_inputs_first_pass", f"{_OURS}.length_limit:set_inputs_first_pass"),
+        Edit(
+            "vllm.v1.spec_decode.eagle:eagle_step_update_slot_mapping_and_metadata",
+            f"{_OURS}.length_limit:eagle_step_update",
+            source="vllm.v1.spec_decode.utils:eagle_step_update_slot_mapping_and_metadata",
+        ),
     ),
     watches=(
         f"{_PROPOSER}.propose",
         "vllm.v1.spec_decode.utils:compute_new_slot_mapping",
-        "vllm.v1.spec_decode.utils:eagle_step_update_slot_mapping_and_metadata",
+        "vllm.v1.spec_decode.utils:eagle_step_slot_mapping_metadata_kernel",
     ),
 )
 
