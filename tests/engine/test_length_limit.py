@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import tiny_models
 from tests.support.engine import acceptance, engine, generate, random_prompts
 
 K = 3
@@ -79,3 +80,20 @@ def test_without_the_patch_acceptance_decays(
     finally:
         LENGTH_LIMIT.apply()
     assert counts.accepted < counts.proposed
+
+
+def test_prompts_up_to_the_maximum_length(tmp_path: Path) -> None:
+    """Sixty times the longer window, in chunks of a quarter; the last but one ends in the middle of a draft."""
+    longest = 4096
+    config = tiny_models.target_config(max_position_embeddings=longest)
+    model = tiny_models.save(config, tmp_path / "long")
+    prompts = random_prompts((3000, longest - 30, longest - 1, 50))
+    options = {"max_model_len": longest, "max_num_batched_tokens": longest // 4, "max_num_seqs": 4}
+    with engine(model, **options) as llm:
+        want = generate(llm, prompts, 40)
+    assert [len(a) for a in want] == [40, 30, 1, 40]
+    with engine(model, model, K, **options) as llm:
+        before = acceptance(llm)
+        assert generate(llm, prompts, 40) == want
+        counts = acceptance(llm) - before
+    assert counts.accepted == counts.proposed > 0.6 * sum(len(a) for a in want)

@@ -54,6 +54,15 @@ def test_pipeline_parallelism(tiny: dict[str, Path]) -> None:
         pass
 
 
+def test_kv_connector(tiny: dict[str, Path]) -> None:
+    connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    with (
+        pytest.raises(DrafterError, match=r"KV connector ExampleConnector beside a draft model: .* leave one of them"),
+        engine(tiny["target"], tiny["drafter"], 2, kv_transfer_config=connector),
+    ):
+        pass
+
+
 def test_sleep_that_would_lose_the_drafter(tiny: dict[str, Path]) -> None:
     """Refused before anything is paused or discarded; level 1 is the GPU worker's to do (a CPU ignores it)."""
     with engine(tiny["target"], tiny["drafter"], 2) as llm:

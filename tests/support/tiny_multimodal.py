@@ -54,6 +54,13 @@ VISION: dict[str, Any] = {
     "default_output_length": 70,
     "standardize": True,
 }
+AUDIO: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "output_proj_dims": 48,
+    "subsampling_conv_channels": [16, 8],
+}
 CHAT_TEMPLATE = (
     "<bos>{% for m in messages %}{% if m.content is string %} {{ m.content }}{% else %}{% for part in m.content %}"
     "{% if part.type == 'image' %} <|image|>{% elif part.type == 'video' %} <|video|>"
@@ -92,13 +99,13 @@ def processor(vocab_size: int = 512) -> Gemma4Processor:
 def config(text: Gemma4TextConfig, **changes: Any) -> Gemma4Config:
     ids = {f"{name}_id": i for name, (_, i) in CONTROL.items() if name.startswith(("bo", "eo", "im", "au", "vi"))}
     ids["eoa_token_index"] = ids["eoa_token_id"]
-    return Gemma4Config(text_config=text, vision_config=VISION, audio_config=None, **(ids | changes))
+    return Gemma4Config(text_config=text, vision_config=VISION, **({"audio_config": None} | ids | changes))
 
 
-def save(text: Gemma4TextConfig, folder: Path, seed: int = 0) -> Path:
+def save(text: Gemma4TextConfig, folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Write a float32 ``Gemma4ForConditionalGeneration`` with its processor; random weights, norms too."""
     torch.manual_seed(seed)
-    model = Gemma4ForConditionalGeneration(config(text)).float()
+    model = Gemma4ForConditionalGeneration(config(text, **changes)).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

@@ -25,7 +25,9 @@ def sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
         if spec is not None and spec.uses_draft_model() and self.execute_model_state is not None:
             limit = self.__dict__.setdefault(LIMIT, self.effective_drafter_max_model_len)
             shortest = self.optimistic_seq_lens_cpu[: self.input_batch.num_reqs].min().item()
-            fits = shortest + self.num_spec_tokens <= limit
+            # Data-parallel ranks agree on the size of every pass, so none may leave one out.
+            together = self.parallel_config.data_parallel_size > 1
+            fits = together or shortest + self.num_spec_tokens <= limit
             self.effective_drafter_max_model_len = sys.maxsize if fits else limit
         return original(self, *args, **kwargs)
 

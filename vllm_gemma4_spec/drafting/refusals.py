@@ -24,6 +24,7 @@ def create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any
         try:
             _check_folder(drafter)
             _check_parallel(asked, target_parallel_config)
+            _check_connector(self.kv_transfer_config)
             try:
                 config = original(self, target_model_config, target_parallel_config)
             except ValueError as error:
@@ -68,4 +69,13 @@ def _check_parallel(asked: dict[str, Any], target_parallel_config: Any) -> None:
         raise DrafterError(
             f"draft_tensor_parallel_size is {size} and the target's tensor-parallel size is {wanted}; "
             "vLLM 0.19.1 drafts only with equal sizes: leave draft_tensor_parallel_size out"
+        )
+
+
+def _check_connector(config: Any) -> None:
+    if config is not None:
+        raise DrafterError(
+            f"KV connector {getattr(config, 'kv_connector', config)} beside a draft model: no connector of vLLM 0.19.1 "
+            "has been run with a drafter's KV cache; leave one of them out (or set "
+            "VLLM_GEMMA4_SPEC_PATCH_DRAFTER_CHECKS=0 to try it)"
         )
