@@ -48,7 +48,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ap.add_argument("--profile", action="store_true", help="list the kernels of one draft")
     ap.add_argument("--out", type=Path, default=Path("full_shape.json"))
     ap.add_argument("--engine", help=argparse.SUPPRESS)
-    ap.add_argument("--turn", help=argparse.SUPPRESS)  # a file to be locked while measuring
+    ap.add_argument("--turn", type=Path, help=argparse.SUPPRESS)  # a file to be locked while measuring
     return ap.parse_args(argv)
 
 
@@ -98,7 +98,8 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"start_s": round(time.perf_counter() - began, 1), "runs": []}
     rpc = llm.collective_rpc
     if args.turn:
-        turn = open(args.turn, "w")  # noqa: SIM115
+        turn = args.turn.open("w")
+        args.turn.with_suffix(f".{args.engine}").touch()
         fcntl.flock(turn, fcntl.LOCK_EX)  # let go of when the process ends
     result["finite_logits"] = rpc(probes.finite)[0]
     result |= rpc(probes.bandwidth_and_bytes)[0]
@@ -187,7 +188,16 @@ def main() -> None:
         extra = ["--engine", engine, "--out", str(parts[engine]), *(["--turn", str(turn)] if args.together else [])]
         return subprocess.Popen([sys.executable, __file__, *sys.argv[1:], *extra], env=env)
 
-    running = {engine: start(engine) for engine in parts} if args.together else {}
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    if args.together:
+        with turn.open("w") as held:  # nobody measures while another still compiles
+            fcntl.flock(held, fcntl.LOCK_EX)
+            running = {engine: start(engine) for engine in parts}
+            marks = {engine: turn.with_suffix(f".{engine}") for engine in parts}
+            while any(running[e].poll() is None and not marks[e].exists() for e in parts):
+                time.sleep(1)
+        for mark in marks.values():
+            mark.unlink(missing_ok=True)
     for engine, out in parts.items():
         code = (running.get(engine) or start(engine)).wait()
         results[engine] = json.loads(out.read_text()) if code == 0 else {"failed": code}

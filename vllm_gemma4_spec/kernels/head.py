@@ -98,5 +98,9 @@ def suits(weight: Tensor) -> bool:
     """Whether a head of this shape, dtype and device can be taken."""
     vocab, size = weight.shape
     return (
-        weight.is_cuda and weight.dtype == torch.bfloat16 and vocab % (BLOCK * CANDIDATES) == 0 and size % COLUMNS == 0
+        weight.is_cuda
+        and weight.dtype == torch.bfloat16
+        and vocab % (BLOCK * CANDIDATES) == 0
+        and size % COLUMNS == 0
+        and rows.available()
     )

@@ -159,12 +159,14 @@ extern "C" __global__ void __launch_bounds__(MT > 4 ? 256 : 512) nvfp4_rows(
     // Weights do not depend on the grid before this one: fetch them while it finishes, and touch x only then.
     let_next_grid_start();
     if (index < blocks) fetch(now, my_codes, my_scales, index, lane);
-    if (index + step < blocks) fetch(next, my_codes, my_scales, index + step, lane);
     wait_for_previous_grid();
-    for (; index < blocks; index += step) {
+    if (index < blocks) {
+        for (; index + step < blocks; index += step) {
+            fetch(next, my_codes, my_scales, index + step, lane);
+            multiply(now, my_x + index * 256, g, tokens, (long)8 * K, acc);
+            now = next;
+        }
         multiply(now, my_x + index * 256, g, tokens, (long)8 * K, acc);
-        now = next;
-        if (index + 2 * step < blocks) fetch(next, my_codes, my_scales, index + 2 * step, lane);
     }
 
     if (split > 1 || GELU || parts > 1) {

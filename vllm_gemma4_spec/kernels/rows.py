@@ -8,6 +8,7 @@ own copy of the weights, keeps the rest.
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -18,6 +19,8 @@ from torch.nn import Module
 
 from vllm_gemma4_spec.kernels import cuda
 from vllm_gemma4_spec.kernels.packing import COLUMNS, ROWS, pack
+
+logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
 _TILES = (1, 2, 3, 4, 8)  # compiled numbers of 8-token tiles
 _LANES = 32
@@ -60,11 +63,15 @@ def plan(n: int, k: int, tiles: int, gelu: bool, multiprocessors: int) -> Launch
     return Launch(split * slots, split, 1)
 
 
+def source(tiles: int, gelu: bool) -> str:
+    """The kernel's CUDA C++ for inputs of up to ``8 * tiles`` rows."""
+    text = resources.files(__package__).joinpath("nvfp4_rows.cu").read_text()
+    return f"#define MT {tiles}\n#define GELU {int(gelu)}\n{text}"
+
+
 @functools.cache
 def _kernel(tiles: int, gelu: bool) -> Any:
-    source = resources.files(__package__).joinpath("nvfp4_rows.cu").read_text()
-    header = f"#define MT {tiles}\n#define GELU {int(gelu)}\n"
-    return cuda.Kernel(header + source, "nvfp4_rows")
+    return cuda.Kernel(source(tiles, gelu), "nvfp4_rows")
 
 
 @functools.cache
@@ -175,15 +182,27 @@ def register_operator() -> None:
     direct_register_custom_op("gemma4_spec_nvfp4_product", product, fake_impl=_product_shape)
 
 
+@functools.cache
+def available() -> bool:
+    """Whether the kernel compiles here; if not, the log says once why, and vLLM's kernels stay."""
+    try:
+        _kernel(_TILES[0], False)
+    except (OSError, RuntimeError) as error:
+        logger.warning("Drafter: NVFP4 products of few rows stay on Marlin: %s", str(error).splitlines()[0])
+        return False
+    return True
+
+
 def suits(layer: Module) -> bool:
     """Whether the kernel can take this layer: shape, dtype and device."""
     n, k = layer.output_size_per_partition, layer.input_size_per_partition
-    return (
+    return bool(
         layer.weight.is_cuda
         and layer.params_dtype == torch.bfloat16
         and n % (2 * ROWS) == 0
         and k % COLUMNS == 0
         and getattr(layer, "bias", None) is None
+        and available()
     )
 
 

@@ -1,0 +1,55 @@
+"""The CUDA kernel compiles with the NVRTC that PyTorch brings, for every generation it is meant for; no GPU needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_gemma4_spec.kernels import cuda, rows
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nvrtc() -> None:
+    try:
+        torch.cuda._utils._get_gpu_rtc_library()
+    except OSError as error:
+        pytest.skip(f"this PyTorch brings no NVRTC: {error}")
+
+
+@pytest.mark.parametrize(("capability", "tiles", "gelu"), [(80, 1, False), (90, 1, True), (120, 8, False)])
+def test_the_kernel_compiles(capability: int, tiles: int, gelu: bool) -> None:
+    code = cuda.compiled(rows.source(tiles, gelu), cuda.architecture(capability))
+    assert code.startswith(b"\x7fELF")
+    assert b"nvfp4_rows" in code
+
+
+def test_a_card_newer_than_nvrtc_gets_its_generation() -> None:
+    assert cuda.architecture(121) in ("sm_120", "sm_121")
+    with pytest.raises(RuntimeError, match=r"compute capability 3\.0"):
+        cuda.architecture(30)
+
+
+def test_a_source_that_does_not_compile_says_why() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)sm_90.*nonsense"):
+        cuda.compiled("nonsense", "sm_90")
+
+
+def test_without_a_compiler_marlin_stays_and_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(*_: Any) -> None:
+        raise OSError("libnvrtc.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(cuda, "Kernel", refuses)
+    rows.available.cache_clear()
+    rows._kernel.cache_clear()
+    try:
+        assert not rows.available()
+        assert not rows.available()
+    finally:
+        rows.available.cache_clear()
+    assert [r.getMessage() for r in caplog.records] == [
+        "Drafter: NVFP4 products of few rows stay on Marlin: libnvrtc.so.12: cannot open shared object file"
+    ]
