@@ -64,7 +64,8 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
     loader.initialize_dummy_weights = shapes.random_weights
     speculative = args.engine.startswith("spec")
     sizes = [int(c) for c in args.concurrency.split(",")]
-    work = Path(tempfile.mkdtemp(prefix="shapes-"))
+    # The same for every run: the folder's name is part of vLLM's compile cache key.
+    work = Path(tempfile.gettempdir()) / f"gemma4-shapes-{args.target_layers or 'all'}"
     query = args.k + 1 if speculative else 1
     options: dict[str, Any] = {}
     if speculative:
