@@ -1,0 +1,93 @@
+"""vLLM's attention kernels in Triton's interpreter, as chosen with and without ``split-attention``.
+
+``attention_by_triton.py RESULTS``; a process of its own, because TRITON_INTERPRET must be set before triton is
+imported. Saves, per case, both outputs, those of a reference, and which kernel ran.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__":
+    os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", VLLM_PLUGINS="", VLLM_LOGGING_LEVEL="ERROR")
+
+    import torch
+    import triton
+    import triton.language as tl
+    import vllm.triton_utils
+
+    # On a CPU vLLM puts stand-ins in Triton's place.
+    vllm.triton_utils.triton, vllm.triton_utils.tl = triton, tl
+    from vllm.v1.attention.ops import triton_unified_attention as ops
+
+    from vllm_gemma4_spec.kernels import split_attention
+
+    HEADS, KV_HEADS, SIZE, BLOCK, SEGMENTS, ROOM = 8, 2, 32, 16, 16, 16
+    ran: list[str] = []
+    for name in ("kernel_unified_attention_2d", "kernel_unified_attention_3d"):
+        kernel = getattr(ops, name)
+
+        class Noted:
+            def __init__(self, kernel=kernel, name=name):
+                self.kernel, self.name = kernel, name
+
+            def __getitem__(self, grid):
+                ran.append(self.name[-2:])
+                return self.kernel[grid]
+
+        setattr(ops, name, Noted())
+
+    def reference(q, k, v, query_len, seq_lens, table, window):
+        out = torch.empty_like(q)
+        for request, length in enumerate(seq_lens.tolist()):
+            keys = k[table[request].long()].flatten(0, 1)[:length].repeat_interleave(HEADS // KV_HEADS, 1)
+            values = v[table[request].long()].flatten(0, 1)[:length].repeat_interleave(HEADS // KV_HEADS, 1)
+            for i in range(query_len):
+                token, last = request * query_len + i, length - query_len + i
+                first = max(0, last - window + 1) if window else 0
+                scores = torch.einsum("hd,thd->ht", q[token], keys[first : last + 1])
+                out[token] = torch.einsum("ht,thd->hd", scores.softmax(-1), values[first : last + 1])
+        return out
+
+    results = []
+    for query_len, lengths, window in ((4, [300], 0), (5, [77, 130], 40), (4, [64, 5, 33], 0), (5, [40] * 4, 0)):
+        torch.manual_seed(query_len)
+        num_seqs, tokens, pages = len(lengths), len(lengths) * query_len, -(-max(lengths) // BLOCK)
+        q = torch.randn(tokens, HEADS, SIZE) / 4
+        k, v = torch.randn(2, num_seqs * pages, BLOCK, KV_HEADS, SIZE)
+        table = torch.randperm(num_seqs * pages).view(num_seqs, pages).int()
+        seq_lens = torch.tensor(lengths, dtype=torch.int32)
+        outputs, chosen = [], []
+        for attention in (ops.unified_attention, split_attention.unified_attention(ops.unified_attention)):
+            out = torch.full_like(q, torch.nan)
+            ran.clear()
+            attention(
+                q=q,
+                k=k,
+                v=v,
+                out=out,
+                cu_seqlens_q=torch.arange(num_seqs + 1, dtype=torch.int32) * query_len,
+                max_seqlen_q=query_len,
+                seqused_k=seq_lens,
+                max_seqlen_k=max(lengths),
+                softmax_scale=1.0,
+                causal=True,
+                window_size=(window - 1, 0) if window else (-1, -1),
+                block_table=table,
+                softcap=0,
+                q_descale=None,
+                k_descale=torch.ones(num_seqs, KV_HEADS),
+                v_descale=torch.ones(num_seqs, KV_HEADS),
+                seq_threshold_3D=2,
+                num_par_softmax_segments=SEGMENTS,
+                softmax_segm_output=torch.full((ROOM, HEADS, SEGMENTS, SIZE), torch.nan),
+                softmax_segm_max=torch.full((ROOM, HEADS, SEGMENTS), torch.nan),
+                softmax_segm_expsum=torch.full((ROOM, HEADS, SEGMENTS), torch.nan),
+                mm_prefix_range=None,
+            )
+            outputs.append(out)
+            chosen.append(list(ran))
+        wanted = reference(q, k, v, query_len, seq_lens, table, window)
+        results.append({"stock": outputs[0], "split": outputs[1], "wanted": wanted, "kernels": chosen})
+    torch.save(results, sys.argv[1])
