@@ -16,7 +16,7 @@ from packaging.version import Version
 
 from vllm_gemma4_spec.patches import PATCHES
 from vllm_gemma4_spec.patching import fingerprint
-from vllm_gemma4_spec.patching.patch import Group, Patch
+from vllm_gemma4_spec.patching.patch import Group
 from vllm_gemma4_spec.patching.version import SUPPORTED
 
 ROOT = Path(__file__).parents[1]
@@ -60,10 +60,7 @@ EVIDENCE: dict[str, tuple[Evidence, ...]] = {
     "cpu-runner": (
         Evidence(
             "CPUModelRunner loads a drafter and no longer asserts that there is none",
-            lambda texts: (
-                "self.drafter.load_model" in texts["vllm/v1/worker/cpu_model_runner.py"]
-                and "spec decode is not supported" not in texts["vllm/v1/worker/cpu_model_runner.py"]
-            ),
+            _contains("vllm/v1/worker/cpu_model_runner.py", "self.drafter.load_model"),
         ),
     ),
     "cpu-kernels": (
@@ -150,18 +147,23 @@ class Verdict:
         return f"{text}, fixed in part" if self.fixed else text
 
 
-def verdict(patch: Patch, texts: Texts) -> Verdict:
-    """Judge ``patch`` in a release with these sources."""
-    targets = [
-        # Something of that name where 0.19.1 has nothing: upstream's own.
-        ("changed" if _exists(e.target, texts) else "same")
-        if e.checked_symbol is None
-        else state(e.checked_symbol, texts)
-        for e in patch.edits
-    ]
-    watches = [state(s, texts) for s in patch.watches]
-    fixed = tuple(e for e in EVIDENCE.get(patch.name, ()) if e.holds(texts))
-    return Verdict(max(targets, key=STATES.index), max(watches, key=STATES.index, default="same"), fixed)
+def verdicts_of(texts: Texts) -> dict[str, Verdict]:
+    """Patch name -> what became of it in a release with these sources."""
+    # In the order of their modules, each of which is then parsed once.
+    states = {s: state(s, texts) for s in sorted({s for p in PATCHES for s in p.checked_symbols})}
+    out = {}
+    for patch in PATCHES:
+        targets = [
+            # Something of that name where 0.19.1 has nothing: upstream's own.
+            ("changed" if _exists(e.target, texts) else "same")
+            if e.checked_symbol is None
+            else states[e.checked_symbol]
+            for e in patch.edits
+        ]
+        watches = [states[s] for s in patch.watches]
+        fixed = tuple(e for e in EVIDENCE.get(patch.name, ()) if e.holds(texts))
+        out[patch.name] = Verdict(max(targets, key=STATES.index), max(watches, key=STATES.index, default="same"), fixed)
+    return out
 
 
 def _exists(symbol: str, texts: Texts) -> bool:
@@ -240,7 +242,7 @@ def main(
     found: dict[str, dict[str, Verdict]] = {}
     for version, package in vllm_sources.releases(since).items():
         texts = vllm_sources.read_python(vllm_sources.fetch(package, cache))
-        found[version] = {p.name: verdict(p, texts) for p in PATCHES}
+        found[version] = verdicts_of(texts)
         typer.echo(f"{version}: " + ", ".join(f"{n} {v}" for n, v in found[version].items() if str(v) != "same"))
     out.write_text(page(found))
 

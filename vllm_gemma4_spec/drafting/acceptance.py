@@ -28,21 +28,22 @@ class AcceptanceWatch:
     def __init__(self) -> None:
         self._first: deque[bool] = deque(maxlen=WINDOW)
         self._hits = 0
-        self.reported = False
+        self._reported = False
 
     def add(self, num_accepted: int) -> None:
         """Count a draft of which the first ``num_accepted`` tokens were accepted; say so if too few are."""
-        if len(self._first) == WINDOW:
+        if len(self._first) == self._first.maxlen:
             self._hits -= self._first[0]
         self._first.append(num_accepted > 0)
         self._hits += num_accepted > 0
-        if not self.reported and len(self._first) == WINDOW and self._hits < CHANCE * WINDOW:
-            self.reported = True
+        full = len(self._first) == self._first.maxlen
+        if full and not self._reported and self._hits < CHANCE * len(self._first):
+            self._reported = True
             logger.warning(
                 "vllm-gemma4-spec: of the last %d drafts %d had their first token accepted, no more than by chance. "
                 "Answers are right, but speculation only costs time: is the drafter the target's own "
                 "(tokenizer, fine-tuning, quantization)? Said once.",
-                WINDOW,
+                len(self._first),
                 self._hits,
             )
 
