@@ -46,9 +46,7 @@ def main() -> None:
                 seconds[check].append(time.process_time() - started)
     ratio = statistics.median(on / off for off, on in zip(seconds["0"], seconds["1"], strict=True))
     for check, values in seconds.items():
-        print(
-            f"CHECK={check}: median {statistics.median(values):.3f} s of {rounds} ({', '.join(f'{v:.3f}' for v in values)})"
-        )
+        print(f"CHECK={check}: median {statistics.median(values):.3f} s; {[round(v, 3) for v in values]}")
     print(f"median ratio, run for run: {ratio:.2f}")
 
 

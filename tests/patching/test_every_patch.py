@@ -77,7 +77,7 @@ SHOWN = {
         "graphs/test_async_drafts::test_the_window_of_the_real_length_keeps_its_blocks",
     ),
     "local-argmax": Shown(
-        f"{_STOCK}::test_local_argmax_is_refused",
+        f"{_STOCK}::test_local_argmax_ends_the_engine",
         "graphs/test_local_argmax::test_local_argmax_drafts_the_same_tokens",
     ),
     "cpu-runner": Shown(

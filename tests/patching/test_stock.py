@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from tests.support import engine as _engine
-from tests.support.engine import engine
+from tests.support.engine import engine, generate, random_prompts
 from tests.support.stock import without
 from vllm_gemma4_spec.errors import DrafterError
-from vllm_gemma4_spec.patches import chat, cpu, drafting, graphs, modelopt
+from vllm_gemma4_spec.patches import cpu, drafting, graphs, modelopt
 from vllm_gemma4_spec.patching.patch import Patch
 
-assert _engine, chat
+assert _engine
 
 
 def ends_start(patch: Patch, error: type[Exception], message: str, model: Path, *args: Any, **options: Any) -> None:
@@ -64,9 +64,14 @@ def test_triton_kernels_cannot_be_launched_on_a_cpu() -> None:
         rejection_sampler.expand_kernel[(1,)]()
 
 
-def test_local_argmax_is_refused(tiny: dict[str, Path]) -> None:
+def test_local_argmax_ends_the_engine(tiny: dict[str, Path]) -> None:
     options: dict[str, Any] = {"speculative": {"use_local_argmax_reduction": True}}
-    ends_start(graphs.LOCAL_ARGMAX, ValueError, "get_top_tokens", tiny["target"], tiny["target"], **options)
+    with (
+        without(graphs.LOCAL_ARGMAX),
+        engine(tiny["target"], tiny["target"], **options) as llm,
+        pytest.raises(AttributeError, match="get_top_tokens"),
+    ):
+        generate(llm, random_prompts([5]), 4)
 
 
 def test_experts_on_a_cpu_do_not_know_gelu() -> None:
