@@ -100,6 +100,10 @@ SHOWN = {
         "chat/test_serving::test_stock_is_wrong",
         "chat/test_server_e2e::test_openai_chat_completions",
     ),
+    "error-paths": Shown(
+        "chat/test_leaks::test_stock_tells_clients_where_it_is_installed",
+        "chat/test_leaks::test_errors_carry_no_path_and_no_internals",
+    ),
 }
 
 
