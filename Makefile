@@ -8,7 +8,8 @@ STAMP   = $(VENV)/.installed
 # Tests read the genuine tokenizer, templates and configs where this names them, and say what they skip.
 export GEMMA4_ARTIFACTS ?=
 
-.PHONY: setup demo test test-slow soak lint types check fingerprints ledger wheel docs clean
+.PHONY: setup demo test test-slow soak test-upstream lint types check fingerprints ledger drift supply-chain audit \
+    wheel docs clean
 
 setup: $(STAMP)
 
@@ -33,6 +34,12 @@ test-slow: setup
 soak: setup
 	$(BIN)/python -m pytest -s -m slow tests/engine/test_soak.py
 
+# vLLM 0.19.1's own tests, without and with the overlay: an hour. Fetches its source distribution.
+test-upstream: setup
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --override constraints/cpu-overrides.txt \
+	    --constraint constraints/cpu.txt --editable '.[cpu,upstream]'
+	$(BIN)/python tools/upstream_tests.py --page docs/upstream-tests.md
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,6 +55,21 @@ fingerprints: setup
 
 ledger: setup
 	$(BIN)/python -m vllm_gemma4_spec.patching.ledger docs/patches.md
+
+# Every patch against every release of vLLM since 0.19.0: 0.8 GB of source distributions, two minutes.
+drift: setup
+	$(BIN)/uv pip install --quiet --python $(BIN)/python 'pypi-simple>=1.6'
+	$(BIN)/python tools/drift.py
+
+# Versions and licences of everything that `make setup` installs.
+supply-chain: setup
+	$(BIN)/uv pip install --quiet --python $(BIN)/python 'pip-licenses>=5'
+	$(BIN)/python tools/supply_chain.py
+
+# --strict: a package that cannot be looked up is no pass.
+audit: setup
+	$(BIN)/uv pip install --quiet --python $(BIN)/python 'pip-audit>=2.9'
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints/cpu-tested.txt
 
 wheel: setup
 	$(BIN)/uv build --python $(BIN)/python --out-dir dist

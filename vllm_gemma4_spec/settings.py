@@ -53,7 +53,11 @@ DEMO_DIR = Setting(
     "",
     "folder of the demo's models instead of the one below $XDG_CACHE_HOME or ~/.cache",
 )
-CHECK = switch(f"{PREFIX}_CHECK", "1 checks the invariants of every draft pass; slow, for tests and fault finding", "0")
+CHECK = switch(
+    f"{PREFIX}_CHECK",
+    "1 checks every draft pass (slots, lengths, positions) and says when acceptance falls to chance; for fault finding",
+    "0",
+)
 
 NAN_SCALES = Setting(
     f"{PREFIX}_NAN_SCALES",

@@ -89,6 +89,20 @@ def test_keyword_launch(kernel: str, results: Results) -> None:
     assert difference(case, after) is None
 
 
+def test_a_column_of_draft_ids_is_as_good_as_a_row(results: Results) -> None:
+    """The kernel counts elements; vLLM's own test of it passes ``[T, 1]``."""
+    kernel = next(k for k in FORMS if k.endswith(":sample_recovered_tokens_kernel"))
+    for before, after in results[0][kernel]:
+        case = copy.deepcopy(before)
+        args = case["args"]
+        names = [n for n in args if n.startswith(("output_token_ids", "draft_token_ids"))]
+        assert len(names) == 2
+        args |= {n: args[n].unsqueeze(1) for n in names}
+        FORMS[kernel][case["grid"]](*args.values())
+        args |= {n: args[n].squeeze(1) for n in names}
+        assert difference(case, after) is None
+
+
 def test_stock_cpu_slot_mapping(results: Results) -> None:
     """0.19.1's own CPU form (C++) does what the Triton kernel does, except that it leaves the padding as it is."""
     from vllm.platforms import current_platform

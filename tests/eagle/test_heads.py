@@ -17,6 +17,8 @@ from transformers import Gemma4ForCausalLM
 from tests.eagle.reference_head import AUX_LAYERS, ReferenceHead, save_head
 from tests.support.engine import acceptance, engine, generate, random_prompts
 from tests.support.recorder import Recorder
+from tests.support.stock import without
+from vllm_gemma4_spec.patches.drafting import CHUNK_BOUNDARIES
 
 LENGTHS, TOKENS, K = (3, 33, 70, 200), 16, 3
 # Hidden states go to about 20; measured differences stay below 1e-4.
@@ -108,3 +110,19 @@ def test_a_head_drafts_as_its_reference(tiny: dict[str, Path], tmp_path: Path, h
                 hidden = seen.last_hidden_state[0]
             assert (given.hidden - hidden[given.first :]).abs().max() < TOLERANCE
             assert given.draft == reference.draft(given.context, hidden, K)
+
+
+def test_stock_follows_a_chunk_with_the_prompts_last_token(tiny: dict[str, Path], tmp_path: Path) -> None:
+    folder = save_head(tmp_path / "head", "eagle3", [FULL], [32], "LlamaForCausalLMEagle3")
+    (prompt,) = random_prompts((200,))
+    options = WAYS["chunked-prefill"]
+    with (
+        without(CHUNK_BOUNDARIES),
+        engine(tiny["target"], folder, K, speculative={"method": "eagle3"}, **options) as llm,
+    ):
+        recorder = Recorder(llm)
+        generate(llm, [prompt], 2)
+    chunk = recorder.given[0].context
+    assert len(chunk) < len(prompt)
+    assert chunk[:-1] == prompt[: len(chunk) - 1]
+    assert chunk[-1] == prompt[-1] != prompt[len(chunk) - 1]

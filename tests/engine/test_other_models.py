@@ -10,6 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.support.engine import acceptance, engine, generate, random_prompts
+from tests.support.stock import without
+from vllm_gemma4_spec.patches.drafting import OWN_BLOCKS
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,21 @@ def test_a_single_group_drafter_is_left_alone(llama: Path) -> None:
         drafter = drafter_of(llm)
         assert drafter._gemma4_spec_groups is None
         assert not any(isinstance(g.get_metadata_builder(), GroupBuilder) for g in drafter.draft_attn_groups)
+
+
+def test_a_single_group_drafter_is_checked_too(llama: Path) -> None:
+    from vllm_gemma4_spec.drafting.check import CheckedBuilder, InvariantError
+
+    prompts = random_prompts((16, 32, 48))  # each ends with its block
+    with engine(llama, llama, 3) as llm:
+        assert all(isinstance(g.get_metadata_builder(), CheckedBuilder) for g in drafter_of(llm).draft_attn_groups)
+        generate(llm, prompts, 4)
+    with (
+        without(OWN_BLOCKS),
+        engine(llama, llama, 3) as llm,
+        pytest.raises(InvariantError, match=r"position \d+ of KV cache group 0 .*does not own"),
+    ):
+        generate(llm, prompts, 4)
 
 
 def test_groups_of_a_gemma_drafter(tiny: dict[str, Path]) -> None:

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from tests.support import engine as _engine  # sets the environment
+from tests.support.stock import without
 from vllm_gemma4_spec import settings
 from vllm_gemma4_spec.drafting.proposer import GROUPS
 from vllm_gemma4_spec.graphs.capture import _batch_sizes, capture_drafts
-from vllm_gemma4_spec.graphs.proposal import update_cudagraph_mode
+from vllm_gemma4_spec.graphs.proposal import GRAPHS, update_cudagraph_mode
+from vllm_gemma4_spec.patches.graphs import DRAFT_GRAPHS, DRAFT_PIECES
 
 assert _engine
 
@@ -106,3 +108,57 @@ def test_pieces_where_the_target_has_them(mode: str, device: str, draft_model: b
     self.drafter.initialize_cudagraph_keys = given.append
     update_cudagraph_mode(lambda self: None)(self)
     assert given == ([self.compilation_config.cudagraph_mode] if wanted else [])
+
+
+def dispatched(self: Any) -> list[Any]:
+    """What vLLM's own method gives the drafter's dispatcher for a draft model on CUDA."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    given: list[Any] = []
+    self.drafter.initialize_cudagraph_keys = given.append
+    self.device = SimpleNamespace(type="cuda")
+    self.uniform_decode_query_len = 1
+    self.cudagraph_dispatcher = SimpleNamespace(initialize_cudagraph_keys=lambda *args: None)
+    self.speculative_config.use_eagle = self.speculative_config.uses_extract_hidden_states = lambda: False
+    GPUModelRunner._check_and_update_cudagraph_mode(self, [], [])
+    return given
+
+
+def test_vllms_own_method_gives_a_draft_model_pieces() -> None:
+    DRAFT_PIECES.apply()
+    assert dispatched(runner(mode="PIECEWISE")) == [runner(mode="PIECEWISE").compilation_config.cudagraph_mode]
+
+
+def test_stock_gives_a_draft_model_no_pieces() -> None:
+    with without(DRAFT_PIECES):
+        assert dispatched(runner(mode="PIECEWISE")) == []
+
+
+class Captured:
+    """Stands where a drafter keeps its graphs."""
+
+    def fits(self, *args: Any) -> bool:
+        return True
+
+    def replay(self, *args: Any) -> str:
+        return "replayed"
+
+
+def drafted() -> Any:
+    """What vLLM's ``propose`` does for a drafter that has graphs; the original fails on this bare one."""
+    from vllm.v1.spec_decode.eagle import SpecDecodeBaseProposer
+
+    drafter = SimpleNamespace(**{GRAPHS: Captured()})
+    names = ("target_token_ids", "target_positions", "target_hidden_states", "next_token_ids")
+    names += ("token_indices_to_sample", "common_attn_metadata", "sampling_metadata", "num_rejected_tokens_gpu")
+    return SpecDecodeBaseProposer.propose(drafter, **dict.fromkeys(names))
+
+
+def test_captured_drafts_are_replayed() -> None:
+    DRAFT_GRAPHS.apply()
+    assert drafted() == "replayed"
+
+
+def test_stock_drafts_kernel_by_kernel() -> None:
+    with without(DRAFT_GRAPHS), pytest.raises(AttributeError):
+        drafted()

@@ -23,7 +23,9 @@ from transformers import AutoProcessor, Gemma4ForCausalLM, Gemma4ForConditionalG
 from tests.support import tiny_models, tiny_multimodal
 from tests.support.engine import acceptance, engine
 from tests.support.recorder import Recorder
+from tests.support.stock import without
 from tests.support.tiny_multimodal import IMAGE_TOKEN_ID, PLACEHOLDERS
+from vllm_gemma4_spec.patches.multimodal import EMBEDDER_NORM
 
 # As in tests/engine/test_truth.py; measured here: 2e-5.
 TOLERANCE = 2e-4
@@ -121,6 +123,14 @@ def check_truth(model: Path, outputs: list[Any]) -> None:
 
 def test_logits_after_images_are_those_of_transformers(models: dict[str, Path], plain: list[Any]) -> None:
     check_truth(models["target"], plain)
+
+
+def test_stock_projects_before_it_normalises(models: dict[str, Path], plain: list[Any]) -> None:
+    """Without the patch the logits are others, and not transformers'."""
+    with without(EMBEDDER_NORM), chatting(models["target"], max_logprobs=512) as llm:
+        stock = chat(llm, CHATS, logprobs=512)
+    with pytest.raises(AssertionError):
+        check_truth(models["target"], stock)
 
 
 def test_logits_with_per_layer_embeddings_too(models: dict[str, Path]) -> None:

@@ -220,6 +220,35 @@ def test_the_vllm_command_ends_with_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("version", ["0.19.0", "0.20.0", "0.33.0"])
+def test_on_another_release_the_start_ends_with_one_line(version: str) -> None:
+    code = f"""
+    import sys; sys.argv[0] = "/usr/bin/vllm"
+    import vllm; vllm.__version__ = "{version}"
+    import vllm_gemma4_spec as ours; ours.register()
+    print(sorted({{s.state for s in ours.status()}}))
+    """
+    refused = run(code)
+    assert refused.returncode == 1
+    assert refused.stderr.strip().splitlines()[-1] == (
+        f"vllm-gemma4-spec: vLLM {version} is installed and this overlay is for 0.19.1; install vllm==0.19.1, "
+        "or set VLLM_GEMMA4_SPEC=0 to run without the overlay"
+    )
+    assert "Traceback" not in refused.stderr
+    off = run(code, VLLM_GEMMA4_SPEC="0")
+    assert off.returncode == 0, off.stderr[-2000:]
+    assert off.stdout.strip().splitlines()[-1] == "['off']"
+
+
+def test_each_file_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    symbols = [s for p in PATCHES for s in p.checked_symbols]
+    read: list[str] = []
+    original = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(str(self)) or original(self))
+    assert fingerprint.installed(symbols) == {s: fingerprint.wanted(s) for s in symbols}
+    assert len(read) == len(set(read)) == len({s.partition(":")[0] for s in symbols})
+
+
 def test_declarations_are_complete() -> None:
     names = [p.name for p in PATCHES]
     assert len(set(names)) == len(names)

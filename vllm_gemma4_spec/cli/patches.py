@@ -23,8 +23,9 @@ def command(
 
     rows = []
     fits = True
+    found = fingerprint.installed(s for patch in PATCHER.known() for s in patch.checked_symbols)
     for status, patch in zip(PATCHER.status(), PATCHER.known(), strict=True):
-        marks = {s: {"found": fingerprint.installed(s), "wanted": fingerprint.wanted(s)} for s in patch.checked_symbols}
+        marks = {s: {"found": found[s], "wanted": fingerprint.wanted(s)} for s in patch.checked_symbols}
         fit = all(m["found"] == m["wanted"] for m in marks.values())
         fits &= fit
         rows.append({**dataclasses.asdict(status), "fits": fit, "fingerprints": marks})

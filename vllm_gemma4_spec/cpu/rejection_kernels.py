@@ -99,6 +99,8 @@ def sample_recovered_tokens(
     NO_DRAFT_PROBS: bool,
 ) -> None:
     """Sample each draft's replacement from max(0, target - draft); the lowest id wins a tie."""
+    # The kernel counts elements, so [T, 1] is as good as [T] to it.
+    output_token_ids, draft_token_ids = output_token_ids.view(-1), draft_token_ids.reshape(-1)
     row, place, within = _requests_of(cu_num_draft_tokens[: grid[0]], output_token_ids.shape[0])
     score = inv_q[row]  # [T, V]
     if NO_DRAFT_PROBS or draft_probs is None:

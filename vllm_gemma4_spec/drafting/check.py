@@ -18,7 +18,7 @@ class InvariantError(Gemma4SpecError):
 def check_pass(
     runner: Any, gids: Sequence[int], cad: CommonAttentionMetadata, positions: torch.Tensor, slots: torch.Tensor
 ) -> None:
-    """Every slot lies in a block that its request owns in that group; sequence lengths follow the positions.
+    """Every slot is its position's own, in a block its request owns in that group; lengths follow the positions.
 
     Args:
         runner: the model runner; ``requests[...].block_ids`` is the scheduler's word on who owns what.
@@ -46,11 +46,34 @@ def check_pass(
             )
         for gid, of_group in zip(gids, slot_rows, strict=True):
             table = batch.block_table[gid]
-            owned = set(runner.requests[req_id].block_ids[gid])
-            for at, slot in zip(position[start:end], of_group[start:end], strict=True):
-                block = slot // (table.block_size * table.blocks_per_kv_block)
-                if slot >= 0 and block not in owned:
-                    raise InvariantError(
-                        f"request {req_id}: position {at} of KV cache group {gid} would be written to block {block}, "
-                        f"which it does not own"
-                    )
+            size = table.block_size * table.blocks_per_kv_block
+            owned = runner.requests[req_id].block_ids[gid]
+            for place, (at, slot) in enumerate(zip(position[start:end], of_group[start:end], strict=True)):
+                if slot < 0:
+                    continue
+                where = f"request {req_id}: position {at} of KV cache group {gid}"
+                block = slot // size
+                if at != position[start] + place:
+                    raise InvariantError(f"{where} stands where {position[start] + place} should")
+                if block not in owned:
+                    raise InvariantError(f"{where} would be written to block {block}, which it does not own")
+                if owned[at // size] != block or slot % size != at % size:
+                    raise InvariantError(f"{where} would be written to slot {slot}, which is another position's")
+
+
+class CheckedBuilder:
+    """Stands in a metadata builder's place where the drafter is in one KV cache group, and checks every pass."""
+
+    def __init__(self, proposer: Any, runner: Any, builder: Any) -> None:
+        self._proposer, self._runner, self._builder = proposer, runner, builder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._builder, name)
+
+    def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> Any:
+        cad = common_attn_metadata
+        positions = self._proposer._get_positions(cad.num_actual_tokens)
+        positions = positions if positions.dim() == 1 else positions[0]  # M-RoPE: alike for text
+        slots = cad.slot_mapping[: cad.num_actual_tokens].unsqueeze(0)
+        check_pass(self._runner, [max(self._proposer.kv_cache_gid, 0)], cad, positions, slots)
+        return self._builder.build_for_drafting(common_attn_metadata=cad, draft_index=draft_index)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, UniformTypeKVCacheSpecs
 
+from vllm_gemma4_spec import settings
+from vllm_gemma4_spec.drafting.check import CheckedBuilder
 from vllm_gemma4_spec.drafting.groups import DraftGroups
 from vllm_gemma4_spec.errors import Gemma4SpecError
 
@@ -40,6 +43,8 @@ def initialize_attn_backend(original: Callable[..., None]) -> Callable[..., None
         primary = _primary_group(self, [gid for gid, _ in parts])
         if len(parts) <= 1 and all(gid == primary for gid, _ in parts):
             original(self, kv_cache_config, kernel_block_sizes)
+            if settings.CHECK.on():
+                _check_every_pass(self)
             return
 
         attn_groups = []
@@ -69,6 +74,19 @@ def initialize_attn_backend(original: Callable[..., None]) -> Callable[..., None
         self.kv_cache_gid, self.block_size = primary, block_sizes[primary]
 
     return wrapper
+
+
+def _check_every_pass(proposer: Any) -> None:
+    """Check the passes of a drafter in one KV cache group; ``DraftGroups`` checks those of any other itself."""
+    proposer.draft_attn_groups = [
+        group
+        # Tree attention asks for its builder's class, and several of its drafts stand at one position.
+        if group.backend.get_name() == "TREE_ATTN"
+        else replace(
+            group, metadata_builders=[CheckedBuilder(proposer, getattr(proposer, RUNNER), group.get_metadata_builder())]
+        )
+        for group in proposer.draft_attn_groups
+    ]
 
 
 def _split_by_group_and_spec(names: set[str], config: KVCacheConfig) -> dict[tuple[int, KVCacheSpec], set[str]]:

@@ -159,12 +159,13 @@ def patches() -> Iterator[Finding]:
     except Gemma4SpecError as error:  # an unreadable switch; environment() names it too
         yield Finding(section, "states", State.PROBLEM, "unknown", advice=str(error))
         return
+    installed = fingerprint.installed(s for patch in PATCHER.known() for s in patch.checked_symbols)
     for status, patch in zip(statuses, PATCHER.known(), strict=True):
-        wrong = []
-        for symbol in patch.checked_symbols:
-            found, wanted = fingerprint.installed(symbol), fingerprint.wanted(symbol)
-            if found != wanted:
-                wrong.append(f"{symbol} is {found or 'gone'}, wanted {wanted}")
+        wrong = [
+            f"{symbol} is {installed[symbol] or 'gone'}, wanted {mark}"
+            for symbol, mark in patch.fingerprints.items()
+            if installed[symbol] != mark
+        ]
         marks = f"{len(patch.checked_symbols)} fingerprints match"
         if wrong:
             advice = f"install an unchanged vllm=={SUPPORTED}: bind-mounted or edited files must go"

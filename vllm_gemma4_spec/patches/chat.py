@@ -43,4 +43,21 @@ CHAT_OUTPUT = Patch(
     ),
 )
 
-PATCHES: tuple[Patch, ...] = (CHAT_OUTPUT,)
+ERROR_PATHS = Patch(
+    name="error-paths",
+    group=Group.CONVENIENCE,
+    why="With a current FastAPI, the answer to a request that does not validate says in which file of the server the "
+    "endpoint stands: where Python is installed, and what.",
+    how="The handler of validation errors drops the file from the error before it is written; the rest stays.",
+    retire="A release that writes its own message for validation errors.",
+    edits=(
+        Edit(
+            "vllm.entrypoints.openai.api_server:validation_exception_handler",
+            "vllm_gemma4_spec.chat.errors:validation_exception_handler",
+            source="vllm.entrypoints.openai.server_utils:validation_exception_handler",
+        ),
+    ),
+    watches=("vllm.entrypoints.openai.api_server:build_app",),
+)
+
+PATCHES: tuple[Patch, ...] = (CHAT_OUTPUT, ERROR_PATHS)

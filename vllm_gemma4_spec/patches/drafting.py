@@ -170,6 +170,23 @@ DRAFTER_CHECKS = Patch(
     watches=("vllm.config.speculative:SpeculativeConfig.verify_equal_vocab_size_if_draft_model",),
 )
 
+ACCEPTANCE_WATCH = Patch(
+    name="acceptance-watch",
+    group=Group.CONVENIENCE,
+    why="A drafter that reads the wrong KV cache, or does not fit its target, changes no answer: speculation only gets "
+    "slower, and nothing in the log says why.",
+    how="With VLLM_GEMMA4_SPEC_CHECK=1, make_spec_decoding_stats counts the drafts whose first token was accepted and "
+    "says once when they are fewer than 5 % of the last 500. Without it the original stays in its place.",
+    retire="A release that warns of low acceptance.",
+    edits=(
+        Edit(
+            "vllm.v1.core.sched.scheduler:Scheduler.make_spec_decoding_stats",
+            f"{_OURS}.acceptance:make_spec_decoding_stats",
+        ),
+    ),
+    watches=("vllm.v1.core.sched.scheduler:Scheduler.update_from_output",),
+)
+
 PATCHES: tuple[Patch, ...] = (
     DRAFT_GROUPS,
     OWN_BLOCKS,
@@ -179,4 +196,5 @@ PATCHES: tuple[Patch, ...] = (
     CHUNK_BOUNDARIES,
     LENGTH_LIMIT,
     DRAFTER_CHECKS,
+    ACCEPTANCE_WATCH,
 )

@@ -75,8 +75,8 @@ ASYNC_DRAFTS = Patch(
 LOCAL_ARGMAX = Patch(
     name="local-argmax",
     group=Group.CONVENIENCE,
-    why="use_local_argmax_reduction of a speculative config is refused: Gemma 4 has no get_top_tokens, so under "
-    "tensor parallelism every draft pass gathers all 262,144 logits.",
+    why="use_local_argmax_reduction of a speculative config ends the engine at the first draft: Gemma 4 has no "
+    "get_top_tokens. Without it every draft pass gathers all 262,144 logits under tensor parallelism.",
     how="Adds the method, which hands on to vLLM's own LogitsProcessor.get_top_tokens.",
     retire="A release whose Gemma4ForCausalLM has get_top_tokens.",
     edits=(

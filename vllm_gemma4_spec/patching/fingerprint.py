@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import json
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -96,28 +97,36 @@ def of_source(text: str, qualname: str) -> str | None:
     return _digest(textwrap.dedent("\n".join(line.rstrip() for line in lines)).encode())
 
 
-def installed(symbol: str) -> str | None:
-    """The fingerprint of ``symbol`` as installed; None where its module or the symbol is gone."""
-    module, _, name = symbol.partition(":")
-    path = source_file(module)
-    if path is None:
-        return None
-    data = path.read_bytes()
-    known = record().get(module)
-    if known is not None and _digest(data) == known["file"] and name in known["symbols"]:
-        return str(known["symbols"][name])
-    return of_source(data.decode(), name)
+def installed(symbols: Iterable[str]) -> dict[str, str | None]:
+    """The fingerprint of each of ``symbols`` as installed, each file read once; None where one is gone."""
+    out: dict[str, str | None] = {}
+    by_module: dict[str, list[str]] = {}
+    for symbol in symbols:
+        module, _, name = symbol.partition(":")
+        by_module.setdefault(module, []).append(name)
+    for module, names in by_module.items():
+        path = source_file(module)
+        data = path.read_bytes() if path is not None else None
+        known = record().get(module, {"file": None, "symbols": {}})
+        unchanged = data is not None and _digest(data) == known["file"]
+        for name in names:
+            if unchanged and name in known["symbols"]:
+                mark: str | None = known["symbols"][name]
+            else:
+                mark = None if data is None else of_source(data.decode(), name)
+            out[f"{module}:{name}"] = mark
+    return out
 
 
-def check(symbols: list[str], version: str) -> None:
+def check(symbols: Iterable[str], version: str) -> None:
     """Compare every symbol with its fingerprint.
 
     Raises:
         TargetError: names each symbol that differs, its fingerprint and the one wanted.
     """
     wrong = []
-    for symbol in symbols:
-        want, have = wanted(symbol), installed(symbol)
+    for symbol, have in installed(symbols).items():
+        want = wanted(symbol)
         if have != want:
             wrong.append(f"{symbol} ({'is gone' if have is None else f'is {have}'}, wanted {want})")
     if wrong:

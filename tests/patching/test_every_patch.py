@@ -1,0 +1,139 @@
+"""Every patch names the tests that show what stock vLLM 0.19.1 does, and those that only pass with the patch."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.stock import LEAVE_OUT
+from vllm_gemma4_spec.patches import PATCHES
+
+TESTS = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """``folder/file::test[case]`` below ``tests``: one of stock vLLM, and one that fails there."""
+
+    stock: str
+    proof: str
+
+
+_STOCK = "patching/test_stock"
+_GRAPHS = "graphs/test_draft_capture"
+
+SHOWN = {
+    "draft-groups": Shown(
+        f"{_STOCK}::test_draft_layers_in_several_groups_are_refused",
+        "engine/test_draft_groups::test_a_model_as_its_own_drafter_accepts_every_draft[target-3-plain]",
+    ),
+    "own-blocks": Shown(
+        "engine/test_own_blocks::test_stock_writes_drafts_where_the_request_owns_nothing",
+        "engine/test_own_blocks::test_first_step_looks_ahead",
+    ),
+    "kv-shared-layers": Shown(
+        f"{_STOCK}::test_a_saved_e4b_lacks_weights_that_nothing_reads",
+        "engine/test_truth::test_logits_are_those_of_transformers[drafter]",
+    ),
+    "one-group-windows": Shown(
+        f"{_STOCK}::test_one_group_takes_one_window",
+        "engine/test_draft_groups::test_another_drafter_changes_no_token[drafter-3-one-group]",
+    ),
+    "text-drafter": Shown(
+        f"{_STOCK}::test_a_multimodal_target_is_refused_with_a_draft_model",
+        "multimodal/test_images::test_towers_of_a_drafter_are_neither_built_nor_loaded",
+    ),
+    "chunk-boundaries": Shown(
+        "eagle/test_heads::test_stock_follows_a_chunk_with_the_prompts_last_token",
+        "eagle/test_heads::test_a_head_drafts_as_its_reference[eagle3-two-groups-chunked-prefill]",
+    ),
+    "drafter-checks": Shown(
+        f"{_STOCK}::test_a_drafter_that_does_not_fit_is_not_named_in_one_line",
+        "engine/test_refusals::test_folder_without_config",
+    ),
+    "acceptance-watch": Shown(
+        "engine/test_checks::test_stock_says_nothing_about_acceptance",
+        "engine/test_checks::test_a_drafter_that_knows_nothing_is_reported",
+    ),
+    "embedder-norm": Shown(
+        "multimodal/test_images::test_stock_projects_before_it_normalises",
+        "multimodal/test_images::test_logits_after_images_are_those_of_transformers",
+    ),
+    "draft-graphs": Shown(
+        f"{_GRAPHS}::test_stock_drafts_kernel_by_kernel", f"{_GRAPHS}::test_captured_drafts_are_replayed"
+    ),
+    "draft-pieces": Shown(
+        f"{_GRAPHS}::test_stock_gives_a_draft_model_no_pieces",
+        f"{_GRAPHS}::test_vllms_own_method_gives_a_draft_model_pieces",
+    ),
+    "async-drafts": Shown(  # it asserts both
+        "graphs/test_async_drafts::test_the_window_of_the_real_length_keeps_its_blocks",
+        "graphs/test_async_drafts::test_the_window_of_the_real_length_keeps_its_blocks",
+    ),
+    "local-argmax": Shown(
+        f"{_STOCK}::test_local_argmax_ends_the_engine",
+        "graphs/test_local_argmax::test_local_argmax_drafts_the_same_tokens",
+    ),
+    "cpu-runner": Shown(
+        f"{_STOCK}::test_the_cpu_refuses_speculation",
+        "engine/test_own_blocks::test_first_step_looks_ahead",
+    ),
+    "cpu-kernels": Shown(
+        f"{_STOCK}::test_triton_kernels_cannot_be_launched_on_a_cpu",
+        "engine/test_own_blocks::test_first_step_looks_ahead",
+    ),
+    "modelopt-nvfp4": Shown(
+        "modelopt/test_nvfp4_config::test_undo_gives_vllm_its_class_back",
+        "modelopt/test_nvfp4_engine::test_logprobs_equal_the_reference",
+    ),
+    "cpu-moe-gelu": Shown(
+        f"{_STOCK}::test_experts_on_a_cpu_do_not_know_gelu",
+        "modelopt/test_nvfp4_engine::test_experts_in_nvfp4",
+    ),
+    "chat-output": Shown(
+        "chat/test_serving::test_stock_is_wrong",
+        "chat/test_server_e2e::test_openai_chat_completions",
+    ),
+    "error-paths": Shown(
+        "chat/test_leaks::test_stock_tells_clients_where_it_is_installed",
+        "chat/test_leaks::test_errors_carry_no_path_and_no_internals",
+    ),
+}
+
+
+def node(test: str) -> str:
+    file, _, name = test.partition("::")
+    return f"{TESTS / file}.py::{name}"
+
+
+def test_every_patch_names_its_tests_and_they_exist() -> None:
+    assert list(SHOWN) == [p.name for p in PATCHES]
+    for shown in SHOWN.values():
+        for test in (shown.stock, shown.proof):
+            file, name = node(test).split("::")
+            functions = [n.name for n in ast.parse(Path(file).read_text()).body if isinstance(n, ast.FunctionDef)]
+            assert name.partition("[")[0] in functions, test
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patch", SHOWN)
+def test_the_proof_fails_without_the_patch(patch: str) -> None:
+    """In a process that never applies it, whatever asks for it; all other patches are on."""
+    options = ("-x", "-q", "-p", "tests.support.stock", "-p", "no:cacheprovider")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, node(SHOWN[patch].proof)],
+        cwd=TESTS.parent,
+        env=os.environ | {LEAVE_OUT: patch},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "failed" in done.stdout or "error" in done.stdout

@@ -1,0 +1,84 @@
+"""What vLLM 0.19.1 does without a patch, for the patches whose own tests do not show it already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.support import engine as _engine
+from tests.support.engine import engine, generate, random_prompts
+from tests.support.stock import without
+from vllm_gemma4_spec.errors import DrafterError
+from vllm_gemma4_spec.patches import cpu, drafting, graphs, modelopt
+from vllm_gemma4_spec.patching.patch import Patch
+
+assert _engine
+
+
+def ends_start(patch: Patch, error: type[Exception], message: str, model: Path, *args: Any, **options: Any) -> None:
+    """Without ``patch`` the engine does not come up, and says ``message``."""
+    with without(patch), pytest.raises(error, match=message), engine(model, *args, **options):
+        pass
+
+
+def test_draft_layers_in_several_groups_are_refused(tiny: dict[str, Path]) -> None:
+    message = "All drafting layers should belong to the same kv cache group"
+    ends_start(drafting.DRAFT_GROUPS, AssertionError, message, tiny["target"], tiny["target"])
+
+
+def test_a_saved_e4b_lacks_weights_that_nothing_reads(tiny: dict[str, Path]) -> None:
+    message = r"weights were not initialized from checkpoint.*k_norm"
+    ends_start(drafting.KV_SHARED_LAYERS, ValueError, message, tiny["drafter"])
+
+
+def test_one_group_takes_one_window(tiny: dict[str, Path]) -> None:
+    message = "must have the same window size"
+    options: dict[str, Any] = {"disable_hybrid_kv_cache_manager": True}
+    ends_start(drafting.ONE_GROUP_WINDOWS, ValueError, message, tiny["target"], tiny["drafter"], **options)
+
+
+def test_a_multimodal_target_is_refused_with_a_draft_model() -> None:
+    from vllm.v1.spec_decode.eagle import SpecDecodeBaseProposer
+
+    with without(drafting.TEXT_DRAFTER), pytest.raises(NotImplementedError, match="multimodal"):
+        SpecDecodeBaseProposer._raise_if_multimodal(SimpleNamespace(supports_mm_inputs=True, method="draft_model"))
+
+
+def test_a_drafter_that_does_not_fit_is_not_named_in_one_line(tiny: dict[str, Path], tmp_path: Path) -> None:
+    with without(drafting.DRAFTER_CHECKS), pytest.raises(Exception) as caught, engine(tiny["target"], tmp_path):  # noqa: PT011
+        pass
+    assert not isinstance(caught.value, DrafterError)
+
+
+def test_the_cpu_refuses_speculation(tiny: dict[str, Path]) -> None:
+    ends_start(cpu.CPU_RUNNER, AssertionError, "spec decode is not supported", tiny["target"], tiny["target"])
+
+
+def test_triton_kernels_cannot_be_launched_on_a_cpu() -> None:
+    from vllm.v1.sample import rejection_sampler
+
+    with without(cpu.CPU_KERNELS), pytest.raises((TypeError, AttributeError, RuntimeError)):
+        rejection_sampler.expand_kernel[(1,)]()
+
+
+def test_local_argmax_ends_the_engine(tiny: dict[str, Path]) -> None:
+    options: dict[str, Any] = {"speculative": {"use_local_argmax_reduction": True}}
+    with (
+        without(graphs.LOCAL_ARGMAX),
+        engine(tiny["target"], tiny["target"], **options) as llm,
+        pytest.raises(AttributeError, match="get_top_tokens"),
+    ):
+        generate(llm, random_prompts([5]), 4)
+
+
+def test_experts_on_a_cpu_do_not_know_gelu() -> None:
+    from vllm.model_executor.layers.fused_moe import cpu_fused_moe
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    (patch,) = [p for p in modelopt.PATCHES if p.name == "cpu-moe-gelu"]
+    with without(patch):
+        assert MoEActivation.GELU not in cpu_fused_moe._CPU_MOE_ACT_FN
+    assert MoEActivation.GELU in cpu_fused_moe._CPU_MOE_ACT_FN

@@ -1,0 +1,45 @@
+"""vLLM with one patch left out, in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import vllm_gemma4_spec
+from vllm_gemma4_spec import settings
+from vllm_gemma4_spec.patching.engine import PATCHER, Patcher
+from vllm_gemma4_spec.patching.patch import Patch
+
+LEAVE_OUT = "GEMMA4_TESTS_LEAVE_OUT"
+
+
+@contextlib.contextmanager
+def without(patch: Patch) -> Iterator[None]:
+    """All patches but ``patch``, also for engines that start inside; afterwards all."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    vllm_gemma4_spec.apply()
+    switch = settings.patch_switch(patch.name).name
+    os.environ[switch] = "0"
+    patch.undo()
+    try:
+        yield
+    finally:
+        del os.environ[switch]
+        cleanup_dist_env_and_memory()  # of an engine that never came up
+        vllm_gemma4_spec.apply()
+
+
+def pytest_configure() -> None:
+    """As a pytest plugin (``-p tests.support.stock``): nothing ever applies the patch that the variable names."""
+    name = os.environ[LEAVE_OUT]
+    (left_out,) = [p for p in PATCHER.known() if p.name == name]
+    original = Patcher.apply
+
+    def apply(self: Patcher, patches: list[Patch] | None = None) -> None:
+        if patches is None:
+            patches = [p for p in self.known() if settings.patch_switch(p.name).on()]
+        original(self, [p for p in patches if p is not left_out])
+
+    Patcher.apply = apply  # type: ignore[method-assign]

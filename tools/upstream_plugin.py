@@ -1,0 +1,31 @@
+"""pytest plugin for vLLM's own tests: the overlay as its switches say, in the test process, too.
+
+Processes that the tests start load it as vLLM's plugin; the test process itself may never ask for plugins.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import vllm_gemma4_spec
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    vllm_gemma4_spec.apply()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # vLLM's conftest unfreezes and collects all garbage after every test: half a second for the imported modules.
+    gc.collect()
+    gc.freeze()
+    gc.unfreeze = lambda: None
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    states = {s.name: s.state for s in vllm_gemma4_spec.status()}
+    Path(os.environ["UPSTREAM_STATES"]).write_text(json.dumps(states))

@@ -1,0 +1,18 @@
+"""What an error tells a client."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+
+def validation_exception_handler(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """``validation_exception_handler``: without the file of the endpoint, which FastAPI puts into its message."""
+
+    @functools.wraps(original)
+    async def wrapper(req: Any, exc: Any) -> Any:
+        exc.endpoint_file = None
+        return await original(req, exc)
+
+    return wrapper
