@@ -8,7 +8,7 @@ STAMP   = $(VENV)/.installed
 # Tests read the genuine tokenizer, templates and configs where this names them, and say what they skip.
 export GEMMA4_ARTIFACTS ?=
 
-.PHONY: setup demo test test-slow lint types check fingerprints ledger wheel docs clean
+.PHONY: setup demo test test-slow lint types check fingerprints ledger schemas wheel docs clean
 
 setup: $(STAMP)
 
@@ -45,12 +45,15 @@ fingerprints: setup
 ledger: setup
 	$(BIN)/python -m vllm_gemma4_spec.patching.ledger docs/patches.md
 
+# After what a command prints with --json was changed.
+schemas: setup
+	$(BIN)/python -m vllm_gemma4_spec.ops.output docs/json.md
+
 wheel: setup
 	$(BIN)/uv build --python $(BIN)/python --out-dir dist
 
 docs: setup
-	$(BIN)/uv pip install --quiet --python $(BIN)/python 'mkdocs-material>=9.5'
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -45,7 +45,7 @@ def test_an_unknown_command_is_no_traceback() -> None:
 def test_patches_fit_the_installed_vllm() -> None:
     done = run("patches", "--json")
     assert done.returncode == 0
-    rows = json.loads(done.stdout)
+    rows = json.loads(done.stdout)["patches"]
     assert [r["name"] for r in rows] == [p.name for p in PATCHES]
     assert all(r["fits"] for r in rows)
     for mark in (m for r in rows for m in r["fingerprints"].values()):

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.commands import free_port, gemma4_spec
+from tests.support.commands import free_port, gemma4_spec, printed
 
 
 def findings(done: subprocess.CompletedProcess[str]) -> dict[tuple[str, str], dict[str, Any]]:
-    return {(f["section"], f["name"]): f for f in json.loads(done.stdout)["findings"]}
+    return {(f["section"], f["name"]): f for f in printed("doctor", done)["findings"]}
 
 
 def test_all_well() -> None:

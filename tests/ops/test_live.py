@@ -6,12 +6,11 @@ import json
 import re
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support.commands import free_port, gemma4_spec
-from vllm_gemma4_spec.ops import live, reports, server
+from tests.support.commands import free_port, gemma4_spec, printed
+from vllm_gemma4_spec.ops import live, server
 from vllm_gemma4_spec.ops.server import Sample
 
 DASHBOARD = json.loads((Path(__file__).parents[2] / "overlays" / "grafana.json").read_text())
@@ -40,15 +39,6 @@ def test_rates_between_two_looks() -> None:
     assert live.between(two, two).tokens_per_step is None
 
 
-def test_figures_of_this_process_are_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(reports.FOLDER, str(tmp_path))
-    monkeypatch.setattr(reports, "_figures", {})
-    reports.figure("nan_blocks_repaired", 7)
-    found = {m.name: [s.value for s in m.samples] for m in reports.Collector().collect()}
-    assert found["gemma4_spec_nan_blocks_repaired"] == [7]
-    assert found["gemma4_spec_process"] == [1]
-
-
 def test_no_server_is_one_line() -> None:
     done = gemma4_spec("top", "--url", f"http://127.0.0.1:{free_port()}")
     assert done.returncode == 2
@@ -67,7 +57,7 @@ def _complete(url: str) -> None:
 def test_top_of_a_real_server(speculating_server: str) -> None:
     done = gemma4_spec("top", "--url", speculating_server, "--interval", "0.2", "--json")
     assert done.returncode == 0, done.stderr
-    figures: dict[str, Any] = json.loads(done.stdout)
+    figures = printed("top", done)
     assert figures["processes"] == 2
     assert figures["patches"]["draft-groups"] == 2
     text = gemma4_spec("top", "--url", speculating_server, "--interval", "0.2").stdout

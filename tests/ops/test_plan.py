@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support import tiny_models
-from tests.support.commands import gemma4_spec
+from tests.support.commands import gemma4_spec, printed
 from vllm_gemma4_spec.ops.plan import groups, model, timing
 
 ARTIFACTS = os.environ.get("GEMMA4_ARTIFACTS")
@@ -141,7 +141,7 @@ def test_command_json_and_plot(configs: list[str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     done = gemma4_spec("plan", *configs, "--context", "512", "--json", "--plot", str(picture), "--hardware", "H200")
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    report = printed("plan", done)
     assert {g["owner"] for g in report["groups"]} == {"target", "drafter", "both"}  # equal full layers: one group
     assert [m["name"] for m in report["machines"]] == ["H200"]
     assert picture.read_bytes().startswith(b"\x89PNG")

