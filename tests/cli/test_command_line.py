@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+from tests.support.commands import in_process
 from vllm_gemma4_spec import __version__
 from vllm_gemma4_spec.cli import COMMANDS
 from vllm_gemma4_spec.patches import PATCHES
@@ -26,7 +27,7 @@ def test_help_names_every_command() -> None:
 
 def test_every_command_has_help_with_an_example() -> None:
     for name in COMMANDS:
-        done = run(name, "--help")
+        done = in_process(name, "--help")
         assert done.returncode == 0, done.stderr
         assert f"vllm-gemma4-spec {name}" in " ".join(done.stdout.split()), name
 

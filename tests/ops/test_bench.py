@@ -45,7 +45,6 @@ def test_unreadable_prompts_are_one_line(tmp_path: Path, content: str | None, wo
 
 
 def test_no_server_is_one_line(prompt_file: Path) -> None:
-    pytest.importorskip("pandas")
     done = gemma4_spec("bench", "--url", f"http://127.0.0.1:{free_port()}", "--prompts", str(prompt_file))
     assert done.returncode == 2
     assert "no answer" in done.stderr
@@ -73,7 +72,6 @@ def other_server() -> Iterator[str]:
 
 
 def test_ctrl_c_leaves_no_process_behind(other_server: str, prompt_file: Path) -> None:
-    pytest.importorskip("pandas")
     command = [sys.executable, "-c", "from vllm_gemma4_spec.cli import main; main()", "bench"]
     command += ["--url", other_server, "--prompts", str(prompt_file)]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -7,6 +7,7 @@ import re
 import urllib.request
 from pathlib import Path
 
+import promql_parser
 import pytest
 
 from tests.support.commands import free_port, gemma4_spec, printed
@@ -63,6 +64,25 @@ def test_top_of_a_real_server(speculating_server: str) -> None:
     text = gemma4_spec("top", "--url", speculating_server, "--interval", "0.2").stdout
     assert "in all 2 processes" in text
     assert "\x1b[" not in text
+
+
+def test_every_query_of_the_dashboard_is_promql() -> None:
+    queries = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    for query in queries:
+        promql_parser.parse(query.replace("$__rate_interval", "1m"))
+    with pytest.raises(ValueError, match="unclosed"):
+        promql_parser.parse("sum(rate(x[1m])")
+
+
+def test_panels_of_the_dashboard_do_not_overlap() -> None:
+    cells = [
+        (x, y)
+        for place in (panel["gridPos"] for panel in DASHBOARD["panels"])
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(cells) == len(set(cells))
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,11 @@ def check_compose(file: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_compose_file_fits_the_specification(name: str) -> None:
-    pytest.importorskip("check_jsonschema")
     done = check_compose(OVERLAYS / name / "compose.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_schema_refuses_a_wrong_key(tmp_path: Path) -> None:
-    pytest.importorskip("check_jsonschema")
     file = tmp_path / "compose.yaml"
     file.write_text((OVERLAYS / "hopper" / "compose.yaml").read_text().replace("cap_drop", "cap_dorp"))
     assert check_compose(file).returncode == 1
@@ -85,6 +84,12 @@ def test_containers_are_safe_by_default(name: str) -> None:
     assert (OVERLAYS / name / build["context"] / build["dockerfile"]).resolve() == OVERLAYS / "Dockerfile"
     if "target" in build:
         assert f"AS {build['target']}" in (OVERLAYS / "Dockerfile").read_text()
+
+
+def test_the_dockerfile_has_no_finding_of_hadolint() -> None:
+    hadolint = Path(sysconfig.get_path("scripts"), "hadolint")
+    done = subprocess.run([hadolint, str(OVERLAYS / "Dockerfile")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_every_stage_of_the_image_drops_root_and_says_if_it_is_healthy() -> None:

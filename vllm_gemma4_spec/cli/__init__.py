@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -58,8 +59,14 @@ def _register(arguments: list[str]) -> None:
         app.command(name)(function)
 
 
+def _terminated(number: int, frame: Any) -> None:
+    """SIGTERM unwinds the stack as Ctrl-C does: no process, half-made folder or scratch file is left."""
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Console entry point: a user's mistake ends with one line on stderr and exit code 2."""
+    signal.signal(signal.SIGTERM, _terminated)
     _register(sys.argv[1:])
     try:
         app()

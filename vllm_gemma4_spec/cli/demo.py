@@ -78,29 +78,28 @@ def command(
 
     Example: vllm-gemma4-spec demo --check
     """
-    from vllm_gemma4_spec.cli.demo_models import ensure_with_bar, terminated_like_interrupted
+    from vllm_gemma4_spec.cli.demo_models import ensure_with_bar
     from vllm_gemma4_spec.demo import build, run
 
     console = Console(stderr=as_json)
     run.require_vllm()
-    with terminated_like_interrupted():
-        pair, _ = ensure_with_bar(models.expanduser().absolute() if models else build.default_folder())
-        questions = run.questions()
-        # Removed only after success: every error names the log in it.
-        logs = Path(tempfile.mkdtemp(prefix="vllm-gemma4-spec-demo-"))
-        answers, drafting = _serve_and_ask(
-            console, pair, questions, logs / "server.log", speculation, timeout, show=not as_json
-        )
-        if speculation:
-            _require_drafts(drafting, logs / "server.log")
-            if not as_json:
-                _show_drafting(console, drafting)
-        if check:
-            log = logs / "plain-server.log"
-            plain, _ = _serve_and_ask(console, pair, questions, log, False, timeout, show=False)
-            for question, answer, other in zip(questions, answers, plain, strict=True):
-                run.check_same(question, answer, other, ("speculative", "plain"), log)
-            console.print(f"{len(plain)} of {len(plain)} answers equal those of plain decoding")
+    pair, _ = ensure_with_bar(models.expanduser().absolute() if models else build.default_folder())
+    questions = run.questions()
+    # Removed only after success: every error names the log in it.
+    logs = Path(tempfile.mkdtemp(prefix="vllm-gemma4-spec-demo-"))
+    answers, drafting = _serve_and_ask(
+        console, pair, questions, logs / "server.log", speculation, timeout, show=not as_json
+    )
+    if speculation:
+        _require_drafts(drafting, logs / "server.log")
+        if not as_json:
+            _show_drafting(console, drafting)
+    if check:
+        log = logs / "plain-server.log"
+        plain, _ = _serve_and_ask(console, pair, questions, log, False, timeout, show=False)
+        for question, answer, other in zip(questions, answers, plain, strict=True):
+            run.check_same(question, answer, other, ("speculative", "plain"), log)
+        console.print(f"{len(plain)} of {len(plain)} answers equal those of plain decoding")
     if as_json:
         typer.echo(_report(questions, answers, drafting, True if check else None).model_dump_json(indent=2))
     shutil.rmtree(logs)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +13,6 @@ from rich.table import Table
 from vllm_gemma4_spec.ops.output import Output
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from vllm_gemma4_spec.demo import build
 
 
@@ -51,8 +46,7 @@ def command(
     from vllm_gemma4_spec.demo import build
 
     folder = out.expanduser().absolute() if out else build.default_folder()
-    with terminated_like_interrupted():
-        pair, made = ensure_with_bar(folder, force)
+    pair, made = ensure_with_bar(folder, force)
     if as_json:
         found = Report(target=str(pair.target), drafter=str(pair.drafter), made_now=made, measured=pair.measured)
         typer.echo(found.model_dump_json(indent=2))
@@ -93,17 +87,3 @@ def ensure_with_bar(folder: Path, force: bool = False) -> tuple[build.Pair, bool
     finally:
         if tasks:
             bar.stop()
-
-
-@contextmanager
-def terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM unwinds the stack as Ctrl-C does, so that no process or half-made folder outlives the command."""
-
-    def end(number: int, frame: Any) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
