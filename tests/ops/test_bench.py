@@ -144,6 +144,29 @@ def test_a_real_server(speculating_server: str, prompt_file: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_two_real_servers(speculating_server: str, plain_server: str, prompt_file: Path) -> None:
+    """Run for run, and in a pipe the Markdown is whole."""
+    options = ["--url", speculating_server, "--against", plain_server, "--prompts", str(prompt_file)]
+    options += ["--concurrency", "1", "--tokens", "12", "--requests", "2", "--repeats", "2"]
+    found = printed("bench", gemma4_spec("bench", *options, "--json"))
+    assert [r["url"] for r in found["runs"]] == [speculating_server, plain_server] * 2
+    with_drafts, without = found["summary"]
+    assert len(with_drafts["accepted_by_position"]) == 3
+    assert without["acceptance_length"] is None
+    assert with_drafts["output_tokens"] == without["output_tokens"]  # greedy: the same answers
+    (ratio,) = found["ratios"]
+    speeds = [r["aggregate_tok_s"] for r in found["runs"]]
+    pairs = [speeds[0] / speeds[1], speeds[2] / speeds[3]]
+    assert ratio["aggregate_tok_s"]["lowest"] == pytest.approx(min(pairs))
+    assert ratio["aggregate_tok_s"]["highest"] == pytest.approx(max(pairs))
+    done = gemma4_spec("bench", *options)
+    assert done.returncode == 0, done.stderr
+    assert f"{speculating_server} over {plain_server}:" in done.stdout
+    assert "\x1b[" not in done.stdout
+    assert done.stderr == ""  # no progress bar where nobody watches
+
+
+@pytest.mark.slow
 def test_failed_requests_are_counted(speculating_server: str, prompt_file: Path) -> None:
     options = ["--concurrency", "1", "--requests", "2", "--model", "nobody"]
     done = gemma4_spec("bench", "--url", speculating_server, "--prompts", str(prompt_file), *options)

@@ -46,8 +46,9 @@ def test_no_server_is_one_line() -> None:
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def _complete(url: str) -> None:
-    body = {"model": json.loads(server.get(f"{url}/v1/models"))["data"][0]["id"], "prompt": [5, 6, 7], "max_tokens": 9}
+def _complete(url: str, max_tokens: int = 9) -> None:
+    model = json.loads(server.get(f"{url}/v1/models"))["data"][0]["id"]
+    body = {"model": model, "prompt": [5, 6, 7], "max_tokens": max_tokens, "ignore_eos": True}
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -83,6 +84,19 @@ def test_panels_of_the_dashboard_do_not_overlap() -> None:
     ]
     assert len(cells) == len(set(cells))
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+
+
+@pytest.mark.slow
+def test_drafts_skipped_in_the_worker_are_shown_by_the_api_server(speculating_server: str) -> None:
+    """Up to the maximum length of 512: the last k steps or fewer go without drafts."""
+
+    def skipped() -> list[float]:
+        return [s.value for s in server.samples(speculating_server) if s.name == "gemma4_spec_drafts_skipped_total"]
+
+    before = sum(skipped())
+    _complete(speculating_server, 512 - 3)
+    assert len(skipped()) == 2  # API server and engine core
+    assert 0 < sum(skipped()) - before <= 3
 
 
 @pytest.mark.slow

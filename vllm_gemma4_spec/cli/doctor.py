@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from vllm_gemma4_spec.ops.doctor import Finding
@@ -41,17 +43,27 @@ def command(
 
 
 def _print(console: Console, findings: Sequence[Finding]) -> None:
-    section = ""
-    for finding in findings:
-        if finding.section != section:
-            section = finding.section
-            console.print(f"\n[bold]{section}[/bold]")
-        style = _STYLE[finding.state.value]
-        line = f"  [{style}]{finding.state.value:<7}[/{style}]  {escape(finding.name)}: {escape(finding.found)}"
-        if finding.wanted and finding.state.value != "ok":
-            line += f" (wanted {escape(finding.wanted)})"
-        console.print(line, soft_wrap=not console.is_terminal)
-        if finding.advice:
-            console.print(f"           -> {escape(finding.advice)}", soft_wrap=not console.is_terminal)
+    """In a terminal lines are wrapped and indented; in a pipe or a file they stay whole."""
+    for section, found in itertools.groupby(findings, lambda f: f.section):
+        console.print(Text(f"\n{section}", "bold"))
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(width=9)
+        grid.add_column(overflow="fold")
+        for state, text in _lines(found):
+            if console.is_terminal:
+                grid.add_row(Text(f"  {state}", _STYLE.get(state, "")), text)
+            else:
+                typer.echo(f"  {state:<7} {text}")
+        console.print(grid if console.is_terminal else "", end="")
     problems = sum(f.state.value == "problem" for f in findings)
     console.print(f"\n{problems} problem{'s' if problems != 1 else ''}" if problems else "\nall well")
+
+
+def _lines(findings: Iterable[Finding]) -> Iterator[tuple[str, str]]:
+    """State, empty for advice, and text."""
+    for finding in findings:
+        state = finding.state.value
+        wanted = f" (wanted {finding.wanted})" if finding.wanted and state != "ok" else ""
+        yield state, f"{finding.name}: {finding.found}{wanted}"
+        if finding.advice:
+            yield "", f"-> {finding.advice}"

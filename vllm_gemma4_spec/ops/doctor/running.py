@@ -50,11 +50,11 @@ def running(url: str, api_key: str | None = None, workers: int | None = None) ->
         advice = "the engine core runs unpatched, or inside the API server's process"
         yield Finding(section, "EngineCore", State.PROBLEM, "does not report", "reports", advice)
     found_workers = sum(k.startswith("VllmWorker") for k in kinds)
+    text = f"{found_workers} report" if found_workers else "none of their own: one runs inside the engine core"
     if workers is None:
-        text = f"{found_workers} report" if found_workers else "none of their own: they run inside the engine core"
         yield Finding(section, "workers", State.NOTE, text, advice="give --workers N (GPUs used) to have it checked")
+    elif max(found_workers, 1) == workers:
+        yield Finding(section, "workers", State.OK, text, str(workers))
     else:
-        fine = found_workers == workers or (workers == 1 and found_workers == 0)  # one worker shares the core's process
-        advice = "" if fine else "a worker runs without the plugin; read its log"
-        state = State.OK if fine else State.PROBLEM
-        yield Finding(section, "workers", state, str(found_workers), str(workers), advice)
+        advice = "a worker runs without the plugin (read its log), or --workers is not the number of GPUs used"
+        yield Finding(section, "workers", State.PROBLEM, text, str(workers), advice)
