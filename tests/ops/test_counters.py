@@ -44,7 +44,7 @@ def test_every_counter_is_there_from_the_start() -> None:
 
 
 def test_drafts_skipped_are_the_requests_that_were_not_drafted_for(tiny: dict[str, Path]) -> None:
-    """Near the maximum length 0.19.1 drafts for nobody: proposals and skips together are all that were sampled."""
+    """Near the maximum length the drafter is not run: proposals and skips together are all that were sampled."""
     prompts = random_prompts([40, 20, 30])
     with engine(tiny["target"], tiny["close"], 3, max_model_len=64, max_num_batched_tokens=256) as llm:
         recorder = Recorder(llm)

@@ -20,7 +20,7 @@ def command(
     requests: Annotated[int, typer.Option(min=1, help="Requests of each run.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each kind; medians are printed.")] = 1,
     model: Annotated[str | None, typer.Option(help="Name to ask for. Default: the first of /v1/models.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", show_envvar=True)] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="If the server wants one.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot to this file (PNG, SVG, PDF).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md has the schema.")] = False,
 ) -> None:

@@ -26,7 +26,7 @@ def command(
     url: Annotated[str, typer.Option(help="A running vLLM server, e.g. http://127.0.0.1:8000")],
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
     count: Annotated[int, typer.Option(min=0, help="Looks, then end; 0: until Ctrl-C (in a pipe: one).")] = 0,
-    api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", show_envvar=True)] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="If the server wants one.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per look; docs/json.md has the schema.")
     ] = False,
@@ -72,7 +72,7 @@ def _render(url: str, history: Sequence[Live]) -> RenderableType:
         parts.append(Text(f"{figures.drafts_per_s:.1f} drafts/s, {figures.tokens_per_step:.2f} tokens per step"))
         parts.append(_positions(history))
     if figures.drafts_skipped:
-        parts.append(Text(f"{figures.drafts_skipped} drafts skipped: a request is near the maximum length", "yellow"))
+        parts.append(Text(f"{figures.drafts_skipped} drafts skipped near the maximum length", "yellow"))
     if figures.nan_blocks_repaired:
         parts.append(Text(f"{figures.nan_blocks_repaired} NaN blocks repaired at load", "yellow"))
     if figures.processes:

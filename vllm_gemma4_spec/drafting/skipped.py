@@ -1,8 +1,4 @@
-"""Counts the drafts that a step went without.
-
-0.19.1 drafts for nobody in a step in which one request is within k tokens of the drafter's maximum length. Nothing
-shows it: acceptance falls under async scheduling, where zeros stand in for the drafts, and tok/s falls without it.
-"""
+"""Counts the drafts that a step went without: within k tokens of the maximum length the drafter is not run."""
 
 from __future__ import annotations
 

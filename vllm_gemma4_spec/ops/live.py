@@ -55,7 +55,7 @@ class Live(Output):
     drafts_per_s: float
     """drafts verified, one per request and step"""
     drafts_skipped: int
-    """drafts not made in the interval, a request being near the maximum length"""
+    """drafts not made in the interval, within k tokens of the maximum length"""
     tokens_per_step: float | None
     """per request, the target's own token counted; null: no draft was verified"""
     accepted_by_position: tuple[float, ...]

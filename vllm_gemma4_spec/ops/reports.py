@@ -37,7 +37,7 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("saturated", "zeroed"),
     ),
     "drafts_skipped": (
-        "Drafts (one per request and step) not made: a request of the batch is near the drafter's maximum length.",
+        "Drafts (one per request and step) not made, within k tokens of the maximum length.",
         "",
         ("",),
     ),
