@@ -37,6 +37,9 @@ def test_vllm_reads_the_settings(parser: Any, name: str) -> None:
     assert args.speculative_config["method"] == "draft_model"
     assert args.speculative_config["num_speculative_tokens"] == 3
     assert args.host == "127.0.0.1"
+    in_container = yaml.safe_load((OVERLAYS / name / "compose.yaml").read_text())["services"]["vllm"]["command"][2:]
+    given = ["--config", str(OVERLAYS / name / "serve.yaml"), *in_container]
+    assert parser.parse_args(given).host == "0.0.0.0"  # the command line wins, as the files say
     assert args.trust_remote_code is False
     assert args.enable_prefix_caching
     assert args.enable_chunked_prefill
@@ -94,6 +97,7 @@ def test_the_dockerfile_has_no_finding_of_hadolint() -> None:
 
 def test_every_stage_of_the_image_drops_root_and_says_if_it_is_healthy() -> None:
     text = (OVERLAYS / "Dockerfile").read_text()
+    let_through = (ROOT / ".dockerignore").read_text().splitlines()
     stages = text.split("\nFROM ")[1:]
     assert len(stages) == 2
     for stage in stages:
@@ -106,6 +110,7 @@ def test_every_stage_of_the_image_drops_root_and_says_if_it_is_healthy() -> None
         for line in lines:
             if line.startswith("COPY "):
                 assert all((ROOT / source).exists() for source in line.split()[1:-1]), line
+                assert all(f"!{source}" in let_through for source in line.split()[1:-1]), line
 
 
 @pytest.mark.parametrize("name", NAMES)
