@@ -28,6 +28,7 @@ FOLDER = "GEMMA4_SPEC_REPORTS"
 
 _METRICS_MODULE = "vllm.entrypoints.serve.instrumentator.metrics"
 _registered: list[Any] = []
+_report: dict[str, Any] = {}  # what this process wrote last
 
 # Counters beside vLLM's own: (name, its label and the label's values) -> help.
 COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -71,25 +72,29 @@ def write() -> None:
     """Write this process's report. A disk that is full or a folder that is gone stops no server."""
     from vllm_gemma4_spec.patching.engine import PATCHER
 
-    report = {
-        "pid": os.getpid(),
-        "process": process_name(),
-        "version": __version__,
-        "patches": {s.name: s.state for s in PATCHER.status()},
-        "counts": _counts,
-    }
+    _report.update(
+        pid=os.getpid(),
+        process=process_name(),
+        version=__version__,
+        patches={s.name: s.state for s in PATCHER.status()},
+        counts=_counts,
+    )
+    _save()
+
+
+def _save() -> None:
     with contextlib.suppress(OSError):
         path = _folder() / f"{os.getpid()}.json"
         scratch = path.with_suffix(".part")
-        scratch.write_text(json.dumps(report))
+        scratch.write_text(json.dumps(_report))
         scratch.replace(path)
 
 
 def count(name: str, more: int, label: str = "") -> None:
-    """Add ``more`` to this process's ``gemma4_spec_<name>_total``; it writes a file (some 0.2 ms)."""
+    """Add ``more`` to this process's ``gemma4_spec_<name>_total``; it writes a small file (some 0.2 ms)."""
     if more:
         _counts[name][label] += more
-        write()
+        _save() if _report.get("pid") == os.getpid() else write()  # a forked child has its parent's report
 
 
 def announce() -> None:
