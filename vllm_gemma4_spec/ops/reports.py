@@ -30,7 +30,7 @@ _METRICS_MODULE = "vllm.entrypoints.serve.instrumentator.metrics"
 _registered: list[Any] = []
 _report: dict[str, Any] = {}  # what this process wrote last
 
-# Counters beside vLLM's own: (name, its label and the label's values) -> help.
+# Counters beside vLLM's own: name -> help, its label (may be none) and the label's values.
 COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "nan_blocks_repaired": (
         "NaN block scales of NVFP4 weights mended at load: saturated (codes intact) or zeroed (codes destroyed).",

