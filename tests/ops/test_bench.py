@@ -161,7 +161,8 @@ def test_two_real_servers(speculating_server: str, plain_server: str, prompt_fil
     assert ratio["aggregate_tok_s"]["highest"] == pytest.approx(max(pairs))
     done = gemma4_spec("bench", *options)
     assert done.returncode == 0, done.stderr
-    assert f"{speculating_server} over {plain_server}:" in done.stdout
+    assert done.stdout.startswith(f"- A: {speculating_server}\n- B: {plain_server}\n")
+    assert "| A over B, at once |" in done.stdout
     assert "\x1b[" not in done.stdout
     assert done.stderr == ""  # no progress bar where nobody watches
 

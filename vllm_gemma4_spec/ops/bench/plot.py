@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +20,10 @@ def save(rows: Sequence[Run], file: Path) -> None:
     for url in dict.fromkeys(r.url for r in rows):
         own = [r for r in rows if r.url == url]
         left.plot([r.concurrency for r in own], [r.aggregate_tok_s for r in own], "o-", label=url)
-        for r in own:
+        for r, style in zip(own, itertools.cycle(("-", "--", ":")), strict=False):  # equal curves must not hide
             shares = r.accepted_by_position
             if shares:
-                right.plot(range(1, len(shares) + 1), shares, "o-", label=f"{url}, {r.concurrency} at once")
+                right.plot(range(1, len(shares) + 1), shares, f"o{style}", label=f"{url}, {r.concurrency} at once")
     left.set(xlabel="requests at once", ylabel="tok/s, all requests", ylim=(0, None))
     left.set_xticks(sorted({r.concurrency for r in rows}))
     right.set(xlabel="draft position", ylabel="share accepted", ylim=(0, 1.02))

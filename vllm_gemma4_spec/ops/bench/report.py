@@ -128,33 +128,36 @@ def _cell(value: float | None, digits: int = 1, factor: float = 1.0) -> str:
 def _ratio(spread: Spread | None) -> str:
     if spread is None:
         return "-"
-    wide = f" ({spread.lowest:.2f} to {spread.highest:.2f})" if spread.lowest != spread.highest else ""
+    wide = f" ({spread.lowest:.2f}-{spread.highest:.2f})" if spread.lowest != spread.highest else ""
     return f"{spread.median:.2f}x{wide}"
 
 
 def markdown(rows: Sequence[Run], compared: Sequence[Ratio] = ()) -> str:
-    """The published table, then what the server said about speculation, then ratios."""
-    head = "| server | at once | tok/s | tok/s per request | mean latency s | TTFT ms | ITL ms | errors |"
-    lines = [head, "|" + "---|" * 8]
+    """The servers, the published table, what the server said about speculation, and ratios."""
+    names = dict(zip(dict.fromkeys(r.url for r in rows), "AB", strict=False))
+    lines = [f"- {name}: {url}" for url, name in names.items()]
+    lines += [
+        "",
+        "| | at once | tok/s | per request | latency s | TTFT ms | ITL ms | errors |",
+        "|" + "---|" * 8,
+    ]
     for r in rows:
         lines.append(
-            f"| {r.url} | {r.concurrency} | {_cell(r.aggregate_tok_s)} | {_cell(r.request_tok_s)} "
+            f"| {names[r.url]} | {r.concurrency} | {_cell(r.aggregate_tok_s)} | {_cell(r.request_tok_s)} "
             f"| {_cell(r.latency_ms, 2, 1e-3)} | {_cell(r.ttft_ms, 0)} | {_cell(r.itl_ms)} "
             f"| {r.errors} of {r.requests} |"
         )
     spec = [r for r in rows if r.acceptance_length is not None]
     if spec:
-        lines += ["", "| server | at once | tokens per step | accepted | by position |", "|" + "---|" * 5]
+        lines += ["", "| | at once | tokens per step | accepted | by position |", "|" + "---|" * 5]
         for r in spec:
             positions = " ".join(f"{share:.0%}" for share in r.accepted_by_position)
             lines.append(
-                f"| {r.url} | {r.concurrency} | {_cell(r.acceptance_length, 2)} "
+                f"| {names[r.url]} | {r.concurrency} | {_cell(r.acceptance_length, 2)} "
                 f"| {_cell(r.acceptance_rate, 1, 100)} % | {positions} |"
             )
     if compared:
-        one, two = dict.fromkeys(r.url for r in rows)
-        lines += ["", f"{one} over {two}:", ""]
-        lines += ["| at once | tok/s | tok/s per request | latency |", "|" + "---|" * 4]
+        lines += ["", "| A over B, at once | tok/s | per request | latency |", "|" + "---|" * 4]
         for c in compared:
             cells = [_ratio(s) for s in (c.aggregate_tok_s, c.request_tok_s, c.latency_ms)]
             lines.append(f"| {c.concurrency} | " + " | ".join(cells) + " |")
