@@ -88,7 +88,7 @@ def test_panels_of_the_dashboard_do_not_overlap() -> None:
 
 @pytest.mark.slow
 def test_drafts_skipped_in_the_worker_are_shown_by_the_api_server(speculating_server: str) -> None:
-    """Up to the maximum length of 512: the last k steps or fewer go without drafts."""
+    """Up to the maximum length of 512: the last few steps go without drafts."""
 
     def skipped() -> list[float]:
         return [s.value for s in server.samples(speculating_server) if s.name == "gemma4_spec_drafts_skipped_total"]
@@ -96,7 +96,7 @@ def test_drafts_skipped_in_the_worker_are_shown_by_the_api_server(speculating_se
     before = sum(skipped())
     _complete(speculating_server, 512 - 3)
     assert len(skipped()) == 2  # API server and engine core
-    assert 0 < sum(skipped()) - before <= 3
+    assert 0 < sum(skipped()) - before <= 2 * 3
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -72,7 +73,11 @@ def vllm_server(model: Path, log: Path, *args: str, **env: str) -> Iterator[str]
     command += ["--max-num-seqs", "4", "--block-size", "16", "--num-gpu-blocks-override", "1024", *args]
     with log.open("w") as out:
         process = subprocess.Popen(
-            command, env=environment(VLLM_LOGGING_LEVEL="INFO", **env), stdout=out, stderr=subprocess.STDOUT
+            command,
+            env=environment(VLLM_LOGGING_LEVEL="INFO", **env),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     url = f"http://127.0.0.1:{port}"
     try:
@@ -80,11 +85,11 @@ def vllm_server(model: Path, log: Path, *args: str, **env: str) -> Iterator[str]
         yield url
     finally:
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the engine core, too, where its parent was killed at start
+        process.wait(10)
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float = 420) -> None:
