@@ -144,11 +144,26 @@ class _Metrics(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_top_ends_quietly(number: signal.Signals, code: int) -> None:
+@pytest.fixture(scope="module")
+def metrics() -> Iterator[str]:
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Metrics)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    command = [*MAIN, "top", "--url", f"http://127.0.0.1:{httpd.server_port}", "--interval", "0.1", "--count", "1000"]
+    yield f"http://127.0.0.1:{httpd.server_port}"
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_top_in_a_pipe_prints_one_look_in_whole_lines(metrics: str) -> None:
+    done = in_process("top", "--url", metrics, "--interval", "0.1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(metrics)
+    assert done.stdout.count("1 running") == 1
+    assert done.stdout.endswith("\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_top_ends_quietly(metrics: str, number: signal.Signals, code: int) -> None:
+    command = [*MAIN, "top", "--url", metrics, "--interval", "0.1", "--count", "1000"]
     process = subprocess.Popen(
         [*command, "--json"], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -156,8 +171,6 @@ def test_top_ends_quietly(number: signal.Signals, code: int) -> None:
     assert process.stdout.readline()
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
-    httpd.shutdown()
-    httpd.server_close()
     assert process.returncode == code
     assert "Traceback" not in error
 

@@ -44,14 +44,17 @@ def command(
     before = live.look(server.samples(url, api_key), time.monotonic())
     history: deque[Live] = deque(maxlen=HISTORY)
     shown = 0
-    screen = None if as_json else Screen(console=console, auto_refresh=False, transient=False)
+    live_screen = console.is_terminal and not as_json
+    screen = Screen(console=console, auto_refresh=False, transient=False) if live_screen else None
     with screen or contextlib.nullcontext():
         while not looks or shown < looks:
             time.sleep(interval)
             after = live.look(server.samples(url, api_key), time.monotonic())
             history.append(live.between(before, after))
-            if screen is None:
+            if as_json:
                 typer.echo(history[-1].model_dump_json())
+            elif screen is None:
+                console.print(_render(url, history))
             else:
                 screen.update(_render(url, history), refresh=True)
             before, shown = after, shown + 1
