@@ -8,8 +8,8 @@ STAMP   = $(VENV)/.installed
 # Tests read the genuine tokenizer, templates and configs where this names them, and say what they skip.
 export GEMMA4_ARTIFACTS ?=
 
-.PHONY: setup demo test test-slow soak test-upstream lint types check fingerprints ledger drift supply-chain audit \
-    wheel docs clean
+.PHONY: setup demo test test-slow soak test-upstream lint types check fingerprints ledger schemas drift supply-chain \
+    audit wheel docs clean
 
 setup: $(STAMP)
 
@@ -56,6 +56,10 @@ fingerprints: setup
 ledger: setup
 	$(BIN)/python -m vllm_gemma4_spec.patching.ledger docs/patches.md
 
+# After what a command prints with --json was changed.
+schemas: setup
+	$(BIN)/python -m vllm_gemma4_spec.ops.output docs/json.md
+
 # Every patch against every release of vLLM since 0.19.0: 0.8 GB of source distributions, two minutes.
 drift: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python 'pypi-simple>=1.6'
@@ -75,8 +79,7 @@ wheel: setup
 	$(BIN)/uv build --python $(BIN)/python --out-dir dist
 
 docs: setup
-	$(BIN)/uv pip install --quiet --python $(BIN)/python 'mkdocs-material>=9.5'
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis

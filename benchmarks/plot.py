@@ -1,4 +1,7 @@
-"""Draw what ``full_shape.py`` measured: ``plot.py results.json figure.png`` (needs matplotlib)."""
+"""Draw what ``full_shape.py`` measured: ``plot.py results.json figure.svg`` (needs matplotlib).
+
+Speed over plain decoding, where the file has an engine without drafts, and what a step is made of.
+"""
 
 from __future__ import annotations
 
@@ -15,34 +18,42 @@ PARTS = ("verify", "sampling", "draft", "gap")
 
 
 def main(source: Path, figure: Path) -> None:
-    engines = json.loads(source.read_text())["engines"]
-    base = {r["concurrency"]: r["tokens_per_s"] for r in engines.get("stock", engines.get("plain"))["runs"]}
-    fig, (speed, split) = plt.subplots(1, 2, figsize=(11, 4))
-    runs = [r for r in engines["spec"]["runs"] if r["concurrency"] in base]
-    for rate in sorted({r["acceptance"] for r in runs}, reverse=True):
-        line = [r for r in runs if r["acceptance"] == rate]
-        speed.plot(
-            [r["concurrency"] for r in line],
-            [r["tokens_per_s"] / base[r["concurrency"]] for r in line],
-            marker="o",
-            label=f"acceptance {rate}",
-        )
-    speed.axhline(1.0, color="grey", linewidth=0.8)
-    speed.set(xlabel="requests at a time", ylabel="tok/s over plain decoding", xscale="log")
-    speed.legend()
+    results = json.loads(source.read_text())
+    engines = results.get("engines", {"spec": results})
+    plain = engines.get("stock", engines.get("plain", {"runs": []}))
+    base = {r["concurrency"]: r["tokens_per_s"] for r in plain["runs"]}
+    runs = engines["spec"]["runs"]
+    fig, axes = plt.subplots(1, 2 if base else 1, figsize=(11 if base else 5.5, 4), squeeze=False, layout="constrained")
+    if base:
+        speed = axes[0][0]
+        for rate in sorted({r["acceptance"] for r in runs}, reverse=True):
+            line = [r for r in runs if r["acceptance"] == rate and r["concurrency"] in base]
+            speed.plot(
+                [r["concurrency"] for r in line],
+                [r["tokens_per_s"] / base[r["concurrency"]] for r in line],
+                marker="o",
+                label=f"acceptance {rate}",
+            )
+        speed.axhline(1.0, color="grey", linewidth=0.8)
+        speed.set(xlabel="requests at a time", ylabel="tok/s over plain decoding", xscale="log", ylim=(0, None))
+        sizes = sorted(base)
+        speed.set_xticks(sizes, [str(n) for n in sizes])
+        speed.minorticks_off()
+        speed.grid(alpha=0.3)
+        speed.legend(frameon=False)
+    split = axes[0][-1]
     first = [r for r in runs if r["acceptance"] == runs[0]["acceptance"]]
     bottom = [0.0] * len(first)
     for part in PARTS:
         heights = [r[part] for r in first]
-        split.bar([str(r["concurrency"]) for r in first], heights, bottom=bottom, label=part)
+        split.bar([str(r["concurrency"]) for r in first], heights, 0.6, bottom=bottom, label=part)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    split.set(xlabel="requests at a time", ylabel="ms of a step")
-    split.legend()
-    fig.tight_layout()
-    fig.savefig(figure, dpi=120)
+    split.set(xlabel="requests at a time", ylabel="ms of a step", ylim=(0, 1.25 * max(bottom)))
+    split.legend(ncols=len(PARTS), frameon=False, loc="upper center")
+    fig.savefig(figure, dpi=120, metadata={"Date": None} if figure.suffix == ".svg" else None)
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        raise SystemExit("usage: plot.py results.json figure.png")
+        raise SystemExit("usage: plot.py results.json figure.svg")
     main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+from tests.support.commands import in_process
 from vllm_gemma4_spec import __version__
 from vllm_gemma4_spec.cli import COMMANDS
 from vllm_gemma4_spec.patches import PATCHES
@@ -26,7 +27,7 @@ def test_help_names_every_command() -> None:
 
 def test_every_command_has_help_with_an_example() -> None:
     for name in COMMANDS:
-        done = run(name, "--help")
+        done = in_process(name, "--help")
         assert done.returncode == 0, done.stderr
         assert f"vllm-gemma4-spec {name}" in " ".join(done.stdout.split()), name
 
@@ -45,7 +46,7 @@ def test_an_unknown_command_is_no_traceback() -> None:
 def test_patches_fit_the_installed_vllm() -> None:
     done = run("patches", "--json")
     assert done.returncode == 0
-    rows = json.loads(done.stdout)
+    rows = json.loads(done.stdout)["patches"]
     assert [r["name"] for r in rows] == [p.name for p in PATCHES]
     assert all(r["fits"] for r in rows)
     for mark in (m for r in rows for m in r["fingerprints"].values()):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.commands import gemma4_spec, printed
 from tests.support.engine import acceptance, engine, generate
 from vllm_gemma4_spec.demo import build, measure
 from vllm_gemma4_spec.demo.build import Pair
@@ -66,3 +67,11 @@ def test_the_engine_gives_the_tokens_of_transformers(pair: Pair, loaded: tuple[A
         assert generate(llm, prompts, **ending) == wanted
         counted = acceptance(llm) - before
     assert 1 + counted.accepted / counted.drafts > 2.5
+
+
+@pytest.mark.slow
+def test_the_whole_demo_as_json(pair: Pair) -> None:
+    found = printed("demo", gemma4_spec("demo", "--check", "--json"))
+    assert found["equal_to_plain"] is True
+    assert [a["kind"] for a in found["answers"] if not a["right"]] == []
+    assert found["acceptance_length"] > 2.5

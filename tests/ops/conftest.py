@@ -1,4 +1,4 @@
-"""One real server with speculation for all tests of this folder."""
+"""Real servers for all tests of this folder: with speculation, and without."""
 
 from __future__ import annotations
 
@@ -28,4 +28,10 @@ def speculating_server(
     speculative = {"method": "draft_model", "model": str(tiny["close"]), "num_speculative_tokens": 3}
     log = tmp_path_factory.mktemp("server") / "log"
     with vllm_server(served_model, log, "--speculative-config", json.dumps(speculative)) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def plain_server(served_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with vllm_server(served_model, tmp_path_factory.mktemp("server") / "log") as url:
         yield url

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.commands import environment, free_port, gemma4_spec
-from vllm_gemma4_spec.ops import bench
+from tests.support.commands import environment, free_port, gemma4_spec, printed
+from vllm_gemma4_spec.ops.bench import measure, report
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def prompt_file(tmp_path: Path) -> Path:
 
 
 def test_prompts_of_every_kind(prompt_file: Path) -> None:
-    assert bench.prompts(prompt_file, 3) == ["w5 w6 w7", "w8 w9 w10 w11", "w5 w6 w7"]
+    assert measure.prompts(prompt_file, 3) == ["w5 w6 w7", "w8 w9 w10 w11", "w5 w6 w7"]
 
 
 @pytest.mark.parametrize(
@@ -39,13 +39,12 @@ def test_unreadable_prompts_are_one_line(tmp_path: Path, content: str | None, wo
     file = tmp_path / "bad.jsonl"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(bench.BenchError, match=word) as error:
-        bench.prompts(file, 1)
+    with pytest.raises(report.BenchError, match=word) as error:
+        measure.prompts(file, 1)
     assert len(str(error.value).splitlines()) == 1
 
 
 def test_no_server_is_one_line(prompt_file: Path) -> None:
-    pytest.importorskip("pandas")
     done = gemma4_spec("bench", "--url", f"http://127.0.0.1:{free_port()}", "--prompts", str(prompt_file))
     assert done.returncode == 2
     assert "no answer" in done.stderr
@@ -73,7 +72,6 @@ def other_server() -> Iterator[str]:
 
 
 def test_ctrl_c_leaves_no_process_behind(other_server: str, prompt_file: Path) -> None:
-    pytest.importorskip("pandas")
     command = [sys.executable, "-c", "from vllm_gemma4_spec.cli import main; main()", "bench"]
     command += ["--url", other_server, "--prompts", str(prompt_file)]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -91,17 +89,39 @@ def test_ctrl_c_leaves_no_process_behind(other_server: str, prompt_file: Path) -
     assert gone
 
 
-def test_summary_and_ratios() -> None:
-    def run(url: str, speed: float, latency: float) -> bench.Run:
-        return bench.Run(url, 2, 4, 0, 100, speed, speed / 2, latency, 1.0, 1.0, 0.5, 2.0, (0.8, 0.2))
+def made_run(url: str, speed: float, latency: float, accepted: tuple[float, ...] = (0.8, 0.2)) -> report.Run:
+    return report.Run(
+        url=url,
+        concurrency=2,
+        requests=4,
+        errors=0,
+        output_tokens=100,
+        aggregate_tok_s=speed,
+        request_tok_s=None if url == "c" else speed / 2,
+        latency_ms=latency,
+        ttft_ms=1.0,
+        itl_ms=1.0,
+        accepted_by_position=accepted,
+    )
 
-    rows = bench.summary([run("a", 30, 100), run("b", 10, 200), run("a", 50, 300), run("b", 10, 200)])
-    assert [r["aggregate_tok_s"] for r in rows] == [40, 10]
-    assert rows[0]["requests"] == 8
-    assert rows[0]["accepted_by_position"] == [0.8, 0.2]
-    assert bench.ratios(rows, "a", "b") == [
-        {"concurrency": 2, "aggregate_tok_s": 4.0, "request_tok_s": 4.0, "latency_ms": 1.0}
-    ]
+
+def test_summary_has_medians_and_sums() -> None:
+    runs = [made_run("a", 30, 100), made_run("a", 50, 300, (1.0, 0.6)), made_run("a", 90, 200, ())]
+    (row,) = report.summary(runs)
+    assert (row.aggregate_tok_s, row.latency_ms) == (50, 200)
+    assert (row.requests, row.output_tokens) == (12, 300)
+    assert row.accepted_by_position == pytest.approx((0.9, 0.4))
+    assert row.acceptance_length is None
+
+
+def test_ratios_are_those_of_runs_side_by_side() -> None:
+    """The machine grew slower by half after the first pair: medians of each server alone would not show 3, 2, 2."""
+    speeds = [("a", 90), ("b", 30), ("a", 30), ("b", 15), ("a", 20), ("b", 10)]
+    (ratio,) = report.ratios([made_run(url, speed, 100) for url, speed in speeds], "a", "b")
+    assert ratio.aggregate_tok_s == report.Spread(median=2, lowest=2, highest=3)
+    assert ratio.latency_ms == report.Spread(median=1, lowest=1, highest=1)
+    (unknown,) = report.ratios([made_run("a", 90, 1), made_run("c", 30, 1)], "a", "c")
+    assert unknown.request_tok_s is None
 
 
 @pytest.mark.slow
@@ -110,9 +130,9 @@ def test_a_real_server(speculating_server: str, prompt_file: Path, tmp_path: Pat
     options = ["--concurrency", "1,2", "--tokens", "12", "--requests", "3", "--json", "--plot", str(picture)]
     done = gemma4_spec("bench", "--url", speculating_server, "--prompts", str(prompt_file), *options)
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert [r["concurrency"] for r in report["summary"]] == [1, 2]
-    for row in report["summary"]:
+    found = printed("bench", done)
+    assert [r["concurrency"] for r in found["summary"]] == [1, 2]
+    for row in found["summary"]:
         assert (row["requests"], row["errors"]) == (3, 0)
         assert 3 <= row["output_tokens"] <= 3 * 12
         assert row["aggregate_tok_s"] > 0
@@ -121,6 +141,30 @@ def test_a_real_server(speculating_server: str, prompt_file: Path, tmp_path: Pat
         assert row["accepted_by_position"] == sorted(row["accepted_by_position"], reverse=True)
         assert row["acceptance_length"] == pytest.approx(1 + sum(row["accepted_by_position"]))
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_two_real_servers(speculating_server: str, plain_server: str, prompt_file: Path) -> None:
+    """Run for run, and in a pipe the Markdown is whole."""
+    options = ["--url", speculating_server, "--against", plain_server, "--prompts", str(prompt_file)]
+    options += ["--concurrency", "1", "--tokens", "12", "--requests", "2", "--repeats", "2"]
+    found = printed("bench", gemma4_spec("bench", *options, "--json"))
+    assert [r["url"] for r in found["runs"]] == [speculating_server, plain_server] * 2
+    with_drafts, without = found["summary"]
+    assert len(with_drafts["accepted_by_position"]) == 3
+    assert without["acceptance_length"] is None
+    assert with_drafts["output_tokens"] == without["output_tokens"]  # greedy: the same answers
+    (ratio,) = found["ratios"]
+    speeds = [r["aggregate_tok_s"] for r in found["runs"]]
+    pairs = [speeds[0] / speeds[1], speeds[2] / speeds[3]]
+    assert ratio["aggregate_tok_s"]["lowest"] == pytest.approx(min(pairs))
+    assert ratio["aggregate_tok_s"]["highest"] == pytest.approx(max(pairs))
+    done = gemma4_spec("bench", *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"- A: {speculating_server}\n- B: {plain_server}\n")
+    assert "| A over B, at once |" in done.stdout
+    assert "\x1b[" not in done.stdout
+    assert done.stderr == ""  # no progress bar where nobody watches
 
 
 @pytest.mark.slow

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.commands import free_port, gemma4_spec
+from tests.support.commands import free_port, gemma4_spec, in_process, printed
 
 
 def findings(done: subprocess.CompletedProcess[str]) -> dict[tuple[str, str], dict[str, Any]]:
-    return {(f["section"], f["name"]): f for f in json.loads(done.stdout)["findings"]}
+    return {(f["section"], f["name"]): f for f in printed("doctor", done)["findings"]}
 
 
 def test_all_well() -> None:
@@ -34,26 +34,13 @@ def test_all_well() -> None:
     ],
     ids=["patch off", "unknown switch", "emulation", "plugin filtered"],
 )
-def test_each_fault_is_a_problem_with_advice(
-    env: dict[str, str],
-    where: tuple[str, str],
-    word: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """In this process, through the same entry point: torch is imported once."""
+def test_each_fault_is_a_problem_with_advice(env: dict[str, str], where: tuple[str, str], word: str) -> None:
     import vllm_gemma4_spec
-    from vllm_gemma4_spec import cli
 
     vllm_gemma4_spec.undo()  # other tests of this process may have applied the patches
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("sys.argv", ["vllm-gemma4-spec", "doctor", "--json"])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 1
-    report = json.loads(capsys.readouterr().out)
-    (finding,) = [f for f in report["findings"] if (f["section"], f["name"]) == where]
+    done = in_process("doctor", "--json", **env)
+    assert done.returncode == 1
+    finding = findings(done)[where]
     assert finding["state"] == "problem"
     assert word in finding["found"]
     assert finding["advice"]

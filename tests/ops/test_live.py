@@ -6,12 +6,12 @@ import json
 import re
 import urllib.request
 from pathlib import Path
-from typing import Any
 
+import promql_parser
 import pytest
 
-from tests.support.commands import free_port, gemma4_spec
-from vllm_gemma4_spec.ops import live, reports, server
+from tests.support.commands import free_port, gemma4_spec, printed
+from vllm_gemma4_spec.ops import live, server
 from vllm_gemma4_spec.ops.server import Sample
 
 DASHBOARD = json.loads((Path(__file__).parents[2] / "overlays" / "grafana.json").read_text())
@@ -40,23 +40,15 @@ def test_rates_between_two_looks() -> None:
     assert live.between(two, two).tokens_per_step is None
 
 
-def test_figures_of_this_process_are_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(reports.FOLDER, str(tmp_path))
-    monkeypatch.setattr(reports, "_figures", {})
-    reports.figure("nan_blocks_repaired", 7)
-    found = {m.name: [s.value for s in m.samples] for m in reports.Collector().collect()}
-    assert found["gemma4_spec_nan_blocks_repaired"] == [7]
-    assert found["gemma4_spec_process"] == [1]
-
-
 def test_no_server_is_one_line() -> None:
     done = gemma4_spec("top", "--url", f"http://127.0.0.1:{free_port()}")
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def _complete(url: str) -> None:
-    body = {"model": json.loads(server.get(f"{url}/v1/models"))["data"][0]["id"], "prompt": [5, 6, 7], "max_tokens": 9}
+def _complete(url: str, max_tokens: int = 9) -> None:
+    model = json.loads(server.get(f"{url}/v1/models"))["data"][0]["id"]
+    body = {"model": model, "prompt": [5, 6, 7], "max_tokens": max_tokens, "ignore_eos": True}
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -67,12 +59,44 @@ def _complete(url: str) -> None:
 def test_top_of_a_real_server(speculating_server: str) -> None:
     done = gemma4_spec("top", "--url", speculating_server, "--interval", "0.2", "--json")
     assert done.returncode == 0, done.stderr
-    figures: dict[str, Any] = json.loads(done.stdout)
+    figures = printed("top", done)
     assert figures["processes"] == 2
     assert figures["patches"]["draft-groups"] == 2
     text = gemma4_spec("top", "--url", speculating_server, "--interval", "0.2").stdout
     assert "in all 2 processes" in text
     assert "\x1b[" not in text
+
+
+def test_every_query_of_the_dashboard_is_promql() -> None:
+    queries = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    for query in queries:
+        promql_parser.parse(query.replace("$__rate_interval", "1m"))
+    with pytest.raises(ValueError, match="unclosed"):
+        promql_parser.parse("sum(rate(x[1m])")
+
+
+def test_panels_of_the_dashboard_do_not_overlap() -> None:
+    cells = [
+        (x, y)
+        for place in (panel["gridPos"] for panel in DASHBOARD["panels"])
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len(cells) == len(set(cells))
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+
+
+@pytest.mark.slow
+def test_drafts_skipped_in_the_worker_are_shown_by_the_api_server(speculating_server: str) -> None:
+    """Up to the maximum length of 512: the last few steps go without drafts."""
+
+    def skipped() -> list[float]:
+        return [s.value for s in server.samples(speculating_server) if s.name == "gemma4_spec_drafts_skipped_total"]
+
+    before = sum(skipped())
+    _complete(speculating_server, 512 - 3)
+    assert len(skipped()) == 2  # API server and engine core
+    assert 0 < sum(skipped()) - before <= 2 * 3
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support import tiny_models
-from tests.support.commands import gemma4_spec
+from tests.support.commands import in_process, printed
 from vllm_gemma4_spec.ops.plan import groups, model, timing
 
 ARTIFACTS = os.environ.get("GEMMA4_ARTIFACTS")
@@ -138,26 +138,21 @@ def configs(tmp_path: Path) -> list[str]:
 
 def test_command_json_and_plot(configs: list[str], tmp_path: Path) -> None:
     picture = tmp_path / "plan.png"
-    pytest.importorskip("matplotlib")
-    done = gemma4_spec("plan", *configs, "--context", "512", "--json", "--plot", str(picture), "--hardware", "H200")
+    done = in_process("plan", *configs, "--context", "512", "--json", "--plot", str(picture), "--hardware", "H200")
     assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    report = printed("plan", done)
     assert {g["owner"] for g in report["groups"]} == {"target", "drafter", "both"}  # equal full layers: one group
-    assert [m["name"] for m in report["machines"]] == ["H200"]
+    (machine,) = report["machines"]
+    assert machine["name"] == "H200"
+    assert machine["step_ms"][2] == pytest.approx(machine["verify_ms"][2] + 2 * machine["draft_ms"], abs=2e-3)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_table_fits_a_narrow_pipe(configs: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    from vllm_gemma4_spec import cli
-
-    monkeypatch.setenv("COLUMNS", "60")
-    monkeypatch.setattr("sys.argv", ["vllm-gemma4-spec", "plan", *configs, "--bandwidth", "100", "--memory", "4"])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 0
-    text = capsys.readouterr().out
-    assert "\x1b[" not in text
-    assert max(map(len, text.splitlines())) <= 60
+def test_table_fits_a_narrow_pipe(configs: list[str]) -> None:
+    done = in_process("plan", *configs, "--bandwidth", "100", "--memory", "4", COLUMNS="60")
+    assert done.returncode == 0, done.stderr
+    assert "\x1b[" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 60
 
 
 @pytest.mark.parametrize(
@@ -169,18 +164,12 @@ def test_table_fits_a_narrow_pipe(configs: list[str], capsys: pytest.CaptureFixt
         (["--acceptance", "0.2,0.9"], "never rise"),
         (["--target-weights", "int3"], "int3"),
         (["--kv-dtype", "int3"], "int3"),
+        (["--plot", "/nowhere/plan.png"], "/nowhere/plan.png: cannot be written"),
+        (["--plot", "plan.jpeg2000"], "unknown ending"),
     ],
 )
-def test_mistakes_are_one_line(
-    configs: list[str], changes: list[str], word: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
-) -> None:
-    """In this process, through the same entry point: imports are paid once."""
-    from vllm_gemma4_spec import cli
-
-    monkeypatch.setattr("sys.argv", ["vllm-gemma4-spec", "plan", *configs, *changes])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    error = capsys.readouterr().err.strip()
-    assert end.value.code == 2
-    assert word in error
-    assert len(error.splitlines()) == 1
+def test_mistakes_are_one_line(configs: list[str], changes: list[str], word: str) -> None:
+    done = in_process("plan", *configs, *changes)
+    assert done.returncode == 2
+    assert word in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

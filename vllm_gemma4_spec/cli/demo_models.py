@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import signal
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +10,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from vllm_gemma4_spec.ops.output import Output
 
+if TYPE_CHECKING:
     from vllm_gemma4_spec.demo import build
+
+
+class Report(Output):
+    """The pair in a folder."""
+
+    target: str
+    drafter: str
+    made_now: bool
+    """false: it was there, and its checksums are right"""
+    measured: dict[str, Any]
+    """as in `manifest.json`: right answers by kind, acceptance length and by position, seconds it took to make"""
 
 
 def command(
@@ -28,7 +35,7 @@ def command(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Make the pair again, also where one is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md has the schema.")] = False,
 ) -> None:
     """Train the demo's target and drafter on this machine's CPU (about two minutes on 2 cores), once.
 
@@ -39,11 +46,10 @@ def command(
     from vllm_gemma4_spec.demo import build
 
     folder = out.expanduser().absolute() if out else build.default_folder()
-    with terminated_like_interrupted():
-        pair, made = ensure_with_bar(folder, force)
+    pair, made = ensure_with_bar(folder, force)
     if as_json:
-        found = {"target": str(pair.target), "drafter": str(pair.drafter), "made_now": made, "measured": pair.measured}
-        typer.echo(json.dumps(found, indent=2))
+        found = Report(target=str(pair.target), drafter=str(pair.drafter), made_now=made, measured=pair.measured)
+        typer.echo(found.model_dump_json(indent=2))
         return
     measured = pair.measured
     table = Table("demo pair", "made now" if made else "found, checksums right", show_header=True)
@@ -81,17 +87,3 @@ def ensure_with_bar(folder: Path, force: bool = False) -> tuple[build.Pair, bool
     finally:
         if tasks:
             bar.stop()
-
-
-@contextmanager
-def terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM unwinds the stack as Ctrl-C does, so that no process or half-made folder outlives the command."""
-
-    def end(number: int, frame: Any) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

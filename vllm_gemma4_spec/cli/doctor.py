@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from vllm_gemma4_spec.ops.doctor import Finding
@@ -22,8 +22,8 @@ def command(
     workers: Annotated[
         int | None, typer.Option(min=1, help="With --url: how many workers (GPUs) the server must have.")
     ] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", show_envvar=True)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: {healthy, python, findings: […]}.")] = False,
+    api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="If the server wants one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md has the schema.")] = False,
 ) -> None:
     """Check versions, device, patches, environment and, with --url, every process of a running server.
 
@@ -33,29 +33,37 @@ def command(
     """
     from vllm_gemma4_spec.ops import doctor
 
-    findings = doctor.examine(url, api_key, workers)
-    healthy = doctor.healthy(findings)
+    report = doctor.examine(url, api_key, workers)
     if as_json:
-        rows = [dataclasses.asdict(f) | {"state": f.state.value} for f in findings]
-        typer.echo(json.dumps({"healthy": healthy, "python": doctor.python_prefix(), "findings": rows}, indent=2))
+        typer.echo(report.model_dump_json(indent=2))
     else:
-        _print(Console(highlight=False), findings)
-    if not healthy:
+        _print(Console(highlight=False), report.findings)
+    if not report.healthy:
         raise typer.Exit(1)
 
 
 def _print(console: Console, findings: Sequence[Finding]) -> None:
-    section = ""
-    for finding in findings:
-        if finding.section != section:
-            section = finding.section
-            console.print(f"\n[bold]{section}[/bold]")
-        style = _STYLE[finding.state.value]
-        line = f"  [{style}]{finding.state.value:<7}[/{style}]  {escape(finding.name)}: {escape(finding.found)}"
-        if finding.wanted and finding.state.value != "ok":
-            line += f" (wanted {escape(finding.wanted)})"
-        console.print(line, soft_wrap=not console.is_terminal)
-        if finding.advice:
-            console.print(f"           -> {escape(finding.advice)}", soft_wrap=not console.is_terminal)
+    """In a terminal lines are wrapped and indented; in a pipe or a file they stay whole."""
+    for section, found in itertools.groupby(findings, lambda f: f.section):
+        console.print(Text(f"\n{section}", "bold"))
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(width=9)
+        grid.add_column(overflow="fold")
+        for state, text in _lines(found):
+            if console.is_terminal:
+                grid.add_row(Text(f"  {state}", _STYLE.get(state, "")), text)
+            else:
+                typer.echo(f"  {state:<7} {text}")
+        console.print(grid if console.is_terminal else "", end="")
     problems = sum(f.state.value == "problem" for f in findings)
     console.print(f"\n{problems} problem{'s' if problems != 1 else ''}" if problems else "\nall well")
+
+
+def _lines(findings: Iterable[Finding]) -> Iterator[tuple[str, str]]:
+    """State, empty for advice, and text."""
+    for finding in findings:
+        state = finding.state.value
+        wanted = f" (wanted {finding.wanted})" if finding.wanted and state != "ok" else ""
+        yield state, f"{finding.name}: {finding.found}{wanted}"
+        if finding.advice:
+            yield "", f"-> {finding.advice}"

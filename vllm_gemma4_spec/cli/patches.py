@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_gemma4_spec.ops.output import Output
+
+
+class Mark(Output):
+    """Of one symbol of vLLM: the first 16 hex digits of the SHA-256 of its source."""
+
+    found: str | None
+    """null: the symbol is gone"""
+    wanted: str
+
+
+class Row(Output):
+    """One patch."""
+
+    name: str
+    group: str
+    """correctness or convenience"""
+    state: str
+    """in this process: not applied, off, waiting or on"""
+    targets: list[str]
+    switch: str
+    """the variable that leaves it out with 0"""
+    fits: bool
+    """every fingerprint is as wanted"""
+    fingerprints: dict[str, Mark]
+    """by symbol"""
+
+
+class Report(Output):
+    """Every patch, in the order they are applied."""
+
+    fits: bool
+    """every patch fits"""
+    patches: list[Row]
+
 
 def command(
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md has the schema.")] = False,
 ) -> None:
     """List every patch: name, group, switch, and whether its targets are those of vLLM 0.19.1.
 
@@ -22,19 +55,27 @@ def command(
     from vllm_gemma4_spec.patching.engine import PATCHER
 
     rows = []
-    fits = True
     found = fingerprint.installed(s for patch in PATCHER.known() for s in patch.checked_symbols)
     for status, patch in zip(PATCHER.status(), PATCHER.known(), strict=True):
-        marks = {s: {"found": found[s], "wanted": fingerprint.wanted(s)} for s in patch.checked_symbols}
-        fit = all(m["found"] == m["wanted"] for m in marks.values())
-        fits &= fit
-        rows.append({**dataclasses.asdict(status), "fits": fit, "fingerprints": marks})
+        marks = {s: Mark(found=found[s], wanted=fingerprint.wanted(s)) for s in patch.checked_symbols}
+        rows.append(
+            Row(
+                name=status.name,
+                group=status.group,
+                state=status.state,
+                targets=list(status.targets),
+                switch=status.switch,
+                fits=all(m.found == m.wanted for m in marks.values()),
+                fingerprints=marks,
+            )
+        )
+    report = Report(fits=all(r.fits for r in rows), patches=rows)
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        typer.echo(report.model_dump_json(indent=2))
     else:
         table = Table("patch", "group", "targets fit 0.19.1", "switch (0 = off)")
         for row in rows:
-            table.add_row(str(row["name"]), str(row["group"]), "yes" if row["fits"] else "NO", str(row["switch"]))
+            table.add_row(row.name, row.group, "yes" if row.fits else "NO", row.switch)
         Console().print(table)
-    if not fits:
+    if not report.fits:
         raise typer.Exit(1)

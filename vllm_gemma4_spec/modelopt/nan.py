@@ -14,6 +14,7 @@ from vllm.distributed import get_tp_group
 from vllm_gemma4_spec import settings
 from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.errors import CheckpointError
+from vllm_gemma4_spec.ops import reports
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
@@ -44,13 +45,18 @@ def _replicated(layer: Module) -> bool:
     return whole == (getattr(layer, "input_size_per_partition", -1), getattr(layer, "output_size_per_partition", -1))
 
 
-def summary(model: Module) -> str | None:
-    """One line for the whole model, counted over all tensor-parallel ranks; None where nothing was NaN."""
+def _counted(model: Module) -> tuple[set[str], int, int]:
+    """Layers with NaN block scales, their blocks and how many of those were destroyed, on this rank."""
     counts: dict[str, tuple[int, int]] = {}
     for module in model.modules():
         counts |= getattr(module, "modelopt_nan", {})
     blocks, lost = (sum(c[i] for c in counts.values()) for i in (0, 1))
-    layers = set(counts)
+    return set(counts), blocks, lost
+
+
+def summary(model: Module) -> str | None:
+    """One line for the whole model, counted over all tensor-parallel ranks; None where nothing was NaN."""
+    layers, blocks, lost = _counted(model)
     group = get_tp_group()
     if group.world_size > 1:
         everyone: list[Any] = [None] * group.world_size
@@ -81,5 +87,8 @@ def reported(original: Callable[..., None]) -> Callable[..., None]:
             raise CheckpointError(f"{line.split(':')[0]}; {advice}, or unset {settings.NAN_SCALES.name}")
         if get_tp_group().rank_in_group == 0:
             logger.warning("NVFP4 checkpoint: %s; %s", line, advice)
+        _, blocks, lost = _counted(model)
+        reports.count("nan_blocks_repaired", blocks - lost, "saturated")
+        reports.count("nan_blocks_repaired", lost, "zeroed")
 
     return process_weights_after_loading

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from vllm_gemma4_spec.ops.output import Output
 from vllm_gemma4_spec.ops.server import Sample
 
 _SPEC = "vllm:spec_decode_num"
@@ -40,22 +41,31 @@ def look(samples: Iterable[Sample], seconds: float) -> Look:
     return Look(seconds, values, accepted, patches, processes)
 
 
-@dataclass(frozen=True)
-class Live:
-    """Rates between two looks. Shares are 0 to 1; ``None``: no draft was verified in between.
-
-    ``patches`` maps a patch to the number of processes in which it is on, of ``processes`` that report.
-    """
+class Live(Output):
+    """Rates between two looks."""
 
     running: int
+    """requests being decoded"""
     waiting: int
+    """requests in the queue"""
     kv_cache_used: float
+    """0 to 1"""
     output_tok_s: float
+    """tokens per second, all requests"""
     drafts_per_s: float
+    """drafts verified, one per request and step"""
+    drafts_skipped: int
+    """drafts not made in the interval, within k tokens of the maximum length"""
     tokens_per_step: float | None
+    """per request, the target's own token counted; null: no draft was verified"""
     accepted_by_position: tuple[float, ...]
+    """shares of drafts, 0 to 1; empty: no draft was verified"""
+    nan_blocks_repaired: int
+    """NaN block scales mended since the server loaded its models"""
     patches: dict[str, int]
+    """patch to the number of processes in which it is on"""
     processes: int
+    """processes that report"""
 
 
 def between(one: Look, two: Look) -> Live:
@@ -72,8 +82,10 @@ def between(one: Look, two: Look) -> Live:
         kv_cache_used=two.values.get("vllm:kv_cache_usage_perc", 0.0),
         output_tok_s=grown("vllm:generation_tokens_total") / seconds,
         drafts_per_s=drafts / seconds,
+        drafts_skipped=int(grown("gemma4_spec_drafts_skipped_total")),
         tokens_per_step=1 + sum(shares) if drafts else None,
         accepted_by_position=tuple(shares),
+        nan_blocks_repaired=int(two.values.get("gemma4_spec_nan_blocks_repaired_total", 0)),
         patches=two.patches,
         processes=two.processes,
     )

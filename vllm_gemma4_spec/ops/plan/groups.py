@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from vllm_gemma4_spec.ops.output import Output
 from vllm_gemma4_spec.ops.plan.model import Model, PlanError
 from vllm_gemma4_spec.patching.version import require_supported
 
+DRAFT_PREFIX = "draft_model."  # of a draft model's layers in vLLM
 
-@dataclass(frozen=True)
-class Group:
-    """One KV cache group: ``window`` is 0 for full attention, ``page_bytes`` one block of one layer.
 
-    ``owner`` is ``both`` where layers of target and drafter have equal specs: vLLM then puts them together.
-    """
+class Group(Output):
+    """One KV cache group; its layers have equal specs."""
 
     number: int
     owner: str
+    """target, drafter, or both: vLLM puts layers with equal specs together, whosever they are"""
     kind: str
+    """sliding or full"""
     window: int
+    """tokens; 0: full attention"""
     block_size: int
+    """tokens"""
     page_bytes: int
-    layers: tuple[int, ...]
+    """one block of one layer"""
+    target_layers: list[int]
+    drafter_layers: list[int]
+
+    @property
+    def size(self) -> int:
+        return len(self.target_layers) + len(self.drafter_layers)
 
 
 @dataclass(frozen=True)
@@ -89,20 +99,21 @@ def plan_cache(
     """
     require_supported()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its INFO lines go to stdout
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
     import torch
     from vllm.v1.core import kv_cache_utils
 
     dtype = {"bf16": torch.bfloat16, "fp8": torch.uint8, "float32": torch.float32}[kv_dtype]
     layers = specs(target, "model", block_size, dtype)
     if drafter is not None:
-        layers |= specs(drafter, "draft_model.model", block_size, dtype)
+        layers |= specs(drafter, f"{DRAFT_PREFIX}model", block_size, dtype)
     config = _vllm_config(context, batched_tokens)
     try:
         found = kv_cache_utils.get_kv_cache_groups(config, layers)
     except NotImplementedError as error:
         raise PlanError(f"vLLM cannot put these layers into one cache: {error}") from None
     groups = tuple(_group(n, g) for n, g in enumerate(found))
-    size = max(len(g.layers) for g in groups)
+    size = max(g.size for g in groups)
     grows = sum(g.page_bytes * size / g.block_size for g in groups if not g.window)
     cache = kv_cache_utils.get_kv_cache_config_from_groups(config, found, max(0, memory_bytes))
     return Cache(
@@ -116,9 +127,17 @@ def plan_cache(
 
 def _group(number: int, group: Any) -> Group:
     spec = group.kv_cache_spec
-    owners = {"drafter" if name.startswith("draft_model.") else "target" for name in group.layer_names}
-    owner = owners.pop() if len(owners) == 1 else "both"
+    members: dict[bool, list[int]] = {False: [], True: []}
+    for name in group.layer_names:
+        members[name.startswith(DRAFT_PREFIX)].append(int(name.split(".layers.")[1].split(".")[0]))
     window = int(getattr(spec, "sliding_window", None) or 0)
-    members = tuple(int(name.split(".layers.")[1].split(".")[0]) for name in group.layer_names)
-    kind = "sliding" if window else "full"
-    return Group(number, owner, kind, window, spec.block_size, spec.page_size_bytes, members)
+    return Group(
+        number=number,
+        owner="both" if all(members.values()) else "drafter" if members[True] else "target",
+        kind="sliding" if window else "full",
+        window=window,
+        block_size=spec.block_size,
+        page_bytes=spec.page_size_bytes,
+        target_layers=members[False],
+        drafter_layers=members[True],
+    )

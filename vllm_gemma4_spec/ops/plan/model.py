@@ -15,6 +15,9 @@ from vllm_gemma4_spec.json_file import read_object
 # Bytes per weight. NVFP4: 4 bits and one 8-bit scale for each block of 16.
 WEIGHT_BYTES = {"float32": 4.0, "bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5 + 1 / 16}
 
+# Bytes of a number in the KV cache, by --kv-dtype.
+KV_BYTES = {"bf16": 2.0, "fp8": 1.0, "float32": 4.0}
+
 
 class PlanError(Gemma4SpecError):
     """A config that cannot be read or planned with."""

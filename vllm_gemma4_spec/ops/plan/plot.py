@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from vllm_gemma4_spec.ops.plan.model import PlanError
+from vllm_gemma4_spec.ops import plots
 
 # machine -> acceptance as written -> tokens per second for k = 0, 1, …
 Speeds = Mapping[str, Mapping[str, list[float]]]
@@ -16,19 +16,13 @@ def save(speeds: Speeds, title: str, file: Path) -> None:
     """Draw and write ``file`` (PNG, SVG or PDF by its ending).
 
     Raises:
-        PlanError: matplotlib is missing, the ending is unknown or the file cannot be written.
+        PlotError: matplotlib is missing, the ending is unknown or the file cannot be written.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise PlanError("--plot needs matplotlib; run `pip install 'vllm-gemma4-spec[plot]'`") from None
     columns = min(3, len(speeds))
     rows = math.ceil(len(speeds) / columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(3.6 * columns, 2.9 * rows), squeeze=False, layout="constrained"
+    width = max(3.6 * columns, 5.4)  # room for the title over a single panel
+    figure, axes = plots.pyplot().subplots(
+        rows, columns, figsize=(width, 2.9 * rows), squeeze=False, layout="constrained"
     )
     for axis in axes.flat[len(speeds) :]:
         axis.set_visible(False)
@@ -48,9 +42,4 @@ def save(speeds: Speeds, title: str, file: Path) -> None:
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=9, frameon=False)
     figure.suptitle(title, fontsize=11)
-    try:
-        figure.savefig(file, dpi=150)
-    except (OSError, ValueError) as error:
-        raise PlanError(f"--plot {file}: {str(error).splitlines()[0]}") from None
-    finally:
-        pyplot.close(figure)
+    plots.save(figure, file)

@@ -52,10 +52,13 @@ class Workload:
     context: int
     kv_bytes: float
 
+    def kv_bytes_read(self, model: Model) -> float:
+        """Bytes of the cache that one pass reads, once for all tokens of a request."""
+        return model.kv_read_bytes(self.context, self.kv_bytes) * self.requests
+
     def pass_bytes(self, model: Model, tokens: int = 1) -> float:
-        """Bytes read by one pass over ``tokens`` tokens of each request; the KV is read once for all of them."""
-        kv = model.kv_read_bytes(self.context, self.kv_bytes) * self.requests
-        return model.read_bytes(tokens * self.requests) + kv
+        """Bytes read by one pass over ``tokens`` tokens of each request."""
+        return model.read_bytes(tokens * self.requests) + self.kv_bytes_read(model)
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,10 @@ class Steps:
     overhead: float = 0.0
 
     @classmethod
-    def floors(
-        cls, target: Model, drafter: Model | None, load: Workload, bandwidth: float, overhead: float = 0.0
-    ) -> Steps:
+    def floors(cls, target: Model, drafter: Model | None, load: Workload, bandwidth: float) -> Steps:
         draft = load.pass_bytes(drafter) / bandwidth if drafter else 0.0
         passes = tuple(load.pass_bytes(target, k + 1) / bandwidth for k in range(MAX_K + 1))
-        return cls(draft, passes, overhead)
+        return cls(draft, passes)
 
     def seconds(self, k: int) -> float:
         return k * self.draft + self.target[k] + (self.overhead if k else 0.0)

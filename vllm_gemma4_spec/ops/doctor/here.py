@@ -1,22 +1,18 @@
-"""What is installed, chosen, switched and loaded, against what is supported; one finding per fact."""
+"""What is installed, chosen and switched in this environment, against what is supported."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
-import sys
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Iterator
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from vllm_gemma4_spec import settings
 from vllm_gemma4_spec.errors import Gemma4SpecError
-from vllm_gemma4_spec.ops import server
+from vllm_gemma4_spec.ops.doctor.findings import Finding, State
 from vllm_gemma4_spec.patching import fingerprint
 from vllm_gemma4_spec.patching.engine import PATCHER
 from vllm_gemma4_spec.patching.version import SUPPORTED, vllm_version
@@ -40,26 +36,6 @@ VLLM_VARIABLES: dict[str, dict[str, str]] = {
     "VLLM_CPU_OMP_THREADS_BIND": {},
     "PROMETHEUS_MULTIPROC_DIR": {},
 }
-
-
-class State(str, Enum):
-    """``problem`` makes the exit code 1; a ``note`` needs no action."""
-
-    OK = "ok"
-    NOTE = "note"
-    PROBLEM = "problem"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One fact. ``advice`` says what to do and is empty unless something is to be done or explained."""
-
-    section: str
-    name: str
-    state: State
-    found: str
-    wanted: str = ""
-    advice: str = ""
 
 
 def versions() -> Iterator[Finding]:
@@ -194,70 +170,3 @@ def environment() -> Iterator[Finding]:
         if value is not None:
             reason = wrong.get(value.lower(), "")
             yield Finding(section, name, State.PROBLEM if reason else State.NOTE, value or "(empty)", advice=reason)
-
-
-def running(url: str, api_key: str | None = None, workers: int | None = None) -> Iterator[Finding]:
-    """Which processes of the server at ``url`` have which patches (see :mod:`vllm_gemma4_spec.ops.reports`).
-
-    Raises:
-        ServerError: nothing answers there, or not vLLM.
-    """
-    section = "server"
-    version = server.version(url, api_key)
-    fine = Version(version).public == SUPPORTED
-    yield Finding(section, "vllm", State.OK if fine else State.PROBLEM, version, SUPPORTED)
-    on: dict[tuple[str, str], dict[str, bool]] = defaultdict(dict)
-    figures = server.samples(url, api_key)
-    for sample in figures:
-        key = (sample.labels.get("process", ""), sample.labels.get("pid", ""))
-        if sample.name == "gemma4_spec_process":
-            on[key] = on[key] or {}
-        elif sample.name == "gemma4_spec_patch_on":
-            on[key][sample.labels["patch"]] = sample.value == 1
-    if not on:
-        advice = (
-            "pip install vllm-gemma4-spec into the server's environment and look for 'patches on' in its log; "
-            "with --api-server-count above 1 only the log says it"
-        )
-        yield Finding(section, "plugin", State.PROBLEM, "no process reports it", "every process", advice)
-        return
-    reference = next(iter(on.values()))
-    for (name, pid), states in on.items():
-        enabled = sorted(patch for patch, state in states.items() if state)
-        off = sorted(patch for patch, state in states.items() if not state)
-        same = states == reference
-        found = f"{len(enabled)} on: {', '.join(enabled)}" + (f"; off: {', '.join(off)}" if off else "")
-        advice = "" if same else "not the patches of the other processes: give all of them one environment"
-        yield Finding(section, f"{name} ({pid})", State.OK if same else State.PROBLEM, found, advice=advice)
-    kinds = [name for name, _ in on]
-    if not any(k.startswith("EngineCore") for k in kinds):
-        advice = "the engine core runs unpatched, or inside the API server's process"
-        yield Finding(section, "EngineCore", State.PROBLEM, "does not report", "reports", advice)
-    found_workers = sum(k.startswith("VllmWorker") for k in kinds)
-    if workers is None:
-        text = f"{found_workers} report" if found_workers else "none of their own: they run inside the engine core"
-        yield Finding(section, "workers", State.NOTE, text, advice="give --workers N (GPUs used) to have it checked")
-    else:
-        fine = found_workers == workers or (workers == 1 and found_workers == 0)  # one worker shares the core's process
-        advice = "" if fine else "a worker runs without the plugin; read its log"
-        state = State.OK if fine else State.PROBLEM
-        yield Finding(section, "workers", state, str(found_workers), str(workers), advice)
-
-
-def examine(url: str | None = None, api_key: str | None = None, workers: int | None = None) -> list[Finding]:
-    """All findings, in the order they are printed.
-
-    Raises:
-        ServerError: ``url`` was given and no vLLM server answers there.
-    """
-    asked = list(running(url, api_key, workers)) if url else []  # first: a wrong address is said at once
-    return [*versions(), *plugin(), *device(), *patches(), *environment(), *asked]
-
-
-def healthy(findings: Sequence[Finding]) -> bool:
-    return all(f.state is not State.PROBLEM for f in findings)
-
-
-def python_prefix() -> str:
-    """Which environment was examined."""
-    return sys.prefix

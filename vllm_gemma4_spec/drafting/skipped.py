@@ -1,0 +1,33 @@
+"""Counts the drafts that a step went without: within k tokens of the maximum length the drafter is not run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from vllm.distributed import get_tp_group
+
+from vllm_gemma4_spec.ops import reports
+
+
+def propose_draft_token_ids(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def propose_draft_token_ids(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.gemma4_spec_drafted = True
+        return original(self, *args, **kwargs)
+
+    return propose_draft_token_ids
+
+
+def sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        samples = self.execute_model_state is not None and self.speculative_config is not None
+        self.gemma4_spec_drafted = False
+        output = original(self, grammar_output)
+        if samples and not self.gemma4_spec_drafted and get_tp_group().rank_in_group == 0:
+            reports.count("drafts_skipped", self.input_batch.num_reqs)
+        return output
+
+    return sample_tokens

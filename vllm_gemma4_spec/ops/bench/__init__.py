@@ -1,0 +1,1 @@
+"""vLLM's own benchmark on one or two servers: runs (measure), table and JSON (report), plot."""
