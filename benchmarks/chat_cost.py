@@ -139,6 +139,8 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                     row["overlay/stock"] = round(statistics.median(ratios), 3)
                     print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
                     rows.append(row)
+                    if args.out:  # at once: a long run may be broken off
+                        args.out.write_text(json.dumps(rows, indent=1) + "\n")
     return rows
 
 
@@ -178,8 +180,6 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="draw them (needs matplotlib)")
     args = parser.parse_args()
     rows = asyncio.run(measure(args))
-    if args.out:
-        args.out.write_text(json.dumps(rows, indent=1) + "\n")
     if args.figure:
         draw(rows, args.figure)
 
