@@ -1,18 +1,21 @@
-"""What parsing costs: processor seconds per streamed answer against its length, with the overlay and without.
+"""What parsing costs: processor time per streamed token against the length of the answer, the overlay beside stock.
 
-The engine's outputs are played back token by token through vLLM's own stream generator, so that the numbers hold what
-a client waits for: the parser, vLLM's chunks, and their JSON. `plain` is a server without parsers.
+The engine's outputs are played back through vLLM's own stream generator, so that the numbers hold what a client waits
+for: the parser, vLLM's chunks, and their JSON. `plain` is a server without parsers. The three take turns on the same
+answers, so that a busy machine is slow for all alike; medians count.
 
-Example: GEMMA4_ARTIFACTS=… python benchmarks/chat_cost.py --tokens 1000 2000 4000 8000 --out cost.json
+Example: GEMMA4_ARTIFACTS=… python benchmarks/chat_cost.py --out chat-cost.json --figure chat-cost.svg
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import logging
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -24,22 +27,32 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the played server is the tests'
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-KINDS = ("reasoning", "content", "a call", "many calls")
+WAYS = ("plain", "stock", "overlay")
+# Kind of answer -> fields of the request beside the message ("tools" stands for the tests' two).
+KINDS: dict[str, dict[str, Any]] = {
+    "reasoning": {},
+    "content": {},
+    "content, tools offered": {"tools": True},
+    "content, a stop string": {"stop": ["zzzzzzzz"]},
+    "a call": {"tools": True},
+    "many calls": {"tools": True},
+}
 
 
 def answer(kind: str, encode: Any, length: int) -> list[int]:
     """A script of about ``length`` tokens."""
     words = "The quick brown fox jumps over the lazy dog, and so on. "
     body = encode(words * (length // 10 + 10))
-    if kind == "content":
-        return body[:length]
     if kind == "reasoning":
-        return [*encode("<|channel>thought\n"), *body[: length - 10], *encode("<channel|>Yes.")]
-    if kind == "a call":
+        head, tail = encode("<|channel>thought\n"), encode("<channel|>Yes.")
+    elif kind == "a call":
         head, tail = encode('<|tool_call>call:get{city:<|"|>'), encode('<|"|>}<tool_call|>')
-        return [*head, *body[: length - len(head) - len(tail)], *tail]
-    call = encode('<|tool_call>call:get{city:<|"|>Paris<|"|>,n:12,o:{a:[1,2,true]}}<tool_call|>')
-    return (call * (length // len(call) + 1))[: length - length % len(call)]
+    elif kind == "many calls":
+        call = encode('<|tool_call>call:get{city:<|"|>Paris<|"|>,n:12,o:{a:[1,2,true]}}<tool_call|>')
+        return (call * (length // len(call) + 1))[: max(length - length % len(call), len(call))]
+    else:
+        head, tail = [], []
+    return [*head, *body[: max(length - len(head) - len(tail), 1)], *tail]
 
 
 async def outputs(tokens: list[int], texts: list[str], prompt: list[int], step: int) -> AsyncIterator[Any]:
@@ -59,7 +72,7 @@ async def outputs(tokens: list[int], texts: list[str], prompt: list[int], step: 
         yield RequestOutput("r", None, prompt, None, [output], end)
 
 
-async def stream(server: Any, kind: str, tokens: list[int], step: int) -> float:
+async def stream(server: Any, generator: Any, fields: dict[str, Any], tokens: list[int], step: int) -> float:
     """Seconds of processor time for one streamed answer."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
@@ -67,23 +80,28 @@ async def stream(server: Any, kind: str, tokens: list[int], step: int) -> float:
     from tests.chat.server import MODEL
 
     serving, tokenizer = server.app.state.openai_serving_chat, server.engine.tokenizer
-    request = ChatCompletionRequest(
-        model=MODEL, messages=[{"role": "user", "content": "Hi"}], stream=True, tools=TOOLS if "call" in kind else None
-    )
+    fields = {**fields, "tools": TOOLS} if "tools" in fields else fields
+    request = ChatCompletionRequest(model=MODEL, messages=[{"role": "user", "content": "Hi"}], stream=True, **fields)
     parser = serving.reasoning_parser_cls(tokenizer) if serving.reasoning_parser_cls else None
     texts = [tokenizer.decode([t], skip_special_tokens=False) for t in tokens]
     prompt = tokenizer.encode("<|turn>model\n", add_special_tokens=False)
     metadata = SimpleNamespace(final_usage_info=None)
+    results = [result async for result in outputs(tokens, texts, prompt, step)]
+
+    async def played() -> AsyncIterator[Any]:
+        for result in results:
+            yield result
+
+    gc.collect()
     started = time.process_time()
-    results = outputs(tokens, texts, prompt, step)
-    async for _ in serving.chat_completion_stream_generator(
-        request, results, "r", MODEL, [], tokenizer, metadata, parser
-    ):
+    async for _ in generator(serving, request, played(), "r", MODEL, [], tokenizer, metadata, parser):
         pass
     return time.process_time() - started
 
 
 async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+
     from tests.chat import tokenizer as tokenizers_
     from tests.chat.server import Server
     from vllm_gemma4_spec.patches.chat import CHAT_OUTPUT
@@ -94,47 +112,76 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         path = str(write(Path(folder)))
         servers = {"plain": await Server(path, "", None).start(), "parsed": await Server(path).start()}
         logging.disable(logging.CRITICAL)
-        for kind in KINDS:
+        CHAT_OUTPUT.apply()
+        overlay = OpenAIServingChat.chat_completion_stream_generator
+        stock = overlay.__wrapped__  # type: ignore[attr-defined]
+        ways = {
+            "plain": (servers["plain"], stock),
+            "stock": (servers["parsed"], stock),
+            "overlay": (servers["parsed"], overlay),
+        }
+        encode = servers["plain"].engine.tokenizer.encode
+        gc.freeze()  # vLLM's modules: collecting them again and again would be most of the time
+        for kind, fields in KINDS.items():
             for length in args.tokens:
-                tokens = answer(kind, servers["plain"].engine.tokenizer.encode, length)
-                tokens = [t for t in tokens if t != 2]
-                row: dict[str, Any] = {"kind": kind, "tokens": len(tokens), "step": args.step}
-                names = [n for n in ("plain", "stock", "overlay") if n != "stock" or length <= args.stock_limit]
-                seconds: dict[str, list[float]] = {name: [] for name in names}
-                for _ in range(args.repeat):  # in turn, so that a busy machine is slow for all alike
-                    for name in names:
-                        if name == "overlay":
-                            CHAT_OUTPUT.apply()
-                        server = servers["plain" if name == "plain" else "parsed"]
-                        await stream(server, kind, tokens[:50], args.step)  # warm: patching has emptied caches
-                        seconds[name].append(await stream(server, kind, tokens, args.step))
-                        if name == "overlay":
-                            CHAT_OUTPUT.undo()
-                row |= {name: min(times) for name, times in seconds.items()}
-                print(report(row), flush=True)
-                rows.append(row)
+                tokens = [t for t in answer(kind, encode, length) if t != 2]
+                repeat = max(args.repeat, min(50, args.repeat * 1000 // len(tokens)))
+                for step in args.step:
+                    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+                    for way in WAYS:
+                        await stream(*ways[way], fields, tokens[:50], step)
+                    for i in range(repeat):
+                        for way in WAYS[i % 3 :] + WAYS[: i % 3]:
+                            seconds[way].append(await stream(*ways[way], fields, tokens, step))
+                    row: dict[str, Any] = {"kind": kind, "tokens": len(tokens), "step": step, "runs": repeat}
+                    row |= {way: round(1e6 * statistics.median(seconds[way]) / len(tokens), 2) for way in WAYS}
+                    ratios = [o / s for o, s in zip(seconds["overlay"], seconds["stock"], strict=True)]
+                    row["overlay/stock"] = round(statistics.median(ratios), 3)
+                    print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+                    rows.append(row)
+                    if args.out:  # at once: a long run may be broken off
+                        args.out.write_text(json.dumps(rows, indent=1) + "\n")
     return rows
 
 
-def report(row: dict[str, Any]) -> str:
-    parts = [f"{row['kind']:12} {row['tokens']:6} tokens"]
-    for name in ("plain", "stock", "overlay"):
-        if name in row:
-            parts.append(f"{name} {row[name]:8.3f} s ({1e6 * row[name] / row['tokens']:7.1f} us a token)")
-    return "  ".join(parts)
+def draw(rows: list[dict[str, Any]], figure: Path) -> None:
+    """One panel per kind: microseconds a token against the length, token by token."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    step = min(row["step"] for row in rows)
+    fig, axes = plt.subplots(2, 3, figsize=(12, 6.5), sharex=True)
+    for kind, ax in zip(KINDS, axes.flat, strict=True):
+        mine = [row for row in rows if row["kind"] == kind and row["step"] == step]
+        for way, style in zip(WAYS, ("--", "-", "-"), strict=True):
+            ax.plot([r["tokens"] for r in mine], [r[way] for r in mine], style, marker=".", label=way)
+        ax.set(title=kind, xscale="log", yscale="log" if kind == "a call" else "linear")
+        if kind != "a call":
+            ax.set_ylim(bottom=0)
+    for ax in axes[1]:
+        ax.set_xlabel("tokens of the answer")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("µs of processor time a token")
+    axes[0][0].legend()
+    fig.tight_layout()
+    fig.savefig(figure, metadata={"Date": None} if figure.suffix == ".svg" else None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[500, 1000, 2000, 4000, 8000])
-    parser.add_argument("--step", type=int, default=1, help="tokens in one delta (default 1)")
-    parser.add_argument("--repeat", type=int, default=3, help="runs; the fastest counts (default 3)")
-    parser.add_argument("--stock-limit", type=int, default=8000, help="longest answer for the stock parsers")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[12, 30, 60, 125, 250, 500, 1000, 2000, 4000, 8000], help="lengths"
+    )
+    parser.add_argument("--step", type=int, nargs="+", default=[1, 4], help="tokens in one delta (default 1 and 4)")
+    parser.add_argument("--repeat", type=int, default=5, help="runs; up to 50 of short answers (default 5)")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    parser.add_argument("--figure", type=Path, help="draw them (needs matplotlib)")
     args = parser.parse_args()
     rows = asyncio.run(measure(args))
-    if args.out:
-        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+    if args.figure:
+        draw(rows, args.figure)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from vllm_gemma4_spec.demo import build, measure, run
@@ -53,9 +54,55 @@ def anthropic_blocks(server: Server, question: Dialogue, stream: bool) -> list[t
     ]
 
 
+def response_items(server: Server, question: Dialogue, stream: bool) -> list[tuple[str, Any]]:
+    """What ``/v1/responses`` answers, as (type, text or call)."""
+    client = run.connect(server)
+    request: dict[str, Any] = {
+        "model": run.MODEL,
+        "max_output_tokens": 160,
+        "temperature": 0,
+        "input": question.messages,
+        "tools": [{"type": "function", **tool["function"]} for tool in question.tools],
+    }
+    if stream:
+        events = list(client.responses.create(**request, stream=True))
+        (output,) = [e.response.output for e in events if e.type == "response.completed"]
+        deltas = "".join(e.delta for e in events if e.type.endswith(".delta"))
+        assert deltas == "".join(i.arguments if i.type == "function_call" else i.content[0].text for i in output)
+    else:
+        output = client.responses.create(**request).output
+    return [
+        (i.type, (i.name, json.loads(i.arguments)) if i.type == "function_call" else i.content[0].text) for i in output
+    ]
+
+
+def batch(server: Server, asked: list[Dialogue]) -> list[tuple[str, str]]:
+    """What ``/v1/chat/completions/batch`` answers, as (reasoning, content)."""
+    body = {
+        "model": run.MODEL,
+        "messages": [q.messages for q in asked],
+        "temperature": 0,
+        "max_tokens": 160,
+    }
+    reply = httpx.post(f"{server.url}/v1/chat/completions/batch", json=body, timeout=120, trust_env=False)
+    assert reply.status_code == 200, reply.text
+    messages = [choice["message"] for choice in sorted(reply.json()["choices"], key=lambda c: c["index"])]
+    return [(m.get("reasoning") or "", m["content"] or "") for m in messages]
+
+
 def simple(question: Dialogue) -> bool:
-    """``/v1/messages`` takes no template arguments, and here no answers of tools."""
-    return not question.thinking and all(m["role"] in ("user", "system") for m in question.messages)
+    """``/v1/messages`` and ``/v1/responses`` take no template arguments, and here no answers of tools."""
+    return question.thinking and all(m["role"] in ("user", "system") for m in question.messages)
+
+
+def thinking_template(pair: build.Pair, folder: Path) -> Path:
+    """The pair's template, which thinks where a request does not say: so does every endpoint."""
+    text = (pair.target / "chat_template.jinja").read_text()
+    default = "enable_thinking | default(false)"
+    assert text.count(default) == 1
+    path = folder / "thinking.jinja"
+    path.write_text(text.replace(default, default.replace("false", "true")))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +110,21 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Said]:
     """With speculation or without -> what every way of asking gave."""
     pair, _ = build.ensure(build.default_folder())
     folder: Path = tmp_path_factory.mktemp("server")
+    template = thinking_template(pair, folder)
     out: dict[bool, Said] = {}
     for speculate in (True, False):
-        with Server(run.serve_arguments(pair, speculate), folder / f"{speculate}.log") as server:
+        arguments = [*run.serve_arguments(pair, speculate), "--chat-template", str(template)]
+        with Server(arguments, folder / f"{speculate}.log") as server:
             client = run.connect(server)
+            asked = [q for q in questions() if simple(q)]
             out[speculate] = {
                 "whole": [run.ask(client, q, stream=False) for q in questions()],
                 "streamed": [run.ask(client, q, stream=True) for q in questions()],
-                "messages": [anthropic_blocks(server, q, False) for q in questions() if simple(q)],
-                "messages streamed": [anthropic_blocks(server, q, True) for q in questions() if simple(q)],
+                "messages": [anthropic_blocks(server, q, False) for q in asked],
+                "messages streamed": [anthropic_blocks(server, q, True) for q in asked],
+                "responses": [response_items(server, q, False) for q in asked],
+                "responses streamed": [response_items(server, q, True) for q in asked],
+                "batch": batch(server, [q for q in asked if not q.tools]),
                 "drafting": run.drafting(server.get("/metrics")),
             }
     return out
@@ -89,18 +142,43 @@ def test_streamed_is_whole_and_speculation_changes_nothing(said: dict[bool, Said
     assert said[False]["drafting"].drafts == 0
 
 
-def test_the_anthropic_client_is_told_the_same(said: dict[bool, Said]) -> None:
-    wanted = said[False]["messages"]
+def chat_answers(said: dict[bool, Said]) -> list[run.Answer]:
+    """What chat completions said to the questions that the other endpoints were asked."""
+    return [a for q, a in zip(questions(), said[False]["whole"], strict=True) if simple(q)]
+
+
+def same_as_chat(said: dict[bool, Said], endpoint: str, kinds: tuple[str, str, str]) -> None:
+    """An endpoint says what chat completions do, streamed or not, speculating or not.
+
+    Args:
+        kinds: what it calls reasoning, content and a call.
+    """
+    wanted = said[False][endpoint]
     for speculate in (True, False):
-        assert said[speculate]["messages"] == wanted
-        assert said[speculate]["messages streamed"] == wanted
-    whole = [a for q, a in zip(questions(), said[False]["whole"], strict=True) if simple(q)]
-    assert len(whole) == len(wanted) >= 4
-    for answer, blocks in zip(whole, wanted, strict=True):
-        text = "".join(value for kind, value in blocks if kind == "text")
-        assert text.strip() == answer.content.strip()
-        assert [(name, value) for kind, v in blocks if kind == "tool_use" for name, value in [v]] == answer.calls
-        assert json.dumps(blocks)  # plain data
+        assert said[speculate][endpoint] == wanted
+        assert said[speculate][f"{endpoint} streamed"] == wanted
+    reasoning, content, call = kinds
+    assert len(wanted) >= 4
+    assert {kind for parts in wanted for kind, _ in parts} == set(kinds)
+    for answer, parts in zip(chat_answers(said), wanted, strict=True):
+        assert "".join(value for kind, value in parts if kind == reasoning) == answer.reasoning
+        assert "".join(value for kind, value in parts if kind == content) == answer.content
+        assert [value for kind, value in parts if kind == call] == answer.calls
+
+
+def test_the_anthropic_client_is_told_the_same(said: dict[bool, Said]) -> None:
+    same_as_chat(said, "messages", ("thinking", "text", "tool_use"))
+
+
+def test_the_responses_endpoint_says_the_same(said: dict[bool, Said]) -> None:
+    same_as_chat(said, "responses", ("reasoning", "message", "function_call"))
+
+
+def test_a_batch_says_the_same(said: dict[bool, Said]) -> None:
+    toolless = [not q.tools for q in questions() if simple(q)]
+    wanted = [(a.reasoning, a.content) for a, take in zip(chat_answers(said), toolless, strict=True) if take]
+    assert len(wanted) >= 2
+    assert said[True]["batch"] == said[False]["batch"] == wanted
 
 
 def test_most_answers_are_right(said: dict[bool, Said]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +44,9 @@ TEXTS = [
 ]
 
 
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>\Z")
+
+
 class Subject:
     """A tokenizer with the sequences' words as ids."""
 
@@ -64,6 +68,15 @@ class Subject:
         self.outputs = st.lists(st.one_of(call, self.sequences), max_size=4).map(
             lambda p: [t for ids in p for t in ids]
         )
+        # Any token; bytes as those of whole characters.
+        core = self.vocabulary.core
+        ids = {token_id for piece, token_id in core.get_vocab().items() if not _BYTE.match(piece)}
+        characters = st.characters(exclude_categories=["Cs"]).map(
+            lambda c: [core.token_to_id(f"<0x{b:02X}>") for b in c.encode()]
+        )
+        self.anything = st.lists(
+            st.one_of(st.sampled_from(sorted(ids)).map(lambda t: [t]), characters, st.sampled_from(pieces))
+        ).map(lambda p: [t for ids in p for t in ids])
 
 
 @pytest.fixture(scope="module")
@@ -108,24 +121,57 @@ def test_agrees_with_the_reference(
     compare(parse(subject, tokens, options, prompt), meaning)
 
 
-@given(data=st.data())
-@settings(max_examples=300, deadline=None)
-def test_any_cut_gives_the_same(subject: Subject, data: st.DataObject) -> None:
+@given(data=st.data(), seen=st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_any_tokens_of_the_vocabulary(subject: Subject, data: st.DataObject, seen: bool) -> None:
+    """Not only the words above: any token, bytes of characters as well; also where its text is known by now."""
+    tokens = data.draw(subject.anything)
+    if seen:
+        for token in tokens:
+            if token not in subject.vocabulary.special:
+                subject.vocabulary.text(token)
+    else:
+        subject.vocabulary.texts.clear()
+    meaning = reference.understand(tokens, subject.decode, subject.vocabulary.special)
+    compare(parse(subject, tokens, Options()), meaning)
+
+
+OPTIONS = st.builds(
+    Options,
+    reasoning=st.booleans(),
+    include_reasoning=st.booleans(),
+    tools=st.sampled_from(Tools),
+    tool_name=st.just("f"),
+    parallel_calls=st.booleans(),
+    special_text=st.booleans(),
+    stop=st.sampled_from([(), ("never matches",), ("no", "neither does this")]),
+)
+
+
+@given(data=st.data(), options=OPTIONS)
+@settings(max_examples=400, deadline=None)
+def test_any_cut_gives_the_same(subject: Subject, data: st.DataObject, options: Options) -> None:
     tokens = data.draw(subject.outputs)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=6)))
-    choice = Choice(OutputParser(subject.vocabulary, Options()), calls_finish=True)
+    one_by_one = cut_up(subject, tokens, range(len(tokens)), options)
+    assert cut_up(subject, tokens, cuts, options) == one_by_one
+    assert parse(subject, tokens, options) == one_by_one
+
+
+def cut_up(subject: Subject, tokens: list[int], cuts: Sequence[int], options: Options) -> Message:
+    """The message of an output that came in several deltas."""
+    choice = Choice(OutputParser(subject.vocabulary, options), calls_finish=True)
     message, counted = Message(), 0
     for start, end in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
-        last = end == len(tokens)
-        for piece in choice.pieces(output(tokens[start:end], "length" if last else None)):
+        for piece in choice.pieces(output(tokens[start:end], None)):
             assert len({e.kind for e in piece.events}) <= 1
             counted += piece.tokens
             message.add(piece)
-        if last:
-            break
+    for piece in choice.pieces(output([])):
+        message.add(piece)
     message.finish_reason = choice.finish_reason("length")
     assert counted == len(tokens)
-    assert message == parse(subject, tokens, Options())
+    return message
 
 
 @given(data=st.data())

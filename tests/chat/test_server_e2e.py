@@ -14,6 +14,8 @@ import httpx
 import openai
 import pytest
 
+from vllm_gemma4_spec.patches.chat import CHAT_OUTPUT
+
 from . import server
 from .scenarios import SCENARIOS, TOOLS, Scenario
 from .server import MODEL, Server, all_at_once, by
@@ -267,3 +269,33 @@ async def messages(served: Server, scenario: Scenario, stream: bool) -> dict[str
         if delta.get("type") == "input_json_delta":
             answer["calls"][-1][1] += delta["partial_json"]
     return answer
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"chat_template_kwargs": {"no_such_argument": 1}},
+        {"tools": [{"type": "function", "function": {"description": "no name"}}]},
+        {"tools": [{"type": "function", "function": {"name": "get", "parameters": "no schema"}}]},
+        {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "unknown"}}},
+        {"tool_choice": "required"},
+        {"tools": TOOLS, "tool_choice": "sometimes"},
+    ],
+    ids=["template argument", "tool without a name", "schema", "unknown function", "no tools", "tool choice"],
+)
+def test_bad_input_is_answered_as_stock(served: Server, encode: Any, fields: dict[str, Any]) -> None:
+    served.script(encode("Hello.<turn|>"))
+
+    async def ask() -> tuple[int, Any]:
+        async with http(served) as client:
+            reply = await client.post("/v1/chat/completions", json={"model": MODEL, "messages": USER, **fields})
+        body = reply.json()
+        return reply.status_code, body.get("choices", body)
+
+    with_patch = server.run(ask())
+    CHAT_OUTPUT.undo()
+    try:
+        assert with_patch == server.run(ask())
+    finally:
+        CHAT_OUTPUT.apply()
+    assert with_patch[0] == (200 if "chat_template_kwargs" in fields else 400)

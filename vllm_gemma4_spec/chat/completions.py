@@ -23,14 +23,14 @@ from vllm_gemma4_spec.chat.results import Choice, Message, Piece
 
 
 class ParsedTokens(list[int]):
-    """New token ids of a choice, and the delta that is made of them.
+    """New token ids of a choice, and the piece that they are.
 
     vLLM joins the ids of all deltas, a copy of everything with every token; nobody reads the sum here, so
     the sum of two is the second.
     """
 
-    __slots__ = ("delta",)
-    delta: DeltaMessage | None
+    __slots__ = ("piece",)
+    piece: Piece
 
     def __add__(self, other: Any) -> Any:
         return other
@@ -45,13 +45,34 @@ class ParsedText(str):
 class _Handover:
     """Takes the place of a reasoning parser in vLLM's generators and hands the parse over."""
 
+    def __init__(self, all_tokens: bool = False) -> None:
+        self._all_tokens = all_tokens  # a chunk for every token, also where there is no text
+        # vLLM makes JSON of a delta before it asks for the next, and a new message costs more than the parse.
+        self._content: DeltaMessage | None = None
+        self._reasoning: DeltaMessage | None = None
+
     def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
         return False  # the generators shall ask for every delta
 
     def extract_reasoning_streaming(
         self, previous_text: str, current_text: str, delta_text: str, previous: Any, current: Any, delta: ParsedTokens
     ) -> DeltaMessage | None:
-        return delta.delta
+        piece = delta.piece
+        if piece.kind is Kind.CONTENT:
+            if self._content is None:
+                self._content = DeltaMessage(content=piece.text)
+            else:
+                self._content.content = piece.text
+            return self._content
+        if piece.kind is Kind.REASONING:
+            if self._reasoning is None:
+                self._reasoning = DeltaMessage(reasoning=piece.text)
+            else:
+                self._reasoning.reasoning = piece.text
+            return self._reasoning
+        if piece.kind is Kind.CALL:
+            return _call_message(piece)
+        return DeltaMessage() if self._all_tokens and delta else None
 
     def extract_reasoning(self, model_output: ParsedText, request: Any) -> tuple[str | None, ParsedText | None]:
         message = model_output.message
@@ -61,23 +82,14 @@ class _Handover:
         return message.reasoning, None
 
 
-def delta_message(piece: Piece, ids: dict[int, str]) -> DeltaMessage | None:
-    """One piece as a delta; ``ids`` keeps the calls' ids by index."""
-    if piece.kind is None:
-        return None
-    if piece.kind is Kind.REASONING:
-        return DeltaMessage(reasoning=piece.text)
-    if piece.kind is Kind.CONTENT:
-        return DeltaMessage(content=piece.text)
+def _call_message(piece: Piece) -> DeltaMessage:
+    """The calls of one piece as a delta."""
     calls: dict[int, DeltaToolCall] = {}
     for event in piece.events:
         if event.name:
-            ids[event.call] = make_tool_call_id()
+            function = DeltaFunctionCall(name=event.name, arguments="")
             calls[event.call] = DeltaToolCall(
-                index=event.call,
-                id=ids[event.call],
-                type="function",
-                function=DeltaFunctionCall(name=event.name, arguments=""),
+                index=event.call, id=make_tool_call_id(), type="function", function=function
             )
         else:
             call = calls.get(event.call)
@@ -87,51 +99,56 @@ def delta_message(piece: Piece, ids: dict[int, str]) -> DeltaMessage | None:
     return DeltaMessage(tool_calls=list(calls.values()))
 
 
-class _Stream:
-    """One choice while it is streamed."""
-
-    def __init__(self, choice: Choice, all_tokens: bool) -> None:
-        self._choice = choice
-        self._all_tokens = all_tokens  # a chunk for every token, also where there is no text
-        self._ids: dict[int, str] = {}
-
-    def outputs(self, output: Any) -> list[Any]:
-        """One ``CompletionOutput`` per piece, the first of them ``output`` itself; the last has the finish."""
-        pieces = self._choice.pieces(output)
-        finish, stop = output.finish_reason, output.stop_reason
-        out = [output]
-        if len(pieces) > 1:
-            tokens, logprobs, at = output.token_ids, output.logprobs, 0
-            out += [replace(output, text="") for _ in pieces[1:]]
-            for piece, part in zip(pieces, out, strict=True):
-                end = at + piece.tokens
-                part.token_ids = tokens[at:end]
-                part.logprobs = None if logprobs is None else logprobs[at:end]
-                part.finish_reason = part.stop_reason = None
-                at = end
-        if finish is not None:
-            out[-1].finish_reason, out[-1].stop_reason = self._choice.finish_reason(finish), stop
-        for i, piece in enumerate(pieces):
-            part = out[i]
-            part.token_ids = parsed = ParsedTokens(part.token_ids)
-            parsed.delta = delta_message(piece, self._ids)
-            if parsed.delta is None and self._all_tokens and parsed:
-                parsed.delta = DeltaMessage()
-        return out
+def _outputs(choice: Choice, output: Any, keep_text: bool) -> list[Any]:
+    """One ``CompletionOutput`` per piece, the first of them ``output`` itself; the last has the finish."""
+    pieces = choice.pieces(output)
+    if not keep_text:
+        output.text = ""  # vLLM would join all texts anew with every delta
+    finish, stop = output.finish_reason, output.stop_reason
+    if finish is not None:
+        output.finish_reason = finish = choice.finish_reason(finish)
+    if len(pieces) == 1:  # nearly always, so it counts what this costs
+        output.token_ids = parsed = ParsedTokens(output.token_ids)
+        parsed.piece = pieces[0]
+        return [output]
+    tokens, logprobs, at = output.token_ids, output.logprobs, 0
+    out = [output, *(replace(output, text="") for _ in pieces[1:])]
+    for piece, part in zip(pieces, out, strict=True):
+        end = at + piece.tokens
+        part.token_ids = parsed = ParsedTokens(tokens[at:end])
+        parsed.piece = piece
+        part.logprobs = None if logprobs is None else logprobs[at:end]
+        part.finish_reason = part.stop_reason = None
+        at = end
+    out[-1].finish_reason, out[-1].stop_reason = finish, stop
+    return out
 
 
-async def _streamed(results: AsyncIterator[Any], plan: Plan, all_tokens: bool) -> AsyncGenerator[Any, None]:
-    """``RequestOutput`` s of deltas, every choice's outputs replaced by its pieces."""
-    streams: dict[int, _Stream] = {}
-    async for result in results:
+class _Streamed:
+    """``RequestOutput`` s of deltas, every choice's outputs replaced by its pieces.
+
+    An async iterator and no generator: those cost microseconds to begin and to end.
+    """
+
+    def __init__(self, results: AsyncIterator[Any], plan: Plan, keep_text: bool) -> None:
+        self._results = results
+        self._plan = plan
+        self._keep_text = keep_text
+        self._choices: dict[int, Choice] = {}
+
+    def __aiter__(self) -> _Streamed:
+        return self
+
+    async def __anext__(self) -> Any:
+        result = await anext(self._results)
         outputs: list[Any] = []
         for output in result.outputs:
-            stream = streams.get(output.index)
-            if stream is None:
-                stream = streams[output.index] = _Stream(plan.choice(result.prompt_token_ids), all_tokens)
-            outputs += stream.outputs(output)
+            choice = self._choices.get(output.index)
+            if choice is None:
+                choice = self._choices[output.index] = self._plan.choice(result.prompt_token_ids)
+            outputs += _outputs(choice, output, self._keep_text)
         result.outputs = outputs  # deltas are made for this reader alone
-        yield result
+        return result
 
 
 async def _whole(results: AsyncIterator[Any], plan: Plan, messages: dict[int, Message]) -> AsyncGenerator[Any, None]:
@@ -179,11 +196,12 @@ def stream_generator(original: Callable[..., Any]) -> Callable[..., Any]:
         parsers = Parsers.of(self.reasoning_parser_cls, self.tool_parser)
         if parsers is not None:
             plan = Plan.of(parsers, request, tokenizer)
-            result_generator = _streamed(result_generator, plan, bool(request.logprobs))
-            reasoning_parser = _Handover()
+            # Only its log of outputs needs the text.
+            result_generator = _Streamed(result_generator, plan, keep_text=self.enable_log_outputs)
+            reasoning_parser = _Handover(all_tokens=bool(request.logprobs))
             conversation = _echoable(conversation) if request.echo else conversation
-            # Otherwise vLLM would look for calls in the text itself.
-            request = request.model_copy(update={"tool_choice": "none"})
+            if request.tools:  # otherwise vLLM would look for calls in the text itself
+                request = request.model_copy(update={"tool_choice": "none"})
         return original(
             self,
             request,

@@ -21,6 +21,11 @@ class TextStream:
         self._stream: DecodeStream | None = None  # of the bytes since the last token with a text of its own
         self._pending: list[int] = []  # fed, but no text yet
 
+    @property
+    def waits(self) -> bool:
+        """A character may be open."""
+        return self._stream is not None
+
     def push(self, token_id: int) -> str:
         """The text that ``token_id`` completes; empty if a character is still open."""
         text = self._texts.get(token_id) or self._vocabulary.text(token_id)

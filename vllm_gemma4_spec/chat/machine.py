@@ -7,7 +7,6 @@ same, and so is what streamed and plain answers are made of.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
@@ -45,8 +44,7 @@ class Tools(Enum):
     NAMED = "also the JSON arguments of one function in place of content"
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What one request wants.
 
     Attributes:
@@ -87,6 +85,7 @@ class OutputParser:
             prompt: token ids of the prompt; it decides whether the output begins inside a channel.
         """
         self._special = vocabulary.special
+        self._texts = vocabulary.texts
         self._options = options
         self._stream = TextStream(vocabulary)
         self._guard = StopGuard(options.stop, options.include_stop) if options.stop else None
@@ -102,6 +101,7 @@ class OutputParser:
         elif options.tools is Tools.REQUIRED:
             self._forced = RequiredCalls(self)
         self._enter(prompt)
+        self._plain = self._takes_plain()
 
     @property
     def calls(self) -> int:
@@ -126,10 +126,41 @@ class OutputParser:
             if token == tokens.CHANNEL_CLOSE or token == tokens.TOOL_CALL_OPEN or token in tokens.TURN_ENDS:
                 return
 
+    def plain(self, token_ids: Sequence[int]) -> list[Event] | None:
+        """Read tokens at once if all are text and text is taken as it stands here, as in most deltas.
+
+        Such text changes no state, so this is what :meth:`feed` makes of them one by one.
+
+        Returns:
+            The events; None if nothing was read and the tokens are to be fed.
+        """
+        if self._plain is None:
+            return None
+        try:
+            text = "".join([self._texts[token] for token in token_ids])  # type: ignore[misc]
+        except (KeyError, TypeError):  # a control token, one not met before; a byte
+            return None
+        if self._guard is not None:
+            text = self._guard.push_text(text)
+        return [Event(self._plain, text)] if text else []
+
     def feed(self, token: int) -> list[Event]:
         """Read one token; returns the events it brings about."""
         self._feed(token)
+        self._plain = self._takes_plain()
         return self._drain()
+
+    def _takes_plain(self) -> Kind | None:
+        """What text becomes at present, if all of it becomes the same and nothing waits for it."""
+        if self._stream.waits or (self._guard is not None and self._guard.holds_controls):
+            return None
+        if self._mode is _Mode.CONTENT:
+            return Kind.CONTENT if self._forced is None else None
+        if self._mode is _Mode.CALL or self._label is not None:
+            return None
+        if not self._options.reasoning:
+            return Kind.CONTENT
+        return Kind.REASONING if self._options.include_reasoning else None
 
     def _feed(self, token: int) -> None:
         if token in self._special:
@@ -147,6 +178,7 @@ class OutputParser:
 
     def stopped(self, matched: str, engine_length: int) -> None:
         """The tokens still to be fed are the last: the engine found a stop string. See :class:`StopGuard`."""
+        self._plain = None
         if self._guard is not None:
             self._guard.stopped(matched, engine_length)
 

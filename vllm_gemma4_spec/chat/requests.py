@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.reasoning.gemma4_reasoning_parser import Gemma4ReasoningParser
 from vllm.tool_parsers.gemma4_tool_parser import Gemma4ToolParser
@@ -14,8 +13,7 @@ from vllm_gemma4_spec.chat.results import Choice
 from vllm_gemma4_spec.chat.tokens import Vocabulary, vocabulary
 
 
-@dataclass(frozen=True)
-class Parsers:
+class Parsers(NamedTuple):
     """Which of the parsers named ``gemma4`` a server was started with."""
 
     reasoning: bool
@@ -31,8 +29,7 @@ class Parsers:
         return cls(reasoning_parser is not None, tool_parser is not None)
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """How the outputs of one request are parsed."""
 
     vocabulary: Vocabulary

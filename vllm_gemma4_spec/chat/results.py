@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,23 +84,20 @@ class Choice:
             output: ``CompletionOutput`` with the new tokens only (or all at once).
         """
         self._engine_length += len(output.text)
-        parser, token_ids = self._parser, output.token_ids
+        parser, token_ids, finish = self._parser, output.token_ids, output.finish_reason
         last: int | None = None
-        if output.finish_reason is not None:
+        if finish is not None:
             if isinstance(output.stop_reason, str):
                 parser.stopped(output.stop_reason, self._engine_length)
-            elif output.finish_reason == "stop" and token_ids:
+            elif finish == "stop" and token_ids:
                 # The last token is no text: the end of sequence, or one of `stop_token_ids`.
                 last, token_ids = token_ids[-1], token_ids[:-1]
-        pieces, quiet = [Piece()], 0
-        for token in token_ids:
-            events = parser.feed(token)
-            if events:
-                self._append(pieces, events, quiet + 1)
-                quiet = 0
-            else:
-                quiet += 1
-        if output.finish_reason is not None:
+        plain = parser.plain(token_ids)
+        if plain is None:
+            pieces, quiet = self._fed(token_ids)
+        else:
+            pieces, quiet = [Piece(plain[0].kind if plain else None, len(token_ids), plain)], 0
+        if finish is not None:
             events = parser.finish(last)
             quiet += last is not None
             if events:
@@ -107,6 +105,18 @@ class Choice:
                 quiet = 0
         pieces[-1].tokens += quiet
         return pieces
+
+    def _fed(self, token_ids: Sequence[int]) -> tuple[list[Piece], int]:
+        """The pieces of tokens fed one by one, and how many of the last brought nothing about."""
+        pieces, quiet = [Piece()], 0
+        for token in token_ids:
+            events = self._parser.feed(token)
+            if events:
+                self._append(pieces, events, quiet + 1)
+                quiet = 0
+            else:
+                quiet += 1
+        return pieces, quiet
 
     @staticmethod
     def _append(pieces: list[Piece], events: list[Event], tokens: int) -> None:

@@ -26,6 +26,7 @@ class StopGuard:
         self._include = include
         self._items: deque[Item] = deque()
         self._held = 0  # characters in _items
+        self._controls = 0  # control tokens in _items
         self._given = 0  # characters let through
         self._matched: str | None = None
         self._engine_length = 0
@@ -41,10 +42,27 @@ class StopGuard:
         self._matched = matched
         self._engine_length = engine_length
 
+    @property
+    def holds_controls(self) -> bool:
+        """Not only text is held back."""
+        return self._controls > 0
+
+    def push_text(self, text: str) -> str:
+        """Take text while only text is held and no stop string has matched; returns what is certain now."""
+        while self._items:
+            text = self._items.pop().text + text
+        sure = max(len(text) - self._width, 0)
+        self._given += sure
+        self._held = len(text) - sure
+        if self._held:
+            self._items.append(Item(text[sure:]))
+        return text[:sure]
+
     def push(self, item: Item) -> list[Item]:
         """Take one item; returns those that are certain now."""
         self._items.append(item)
         self._held += len(item.text)
+        self._controls += item.token >= 0
         sure = self._held
         if self._matched is not None:
             begin = self._engine_length - (len(self._matched) if self._include else 0)
@@ -79,4 +97,5 @@ class StopGuard:
             count -= len(item.text)
             self._held -= len(item.text)
             self._given += len(item.text)
+            self._controls -= item.token >= 0
         return out
