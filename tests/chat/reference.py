@@ -76,15 +76,15 @@ def understand(
         symbols += [(t, special[t] if shown else "") for t in run] if is_special else [(-1, decode(run))]
     if stop:
         symbols = _until(symbols, stop, include_stop)
-    inside = _prompt_tail(prompt)
-    if inside is not None:  # special tokens without meaning are no text, in a prompt as in an output
-        inside = [t for t in inside if t not in special]
     meaning = Meaning()
     meaningful = set()
     if reasoning or not shown:
         meaningful |= {CHANNEL, END_CHANNEL}
     if tools or not shown:
         meaningful |= {CALL, END_CALL}
+    inside = _prompt_tail(prompt) if CHANNEL in meaningful else None
+    if inside is not None:  # special tokens without meaning are no text, in a prompt as in an output
+        inside = [t for t in inside if t not in special]
     boundaries = meaningful | BREAKS | {CALL, END_CALL}
     at = 0
     if inside is not None:
@@ -139,7 +139,7 @@ def _until(symbols: list[tuple[int, str]], stop: str, include: bool) -> list[tup
 
 def _prompt_tail(prompt: Sequence[int]) -> list[int] | None:
     """The tokens after the channel that the prompt leaves open, if it does."""
-    marks = [i for i, t in enumerate(prompt) if t in BREAKS | {CHANNEL, END_CHANNEL, CALL}]
+    marks = [i for i, t in enumerate(prompt) if t in BREAKS | {CHANNEL, END_CHANNEL, CALL, END_CALL}]
     return list(prompt[marks[-1] + 1 :]) if marks and prompt[marks[-1]] == CHANNEL else None
 
 

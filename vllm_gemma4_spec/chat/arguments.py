@@ -66,19 +66,24 @@ class Arguments:
             out.append(self._step(c))
             if self._stuck:
                 return "".join(out), text[i:]
-            if self._unsaid or c not in _SPACE + ",":
+            if self._unsaid or c not in _SPACE + "," or self._step in (self._quoted_key, self._colon):
                 self._unsaid = "" if out[-1] else self._unsaid + c
         return "".join(out), ""
 
-    def quote(self) -> str | None:
-        """Read a quote token; returns JSON, or None where no string can begin or end."""
+    def quote(self, mark: str = "") -> str | None:
+        """Read a quote token; returns JSON, or None where no string can begin or end.
+
+        ``mark`` is the token's text if it is shown: a key that is cut is given back with it.
+        """
         if self._step == self._string:
             return self._end_string()
         if self._step == self._quoted_key:
             self._step = self._colon
+            self._unsaid += mark
             return ""
         if self._step == self._key_start:
             self._step, self._key = self._quoted_key, ""
+            self._unsaid += mark
             return ""
         if self._step == self._value_start:
             return self._begin_string(self._string)

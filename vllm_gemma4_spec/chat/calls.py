@@ -32,7 +32,7 @@ class Reader(Protocol):
 
     def text(self, text: str) -> None: ...
 
-    def quote(self) -> bool: ...
+    def quote(self, mark: str) -> bool: ...
 
     def end(self) -> None: ...
 
@@ -52,9 +52,9 @@ class _OneCall:
         self._sink.arguments(out)
         return self._settle(rest)
 
-    def quote(self) -> bool:
-        """Read a quote token; False where it cannot stand."""
-        out = self._arguments.quote()
+    def quote(self, mark: str) -> bool:
+        """Read a quote token, whose text is ``mark`` if it is shown; False where it cannot stand."""
+        out = self._arguments.quote(mark)
         if out is not None:
             self._sink.arguments(out)
         return out is not None
@@ -113,10 +113,11 @@ class NativeCall:
         self._plain = True
         return self._head + brace + rest
 
-    def quote(self) -> bool:
+    def quote(self, mark: str) -> bool:
         if self._plain or self._call is None or self._call.over:
+            self._plain |= bool(mark) and self._call is not None  # the space behind it is text
             return False
-        if self._call.quote():
+        if self._call.quote(mark):
             return True
         self._sink.content(self._call.end())
         self._plain = True
@@ -151,7 +152,7 @@ class NamedCall:
         if text:
             self._sink.content(text)
 
-    def quote(self) -> bool:
+    def quote(self, mark: str) -> bool:
         return False
 
     def end(self) -> None:
@@ -209,7 +210,7 @@ class RequiredCalls:
         self._call = _OneCall(self._sink)
         return text[match.end() :]
 
-    def quote(self) -> bool:
+    def quote(self, mark: str) -> bool:
         return False
 
     def end(self) -> None:

@@ -69,6 +69,11 @@ class Vocabulary:
             self.texts[token_id] = text
             return text
 
+    def byte(self, token_id: int) -> bytes | None:
+        """The byte that a token of byte fallback stands for; None for other tokens."""
+        piece = self.core.id_to_token(token_id) if self.one_by_one else None
+        return bytes([int(piece[3:5], 16)]) if piece is not None and _BYTE.match(piece) else None
+
 
 def vocabulary(tokenizer: Any) -> Vocabulary:
     """Check a tokenizer against the genuine ids and take what the parser needs.
