@@ -89,6 +89,11 @@ class Server:
     ) -> None:
         self.stop()
 
+    @property
+    def pid(self) -> int:
+        """Of the process that was started, the leader of the group; 0 before and after."""
+        return self._process.pid if self._process is not None else 0
+
     def get(self, path: str) -> str:
         """The body of a GET, straight to the server whatever proxies the environment names.
 
