@@ -121,6 +121,15 @@ class Server:
             time.sleep(0.5)
         raise ServerError(f"vllm serve was not ready after {self.timeout:.0f} s; its log: {self.log}")
 
+    def wait(self, seconds: float) -> int | None:
+        """The exit code once the server has ended by itself; None if it has not after ``seconds``."""
+        if self._process is None:
+            return None
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
     def stop(self) -> None:
         """Ask the process group to end, then make it."""
         process, self._process = self._process, None
