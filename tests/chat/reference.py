@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 CALL, END_CALL, RESPONSE, QUOTE, CHANNEL, END_CHANNEL, TURN, END_TURN, EOS = 48, 49, 50, 52, 100, 101, 105, 106, 1
@@ -275,6 +275,13 @@ def _json_key(raw: str) -> str:
         return raw
 
 
+def _fraction(text: str) -> Any:
+    try:
+        return Decimal(text)
+    except InvalidOperation:  # an exponent that not even Decimal has
+        return ("number", text)
+
+
 def scalar(text: str) -> Any:
     """A value without quotes."""
     if text.lower() in ("none", "nil", "null"):
@@ -282,12 +289,12 @@ def scalar(text: str) -> Any:
     if text in ("true", "false"):
         return text == "true"
     try:
-        value = json.loads(text, parse_float=Decimal, parse_constant=str)
+        value = json.loads(text, parse_float=_fraction, parse_constant=str)
     except ValueError:
         return text
-    return value if isinstance(value, (int, Decimal)) else text
+    return value if isinstance(value, (int, Decimal, tuple)) else text
 
 
 def read_json(text: str) -> Any:
     """JSON in the same form: objects as lists of pairs, fractions as Decimal."""
-    return json.loads(text, object_pairs_hook=Pairs, parse_float=Decimal)
+    return json.loads(text, object_pairs_hook=Pairs, parse_float=_fraction)

@@ -39,8 +39,10 @@ async def ask(http: httpx.AsyncClient, asked: Asked, stream: bool, leave_after: 
     Args:
         leave_after: hang up after so many chunks, or, when not streamed, after so many hundredths of a second.
     """
+    # vLLM refuses some requests from a handler after which uvicorn closes the connection: not one to keep.
+    headers = {"Connection": "close"} if asked.status != 200 else {}
     if not stream:
-        post = http.post(PATH, json=asked.body)
+        post = http.post(PATH, json=asked.body, headers=headers)
         try:
             reply = await (post if leave_after is None else asyncio.wait_for(post, leave_after / 100))
         except (asyncio.TimeoutError, TimeoutError):
@@ -51,7 +53,7 @@ async def ask(http: httpx.AsyncClient, asked: Asked, stream: bool, leave_after: 
         return whole_choice(made["choices"][0], made["usage"]["completion_tokens"])
     body = {**asked.body, "stream": True, "stream_options": {"include_usage": True}}
     chunks: list[dict[str, Any]] = []
-    async with http.stream("POST", PATH, json=body) as reply:
+    async with http.stream("POST", PATH, json=body, headers=headers) as reply:
         if reply.status_code != 200:
             return {"status": reply.status_code, "body": (await reply.aread()).decode()[:300]}
         async for line in reply.aiter_lines():

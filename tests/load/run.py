@@ -99,7 +99,9 @@ def run(
             left = leaks.settled(server)
             time.sleep(1)  # connections that the clients closed
             result.rounds.append(leaks.held(server))
-            step(f"round {number}: {found.counts.total()} requests, {len(found.errors)} errors, {result.rounds[-1]}")
+            step(f"round {number}: {found.counts.total()} requests, {result.rounds[-1]}")
+            for error in found.errors[:3]:
+                step(error)
         result.seconds = time.monotonic() - began
         names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
         result.left = {name.removeprefix("vllm:"): left[name] for name in names}
