@@ -17,6 +17,7 @@ CALL, END_CALL, RESPONSE, QUOTE, CHANNEL, END_CHANNEL, TURN, END_TURN, EOS = 48,
 BREAKS = {EOS, RESPONSE, TURN, END_TURN}  # these end whatever is open
 MARK = "\ue000"  # a quote token inside a call's text
 SPACE = " \t\r\n"
+DEEPEST = 100  # objects and arrays in one another
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -179,7 +180,7 @@ def _skip(body: str, at: int, more: str = "") -> int:
     return at
 
 
-def _object(body: str, at: int, pairs: list[Any]) -> int:
+def _object(body: str, at: int, pairs: list[Any], depth: int = 1) -> int:
     while True:
         at = _skip(body, at, ",")
         if body[at : at + 1] == "}":
@@ -202,23 +203,23 @@ def _object(body: str, at: int, pairs: list[Any]) -> int:
             key, at = match[0].strip(SPACE), match.end()
         if body[at : at + 1] != ":":
             raise BrokenCallError(begin)
-        at = _value(body, at + 1, lambda value, key=key: pairs.append((key, value)), begin, "}")
+        at = _value(body, at + 1, lambda value, key=key: pairs.append((key, value)), begin, "}", depth)
         at = _skip(body, at)
         if body[at : at + 1] not in (",", "}"):
             raise BrokenCallError(at)
 
 
-def _array(body: str, at: int, items: list[Any]) -> int:
+def _array(body: str, at: int, items: list[Any], depth: int) -> int:
     while True:
         at = _skip(body, at, ",")
         if body[at : at + 1] == "]":
             return at + 1
-        at = _skip(body, _value(body, at, items.append, at, "]"))
+        at = _skip(body, _value(body, at, items.append, at, "]", depth))
         if body[at : at + 1] not in (",", "]"):
             raise BrokenCallError(at)
 
 
-def _value(body: str, at: int, keep: Callable[[Any], None], begin: int, closer: str) -> int:
+def _value(body: str, at: int, keep: Callable[[Any], None], begin: int, closer: str, depth: int) -> int:
     at = _skip(body, at)
     first = body[at : at + 1]
     if first == MARK:
@@ -235,14 +236,16 @@ def _value(body: str, at: int, keep: Callable[[Any], None], begin: int, closer: 
         if stop != end:
             raise BrokenCallError(stop)
         return end + 1
+    if first and first in "{[" and depth == DEEPEST:
+        raise BrokenCallError(begin)
     if first == "{":
         pairs = Pairs()
         keep(pairs)
-        return _object(body, at + 1, pairs)
+        return _object(body, at + 1, pairs, depth + 1)
     if first == "[":
         items: list[Any] = []
         keep(items)
-        return _array(body, at + 1, items)
+        return _array(body, at + 1, items, depth + 1)
     match = re.compile(rf"[^,{{}}\[\]{MARK}]*").match(body, at)
     assert match
     if body[match.end() : match.end() + 1] not in (",", closer) or match.end() == len(body):

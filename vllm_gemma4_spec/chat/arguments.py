@@ -19,6 +19,7 @@ _ESCAPE = re.compile(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{4})\Z')
 _ESCAPE_BEGUN = re.compile(r"\\(u[0-9a-fA-F]{0,3})?\Z")
 _SPACE = " \t\r\n"
 _CLOSER = {"{": "}", "[": "]"}
+_DEEPEST = 100  # braces and brackets in one another; JSON parsers give up on more (serde at 128, Python near 1,000)
 
 
 def json_text(text: str) -> str:
@@ -116,6 +117,8 @@ class Arguments:
         return self._push(c) if c == "{" else "" if c in _SPACE else self._no()
 
     def _push(self, brace: str) -> str:
+        if len(self._open) == _DEEPEST:
+            return self._no()
         out = self._before_value() + brace if self._open else brace
         self._open.append(brace)
         self._empty = True
