@@ -71,6 +71,7 @@ def run(
     overlay: bool = True,
     seqs: int = 32,
     blocks: int = 700,
+    questions: int = 60,
     seed: int = 1,
     step: Callable[[str], None] = lambda text: None,
 ) -> Result:
@@ -79,12 +80,13 @@ def run(
         overlay: otherwise vLLM as it is, which speculates on no CPU.
         seqs: requests that the engine runs at once; the other clients' wait.
         blocks: of the KV cache; few enough that requests are preempted.
+        questions: different greedy requests, each of which is first asked alone.
     """
     arguments = demo.serve_arguments(pair, speculate and overlay)
     arguments += ["--max-num-seqs", str(seqs), "--block-size", "16", "--num-gpu-blocks-override", str(blocks)]
 
     result = Result()
-    asked = pool(60)
+    asked = pool(questions)
     switches = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_GEMMA4_SPEC": str(int(overlay))}
     with environment(**switches), Server(arguments, log) as server:
         wanted = asyncio.run(clients.alone(server.url, asked))
@@ -99,9 +101,12 @@ def run(
             left = leaks.settled(server)
             time.sleep(1)  # connections that the clients closed
             result.rounds.append(leaks.held(server))
-            step(f"round {number}: {found.counts.total()} requests, {result.rounds[-1]}")
-            for error in found.errors[:3]:
-                step(error)
+            step(
+                f"round {number}: {found.counts.total()} requests, {len(found.different)} answers unlike those given "
+                f"alone, {len(found.errors)} errors, {result.rounds[-1]}"
+            )
+            for more in (*found.errors[:3], *found.different[:3]):
+                step(str(more))
         result.seconds = time.monotonic() - began
         names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
         result.left = {name.removeprefix("vllm:"): left[name] for name in names}
