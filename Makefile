@@ -8,7 +8,7 @@ STAMP   = $(VENV)/.installed
 # Tests read the genuine tokenizer, templates and configs where this names them, and say what they skip.
 export GEMMA4_ARTIFACTS ?=
 
-.PHONY: setup demo test test-slow lint types check fingerprints ledger wheel docs clean
+.PHONY: setup demo test test-slow test-load test-faults fuzz lint types check fingerprints ledger wheel docs clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,17 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# 64 clients on the CPU server, and the same on stock vLLM; faults on both; fuzzing of every parser (about an hour).
+test-load: setup
+	$(BIN)/python -m pytest -m slow tests/load -s
+
+test-faults: setup
+	$(BIN)/python -m pytest -m slow tests/faults -s
+
+fuzz: setup
+	$(BIN)/uv pip install --quiet --python $(BIN)/python 'atheris>=3'
+	$(BIN)/python -m tests.fuzz
 
 lint: setup
 	$(BIN)/ruff check .
@@ -53,4 +64,4 @@ docs: setup
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz

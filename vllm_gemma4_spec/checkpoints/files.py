@@ -215,7 +215,7 @@ class Checkpoint:
         if not isinstance(found, dict):
             raise CheckpointError(f"{index}: weight_map must be an object of tensor and file names")
         for name, file in found.items():
-            if not isinstance(file, str) or file != Path(file).name or file == "..":
+            if not isinstance(file, str) or file != Path(file).name or file in ("", ".."):
                 raise CheckpointError(f"{index}: {name!r} lies in {file!r}, which names no file of this folder")
         return found
 
