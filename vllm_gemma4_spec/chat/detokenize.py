@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
@@ -20,20 +21,19 @@ class TextStream:
         self._vocabulary = vocabulary
         self._texts = vocabulary.texts
         self._core = vocabulary.core
-        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")  # of byte tokens
-        self._open = False  # bytes were read since the last token with a text of its own
-        self._stream: DecodeStream | None = None  # of other tokens without one
-        self._pending: list[int] = []  # fed to it, but no text yet
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        # Decodes what came since the last token with a text of its own: bytes, or other tokens.
+        self._stream: Any = None
+        self._pending: list[int] = []  # fed to a DecodeStream, but no text yet
 
     def push(self, token_id: int) -> str:
         """The text that ``token_id`` completes; empty if a character is still open."""
         text = self._texts.get(token_id) or self._vocabulary.text(token_id)
         if text is not None:
-            return text if self._stream is None and not self._open else self.flush() + text
-        byte = self._vocabulary.byte(token_id)
-        if byte is not None:
-            self._open = True
-            return self._bytes.decode(byte)
+            return text if self._stream is None else self.flush() + text
+        if self._vocabulary.one_by_one:
+            self._stream = self._bytes
+            return self._bytes.decode(self._vocabulary.byte(token_id))
         if self._stream is None:
             self._stream = DecodeStream(skip_special_tokens=False)
         try:
@@ -58,7 +58,6 @@ class TextStream:
     def flush(self) -> str:
         """The text of an unfinished character, and a fresh start for the next token."""
         text = self._bytes.decode(b"", final=True)
-        self._open = False
         if self._pending:
             text += self._core.decode(self._pending, skip_special_tokens=False)
         self._pending.clear()
