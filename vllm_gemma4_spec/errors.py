@@ -12,7 +12,14 @@ from typing import NoReturn
 
 
 class Gemma4SpecError(Exception):
-    """Base of all errors raised for something a user can mend."""
+    """Base of all errors raised for something a user can mend.
+
+    The message stays one line, and draws nothing on a terminal, whatever names it quotes.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class VersionError(Gemma4SpecError):

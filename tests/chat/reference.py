@@ -10,13 +10,14 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 CALL, END_CALL, RESPONSE, QUOTE, CHANNEL, END_CHANNEL, TURN, END_TURN, EOS = 48, 49, 50, 52, 100, 101, 105, 106, 1
 BREAKS = {EOS, RESPONSE, TURN, END_TURN}  # these end whatever is open
 MARK = "\ue000"  # a quote token inside a call's text
 SPACE = " \t\r\n"
+DEEPEST = 100  # objects and arrays in one another
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -76,15 +77,15 @@ def understand(
         symbols += [(t, special[t] if shown else "") for t in run] if is_special else [(-1, decode(run))]
     if stop:
         symbols = _until(symbols, stop, include_stop)
-    inside = _prompt_tail(prompt)
-    if inside is not None:  # special tokens without meaning are no text, in a prompt as in an output
-        inside = [t for t in inside if t not in special]
     meaning = Meaning()
     meaningful = set()
     if reasoning or not shown:
         meaningful |= {CHANNEL, END_CHANNEL}
     if tools or not shown:
         meaningful |= {CALL, END_CALL}
+    inside = _prompt_tail(prompt) if CHANNEL in meaningful else None
+    if inside is not None:  # special tokens without meaning are no text, in a prompt as in an output
+        inside = [t for t in inside if t not in special]
     boundaries = meaningful | BREAKS | {CALL, END_CALL}
     at = 0
     if inside is not None:
@@ -139,7 +140,7 @@ def _until(symbols: list[tuple[int, str]], stop: str, include: bool) -> list[tup
 
 def _prompt_tail(prompt: Sequence[int]) -> list[int] | None:
     """The tokens after the channel that the prompt leaves open, if it does."""
-    marks = [i for i, t in enumerate(prompt) if t in BREAKS | {CHANNEL, END_CHANNEL, CALL}]
+    marks = [i for i, t in enumerate(prompt) if t in BREAKS | {CHANNEL, END_CHANNEL, CALL, END_CALL}]
     return list(prompt[marks[-1] + 1 :]) if marks and prompt[marks[-1]] == CHANNEL else None
 
 
@@ -179,7 +180,7 @@ def _skip(body: str, at: int, more: str = "") -> int:
     return at
 
 
-def _object(body: str, at: int, pairs: list[Any]) -> int:
+def _object(body: str, at: int, pairs: list[Any], depth: int = 1) -> int:
     while True:
         at = _skip(body, at, ",")
         if body[at : at + 1] == "}":
@@ -202,23 +203,23 @@ def _object(body: str, at: int, pairs: list[Any]) -> int:
             key, at = match[0].strip(SPACE), match.end()
         if body[at : at + 1] != ":":
             raise BrokenCallError(begin)
-        at = _value(body, at + 1, lambda value, key=key: pairs.append((key, value)), begin, "}")
+        at = _value(body, at + 1, lambda value, key=key: pairs.append((key, value)), begin, "}", depth)
         at = _skip(body, at)
         if body[at : at + 1] not in (",", "}"):
             raise BrokenCallError(at)
 
 
-def _array(body: str, at: int, items: list[Any]) -> int:
+def _array(body: str, at: int, items: list[Any], depth: int) -> int:
     while True:
         at = _skip(body, at, ",")
         if body[at : at + 1] == "]":
             return at + 1
-        at = _skip(body, _value(body, at, items.append, at, "]"))
+        at = _skip(body, _value(body, at, items.append, at, "]", depth))
         if body[at : at + 1] not in (",", "]"):
             raise BrokenCallError(at)
 
 
-def _value(body: str, at: int, keep: Callable[[Any], None], begin: int, closer: str) -> int:
+def _value(body: str, at: int, keep: Callable[[Any], None], begin: int, closer: str, depth: int) -> int:
     at = _skip(body, at)
     first = body[at : at + 1]
     if first == MARK:
@@ -235,14 +236,16 @@ def _value(body: str, at: int, keep: Callable[[Any], None], begin: int, closer: 
         if stop != end:
             raise BrokenCallError(stop)
         return end + 1
+    if first and first in "{[" and depth == DEEPEST:
+        raise BrokenCallError(begin)
     if first == "{":
         pairs = Pairs()
         keep(pairs)
-        return _object(body, at + 1, pairs)
+        return _object(body, at + 1, pairs, depth + 1)
     if first == "[":
         items: list[Any] = []
         keep(items)
-        return _array(body, at + 1, items)
+        return _array(body, at + 1, items, depth + 1)
     match = re.compile(rf"[^,{{}}\[\]{MARK}]*").match(body, at)
     assert match
     if body[match.end() : match.end() + 1] not in (",", closer) or match.end() == len(body):
@@ -275,6 +278,13 @@ def _json_key(raw: str) -> str:
         return raw
 
 
+def _fraction(text: str) -> Any:
+    try:
+        return Decimal(text)
+    except InvalidOperation:  # an exponent that not even Decimal has
+        return ("number", text)
+
+
 def scalar(text: str) -> Any:
     """A value without quotes."""
     if text.lower() in ("none", "nil", "null"):
@@ -282,12 +292,12 @@ def scalar(text: str) -> Any:
     if text in ("true", "false"):
         return text == "true"
     try:
-        value = json.loads(text, parse_float=Decimal, parse_constant=str)
+        value = json.loads(text, parse_float=_fraction, parse_constant=str)
     except ValueError:
         return text
-    return value if isinstance(value, (int, Decimal)) else text
+    return value if isinstance(value, (int, Decimal, tuple)) else text
 
 
 def read_json(text: str) -> Any:
     """JSON in the same form: objects as lists of pairs, fractions as Decimal."""
-    return json.loads(text, object_pairs_hook=Pairs, parse_float=Decimal)
+    return json.loads(text, object_pairs_hook=Pairs, parse_float=_fraction)

@@ -19,6 +19,7 @@ _ESCAPE = re.compile(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{4})\Z')
 _ESCAPE_BEGUN = re.compile(r"\\(u[0-9a-fA-F]{0,3})?\Z")
 _SPACE = " \t\r\n"
 _CLOSER = {"{": "}", "[": "]"}
+_DEEPEST = 100  # braces and brackets in one another; JSON parsers give up on more (serde at 128, Python near 1,000)
 
 
 def json_text(text: str) -> str:
@@ -66,19 +67,24 @@ class Arguments:
             out.append(self._step(c))
             if self._stuck:
                 return "".join(out), text[i:]
-            if self._unsaid or c not in _SPACE + ",":
+            if self._unsaid or c not in _SPACE + "," or self._step in (self._quoted_key, self._colon):
                 self._unsaid = "" if out[-1] else self._unsaid + c
         return "".join(out), ""
 
-    def quote(self) -> str | None:
-        """Read a quote token; returns JSON, or None where no string can begin or end."""
+    def quote(self, mark: str = "") -> str | None:
+        """Read a quote token; returns JSON, or None where no string can begin or end.
+
+        ``mark`` is the token's text if it is shown: a key that is cut is given back with it.
+        """
         if self._step == self._string:
             return self._end_string()
         if self._step == self._quoted_key:
             self._step = self._colon
+            self._unsaid += mark
             return ""
         if self._step == self._key_start:
             self._step, self._key = self._quoted_key, ""
+            self._unsaid += mark
             return ""
         if self._step == self._value_start:
             return self._begin_string(self._string)
@@ -111,6 +117,8 @@ class Arguments:
         return self._push(c) if c == "{" else "" if c in _SPACE else self._no()
 
     def _push(self, brace: str) -> str:
+        if len(self._open) == _DEEPEST:
+            return self._no()
         out = self._before_value() + brace if self._open else brace
         self._open.append(brace)
         self._empty = True

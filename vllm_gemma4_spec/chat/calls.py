@@ -11,7 +11,7 @@ import regex  # a dependency of vLLM; unlike `re` it knows partial matches
 from vllm_gemma4_spec.chat.arguments import Arguments
 
 _PREFIX = "call:"
-_HEAD = re.compile(r"\s*call:\s*([^\s{}]+)\s*\Z")
+_HEAD = re.compile(r"call:\s*([^\s{}]+)\s*\Z")
 _SPACE = " \t\r\n"
 
 
@@ -32,7 +32,7 @@ class Reader(Protocol):
 
     def text(self, text: str) -> None: ...
 
-    def quote(self) -> bool: ...
+    def quote(self, mark: str) -> bool: ...
 
     def end(self) -> None: ...
 
@@ -52,9 +52,9 @@ class _OneCall:
         self._sink.arguments(out)
         return self._settle(rest)
 
-    def quote(self) -> bool:
-        """Read a quote token; False where it cannot stand."""
-        out = self._arguments.quote()
+    def quote(self, mark: str) -> bool:
+        """Read a quote token, whose text is ``mark`` if it is shown; False where it cannot stand."""
+        out = self._arguments.quote(mark)
         if out is not None:
             self._sink.arguments(out)
         return out is not None
@@ -85,6 +85,7 @@ class NativeCall:
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
+        self._space = ""  # before the head
         self._head = ""
         self._call: _OneCall | None = None
         self._plain = False  # from here on it is no call
@@ -101,29 +102,33 @@ class NativeCall:
     def _read_head(self, text: str) -> str:
         """Returns what is left to read: the arguments, or all of it if this is no call."""
         head, brace, rest = text.partition("{")
+        if not self._head:
+            stripped = head.lstrip()
+            self._space += head[: len(head) - len(stripped)]
+            head = stripped
         self._head += head
         match = _HEAD.match(self._head) if brace else None
         if match:
             self._sink.begin_call(match[1])
             self._call = _OneCall(self._sink)
             return brace + rest
-        begun = self._head.lstrip()[: len(_PREFIX)]
-        if not brace and _PREFIX.startswith(begun):
+        if not brace and _PREFIX.startswith(self._head[: len(_PREFIX)]):
             return ""
         self._plain = True
-        return self._head + brace + rest
+        return self._space + self._head + brace + rest
 
-    def quote(self) -> bool:
+    def quote(self, mark: str) -> bool:
         if self._plain or self._call is None or self._call.over:
+            self._plain |= bool(mark) and self._call is not None  # the space behind it is text
             return False
-        if self._call.quote():
+        if self._call.quote(mark):
             return True
         self._sink.content(self._call.end())
         self._plain = True
         return False
 
     def end(self) -> None:
-        rest = self._call.end() if self._call is not None else "" if self._plain else self._head
+        rest = self._call.end() if self._call is not None else "" if self._plain else self._space + self._head
         if rest:
             self._sink.content(rest)
 
@@ -151,7 +156,7 @@ class NamedCall:
         if text:
             self._sink.content(text)
 
-    def quote(self) -> bool:
+    def quote(self, mark: str) -> bool:
         return False
 
     def end(self) -> None:
@@ -209,7 +214,7 @@ class RequiredCalls:
         self._call = _OneCall(self._sink)
         return text[match.end() :]
 
-    def quote(self) -> bool:
+    def quote(self, mark: str) -> bool:
         return False
 
     def end(self) -> None:

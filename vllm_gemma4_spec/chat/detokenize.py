@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+from typing import Any
+
 from tokenizers.decoders import DecodeStream
 
 from vllm_gemma4_spec.chat.tokens import Vocabulary
@@ -18,8 +21,10 @@ class TextStream:
         self._vocabulary = vocabulary
         self._texts = vocabulary.texts
         self._core = vocabulary.core
-        self._stream: DecodeStream | None = None  # of the bytes since the last token with a text of its own
-        self._pending: list[int] = []  # fed, but no text yet
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        # Decodes what came since the last token with a text of its own: bytes, or other tokens.
+        self._stream: Any = None
+        self._pending: list[int] = []  # fed to a DecodeStream, but no text yet
 
     @property
     def waits(self) -> bool:
@@ -31,6 +36,9 @@ class TextStream:
         text = self._texts.get(token_id) or self._vocabulary.text(token_id)
         if text is not None:
             return text if self._stream is None else self.flush() + text
+        if self._vocabulary.one_by_one:
+            self._stream = self._bytes
+            return self._bytes.decode(self._vocabulary.byte(token_id))
         if self._stream is None:
             self._stream = DecodeStream(skip_special_tokens=False)
         try:
@@ -54,7 +62,9 @@ class TextStream:
 
     def flush(self) -> str:
         """The text of an unfinished character, and a fresh start for the next token."""
-        text = self._core.decode(self._pending, skip_special_tokens=False) if self._pending else ""
+        text = self._bytes.decode(b"", final=True)
+        if self._pending:
+            text += self._core.decode(self._pending, skip_special_tokens=False)
         self._pending.clear()
         self._stream = None
-        return str(text)
+        return text

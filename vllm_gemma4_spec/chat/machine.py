@@ -91,6 +91,7 @@ class OutputParser:
         self._guard = StopGuard(options.stop, options.include_stop) if options.stop else None
         self._mode = _Mode.CONTENT
         self._label: str | None = None  # the beginning of a channel, while it may be the label
+        self._known = 0  # characters of it that stand in the prompt
         self._native: NativeCall | None = None
         self._events: list[Event] = []
         self._begun = 0
@@ -119,9 +120,13 @@ class OutputParser:
         for start in range(len(prompt) - 1, -1, -1):
             token = prompt[start]
             if token == tokens.CHANNEL_OPEN:
+                guard, self._guard = self._guard, None  # stop strings are looked for in the output alone
                 for inside in prompt[start:]:
                     self._feed(inside)
+                self._stream.flush()
+                self._guard = guard
                 self._events.clear()
+                self._known = len(self._label or "")
                 return
             if token == tokens.CHANNEL_CLOSE or token == tokens.TOOL_CALL_OPEN or token in tokens.TURN_ENDS:
                 return
@@ -218,12 +223,12 @@ class OutputParser:
     # Below, items are certain to belong to the output.
 
     def _read(self, item: Item) -> None:
-        if item.token >= 0 and self._structure(item.token):
+        if item.token >= 0 and self._structure(item.token, item.text):
             return
         if item.text:
             self._text(item.text)
 
-    def _structure(self, token: int) -> bool:
+    def _structure(self, token: int, text: str) -> bool:
         """Follow a token of the output's structure; False for every other special token."""
         if token in (tokens.CHANNEL_OPEN, tokens.CHANNEL_CLOSE):
             if not self._options.reasoning and self._options.special_text:
@@ -243,7 +248,7 @@ class OutputParser:
             return True
         if token in tokens.TURN_ENDS:
             self._leave()
-        return token == tokens.QUOTE and self._native is not None and self._native.quote()
+        return token == tokens.QUOTE and self._native is not None and self._native.quote(text)
 
     def _text(self, text: str) -> None:
         if self._mode is _Mode.CHANNEL:
@@ -262,15 +267,16 @@ class OutputParser:
                 self._label = text
                 return
             self._label = None
-            text = text.removeprefix(tokens.LABEL + "\n")
+            said = text.removeprefix(tokens.LABEL + "\n")
+            text = text[self._known :] if said == text else said
         self._reasoning(text)
 
     def _leave(self) -> None:
         """End the channel or the call that is open."""
         if self._mode is _Mode.CHANNEL:
             if self._label and self._label != tokens.LABEL:
-                self._reasoning(self._label)
-            self._label = None
+                self._reasoning(self._label[self._known :])
+            self._label, self._known = None, 0
         elif self._native is not None:
             self._native.end()
             self._native = None

@@ -69,6 +69,11 @@ class Vocabulary:
             self.texts[token_id] = text
             return text
 
+    def byte(self, token_id: int) -> bytes:
+        """What a token without a text of its own stands for: a byte, or nothing for an id that no token has."""
+        piece = self.core.id_to_token(token_id)
+        return bytes([int(piece[3:5], 16)]) if piece is not None else b""
+
 
 def vocabulary(tokenizer: Any) -> Vocabulary:
     """Check a tokenizer against the genuine ids and take what the parser needs.

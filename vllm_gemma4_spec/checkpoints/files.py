@@ -67,7 +67,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             header = json.loads(stream.read(length)) if length <= min(size, _MAX_HEADER) else None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: no safetensors header; the file is cut short or damaged, download it again")
@@ -76,14 +76,17 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         if name == "__metadata__":
             continue
         try:
-            begin, end = (8 + length + int(offset) for offset in entry["data_offsets"])
-            info = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), file, begin, end)
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            described = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end - begin))
         except (KeyError, TypeError, ValueError):
-            raise CheckpointError(f"{file}: its header does not describe {name}; the file is damaged") from None
+            described = False
+        if not described:
+            raise CheckpointError(f"{file}: its header does not describe {name!r}; the file is damaged")
+        info = TensorInfo(name, dtype, tuple(shape), file, 8 + length + begin, 8 + length + end)
         wanted = math.prod(info.shape) * _BYTES.get(info.dtype, 0)
-        if end > size:
+        if info.end > size:
             raise CheckpointError(
-                f"{info}: the file ends {end - size} bytes before the tensor does; download {file} again"
+                f"{info}: the file ends {info.end - size} bytes before the tensor does; download {file} again"
             )
         if info.dtype in _BYTES and info.bytes != wanted:
             raise CheckpointError(
@@ -198,13 +201,25 @@ class Checkpoint:
         self.config = _read_json(self.folder / "config.json")
 
     @cached_property
+    def _weight_map(self) -> dict[str, str]:
+        """Tensor -> file, of the index. A file beside the index has no folder in its name."""
+        index = self.folder / INDEX
+        found = _read_json(index).get("weight_map", {})
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{index}: weight_map must be an object of tensor and file names")
+        for name, file in found.items():
+            if not isinstance(file, str) or file != Path(file).name or file in ("", ".."):
+                raise CheckpointError(f"{index}: {name!r} lies in {file!r}, which names no file of this folder")
+        return found
+
+    @cached_property
     def files(self) -> list[Path]:
         """The shards, by name; those of the index where there is one."""
         index = self.folder / INDEX
         if not index.is_file():
             found = sorted(self.folder.glob("*.safetensors"))
         else:
-            found = [self.folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+            found = [self.folder / name for name in sorted(set(self._weight_map.values()))]
         if not found:
             raise CheckpointError(f"{self.folder}: no *.safetensors file")
         return found
@@ -213,16 +228,23 @@ class Checkpoint:
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor, by name; complete against the index."""
         tensors = read_headers(self.files)
-        index = self.folder / INDEX
-        for name, file in (_read_json(index).get("weight_map", {}) if index.is_file() else {}).items():
+        for name, file in (self._weight_map if (self.folder / INDEX).is_file() else {}).items():
             if name not in tensors:
                 raise CheckpointError(f"{name}: the index promises it in {file}, which does not hold it")
         return tensors
 
     @property
+    def quantization_config(self) -> dict[str, Any]:
+        """config.json's ``quantization_config``; {} without one."""
+        found = self.config.get("quantization_config") or {}
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{self.folder / 'config.json'}: quantization_config must be an object")
+        return found
+
+    @property
     def quantization(self) -> dict[str, Any]:
         """``quantization`` of hf_quant_config.json, or config.json's flat ``quantization_config``; {} if neither."""
-        flat = self.config.get("quantization_config") or {}
+        flat = self.quantization_config
         legacy = self.folder / "hf_quant_config.json"
         if not flat and legacy.is_file():
             flat = _read_json(legacy)

@@ -105,7 +105,8 @@ def scan(checkpoint: Checkpoint, step: Callable[[Path], None] = lambda file: Non
 def inspect(checkpoint: Checkpoint, step: Callable[[Path], None] = lambda file: None) -> Report:
     """Raises CheckpointError for a checkpoint that cannot be read."""
     section = checkpoint.quantization
-    producer = checkpoint.config.get("quantization_config", {}).get("producer", {})
+    producer = checkpoint.quantization_config.get("producer")
+    producer = producer if isinstance(producer, dict) else {}
     nan = [
         NanLayer(
             module=module.module,
@@ -116,14 +117,15 @@ def inspect(checkpoint: Checkpoint, step: Callable[[Path], None] = lambda file: 
         )
         for module, found in scan(checkpoint, step)
     ]
-    method = checkpoint.config.get("quantization_config", {}).get("quant_method") or ("modelopt" if section else None)
+    method = _word(checkpoint.quantization_config.get("quant_method")) or ("modelopt" if section else None)
+    architectures = checkpoint.config.get("architectures") or []
     return Report(
         path=str(checkpoint.folder),
-        architectures=checkpoint.config.get("architectures") or [],
+        architectures=[str(a) for a in architectures] if isinstance(architectures, list) else [str(architectures)],
         quant_method=method,
-        algorithm=section.get("quant_algo") or section.get("format"),
+        algorithm=_word(section.get("quant_algo") or section.get("format")),
         producer=" ".join(str(producer[key]) for key in ("name", "version") if key in producer) or None,
-        kv_cache=section.get("kv_cache_quant_algo") or ("FP8" if section.get("kv_cache_scheme") else None),
+        kv_cache=_word(section.get("kv_cache_quant_algo")) or ("FP8" if section.get("kv_cache_scheme") else None),
         tensors=len(checkpoint.tensors),
         shards=len(checkpoint.files),
         bytes=sum(t.bytes for t in checkpoint.tensors.values()),
@@ -134,6 +136,11 @@ def inspect(checkpoint: Checkpoint, step: Callable[[Path], None] = lambda file: 
         vllm_alone=_vllm_alone(checkpoint, method, bool(nan)),
         with_overlay=_with_overlay(checkpoint, method, nan),
     )
+
+
+def _word(value: Any) -> str | None:
+    """A config may hold anything; what is no text is shown as it stands."""
+    return str(value) if value else None
 
 
 def _kinds(checkpoint: Checkpoint) -> list[Kind]:

@@ -150,7 +150,9 @@ def _calibration_line(line: str, where: str) -> str | list[int]:
     except ValueError:
         return line  # text that happens to begin so
     if isinstance(value, dict):
-        value = value.get("text") or value.get("prompt") or "\n".join(value.get("turns", ()))
+        turns = value.get("turns")
+        joined = "\n".join(map(str, turns)) if isinstance(turns, list) else ""
+        value = value.get("text") or value.get("prompt") or joined
     whole = isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, int) for v in value))
     if not value or not whole:
         raise CheckpointError(

@@ -89,6 +89,11 @@ class Server:
     ) -> None:
         self.stop()
 
+    @property
+    def pid(self) -> int:
+        """Of the process that was started, the leader of the group; 0 before and after."""
+        return self._process.pid if self._process is not None else 0
+
     def get(self, path: str) -> str:
         """The body of a GET, straight to the server whatever proxies the environment names.
 
@@ -115,6 +120,15 @@ class Server:
             self.waiting(waited)
             time.sleep(0.5)
         raise ServerError(f"vllm serve was not ready after {self.timeout:.0f} s; its log: {self.log}")
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit code once the server has ended by itself; None if it has not after ``seconds``."""
+        if self._process is None:
+            return None
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
 
     def stop(self) -> None:
         """Ask the process group to end, then make it."""

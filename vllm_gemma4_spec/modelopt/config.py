@@ -59,9 +59,8 @@ class Nvfp4Config(ModelOptNvFp4Config):
         if algorithm not in (*files.ALGORITHMS, *QUANT_ALGOS):
             known = ", ".join(files.ALGORITHMS)
             raise CheckpointError(f"quant_algo {algorithm or 'missing'}: not an NVFP4 format known here ({known})")
-        groups = [g.get("weights", {}).get("group_size") for g in section.get("config_groups", {}).values()]
-        for size in (section.get("group_size"), *groups):
-            if algorithm in files.ALGORITHMS and size is not None and int(size) != BLOCK:
+        for size in _group_sizes(section):
+            if algorithm in files.ALGORITHMS and size not in (None, BLOCK, str(BLOCK)):
                 raise CheckpointError(f"group_size {size}: NVFP4 has one scale per {BLOCK} columns")
         plain = copy.copy(config)
         if algorithm in files.ALGORITHMS:
@@ -122,6 +121,27 @@ class Nvfp4Config(ModelOptNvFp4Config):
         """Gemma 4's experts are ``layers.N.experts.*`` in the checkpoint and ``layers.N.moe.experts`` in vLLM."""
         places = (prefix, prefix.replace(".moe.experts", ".experts"))
         return any(f"{place}.gate_up_proj" in self.float_modules for place in places)
+
+
+def _group_sizes(section: dict[str, Any]) -> list[Any]:
+    """Every ``group_size`` that a quantization config names, whatever it is.
+
+    Raises:
+        CheckpointError: groups or lists of modules are not what they must be; vLLM would fail on them later.
+    """
+    for key in ("exclude_modules", "ignore"):
+        names = section.get(key, [])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(f"quantization config: {key!r} must be a list of module names")
+    groups = section.get("config_groups", {})
+    weights = (
+        [g.get("weights", {}) if isinstance(g, dict) else None for g in groups.values()]
+        if isinstance(groups, dict)
+        else [None]
+    )
+    if not all(isinstance(w, dict) for w in weights):
+        raise CheckpointError("quantization config: 'config_groups' must be an object of groups with 'weights'")
+    return [section.get("group_size"), *(w["group_size"] for w in weights if w and "group_size" in w)]
 
 
 def _local(model_name: str) -> Path | None:

@@ -158,14 +158,19 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _format(config: dict[str, Any], folder: Path) -> tuple[str, tuple[str, ...]]:
     """Weight format and the modules left out of it, from config.json or ModelOpt's hf_quant_config.json."""
-    quant = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else {}
+    quant = config.get("quantization_config") or text.get("quantization_config")
     beside = folder / "hf_quant_config.json"
     if quant is None and beside.is_file():
         quant = _read(beside).get("quantization")
-    dtype = str((config.get("text_config") or config).get("dtype") or config.get("torch_dtype") or "bfloat16")
+    dtype = str((text or config).get("dtype") or config.get("torch_dtype") or "bfloat16")
     if not quant:
         return ("float32" if dtype == "float32" else "bf16"), ()
-    left = tuple(quant.get("exclude_modules") or quant.get("ignore") or ())
+    if not isinstance(quant, dict):
+        raise PlanError(f"{folder}: quantization config must be an object")
+    names = quant.get("exclude_modules") or quant.get("ignore")
+    left = tuple(map(str, names)) if isinstance(names, list) else ()
     algorithm = str(quant.get("quant_algo") or quant.get("quant_method") or quant.get("format") or "").lower()
     for kind in ("nvfp4", "fp8"):
         if kind in algorithm or kind in json.dumps(quant).lower():

@@ -1,0 +1,345 @@
+"""Chat output: arbitrary token sequences, arbitrary deltas, every option.
+
+The words are those of the property tests, so that random sequences reach the states that matter.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from tests.chat import reference
+from tests.chat.reference import MARK, Pairs, read_json
+from tests.chat.test_machine import CONTROL, TEXTS
+from tests.chat.tokenizer import small_tokenizer_json
+from tests.fuzz.source import Source, pieces
+from vllm_gemma4_spec.chat.arguments import Arguments
+from vllm_gemma4_spec.chat.detokenize import TextStream
+from vllm_gemma4_spec.chat.machine import Options, OutputParser, Tools
+from vllm_gemma4_spec.chat.results import Choice, Message
+from vllm_gemma4_spec.chat.stops import Item, StopGuard
+from vllm_gemma4_spec.chat.tokens import Vocabulary, vocabulary
+
+MORE_TEXTS = [
+    "name",
+    "parameters",
+    '[{"name": "f", "parameters": ',
+    '{"name"',
+    "}, {",
+    "}]",
+    "e",
+    "E+",
+    ".",
+    "-",
+    "0",
+    "u",
+    "n",
+]
+MORE_TEXTS += ["é", "中", "�", "\x00", "\u2028", "'", "\t", "\r\n", "call:g{", "thought", "n:", "null", "]", "}", "'"]
+
+
+class Words:
+    """A word for every byte: control tokens, texts, single bytes of characters."""
+
+    def __init__(self) -> None:
+        from tokenizers import Tokenizer
+
+        self.core: Any = Tokenizer.from_str(json.dumps(small_tokenizer_json()))
+        self.vocabulary: Vocabulary = vocabulary(SimpleNamespace(_tokenizer=self.core))
+        self.special = self.vocabulary.special
+        texts = [self.encode(t) for t in TEXTS + MORE_TEXTS]
+        self.first_byte: int = self.core.token_to_id("<0x00>")
+        texts += [[self.first_byte + b for b in c.encode()] for c in "日😀é"]
+        words = [[t] for t in CONTROL] * 3 + texts
+        self.words = [words[i % len(words)] for i in range(256)]
+        self.texts = [w for w in self.words if w[0] not in self.special]
+        self.spelled = [self.decode(w) for w in self.texts]
+
+    def encode(self, text: str) -> list[int]:
+        return [t for c in text for t in self.core.encode(c, add_special_tokens=False).ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.core.decode(list(ids), skip_special_tokens=False)) if ids else ""
+
+    def tokens(self, data: bytes) -> list[int]:
+        words = self.words
+        return [t for b in data for t in words[b]]
+
+
+@functools.cache
+def words() -> Words:
+    return Words()
+
+
+def output(tokens: Sequence[int], finish: str | None = None, text: str = "", stop: str | None = None) -> Any:
+    return SimpleNamespace(token_ids=list(tokens), text=text, finish_reason=finish, stop_reason=stop)
+
+
+def read(options: Options, prompt: Sequence[int], deltas: Sequence[Any]) -> Message:
+    """The message of one choice, delta by delta; every token is counted once, every piece is of one kind."""
+    choice = Choice(OutputParser(words().vocabulary, options, prompt), calls_finish=True)
+    message, counted = Message(), 0
+    for delta in deltas:
+        for piece in choice.pieces(delta):
+            assert len({e.kind for e in piece.events}) <= 1
+            counted += piece.tokens
+            message.add(piece)
+    assert counted == sum(len(d.token_ids) for d in deltas), "a token was counted twice or not at all"
+    message.finish_reason = choice.finish_reason(deltas[-1].finish_reason)
+    for call in message.tool_calls:
+        assert isinstance(strict(call.arguments), dict)
+    return message
+
+
+def strict(text: str) -> Any:
+    """JSON and nothing beyond it."""
+    return json.loads(text, parse_constant=_refuse, parse_int=str, parse_float=str)
+
+
+def _refuse(name: str) -> Any:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def agree(message: Message, meaning: reference.Meaning) -> None:
+    assert message.reasoning == meaning.reasoning, (message.reasoning, meaning.reasoning)
+    assert message.content == meaning.content, (message.content, meaning.content)
+    got = [[c.name, read_json(c.arguments)] for c in message.tool_calls]
+    assert got == meaning.calls, (got, meaning.calls)
+    assert (not any(c.cut for c in message.tool_calls)) == meaning.whole
+
+
+def machine(data: bytes) -> None:
+    """Any tokens, any options: the same however they are cut, and what the reference makes of them."""
+    source, w = Source(data), words()
+    flags = source.byte()
+    tools = (Tools.AUTO, Tools.AUTO, Tools.OFF, Tools.AUTO)[flags & 3]
+    options = Options(
+        reasoning=not flags & 4,
+        include_reasoning=flags & 24 != 24,
+        tools=tools,
+        parallel_calls=flags & 96 != 96,
+        special_text=bool(flags & 128),
+    )
+    cuts = source.cuts(600)
+    prompt = w.tokens(bytes(source.byte() for _ in range(source.below(6))))
+    tokens = w.tokens(source.rest())
+    cuts = [min(c, len(tokens)) for c in cuts]
+    whole = read(options, prompt, [output(tokens, "length")])
+    parts = pieces(tokens, cuts)
+    streamed = read(options, prompt, [output(p) for p in parts[:-1]] + [output(parts[-1], "length")])
+    assert streamed == whole, (streamed, whole)
+    if options.include_reasoning and options.parallel_calls:
+        meaning = reference.understand(
+            tokens,
+            w.decode,
+            w.special,
+            prompt=prompt,
+            reasoning=options.reasoning,
+            tools=tools is Tools.AUTO,
+            shown=options.special_text,
+        )
+        agree(whole, meaning)
+        assert whole.finish_reason == meaning.finish("length")
+
+
+def forced(data: bytes) -> None:
+    """``tool_choice`` required or named: the JSON is split into calls, all other text is content."""
+    source, w = Source(data), words()
+    flags = source.byte()
+    named = bool(flags & 1)
+    options = Options(tools=Tools.NAMED if named else Tools.REQUIRED, tool_name="g")
+    tokens: list[int] = []
+    if flags & 2:  # begin as the grammar does
+        tokens += w.encode("{" if named else '[{"name": "f", "parameters": {')
+    cuts = source.cuts(600)
+    tokens += [t for b in source.rest() for t in w.texts[b % len(w.texts)]]
+    cuts = [min(c, len(tokens)) for c in cuts]
+    whole = read(options, (), [output(tokens, "length")])
+    parts = pieces(tokens, cuts)
+    streamed = read(options, (), [output(p) for p in parts[:-1]] + [output(parts[-1], "length")])
+    assert streamed == whole, (streamed, whole)
+    text = w.decode(tokens)
+    if not whole.tool_calls:
+        # Syntax of a call that never came, and space before it, is the only text that may be missing.
+        assert whole.content in (text, text.lstrip(reference.SPACE)), (whole.content, text)
+    elif named:
+        meaning = reference.Meaning()
+        pairs = Pairs()
+        meaning.calls.append(["g", pairs])
+        body = text.lstrip(reference.SPACE)
+        try:
+            end = reference._object(body, 1, pairs)
+            meaning.content = body[end:].lstrip(reference.SPACE)
+        except reference.BrokenCallError as broken:
+            meaning.whole, meaning.content = False, body[broken.args[0] :]
+        agree(whole, meaning)
+    try:
+        wanted = json.loads(text, parse_constant=_refuse)
+    except (ValueError, AssertionError):
+        return
+    if named and isinstance(wanted, dict):
+        assert [c.name for c in whole.tool_calls] == ["g"]
+        assert whole.content == ""
+
+
+def arguments(data: bytes) -> None:
+    """One object of arguments: always JSON, whatever was read of it and however it was cut."""
+    source, w = Source(data), words()
+    quote_at = source.byte() | 1
+    texts = w.spelled
+    symbols: list[str] = list("{") if source.byte() & 1 else []
+    for b in source.rest():
+        symbols += [MARK] if b % 16 == quote_at % 16 else [*texts[b % len(texts)]]
+    one_by_one = _arguments(symbols)
+    runs: list[str] = []
+    for s in symbols:
+        if runs and s != MARK and runs[-1] != MARK:
+            runs[-1] += s
+        else:
+            runs.append(s)
+    joined = _arguments(runs)
+    assert joined == one_by_one, (joined, one_by_one)
+    assert isinstance(strict(joined[0]), dict)
+    body = "".join(symbols)
+    joined = (*joined[:2], joined[2].replace(MARK, ""))  # whether quote tokens are shown is not decided here
+    begin = len(body) - len(body.lstrip(reference.SPACE))
+    if body[begin : begin + 1] != "{":
+        assert joined[0] == "{}"
+        return
+    pairs = Pairs()
+    try:
+        whole, rest = True, body[reference._object(body, begin + 1, pairs) :].replace(MARK, "").lstrip(reference.SPACE)
+    except reference.BrokenCallError as broken:
+        whole, rest = False, body[broken.args[0] :].replace(MARK, "")
+    got = joined[2].lstrip(reference.SPACE) if whole else joined[2]
+    assert (joined[1], got) == (whole, rest), (joined, body)
+    assert read_json(joined[0]) == pairs, (joined[0], pairs)
+
+
+def _arguments(parts: Sequence[str]) -> tuple[str, bool, str]:
+    """JSON, whether it was read to the last brace, and the text that is not in it."""
+    arguments, out = Arguments(), ""
+    for i, part in enumerate(parts):
+        if part == MARK:
+            json_text = arguments.quote()
+            if json_text is not None:
+                out += json_text
+                continue
+            rest = "".join(parts[i:])
+        else:
+            json_text, rest = arguments.text(part)
+            out += json_text
+            if not rest:
+                continue
+            rest += "".join(parts[i + 1 :])
+        if arguments.complete:
+            return out, True, rest.lstrip(reference.SPACE)
+        closing, unsaid = arguments.close()
+        return out + closing, False, unsaid + rest
+    if arguments.complete:
+        return out, True, ""
+    closing, unsaid = arguments.close()
+    return out + closing, False, unsaid
+
+
+def stop_strings(data: bytes) -> None:
+    """The engine stops at a string: the parser cuts at the same character, whatever the deltas."""
+    source, w = Source(data), words()
+    flags = source.byte()
+    include, shown = bool(flags & 1), bool(flags & 2)
+    at, length = source.byte() << 8 | source.byte(), 1 + source.below(5)
+    extra = source.below(4)
+    cuts = source.cuts(600)
+    prompt = w.tokens(bytes(source.byte() for _ in range(source.below(4))))
+    tokens = w.tokens(source.rest())
+    tokens = [t for t in tokens if t in w.special or w.vocabulary.text(t)]  # a token at a time, no bytes
+    texts = [(w.special[t] if shown else "") if t in w.special else w.decode([t]) for t in tokens]
+    text = "".join(texts)
+    if len(text) < 2:
+        return
+    at %= len(text)
+    stop = text[at : at + length]
+    found = text.find(stop)
+    engine = found + (len(stop) if include else 0)
+    # The token that completes the stop string is in the last delta, with up to `extra` more behind it.
+    last, seen = 0, 0
+    while seen + len(texts[last]) < found + len(stop):
+        seen += len(texts[last])
+        last += 1
+    tokens = tokens[: last + 1 + extra]
+    cuts = [min(c, last) for c in cuts]
+    parts = pieces(tokens, cuts)
+    options = Options(stop=(stop, "never matches"), include_stop=include, special_text=shown)
+    deltas = [output(p) for p in parts[:-1]] + [output(parts[-1], "stop", "x" * engine, stop)]
+    meaning = reference.understand(
+        tokens, w.decode, w.special, prompt=prompt, shown=shown, stop=stop, include_stop=include
+    )
+    agree(read(options, prompt, deltas), meaning)
+
+
+def guard(data: bytes) -> None:
+    """The stop guard by itself: it lets text through in order, whole, and up to the match."""
+    source = Source(data)
+    stops = tuple("".join(source.pick("ab<|") for _ in range(1 + source.below(4))) for _ in range(1 + source.below(3)))
+    include = bool(source.byte() & 1)
+    items = []
+    while source.left and len(items) < 200:
+        b = source.byte()
+        items.append(Item("".join("ab<|"[b >> i & 3] for i in range(0, b % 5, 2)), 100 if b & 128 else -1))
+    text = "".join(i.text for i in items)
+    matches = [(text.find(s) + len(s), text.find(s), s) for s in stops if s in text]
+    held = StopGuard(stops, include)
+    out: list[Item] = []
+    if not matches:
+        for item in items:
+            out += held.push(item)
+        out += held.finish()
+        assert "".join(i.text for i in out) == text
+        assert [i for i in out if i.token >= 0] == [i for i in items if i.token >= 0]
+        return
+    end, begin, stop = min(matches)
+    seen = 0
+    for item in items:
+        if seen + len(item.text) >= end and seen < end:
+            held.stopped(stop, begin + (len(stop) if include else 0))
+        seen += len(item.text)
+        out += held.push(item)
+        if seen >= end:
+            break
+    out += held.finish()
+    wanted = text[: end if include else begin]
+    got = "".join(i.text for i in out)
+    # A control token is never cut in two.
+    assert got == wanted or (wanted.startswith(got) and any(i.token >= 0 and i.text for i in items)), (got, wanted)
+
+
+def text(data: bytes) -> None:
+    """Ids to text, one at a time: what decoding them together gives, or more where bytes are no text."""
+    source, w = Source(data), words()
+    tokens, plain = [], b""
+    while source.left:
+        b = source.byte()
+        if b & 1:
+            tokens.append(w.first_byte + source.byte())
+            plain += bytes([tokens[-1] - w.first_byte])
+        else:
+            at = (b >> 1) % len(w.texts)
+            tokens += w.texts[at]
+            plain += w.spelled[at].encode()
+    stream = TextStream(w.vocabulary)
+    out = "".join(stream.push(t) for t in tokens) + stream.flush()
+    whole = w.decode(tokens)
+    if "\ufffd" not in whole:
+        assert out == whole
+    # Bytes that are no text spoil their neighbours when decoded together, less so one by one.
+    assert _within(whole, out), (out, whole)
+    assert _within(out, plain.decode(errors="replace")), (out, plain)
+
+
+def _within(one: str, other: str) -> bool:
+    """The characters of ``one`` are in ``other``, in order; U+FFFD apart."""
+    rest = iter(other)
+    return all(c in rest for c in one if c != "\ufffd")
