@@ -288,6 +288,7 @@ def test_other_formats_are_named_and_left_alone(tmp_path: Path) -> None:
     packed = {"weight_packed": torch.zeros(8, 16, dtype=torch.uint8), "weight_scale": fp8[:, :2].contiguous()}
     report = inspect(Checkpoint(other_format(tmp_path, "compressed-tensors", packed)))
     assert (report.clean, report.kinds[0].formats) == (True, {"NVFP4 (compressed-tensors)": 1})
+    assert (report.vllm_alone, report.with_overlay) == ("loads it; refuses it on a CPU", "loads it on any backend")
 
 
 # ---- bad input ----

@@ -26,7 +26,7 @@ from vllm_gemma4_spec.modelopt.nan import mend
 def linear_scheme(original: type) -> type:
     """``CompressedTensorsW4A4Fp4`` or ``CompressedTensorsW4A16Fp4`` with its scales mended."""
 
-    class Nvfp4Scheme(original):  # type: ignore[misc]
+    class Nvfp4Scheme(original):
         def __init__(self) -> None:
             # Not super().__init__: it raises where vLLM has no FP4 kernel, as on a CPU.
             self.group_size = nvfp4.BLOCK
@@ -84,7 +84,7 @@ def _settle(scales: Tensor, what: str) -> None:
 def experts_method(original: type) -> type:
     """``CompressedTensorsW4A4Nvfp4MoEMethod`` with its scales mended; on a CPU, emulated."""
 
-    class Mended(original):  # type: ignore[misc]
+    class Mended(original):
         def __init__(self, moe_config: Any, layer_name: str | None = None, use_a16: bool = False) -> None:
             super().__init__(moe_config, layer_name, use_a16)
             self.use_a16 = use_a16
@@ -99,7 +99,7 @@ def experts_method(original: type) -> type:
                 del layer._parameters[f"{name}_weight_scale_2"], layer._parameters[f"{name}_input_scale"]
             super().process_weights_after_loading(layer)
 
-    class Emulated(moe.EmulatedExperts, original):  # type: ignore[misc]
+    class Emulated(moe.EmulatedExperts, original):
         def __init__(self, moe_config: Any, layer_name: str | None = None, use_a16: bool = False) -> None:
             super().__init__(moe_config)
             self.group_size, self.use_a16 = nvfp4.BLOCK, use_a16
