@@ -455,6 +455,11 @@ def test_a_disk_that_fills_up_while_writing(tmp_path: Path) -> None:
         (["repair", FIXTURES / "31b-awq-full", "--out", FIXTURES / "31b-awq-full" / "out"], "lies inside"),
         (["quantize", FIXTURES, "out", "--recipe", "int3"], "--recipe int3: expected one of"),
         (["quantize", "nowhere", "out", "--recipe", "nvfp4"], "nowhere: no such folder"),
+        (["quantize", FIXTURES / "31b-nvfp4", FIXTURES, "--recipe", "nvfp4"], "exists already"),
+        (
+            ["quantize", FIXTURES / "31b-nvfp4", "out", "--recipe", "nvfp4", "--python", "nowhere/python"],
+            "--python nowhere/python: no such program",
+        ),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str | Path], message: str, tmp_path: Path) -> None:
