@@ -8,7 +8,7 @@ STAMP   = $(VENV)/.installed
 # Tests read the genuine tokenizer, templates and configs where this names them, and say what they skip.
 export GEMMA4_ARTIFACTS ?=
 
-.PHONY: setup demo test test-slow lint types check fingerprints ledger wheel docs clean
+.PHONY: setup demo test test-slow soak lint types check fingerprints ledger wheel docs clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,10 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# Tens of thousands of engine steps; SOAK_STEPS changes how many.
+soak: setup
+	$(BIN)/python -m pytest -s -m slow tests/engine/test_soak.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ scheduling). Times exclude prompts and a warm-up of every batch size; figures ar
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import statistics
@@ -42,9 +43,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ap.add_argument("--repeats", type=int, default=3)
     ap.add_argument("--target-layers", type=int, help="cut the target, for a quick look at the drafter")
     ap.add_argument("--compile", type=int, default=3, choices=(0, 3), help="vLLM's compilation mode")
+    ap.add_argument("--kv-gib", type=float, default=6.0, help="KV cache of every engine, in GiB")
+    ap.add_argument("--together", action="store_true", help="start all engines at once; they are measured in turn")
     ap.add_argument("--profile", action="store_true", help="list the kernels of one draft")
     ap.add_argument("--out", type=Path, default=Path("full_shape.json"))
     ap.add_argument("--engine", help=argparse.SUPPRESS)
+    ap.add_argument("--turn", help=argparse.SUPPRESS)  # a file to be locked while measuring
     return ap.parse_args(argv)
 
 
@@ -79,7 +83,8 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         max_model_len=4096,
         max_num_seqs=max(sizes),
         max_num_batched_tokens=4096,
-        gpu_memory_utilization=0.8,
+        gpu_memory_utilization=0.3,  # checked at the start only: the next line sizes the cache
+        kv_cache_memory_bytes=int(args.kv_gib * 2**30),
         enable_prefix_caching=False,
         disable_log_stats=False,
         seed=0,
@@ -92,6 +97,9 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
     )
     result: dict[str, Any] = {"start_s": round(time.perf_counter() - began, 1), "runs": []}
     rpc = llm.collective_rpc
+    if args.turn:
+        turn = open(args.turn, "w")  # noqa: SIM115
+        fcntl.flock(turn, fcntl.LOCK_EX)  # let go of when the process ends
     result["finite_logits"] = rpc(probes.finite)[0]
     result |= rpc(probes.bandwidth_and_bytes)[0]
     rpc(probes.install_marks)
@@ -125,6 +133,8 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
             print(args.engine, row, flush=True)
             result["runs"].append(row)
     if speculative:
+        result["rows_against_marlin"] = {n: rpc(probes.rows_against_marlin, args=(n,))[0] for n in (1, 5, 20)}
+        print(args.engine, "few-row kernel against Marlin", result["rows_against_marlin"], flush=True)
         result["draft_parts"] = rpc(probes.draft_parts, args=(sizes, args.prompt + args.tokens))[0]
         print(args.engine, "draft parts", result["draft_parts"], flush=True)
         if args.profile:
@@ -169,14 +179,21 @@ def main() -> None:
         args.out.write_text(json.dumps(run_engine(args)))
         return
     results: dict[str, Any] = {}
-    for engine in args.engines.split(","):
-        out = args.out.with_suffix(f".{engine}.part")
+    parts = {engine: args.out.with_suffix(f".{engine}.part") for engine in args.engines.split(",")}
+    turn = args.out.with_suffix(".turn")
+
+    def start(engine: str) -> subprocess.Popen[bytes]:
         env = os.environ | ENGINES[engine] | {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO")}
-        command = [sys.executable, __file__, *sys.argv[1:], "--engine", engine, "--out", str(out)]
-        done = subprocess.run(command, env=env)
-        results[engine] = json.loads(out.read_text()) if done.returncode == 0 else {"failed": done.returncode}
+        extra = ["--engine", engine, "--out", str(parts[engine]), *(["--turn", str(turn)] if args.together else [])]
+        return subprocess.Popen([sys.executable, __file__, *sys.argv[1:], *extra], env=env)
+
+    running = {engine: start(engine) for engine in parts} if args.together else {}
+    for engine, out in parts.items():
+        code = (running.get(engine) or start(engine)).wait()
+        results[engine] = json.loads(out.read_text()) if code == 0 else {"failed": code}
         out.unlink(missing_ok=True)
         args.out.write_text(json.dumps({"args": vars(args) | {"out": str(args.out)}, "engines": results}, indent=1))
+    turn.unlink(missing_ok=True)
     for engine, result in results.items():
         if "bandwidth" in result:
             reads = result["target"] + result.get("drafter", 0.0) * args.k

@@ -1,10 +1,16 @@
 """Exactness on a GPU in float32: graph drafts, async scheduling and padding change no token.
 
     TRITON_F32_DEFAULT=ieee python benchmarks/gpu_exactness.py [--head-dim 256]
+    python benchmarks/gpu_exactness.py --kv-cache-dtype fp8 --out fp8.json
 
 Tiny models with head_dim 256 / 512. Per way of running: the answers equal plain decoding; a model that
 drafts for itself has every draft accepted; and in every step that a graph serves, the original ``propose``
 runs on the same inputs and must give the same tokens. Exits 1 if anything differs.
+
+With an fp8 KV cache a last-bit difference between two batch shapes can round a key to the next fp8 value, and
+0.19.1 rounds queries and attention weights to fp8, too. So that run sets VLLM_BATCH_INVARIANT=1, under which a
+token's numbers do not depend on what else is in the batch. It then compares what is left of an answer when a
+checkpoint brings its own ``k_scale`` and ``v_scale`` (``scales`` below).
 """
 
 from __future__ import annotations
@@ -19,9 +25,11 @@ from typing import Any
 
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # tf32 would round differently in passes of different shape
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_GEMMA4_SPEC_CHECK", "0")  # tests/support turns it on, and then nothing is captured
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 K, TOKENS = 3, 48
+ALL_WAYS = "plain,self-eager,self,self-async,close,close-async,other-async"
 LENGTHS = [5, 17, 40, 90, 150, 33, 64]  # seven requests, four at a time: batches of 1, 2, 3 and 4
 
 
@@ -48,13 +56,61 @@ def compare_with_original(drafter: Any) -> dict[str, int]:
     return counts
 
 
+def scales(model: Path, folder: Path, prompts: list[list[int]]) -> dict[str, Any]:
+    """Mean distance of the first answer token's log-probabilities from those with a 16-bit cache.
+
+    A scale that is a power of two changes no rounding (no value is near fp8's ends), so with scales applied right
+    the distance is that of an fp8 cache without scales or less: queries then stay in 16 bits. ``stock`` is the
+    same checkpoint without the patch. The scaled model also drafts for itself.
+    """
+    import torch
+    from vllm import SamplingParams
+
+    from tests.support import engine, kv_scales
+    from vllm_gemma4_spec.patches.modelopt import KV_SCALES
+
+    scaled = kv_scales.with_kv_scales(model, folder / "scaled", k_scale=4.0, v_scale=2.0)
+    params = SamplingParams(max_tokens=1, temperature=0, detokenize=False, logprobs=512)
+    options = {"dtype": "bfloat16", "max_num_seqs": 4, "gpu_memory_utilization": 0.3, "max_logprobs": 512}
+    out: dict[str, Any] = {}
+    found: dict[str, torch.Tensor] = {}
+    for way, which, dtype in (
+        ("cache16", model, "auto"),
+        ("fp8", model, "fp8"),
+        ("fp8-scales", scaled, "auto"),  # the checkpoint asks for fp8
+        ("stock", scaled, "auto"),
+    ):
+        drafter = which if way == "fp8-scales" else None
+        with engine.engine(which, drafter, K, kv_cache_dtype=dtype, **options) as llm:
+            before = engine.acceptance(llm)
+            outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+            rows = [o.outputs[0].logprobs[0] for o in outputs]
+            found[way] = torch.tensor([[row[token].logprob for token in range(512)] for row in rows])
+            row = {"from 16 bits": round(float((found[way] - found["cache16"]).abs().mean()), 5)}
+            if drafter is not None:
+                engine.generate(llm, prompts, TOKENS)
+                spent = engine.acceptance(llm) - before
+                row |= {"proposed": spent.proposed, "accepted": spent.accepted}
+        out[way] = row
+        print(f"{way:12s} {json.dumps(row)}", flush=True)
+        if way == "fp8-scales":
+            os.environ["VLLM_GEMMA4_SPEC_PATCH_KV_SCALES"] = "0"
+            KV_SCALES.undo()
+    return out
+
+
 def main() -> int:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--head-dim", type=int, default=256, help="sliding layers; full layers have twice that")
-    ap.add_argument("--ways", default="plain,self-eager,self,self-async,close,close-async,other-async")
+    ap.add_argument("--ways", help="default: all of them; with an fp8 cache plain,self,close-async,scales")
     ap.add_argument("--compile", type=int, default=0, choices=(0, 3))
+    ap.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8"))
     ap.add_argument("--out", type=Path)
     args = ap.parse_args()
+    fp8 = args.kv_cache_dtype == "fp8"
+    if fp8:
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"  # before anything of vLLM is imported
+    ways = args.ways or ("plain,self,close-async,scales" if fp8 else ALL_WAYS)
 
     from tests.support import engine, tiny_models
 
@@ -68,13 +124,17 @@ def main() -> int:
     limits = [TOKENS + 7 * i for i in range(len(prompts))]
     results: dict[str, Any] = {}
     answers: list[list[int]] | None = None
-    for way in args.ways.split(","):
+    for way in ways.split(","):
+        if way == "scales":
+            results[way] = scales(other, folder, prompts)
+            continue
         drafter = models[way.partition("-")[0]]
         sizes = [1, 2, 4] if drafter is None else [K + 1, 2 * (K + 1), 4 * (K + 1)]
         options: dict[str, Any] = {
             "enforce_eager": False,
             "max_num_seqs": 4,
             "gpu_memory_utilization": 0.5,
+            "kv_cache_dtype": args.kv_cache_dtype,
             "compilation_config": {
                 "mode": args.compile,
                 "cudagraph_mode": "FULL_AND_PIECEWISE" if args.compile else "FULL_DECODE_ONLY",
@@ -103,6 +163,7 @@ def main() -> int:
                     print(f"  request {i} differs from token {at} on", flush=True)
     if args.out:
         args.out.write_text(json.dumps(results, indent=1))
+    found = results.pop("scales", None)
     bad = [
         way
         for way, r in results.items()
@@ -111,6 +172,11 @@ def main() -> int:
         or (way.startswith("self") and r["accepted"] != r["proposed"])
         or (way != "plain" and not way.endswith("eager") and not r["replays"])
     ]
+    if found is not None:
+        distance = {way: r["from 16 bits"] for way, r in found.items()}
+        accepted = found["fp8-scales"]["accepted"] / found["fp8-scales"]["proposed"]  # bf16: ties in the last bit
+        if not (distance["fp8-scales"] <= 1.2 * distance["fp8"] < distance["stock"] and accepted > 0.9):
+            bad.append("scales")
     print("exact" if not bad else f"NOT exact: {', '.join(bad)}", flush=True)
     return 1 if bad else 0
 

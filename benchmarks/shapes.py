@@ -76,8 +76,8 @@ def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes that one decode step must read: everything but the embedding tables that it looks rows up in."""
     total, seen = 0, set()
     for name, value in model.named_parameters():
-        if value.data_ptr() in seen or ("per_layer" in name and "embed_tokens" in name):
-            continue
+        if value.data_ptr() in seen or ("per_layer" in name and "embed_tokens" in name) or ".rows_" in name:
+            continue  # rows_*: the weight a second time, in another order
         seen.add(value.data_ptr())
         total += value.numel() * value.element_size()  # tied embeddings are read once, as the lm_head
     return total

@@ -44,3 +44,29 @@ def test_another_vocabulary(tiny: dict[str, Path], tmp_path: Path) -> None:
 
 def test_another_tensor_parallel_size(tiny: dict[str, Path]) -> None:
     assert "draft_tensor_parallel_size is 2" in refusal(tiny["target"], tiny["drafter"], draft_tensor_parallel_size=2)
+
+
+def test_pipeline_parallelism(tiny: dict[str, Path]) -> None:
+    with (
+        pytest.raises(DrafterError, match=r"pipeline_parallel_size is 2; .* use tensor parallelism"),
+        engine(tiny["target"], tiny["drafter"], 2, pipeline_parallel_size=2, distributed_executor_backend="mp"),
+    ):
+        pass
+
+
+def test_kv_connector(tiny: dict[str, Path]) -> None:
+    connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    with (
+        pytest.raises(DrafterError, match=r"KV connector ExampleConnector beside a draft model: .* leave one of them"),
+        engine(tiny["target"], tiny["drafter"], 2, kv_transfer_config=connector),
+    ):
+        pass
+
+
+def test_sleep_that_would_lose_the_drafter(tiny: dict[str, Path]) -> None:
+    """Refused before anything is paused or discarded; level 1 is the GPU worker's to do (a CPU ignores it)."""
+    with engine(tiny["target"], tiny["drafter"], 2) as llm:
+        core = llm.llm_engine.engine_core
+        with pytest.raises(DrafterError, match="sleep level 2 discards the drafter's weights"):
+            core.sleep(2)
+        assert not core.is_sleeping()

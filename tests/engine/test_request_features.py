@@ -8,6 +8,7 @@ every request); plain decoding owns tokens, finish reasons and log-probabilities
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,16 @@ PROMPTS = random_prompts((5, 40, 100))
 LOGPROB_TOLERANCE = 1e-3
 
 
+# Ids of tokens that JSON is written with, in place of words that no other case names.
+JSON_TOKENS = dict(enumerate([*'{}[]":,-.', *"0123456789", *"abcdefgh", "name", "age", "tags", "true", "false"], 440))
+
+
 @pytest.fixture(scope="module")
 def target(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shared target with a tokenizer, which structured output and stop strings need."""
     folder = tmp_path_factory.mktemp("features") / "target"
     shutil.copytree(tiny["target"], folder)
-    tiny_multimodal.tokenizer().save_pretrained(folder)
+    tiny_multimodal.tokenizer(names=JSON_TOKENS).save_pretrained(folder)
     return folder
 
 
@@ -64,6 +69,17 @@ def structured(**constraint: Any) -> dict[str, Any]:
     return {"structured_outputs": StructuredOutputsParams(**constraint)}
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 5},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["a", "bed", "cafe"]}, "minItems": 1, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+
 # Functions, so that vLLM is imported when a case runs and not when the tests are collected.
 CASES: dict[str, Any] = {
     "greedy": lambda: {"ignore_eos": True},
@@ -85,6 +101,7 @@ CASES: dict[str, Any] = {
     "logprobs": lambda: {"logprobs": 5, "prompt_logprobs": 2, "ignore_eos": True},
     "length-limit": lambda: {"max_tokens": MAX_MODEL_LEN, "ignore_eos": True},
     "regex": lambda: structured(regex="(w1[0-9]|w2[0-9]){3,9}"),
+    "json-schema": lambda: structured(json=SCHEMA) | {"max_tokens": 100},
     "choice": lambda: structured(choice=["w77w78w79w80", "w77w20w90w91w92"]),
 }
 EXACT = [name for name in CASES if name != "several-answers"]
@@ -126,6 +143,11 @@ def test_the_cases_do_what_they_say(runs: dict[str, Any]) -> None:
     assert set(lengths) == {MAX_MODEL_LEN}
     assert set(reasons["length-limit"]) == {"length"}
     assert all(o.outputs[0].text for o in runs["plain"]["regex"])
+    for output in runs["speculation"]["json-schema"]:
+        made = json.loads(output.outputs[0].text.replace(" ", ""))
+        assert set(made) == {"name", "age", "tags"}
+        assert 0 <= made["age"] <= 120
+        assert set(made["tags"]) <= {"a", "bed", "cafe"}
 
 
 def test_several_answers(runs: dict[str, Any]) -> None:

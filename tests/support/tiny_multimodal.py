@@ -7,6 +7,7 @@ and 32) and than every block. A square image has 64 of them, each 3 x 3 patches 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,13 @@ VISION: dict[str, Any] = {
     "default_output_length": 70,
     "standardize": True,
 }
+AUDIO: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "output_proj_dims": 48,
+    "subsampling_conv_channels": [16, 8],
+}
 CHAT_TEMPLATE = (
     "<bos>{% for m in messages %}{% if m.content is string %} {{ m.content }}{% else %}{% for part in m.content %}"
     "{% if part.type == 'image' %} <|image|>{% elif part.type == 'video' %} <|video|>"
@@ -61,9 +69,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """Words ``w11`` … ``w511`` with their ids in the name, and Gemma 4's control tokens."""
-    vocab = dict(CONTROL.values()) | {f"w{i}": i for i in range(FIRST_WORD, vocab_size)}
+def tokenizer(vocab_size: int = 512, names: Mapping[int, str] | None = None) -> PreTrainedTokenizerFast:
+    """Words ``w11`` … ``w511`` with their ids in the name, or ``names``, and Gemma 4's control tokens."""
+    words = {i: f"w{i}" for i in range(FIRST_WORD, vocab_size)} | dict(names or {})
+    vocab = dict(CONTROL.values()) | {word: i for i, word in words.items()}
     words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     named = {name: text for name, (text, _) in CONTROL.items()}
@@ -90,13 +99,13 @@ def processor(vocab_size: int = 512) -> Gemma4Processor:
 def config(text: Gemma4TextConfig, **changes: Any) -> Gemma4Config:
     ids = {f"{name}_id": i for name, (_, i) in CONTROL.items() if name.startswith(("bo", "eo", "im", "au", "vi"))}
     ids["eoa_token_index"] = ids["eoa_token_id"]
-    return Gemma4Config(text_config=text, vision_config=VISION, audio_config=None, **(ids | changes))
+    return Gemma4Config(text_config=text, vision_config=VISION, **({"audio_config": None} | ids | changes))
 
 
-def save(text: Gemma4TextConfig, folder: Path, seed: int = 0) -> Path:
+def save(text: Gemma4TextConfig, folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Write a float32 ``Gemma4ForConditionalGeneration`` with its processor; random weights, norms too."""
     torch.manual_seed(seed)
-    model = Gemma4ForConditionalGeneration(config(text)).float()
+    model = Gemma4ForConditionalGeneration(config(text, **changes)).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

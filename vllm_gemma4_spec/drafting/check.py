@@ -38,8 +38,8 @@ def check_pass(
         req_id, (start, end) = batch.req_ids[row], starts[row : row + 2]
         if end == start:
             continue
-        # Past the maximum length both are clamped, to position 0 and length 1.
-        if seq_lens[row] != 1 and position[start] + (end - start) != seq_lens[row]:
+        # Past the maximum length positions are clamped and nothing is written.
+        if slot_rows[0][start] >= 0 and position[start] + (end - start) != seq_lens[row]:
             raise InvariantError(
                 f"request {req_id}: {end - start} draft inputs from position {position[start]} on, "
                 f"but a sequence length of {seq_lens[row]}"

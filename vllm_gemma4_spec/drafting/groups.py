@@ -9,6 +9,7 @@ those of the pass. So an adapter in the builder's place can swap in its group's 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,11 +68,6 @@ class DraftGroups:
         self._slots = torch.full(
             (len(self._gids), proposer.max_num_tokens), PADDING_SLOT_ID, dtype=torch.int64, device=proposer.device
         )
-        self.slot_kernel = None
-        if proposer.device.type == "cuda":
-            from vllm_gemma4_spec.graphs.slots import GroupSlotKernel
-
-            self.slot_kernel = GroupSlotKernel(self._block_sizes, self._slots)
         self._num_slots = 0  # tokens of the pass being prepared; 0 when there is none
         self._row = [self._gids.index(g.kv_cache_group_id) for g in attn_groups]
         self._built: dict[tuple[Any, ...], Any] = {}
@@ -80,6 +76,18 @@ class DraftGroups:
             for i, g in enumerate(attn_groups)
         ]
         self.builders = [g.get_metadata_builder() for g in attn_groups]
+
+    @functools.cached_property
+    def slot_kernel(self) -> Any:
+        """Fills all groups' slots at once; None without a GPU.
+
+        Made when first used: with sleep mode, what is allocated together with the KV cache loses its contents.
+        """
+        if self._proposer.device.type != "cuda":
+            return None
+        from vllm_gemma4_spec.graphs.slots import GroupSlotKernel
+
+        return GroupSlotKernel(self._block_sizes, self._slots)
 
     def block_tables(self, num_reqs: int) -> list[torch.Tensor]:
         # Looked up each time: the runner makes a new input batch after the drafter's groups are known.

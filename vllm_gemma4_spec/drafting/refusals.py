@@ -23,7 +23,8 @@ def create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any
         drafter, target = str(asked["model"]), str(target_model_config.model)
         try:
             _check_folder(drafter)
-            _check_tensor_parallel(asked, target_parallel_config)
+            _check_parallel(asked, target_parallel_config)
+            _check_connector(self.kv_transfer_config)
             try:
                 config = original(self, target_model_config, target_parallel_config)
             except ValueError as error:
@@ -51,10 +52,25 @@ def _check_folder(drafter: str) -> None:
     read_object(folder / "config.json", error, "give a folder that holds a model")
 
 
-def _check_tensor_parallel(asked: dict[str, Any], target_parallel_config: Any) -> None:
+def _check_parallel(asked: dict[str, Any], target_parallel_config: Any) -> None:
+    stages = target_parallel_config.pipeline_parallel_size
+    if stages > 1:
+        raise DrafterError(
+            f"pipeline_parallel_size is {stages}; vLLM 0.19.1 builds a draft model on the last stage only, without its "
+            "first layers: use tensor parallelism"
+        )
     size, wanted = asked.get("draft_tensor_parallel_size"), target_parallel_config.tensor_parallel_size
     if size is not None and size != wanted:
         raise DrafterError(
             f"draft_tensor_parallel_size is {size} and the target's tensor-parallel size is {wanted}; "
             "vLLM 0.19.1 drafts only with equal sizes: leave draft_tensor_parallel_size out"
+        )
+
+
+def _check_connector(config: Any) -> None:
+    if config is not None:
+        raise DrafterError(
+            f"KV connector {getattr(config, 'kv_connector', config)} beside a draft model: no connector of vLLM 0.19.1 "
+            "has been run with a drafter's KV cache; leave one of them out (or set "
+            "VLLM_GEMMA4_SPEC_PATCH_DRAFTER_CHECKS=0 to try it)"
         )

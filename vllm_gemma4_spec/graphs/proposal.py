@@ -119,6 +119,7 @@ class DraftGraphs:
     def _run(self, num_reqs: int) -> torch.Tensor:
         """The original ``propose`` on this object's inputs: ``[num_reqs, k]`` draft token ids."""
         inputs, tokens = self._inputs, num_reqs * self.query_len
+        longest = self._proposer.vllm_config.model_config.max_model_len  # the target's: a drafter's may be shorter
         return self._propose(
             self._proposer,
             target_token_ids=inputs.token_ids[:tokens],
@@ -126,9 +127,7 @@ class DraftGraphs:
             target_hidden_states=None,  # a draft model reads none
             next_token_ids=inputs.next_token_ids[:num_reqs],
             token_indices_to_sample=None,  # computed from the rejection counts
-            common_attn_metadata=inputs.metadata(
-                num_reqs, self.query_len, self._primary_table(num_reqs), self._proposer.max_model_len
-            ),
+            common_attn_metadata=inputs.metadata(num_reqs, self.query_len, self._primary_table(num_reqs), longest),
             sampling_metadata=None,  # drafts are greedy
             num_rejected_tokens_gpu=inputs.num_rejected[:num_reqs],
         )

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+# Attribute of a draft model's proposer that holds its two-pass head; see kernels.head.
+HEAD = "_gemma4_spec_head"
 
 
 def get_top_tokens(original: None) -> Callable[[Any, torch.Tensor], torch.Tensor]:
@@ -16,3 +20,46 @@ def get_top_tokens(original: None) -> Callable[[Any, torch.Tensor], torch.Tensor
         return self.logits_processor.get_top_tokens(self.lm_head, hidden_states)
 
     return get_top_tokens
+
+
+def load_model(original: Callable[..., None]) -> Callable[..., None]:
+    """``SpecDecodeBaseProposer.load_model``: then the two-pass head of a draft model, where it fits."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if self.method == "draft_model" and self.device.type == "cuda":
+            setattr(self, HEAD, _head_of(self.model))
+
+    return wrapper
+
+
+def _head_of(model: Any) -> Any:
+    """A ``DraftHead``, or None where lm_head is sharded, quantized, or of another shape."""
+    from vllm.distributed import get_tensor_model_parallel_world_size
+
+    from vllm_gemma4_spec.kernels import head
+
+    lm_head = getattr(model, "lm_head", None)
+    weight = getattr(lm_head, "weight", None)
+    if get_tensor_model_parallel_world_size() > 1 or not isinstance(weight, torch.Tensor):
+        return None
+    # Rows that pad the vocabulary would take part in the maximum.
+    if not head.suits(weight) or weight.shape[0] != model.config.vocab_size:
+        return None
+    made = head.DraftHead(weight.data)
+    torch.accelerator.synchronize()
+    return made
+
+
+def greedy_sample(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``SpecDecodeBaseProposer._greedy_sample``: the two-pass argmax where there is one."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        head = getattr(self, HEAD, None)
+        if head is None or len(hidden_states) > head.most_requests:
+            return original(self, hidden_states)
+        return head.argmax(hidden_states)
+
+    return wrapper

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.quantization.utils.nvfp4_utils import NvFp4Linea
 
 from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.errors import CheckpointError
+from vllm_gemma4_spec.kernels import draft_linear
 from vllm_gemma4_spec.modelopt import emulation, tensors
 from vllm_gemma4_spec.modelopt.nan import mend
 
@@ -78,8 +79,10 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
         else:
             self._settle(layer)
         del layer.modelopt_ledger
-        _tell_compiler(layer)
         layer.modelopt_checked = True
+        layer.register_parameter("rows_codes", None)
+        if self.backend == NvFp4LinearBackend.MARLIN:
+            draft_linear.prepare(layer)
         if self.backend == NvFp4LinearBackend.EMULATION:
             emulation.prepare(layer)
         else:
@@ -87,6 +90,7 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
             if marlin and not layer.modelopt_dummy:
                 nvfp4.narrow_(layer.weight.data, layer.weight_scale.data)
             super().process_weights_after_loading(layer)
+        _tell_compiler(layer)
 
     def _settle(self, layer: Module) -> None:
         """Check what was loaded, drop what the checkpoint does not have, mend NaN scales."""
@@ -142,7 +146,9 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
         # torch.compile traces this: what a layer lacks costs nothing, the product fuses with what made x.
         if layer.pre_quant_scale is not None:
             x = x * layer.pre_quant_scale
-        if self.backend == NvFp4LinearBackend.EMULATION:
+        if layer.rows_codes is not None:
+            y = draft_linear.linear(layer, x)
+        elif self.backend == NvFp4LinearBackend.EMULATION:
             y = emulation.linear(layer, x, bias)
         else:
             y = super().apply(layer, x, bias)
@@ -159,7 +165,7 @@ def _tell_compiler(layer: Module) -> None:
     additional = layer.__dict__.pop("modelopt_additional")
     if not isinstance(additional, dict):
         return
-    has = "".join(str(int(getattr(layer, name) is not None)) for name in _EXTRA)
+    has = "".join(str(int(getattr(layer, name) is not None)) for name in (*_EXTRA, "rows_codes"))
     before = additional.get(_KEY, "")
     additional[_KEY] = hashlib.sha256(f"{before} {layer.prefix} {has}".encode()).hexdigest()[:16]
 

@@ -5,12 +5,13 @@ To add one: declare it in a topic module, run ``make fingerprints ledger``, add 
 
 from __future__ import annotations
 
-from vllm_gemma4_spec.patches import chat, cpu, drafting, graphs, modelopt, multimodal
+from vllm_gemma4_spec.patches import chat, cpu, drafting, graphs, lora, modelopt, multimodal
 from vllm_gemma4_spec.patching.patch import Patch
 
 PATCHES: tuple[Patch, ...] = (
     *drafting.PATCHES,
     *multimodal.PATCHES,
+    *lora.PATCHES,
     *graphs.PATCHES,
     *cpu.PATCHES,
     *modelopt.PATCHES,

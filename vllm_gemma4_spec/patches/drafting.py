@@ -125,18 +125,47 @@ CHUNK_BOUNDARIES = Patch(
     watches=(f"{_RUNNER}:GPUModelRunner._prepare_inputs", "vllm.v1.worker.gpu_input_batch:CachedRequestState"),
 )
 
+LENGTH_LIMIT = Patch(
+    name="length-limit",
+    group=Group.CORRECTNESS,
+    why="While one request of a batch is within k tokens of the maximum length, the drafter's or the target's, nothing "
+    "is drafted for any. The drafter's KV of those tokens is then missing: drafts of the other requests stay wrong, "
+    "and prefix caching hands the holes on to later ones. E4B ends at 131,072 tokens, 31B at 262,144.",
+    how="Drafting goes on unless the shortest request is too long. Positions past a shorter drafter's maximum are "
+    "clamped and write nothing, in any pass; drafts there are rejected.",
+    retire="A release that decides per request whether to draft.",
+    edits=(
+        Edit(f"{_RUNNER}:GPUModelRunner.sample_tokens", f"{_OURS}.length_limit:sample_tokens"),
+        Edit(f"{_PROPOSER}.__init__", f"{_OURS}.length_limit:proposer_init"),
+        Edit(f"{_PROPOSER}.set_inputs_first_pass", f"{_OURS}.length_limit:set_inputs_first_pass"),
+        Edit(
+            "vllm.v1.spec_decode.eagle:eagle_step_update_slot_mapping_and_metadata",
+            f"{_OURS}.length_limit:eagle_step_update",
+            source="vllm.v1.spec_decode.utils:eagle_step_update_slot_mapping_and_metadata",
+        ),
+    ),
+    watches=(
+        f"{_PROPOSER}.propose",
+        "vllm.v1.spec_decode.utils:compute_new_slot_mapping",
+        "vllm.v1.spec_decode.utils:eagle_step_slot_mapping_metadata_kernel",
+    ),
+)
+
 DRAFTER_CHECKS = Patch(
     name="drafter-checks",
     group=Group.CONVENIENCE,
     why="A drafter folder without config.json, with another vocabulary or another tensor-parallel size ends in a "
-    "traceback, for the last one in a worker after the target has been loaded.",
-    how="create_speculative_config looks at the drafter before and after the original and ends with one line.",
+    "traceback, for the last one in a worker after the target has been loaded. With pipeline parallelism a draft "
+    "model would be cut into stages of which only the last is built. Sleep level 2 discards its weights for good.",
+    how="create_speculative_config looks at the drafter before and after the original and ends with one line; "
+    "EngineCore.sleep refuses level 2 before anything is discarded.",
     retire="One-line errors upstream; the checks are of use with any release.",
     edits=(
         Edit(
             "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
             f"{_OURS}.refusals:create_speculative_config",
         ),
+        Edit("vllm.v1.engine.core:EngineCore.sleep", f"{_OURS}.sleep:engine_sleep"),
     ),
     watches=("vllm.config.speculative:SpeculativeConfig.verify_equal_vocab_size_if_draft_model",),
 )
@@ -148,5 +177,6 @@ PATCHES: tuple[Patch, ...] = (
     ONE_GROUP_WINDOWS,
     TEXT_DRAFTER,
     CHUNK_BOUNDARIES,
+    LENGTH_LIMIT,
     DRAFTER_CHECKS,
 )

@@ -7,6 +7,38 @@ _LOADER = "vllm.model_executor.model_loader"
 _COMPRESSED = "vllm.model_executor.layers.quantization.compressed_tensors"
 _CPU_MOE = "vllm.model_executor.layers.fused_moe.cpu_fused_moe"
 
+KV_SCALES = Patch(
+    name="kv-scales",
+    group=Group.CORRECTNESS,
+    why=(
+        "With an fp8 KV cache, layers that reuse KV read it with their own k_scale and v_scale (ModelOpt writes "
+        "1.0 there) instead of those it was written with; and TRITON_ATTN, which Gemma 4 needs, applies no scale "
+        "at all once the query is fp8, which it always is on CUDA; waking from sleep mode sets all to 1. Checkpoints "
+        "with scales other than 1 give wrong answers without a word."
+    ),
+    how=(
+        "After loading, such layers take the scales of the layer whose KV they reuse; where a scale is not 1, the "
+        "query stays in 16 bits, for which the kernel applies both. After sleep mode the scales are set again."
+    ),
+    retire="A release whose unified_attention multiplies by k_descale and v_descale for fp8 queries, too.",
+    edits=(
+        Edit(
+            "vllm.model_executor.layers.attention.attention:Attention.process_weights_after_loading",
+            "vllm_gemma4_spec.modelopt.kv_scales:process_weights_after_loading",
+        ),
+        Edit(
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner.init_fp8_kv_scales",
+            "vllm_gemma4_spec.modelopt.kv_scales:init_fp8_kv_scales",
+        ),
+    ),
+    watches=(
+        "vllm.model_executor.layers.attention.attention:Attention.forward",
+        "vllm.model_executor.layers.quantization.kv_cache:BaseKVCacheMethod.process_weights_after_loading",
+        "vllm.v1.attention.ops.triton_unified_attention:unified_attention",
+        "vllm.v1.attention.ops.triton_unified_attention:kernel_unified_attention_2d",
+    ),
+)
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         name="modelopt-nvfp4",
@@ -54,6 +86,7 @@ PATCHES: tuple[Patch, ...] = (
             f"{_LOADER}.default_loader:DefaultModelLoader._prepare_weights",
         ),
     ),
+    KV_SCALES,
     Patch(
         name="compressed-nvfp4",
         group=Group.CORRECTNESS,

@@ -1,0 +1,171 @@
+"""Tens of thousands of engine steps: nothing decays.
+
+A model drafts for itself, in a cache too small for what it is asked, so that blocks are reused all the time: prompts
+that continue cached answers, evictions, preemptions, aborted requests, bursts and quiet times, requests that end at
+the maximum length. Every token that comes out is compared at once, and at every checkpoint all drafts since the last
+one must have been accepted. ``make soak`` runs it; SOAK_STEPS changes how long.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma4ForCausalLM
+
+from tests.support.engine import Acceptance, acceptance, engine, generate, random_prompts
+
+STEPS = int(os.environ.get("SOAK_STEPS", "20000"))
+CHECKPOINT = 500
+K = 3
+LONGEST = 384
+BASES = 24
+# Nothing is to depend on the last bits: an answer whose two likeliest tokens are ever this close is left out.
+GAP = 1e-4
+
+
+@dataclass
+class Conversation:
+    """A prompt and what the model says to it, greedily, up to the maximum length."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+@dataclass
+class Live:
+    """A request: part of a conversation as its prompt, what must come out, and when to abort it."""
+
+    expected: list[int]
+    abort_at: int | None
+    seen: int = 0
+
+
+@dataclass
+class Counts:
+    """What happened, so that the run can be shown to have been what it says."""
+
+    finished: int = 0
+    aborted: int = 0
+    tokens: int = 0
+    at_the_limit: int = 0
+    evicted: int = 0
+    checkpoints: list[Acceptance] = field(default_factory=list, repr=False)
+
+
+def conversations(model: Path) -> list[Conversation]:
+    prompts = random_prompts([3 + 7 * i for i in range(BASES + 16)], seed=11)
+    with engine(model, max_model_len=LONGEST, max_num_seqs=32) as llm:
+        answers = generate(llm, prompts, LONGEST)
+    judge = Gemma4ForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    made = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with torch.no_grad():
+            logits = judge(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        two = logits.topk(2).values
+        if (two[:, 0] - two[:, 1]).min() > GAP:
+            assert logits.argmax(-1).tolist() == answer
+            made.append(Conversation(prompt, answer))
+    return made[:BASES]
+
+
+class Soak:
+    """Feeds one engine at random, from a seed, and checks everything that comes out of it."""
+
+    def __init__(self, llm: Any, known: list[Conversation]) -> None:
+        self.engine, self.llm, self.known = llm.llm_engine, llm, known
+        self.random = random.Random(7)
+        self.live: dict[str, Live] = {}
+        self.counts = Counts()
+        self.number = 0
+        pool = self.engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+        evict = pool._maybe_evict_cached_block
+
+        def counted(block: Any) -> bool:
+            self.counts.evicted += (done := evict(block))
+            return bool(done)
+
+        pool._maybe_evict_cached_block = counted
+
+    def add(self) -> None:
+        from vllm import SamplingParams
+
+        conversation = self.random.choice(self.known)
+        said = self.random.choice([0, 0, self.random.randrange(len(conversation.answer) - 1)])
+        prompt, rest = conversation.prompt + conversation.answer[:said], conversation.answer[said:]
+        tokens = LONGEST if self.random.random() < 0.05 else self.random.choice([1, 2, 8, 24, 60])
+        abort_at = self.random.randrange(tokens) if self.random.random() < 0.15 else None
+        self.number += 1
+        name = str(self.number)
+        params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+        self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        self.live[name] = Live(rest[:tokens], abort_at)
+
+    def step(self) -> None:
+        for output in self.engine.step():
+            request = self.live[output.request_id]
+            got = list(output.outputs[0].token_ids)
+            assert got == request.expected[: len(got)], f"request {output.request_id} after {len(got)} tokens"
+            self.counts.tokens += len(got) - request.seen
+            request.seen = len(got)
+            if output.finished:
+                assert got == request.expected
+                self.counts.finished += 1
+                self.counts.at_the_limit += len(output.prompt_token_ids) + len(got) == LONGEST
+                del self.live[output.request_id]
+            elif request.abort_at is not None and request.seen > request.abort_at:
+                self.engine.abort_request([output.request_id])
+                self.counts.aborted += 1
+                del self.live[output.request_id]
+
+    def run(self, steps: int) -> None:
+        last = acceptance(self.llm)
+        for number in range(steps):
+            crowd = 1 if (number // 300) % 4 == 3 else 9  # quiet times, and bursts that leave some waiting
+            while len(self.live) < crowd and (self.random.random() < 0.5 or not self.live):
+                self.add()
+            self.step()
+            if number % CHECKPOINT == CHECKPOINT - 1:
+                now = acceptance(self.llm)
+                since, last = now - last, now
+                assert since.accepted == since.proposed > 0, f"{since} in the {CHECKPOINT} steps up to {number + 1}"
+                self.counts.checkpoints.append(since)
+                print(f"step {number + 1}: {since.accepted} of {since.proposed} accepted, {self.counts}", flush=True)
+
+
+def counter(llm: Any, name: str) -> float:
+    return sum(m.value for m in llm.get_metrics() if m.name == f"vllm:{name}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3 * 3600)
+def test_nothing_decays(tiny: dict[str, Path]) -> None:
+    known = conversations(tiny["target"])
+    assert len(known) == BASES
+    options = {"max_model_len": LONGEST, "max_num_seqs": 6, "max_num_batched_tokens": 160}
+    options |= {"num_gpu_blocks_override": 220, "enable_prefix_caching": True}
+    with engine(tiny["target"], tiny["target"], K, **options) as llm:
+        names = ("prefix_cache_queries", "prefix_cache_hits", "num_preemptions")
+        before = {name: counter(llm, name) for name in names}
+        soak = Soak(llm, known)
+        soak.run(STEPS)
+        found = {name: int(counter(llm, name) - before[name]) for name in names}
+    counts = soak.counts
+    accepted = sum(c.accepted for c in counts.checkpoints)
+    print(
+        f"{STEPS} steps, {counts.finished} requests finished ({counts.at_the_limit} at the maximum length), "
+        f"{counts.aborted} aborted, {counts.tokens} tokens, {accepted} of {accepted} drafts accepted, "
+        f"{counts.evicted} cached blocks evicted, {found}"
+    )
+    # It was what it says it is.
+    assert counts.finished > STEPS / 30
+    assert counts.aborted > STEPS / 500
+    assert counts.at_the_limit > 0
+    assert counts.evicted > STEPS / 10
+    assert found["num_preemptions"] > STEPS / 1000
+    assert 0.1 < found["prefix_cache_hits"] / found["prefix_cache_queries"] < 0.9

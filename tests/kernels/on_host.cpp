@@ -1,0 +1,99 @@
+// Runs nvfp4_rows.cu on a CPU: a thread per CUDA thread, barriers for __syncthreads and for a warp's mma.
+// Every device function that the kernel takes from the hardware is given here in plain C++.
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define NVFP4_ROWS_ON_HOST
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+#define __restrict__
+
+struct uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct dim { int x, y, z; };
+static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static thread_local dim threadIdx, blockIdx;
+static dim blockDim, gridDim;
+static std::unique_ptr<std::barrier<>> block_barrier;
+static std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
+static std::vector<uint32_t> exchange;  // per warp: 32 lanes x 6 registers of an mma
+static float shared[16 * 8 * 4 * 32];
+
+static void __syncthreads() { block_barrier->arrive_and_wait(); }
+static void __threadfence() {}
+static unsigned atomicAdd(unsigned* at, unsigned value) { unsigned old = *at; *at += value; return old; }
+static uint4 __ldg(const uint4* at) { return *at; }
+static float4 __ldcg(const float4* at) { return *at; }
+static float __uint_as_float(unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; }
+static unsigned float_as_uint(float f) { unsigned bits; std::memcpy(&bits, &f, 4); return bits; }
+static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+    uint64_t all = (uint64_t)b << 32 | a;
+    unsigned out = 0;
+    for (int i = 0; i < 4; i++) out |= (unsigned)(all >> (selector >> (4 * i) & 7) * 8 & 255) << (8 * i);
+    return out;
+}
+static uint16_t to_bf16(float value) {
+    unsigned bits = float_as_uint(value);
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+static float half_of(unsigned pair, int i) { return __uint_as_float((i ? pair >> 16 : pair) << 16); }
+static unsigned times(unsigned a, unsigned b) {
+    return to_bf16(half_of(a, 0) * half_of(b, 0)) | (unsigned)to_bf16(half_of(a, 1) * half_of(b, 1)) << 16;
+}
+static void let_next_grid_start() {}
+static void wait_for_previous_grid() {}
+template <class T> static T load_once(const T* at) { return *at; }
+
+// mma.m16n8k16 as the PTX manual lays it out over the lanes of a warp.
+static void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    uint32_t* all = exchange.data() + warp * 192;
+    const unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    std::memcpy(all + lane * 6, mine, 24);
+    warp_barriers[warp]->arrive_and_wait();
+    for (int i = 0; i < 4; i++) {
+        int row = g + i / 2 * 8, column = t * 2 + i % 2;
+        for (int k = 0; k < 16; k++) {
+            int holder = k % 8 / 2, high = k / 8;
+            float w = half_of(all[(row % 8 * 4 + holder) * 6 + high * 2 + row / 8], k % 2);
+            float x = half_of(all[(column * 4 + holder) * 6 + 4 + high], k % 2);
+            d[i] += w * x;
+        }
+    }
+    warp_barriers[warp]->arrive_and_wait();
+}
+
+#include NVFP4_ROWS_SOURCE
+
+extern "C" void run(const void* codes, const void* scales, const void* x, void* y, const float* global_scale,
+                    float* partial, unsigned* arrivals, int tokens, int N, int K, int warps, int split, int parts) {
+    gridDim = {N / 16 / (warps / split), parts, 1};
+    blockDim = {warps * 32, 1, 1};
+    exchange.resize(warps * 192);
+    for (int by = 0; by < gridDim.y; by++)
+        for (int bx = 0; bx < gridDim.x; bx++) {
+            block_barrier = std::make_unique<std::barrier<>>(warps * 32);
+            warp_barriers.clear();
+            for (int w = 0; w < warps; w++) warp_barriers.push_back(std::make_unique<std::barrier<>>(32));
+            std::vector<std::thread> threads;
+            for (int i = 0; i < warps * 32; i++)
+                threads.emplace_back([=] {
+                    threadIdx = {i, 0, 0};
+                    blockIdx = {bx, by, 0};
+                    nvfp4_rows((const uint4*)codes, (const uint2*)scales, (const u16*)x, (u16*)y, global_scale,
+                               partial, arrivals, tokens, N, K, split);
+                    block_barrier->arrive_and_drop();
+                });
+            for (auto& thread : threads) thread.join();
+        }
+}

@@ -1,0 +1,80 @@
+"""Drafting goes on for a batch in which one request nears the maximum length, the drafter's or the target's."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+# Attribute of a model runner: the length at which 0.19.1 stops drafting; of a proposer: its own maximum length, where
+# that is shorter than the target's.
+LIMIT = "_gemma4_spec_length_limit"
+
+
+def sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``GPUModelRunner.sample_tokens``: draft for all requests unless the shortest of them is too long, too.
+
+    The original looks at the longest. What a drafter is not run for is missing from its KV cache ever after, and
+    from every block of it that prefix caching hands on.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        spec = self.speculative_config
+        if spec is not None and spec.uses_draft_model() and self.execute_model_state is not None:
+            limit = self.__dict__.setdefault(LIMIT, self.effective_drafter_max_model_len)
+            shortest = self.optimistic_seq_lens_cpu[: self.input_batch.num_reqs].min().item()
+            # Data-parallel ranks agree on the size of every pass, so none may leave one out.
+            together = self.parallel_config.data_parallel_size > 1
+            fits = together or shortest + self.num_spec_tokens <= limit
+            self.effective_drafter_max_model_len = sys.maxsize if fits else limit
+        return original(self, *args, **kwargs)
+
+    return wrapper
+
+
+def proposer_init(original: Callable[..., None]) -> Callable[..., None]:
+    """``SpecDecodeBaseProposer.__init__``: a draft model with a shorter maximum length masks what lies beyond it.
+
+    0.19.1 masks slots and positions from the target's maximum length on.
+    """
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        longest = self.draft_model_config.max_model_len
+        if self.method == "draft_model" and longest < self.max_model_len:
+            self.max_model_len = longest
+            setattr(self, LIMIT, longest)
+
+    return __init__
+
+
+def set_inputs_first_pass(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``set_inputs_first_pass``: no position past the drafter's rotary cache. What is drafted there is rejected."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = original(self, *args, **kwargs)
+        limit = self.__dict__.get(LIMIT)
+        if limit is not None:
+            self._get_positions(made[0]).clamp_(max=limit - 1)
+        return made
+
+    return wrapper
+
+
+def eagle_step_update(original: Callable[..., None]) -> Callable[..., None]:
+    """``eagle_step_update_slot_mapping_and_metadata``: who has passed the maximum length stays past it.
+
+    The original puts such a request at position 0, so that the draft after the next would write to position 1.
+    """
+
+    @functools.wraps(original)
+    def wrapper(**kwargs: Any) -> None:
+        original(**kwargs)
+        positions, slots = kwargs["out_clamped_positions"], kwargs["out_slot_mapping"]
+        positions.masked_fill_(slots[: positions.shape[0]] < 0, kwargs["max_model_len"] - 1)
+
+    return wrapper

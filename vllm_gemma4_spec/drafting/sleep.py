@@ -1,0 +1,25 @@
+"""Sleep mode with a drafter."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from vllm_gemma4_spec.errors import DrafterError
+
+
+def engine_sleep(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``EngineCore.sleep``: level 2 would drop a drafter's weights for good; 0.19.1 reloads the target's alone."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, level: int = 1, *args: Any, **kwargs: Any) -> Any:
+        spec = self.vllm_config.speculative_config
+        if level >= 2 and spec is not None and spec.uses_draft_model():
+            raise DrafterError(
+                f"sleep level {level} discards the drafter's weights, and vLLM 0.19.1 reloads only the target's; "
+                "use level 1"
+            )
+        return original(self, level, *args, **kwargs)
+
+    return wrapper

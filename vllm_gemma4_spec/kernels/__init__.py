@@ -1,0 +1,1 @@
+"""Kernels that a drafter's short passes need, and the choice between them and vLLM's own."""

@@ -1,0 +1,84 @@
+"""Which linear layers take the few-row kernel: those of a draft model that would run on Marlin.
+
+A draft pass has one row per request, k + 2 in its first pass. Only drafts come from it, so another order of
+additions than Marlin's changes no answer; the target keeps the kernels that plain decoding has.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+_NAMES = ("rows_codes", "rows_scales", "rows_global_scale")
+_loading_drafter = False
+
+
+@contextmanager
+def _drafter() -> Iterator[None]:
+    global _loading_drafter
+    _loading_drafter = True
+    try:
+        yield
+    finally:
+        _loading_drafter = False
+
+
+def get_model(original: Callable[..., Module]) -> Callable[..., Module]:
+    """``DraftModelProposer._get_model``: layers loaded meanwhile are the drafter's."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any) -> Module:
+        with _drafter():
+            model = original(self)
+        for module in model.modules():
+            if type(module).__name__ == "Gemma4MLP":
+                _fuse_activation(module)
+        torch.accelerator.synchronize()  # a product may start before the kernel ahead of it, that packs, has ended
+        return model
+
+    return wrapper
+
+
+def _fuse_activation(mlp: Module) -> None:
+    """Let the kernel of gate and up give ``gelu(gate) * up``: one kernel less per layer."""
+    layer = mlp.gate_up_proj
+    if getattr(layer, "rows_codes", None) is not None and layer.svdquant_lora_a is None:
+        layer.rows_gelu = True
+        mlp.act_fn = torch.nn.Identity()
+
+
+def prepare(layer: Module) -> None:
+    """Give a layer of a drafter that has just been loaded its second copy of the weight.
+
+    To be called before Marlin reorders ``layer.weight`` in place.
+    """
+    from vllm_gemma4_spec.kernels import rows
+
+    if not (_loading_drafter and rows.suits(layer)):
+        return
+    layer.rows_gelu = False
+    for name, tensor in zip(_NAMES, rows.prepare(layer), strict=True):
+        layer._parameters.pop(name, None)
+        layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+
+
+def linear(layer: Module, x: Tensor) -> Tensor:
+    """``[..., K]`` to ``[..., N]``, or ``[..., N / 2]`` where the activation is fused. torch.compile traces this."""
+    return torch.ops.vllm.gemma4_spec_nvfp4_product(
+        x,
+        layer.rows_codes,
+        layer.rows_scales,
+        layer.rows_global_scale,
+        layer.weight,
+        layer.weight_scale,
+        layer.weight_global_scale,
+        layer.workspace,
+        layer.output_size_per_partition,
+        layer.rows_gelu,
+    )

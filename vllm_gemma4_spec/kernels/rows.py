@@ -1,0 +1,213 @@
+"""NVFP4 products of a few rows: ``nvfp4_rows.cu`` beside Marlin, as one operator.
+
+Marlin is laid out for larger batches: on an H200 an E4B drafter's six products of one row take it 77 us a
+layer, of which reading the weights is 12. The kernel here takes over for up to :func:`most_rows`; Marlin, with its
+own copy of the weights, keeps the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from vllm_gemma4_spec.kernels import cuda
+from vllm_gemma4_spec.kernels.packing import COLUMNS, ROWS, pack
+
+_TILES = (1, 2, 3, 4, 8)  # compiled numbers of 8-token tiles
+_LANES = 32
+_MAX_WARPS = {1: 16, 2: 16, 3: 16, 4: 16, 8: 8}  # what the kernel's registers allow
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one product is cut up: warps of a block, warps sharing a tile of outputs, blocks sharing one."""
+
+    warps: int
+    split: int
+    parts: int
+
+
+def most_rows(n: int, k: int) -> int:
+    """Rows up to which the kernel is faster than Marlin (H200, E4B's shapes: ``benchmarks/NOTES.md``)."""
+    if n <= 512:
+        return 64  # Marlin takes 23 us for [256, 2560], whatever the rows
+    return 16 if n * k >= 2**25 else 32
+
+
+def plan(n: int, k: int, tiles: int, gelu: bool, multiprocessors: int) -> Launch:
+    """A launch for ``[rows, k] @ [k, n]``: some 20 warps per multiprocessor, none without work.
+
+    Args:
+        tiles: 8-token tiles of the input, one of ``_TILES``.
+        gelu: two tiles of outputs belong together.
+    """
+    blocks, group, most = k // COLUMNS, 2 if gelu else 1, _MAX_WARPS[tiles]
+    outputs = n // ROWS
+    if blocks >= 32 and outputs < 2 * multiprocessors:
+        split = 5 if blocks % 5 == 0 and 5 * group <= most else 4
+        return Launch(split * group, split, 4)
+    fitting = [s for s in (10, 8, 5, 4, 2) if blocks % s == 0 and s * group <= most]
+    split = next((s for s in fitting if outputs * s <= 20 * multiprocessors), 1)
+    slots = group
+    while split * slots * 2 <= 4 and outputs % (slots * 2) == 0:
+        slots *= 2
+    return Launch(split * slots, split, 1)
+
+
+@functools.cache
+def _kernel(tiles: int, gelu: bool) -> Any:
+    source = resources.files(__package__).joinpath("nvfp4_rows.cu").read_text()
+    header = f"#define MT {tiles}\n#define GELU {int(gelu)}\n"
+    return cuda.Kernel(header + source, "nvfp4_rows")
+
+
+@functools.cache
+def _launch(n: int, k: int, tiles: int, gelu: bool, device: int) -> Launch:
+    return plan(n, k, tiles, gelu, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class _Scratch:
+    """Partial sums and arrival counters, one pair per device; products of one stream share them."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def reserve(self, device: torch.device, floats: int, counters: int) -> None:
+        """Grow to what a layer needs; before any CUDA graph is captured."""
+        partial, arrivals = self._buffers.get(device, (None, None))
+        if partial is None or partial.numel() < floats:
+            partial = torch.empty(floats, dtype=torch.float32, device=device)
+        if arrivals is None or arrivals.numel() < counters:
+            arrivals = torch.zeros(counters, dtype=torch.int32, device=device)
+        self._buffers[device] = (partial, arrivals)
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        return self._buffers[device]
+
+
+SCRATCH = _Scratch()
+
+
+def tiles_for(rows: int) -> int:
+    return next(t for t in _TILES if rows <= 8 * t)
+
+
+def rows_product(x: Tensor, codes: Tensor, scales: Tensor, global_scale: Tensor, gelu: bool) -> Tensor:
+    """``x @ W.T`` for at most 64 rows, on the current stream.
+
+    Args:
+        x: ``[rows, K]`` bfloat16, contiguous.
+        codes, scales: of :func:`~vllm_gemma4_spec.kernels.packing.pack`.
+        global_scale: ``[1]`` float32, ModelOpt's ``weight_scale_2``.
+        gelu: give ``gelu_tanh(first half) * second half`` of the outputs.
+
+    Returns:
+        ``[rows, N]`` bfloat16, or ``[rows, N / 2]`` with ``gelu``.
+    """
+    rows, k = x.shape
+    n, tiles = codes.shape[0] * ROWS, tiles_for(rows)
+    y = torch.empty(rows, n // 2 if gelu else n, dtype=x.dtype, device=x.device)
+    how = _launch(n, k, tiles, gelu, x.device.index)
+    partial, arrivals = SCRATCH.on(x.device)
+    _kernel(tiles, gelu)(
+        grid=(n // ROWS // (how.warps // how.split), how.parts, 1),
+        block=how.warps * _LANES,
+        args=[codes, scales, x, y, global_scale, partial, arrivals, rows, n, k, how.split],
+        shared_bytes=how.warps * tiles * 4 * _LANES * 4,
+    )
+    return y
+
+
+def product(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    global_scale: Tensor,
+    marlin_weight: Tensor,
+    marlin_scale: Tensor,
+    marlin_global_scale: Tensor,
+    workspace: Tensor,
+    n: int,
+    gelu: bool,
+) -> Tensor:
+    """One linear layer, by the kernel that suits the number of rows; see :func:`rows_product`."""
+    flat = x.reshape(-1, x.shape[-1])
+    if flat.shape[0] <= most_rows(n, flat.shape[-1]):
+        y = rows_product(flat.contiguous(), codes, scales, global_scale, gelu)
+    else:
+        from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import apply_fp4_marlin_linear
+
+        y = apply_fp4_marlin_linear(
+            flat, marlin_weight, marlin_scale, marlin_global_scale, workspace, n, flat.shape[-1]
+        )
+        if gelu:
+            gate_up, y = y, y.new_empty(y.shape[0], n // 2)
+            torch.ops._C.gelu_tanh_and_mul(y, gate_up)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _product_shape(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    global_scale: Tensor,
+    marlin_weight: Tensor,
+    marlin_scale: Tensor,
+    marlin_global_scale: Tensor,
+    workspace: Tensor,
+    n: int,
+    gelu: bool,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n // 2 if gelu else n)
+
+
+@functools.cache
+def register_operator() -> None:
+    """``torch.ops.vllm.gemma4_spec_nvfp4_product``: opaque to torch.compile, which sees its shape only."""
+    from vllm.utils.torch_utils import direct_register_custom_op
+
+    direct_register_custom_op("gemma4_spec_nvfp4_product", product, fake_impl=_product_shape)
+
+
+def suits(layer: Module) -> bool:
+    """Whether the kernel can take this layer: shape, dtype and device."""
+    n, k = layer.output_size_per_partition, layer.input_size_per_partition
+    return (
+        layer.weight.is_cuda
+        and layer.params_dtype == torch.bfloat16
+        and n % (2 * ROWS) == 0
+        and k % COLUMNS == 0
+        and getattr(layer, "bias", None) is None
+    )
+
+
+def reserve(n: int, k: int, device: torch.device) -> None:
+    """Compile what products of this shape need, and make room for their partial sums.
+
+    No module can be loaded, and no scratch replaced, once a CUDA graph is being captured.
+    """
+    floats = 1
+    for tiles in [t for t in _TILES if 8 * (t - 1) < most_rows(n, k)]:
+        for gelu in (False, True):
+            _kernel(tiles, gelu)
+            how = _launch(n, k, tiles, gelu, device.index)
+            if how.parts > 1:
+                floats = max(floats, how.parts * n * 8 * tiles)
+    SCRATCH.reserve(device, floats, n // ROWS)
+
+
+def prepare(layer: Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and global scale of a layer that has just been loaded.
+
+    To be called before Marlin reorders ``layer.weight`` in place.
+    """
+    codes, scales = pack(layer.weight.data, layer.weight_scale.data)
+    reserve(layer.output_size_per_partition, layer.input_size_per_partition, codes.device)
+    register_operator()
+    return codes, scales, layer.weight_scale_2.data.max().float().reshape(1)

@@ -1,0 +1,1 @@
+"""LoRA adapters on Gemma 4."""

@@ -1,0 +1,22 @@
+"""A layer that a model holds under two names takes an adapter's weights once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+
+def register_module(original: Callable[..., None]) -> Callable[..., None]:
+    """``LoRAModelManager.register_module``: a layer keeps the name it was registered under first.
+
+    ``Gemma4Model`` holds every layer as ``layers.N`` and again in its self- or cross-decoder. Adapters know the
+    first name; under the second the manager finds no weights and clears those that it has just set.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, module_name: str, module: Any) -> None:
+        if not any(known is module for known in self.modules.values()):
+            original(self, module_name, module)
+
+    return wrapper
