@@ -288,6 +288,7 @@ def test_other_formats_are_named_and_left_alone(tmp_path: Path) -> None:
     packed = {"weight_packed": torch.zeros(8, 16, dtype=torch.uint8), "weight_scale": fp8[:, :2].contiguous()}
     report = inspect(Checkpoint(other_format(tmp_path, "compressed-tensors", packed)))
     assert (report.clean, report.kinds[0].formats) == (True, {"NVFP4 (compressed-tensors)": 1})
+    assert (report.vllm_alone, report.with_overlay) == ("loads it; refuses it on a CPU", "loads it on any backend")
 
 
 # ---- bad input ----
@@ -454,6 +455,11 @@ def test_a_disk_that_fills_up_while_writing(tmp_path: Path) -> None:
         (["repair", FIXTURES / "31b-awq-full", "--out", FIXTURES / "31b-awq-full" / "out"], "lies inside"),
         (["quantize", FIXTURES, "out", "--recipe", "int3"], "--recipe int3: expected one of"),
         (["quantize", "nowhere", "out", "--recipe", "nvfp4"], "nowhere: no such folder"),
+        (["quantize", FIXTURES / "31b-nvfp4", FIXTURES, "--recipe", "nvfp4"], "exists already"),
+        (
+            ["quantize", FIXTURES / "31b-nvfp4", "out", "--recipe", "nvfp4", "--python", "nowhere/python"],
+            "--python nowhere/python: no such program",
+        ),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str | Path], message: str, tmp_path: Path) -> None:

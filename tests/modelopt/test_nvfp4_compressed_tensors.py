@@ -52,7 +52,7 @@ def checkpoint(kind: str, folder: Path, activations: bool) -> Path:
             for part, stack in stacks.items():
                 for expert, weight in enumerate(stack):
                     tensors |= compressed(f"{root}.{expert}.{part}", weight, value[expert].abs().max())
-        elif name.endswith("_proj.weight"):
+        elif name.endswith(("_proj.weight", "_gate.weight", "_projection.weight")):
             fused = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
             group = [n for n in fused if fused.get(base.rpartition(".")[2]) == fused[n]]
             members = [f"{base.rpartition('.')[0]}.{n}.weight" for n in group] or [name]

@@ -175,11 +175,18 @@ def _lone_queries(checkpoint: Checkpoint) -> bool:
     return any(m.endswith(".q_proj") and m[:-6] + "k_proj" not in modules for m in modules)
 
 
+def _compressed(checkpoint: Checkpoint) -> bool:
+    """NVFP4 in compressed-tensors' form; its INT4 has 32-bit words."""
+    return any(n.endswith(".weight_packed") and i.dtype == "U8" for n, i in checkpoint.tensors.items())
+
+
 def _vllm_alone(checkpoint: Checkpoint, method: str | None, nan: bool) -> str:
     """What vLLM 0.19.1 does with it, first failure first."""
     algorithm = str(checkpoint.quantization.get("quant_algo", "")).upper()
     if method is None:
         return "loads it unquantized"
+    if _compressed(checkpoint):
+        return "loads it; refuses it on a CPU"
     if not checkpoint.quantized:
         return f"loads it as {method}, if it knows the format"
     if algorithm in ("NVFP4_AWQ", "NVFP4_SVD"):
@@ -194,6 +201,8 @@ def _vllm_alone(checkpoint: Checkpoint, method: str | None, nan: bool) -> str:
 
 
 def _with_overlay(checkpoint: Checkpoint, method: str | None, nan: list[NanLayer]) -> str:
+    if _compressed(checkpoint):
+        return "loads it on any backend"
     if method is None or not checkpoint.quantized:
         return "as vLLM alone"
     extras = [

@@ -147,13 +147,13 @@ def make_positive_(packed: Tensor, scale: Tensor) -> None:
 def narrow_(packed: Tensor, scale: Tensor) -> None:
     """Bring positive block scales into the range that Marlin's can have in bfloat16, in place.
 
-    vLLM multiplies all scales of a tensor by a power of two until the smallest is 1/64 and stores them with an
-    exponent of five bits, which overflows above 480: beside a scale of 448, one of 1/512 makes 64 of the 448.
-    So blocks whose scale is too small for that are rounded to codes of the smallest scale that fits. Their
-    weights are below 1/20,000 of the tensor's largest.
+    vLLM multiplies all scales of a tensor by a power of two until the smallest is 1/64, and stores 128 times that
+    as a float16's upper byte, which overflows above 480: a 448 beside a 1/512 is lost. So blocks whose scale is
+    too small for the largest are rounded to codes of the smallest scale that fits. Their weights are below
+    1/20,000 of the tensor's largest.
     """
     codes = scale.view(torch.uint8)
-    top = scale.view(torch.uint8).max().view(torch.float8_e4m3fn).float()
+    top = codes.max().view(torch.float8_e4m3fn).float()
     factor = 2 ** torch.floor(torch.log2(480 / top.clamp(min=1))).clamp(max=8)
     floor = (1 / (64 * factor)).to(torch.float8_e4m3fn)
     where = tuple(((codes > 0) & (codes < floor.view(torch.uint8))).nonzero().T)

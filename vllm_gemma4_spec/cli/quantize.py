@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,12 +41,17 @@ def command(
     if recipe not in quantizer.RECIPES:
         raise SettingError(f"--recipe {recipe}: expected one of {', '.join(quantizer.RECIPES)}")
     Checkpoint(src)  # a wrong folder is named before ModelOpt is imported
+    if out.exists():
+        raise CheckpointError(f"{out}: exists already; name a folder that does not")
+    interpreter = str(python or sys.executable)
+    if shutil.which(interpreter) is None:
+        raise SettingError(f"--python {interpreter}: no such program; name a Python that has nvidia-modelopt 0.42.0")
     root = str(Path(quantizer.__file__).parents[2])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     arguments = [str(src), str(out), recipe, *([str(calibration)] if calibration else [])]
     # A process of its own also here: ModelOpt changes transformers, and prints on stdout.
     process = subprocess.Popen(
-        [str(python or sys.executable), "-m", quantizer.__name__, *arguments],
+        [interpreter, "-m", quantizer.__name__, *arguments],
         env={**os.environ, "PYTHONPATH": path},
         stdout=sys.stderr if not as_json else subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -13,6 +13,7 @@ import torch
 import vllm.model_executor.layers.quantization.modelopt  # noqa: F401  first and whole: our hook on it imports moe
 from torch import Tensor
 from torch.nn import Module, Parameter
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 from vllm.model_executor.layers.quantization.utils.nvfp4_utils import NvFp4LinearBackend
 from vllm.platforms import current_platform
@@ -25,8 +26,9 @@ from vllm_gemma4_spec.modelopt.nan import mend
 
 def linear_scheme(original: type) -> type:
     """``CompressedTensorsW4A4Fp4`` or ``CompressedTensorsW4A16Fp4`` with its scales mended."""
+    weight_only = original.__name__ == "CompressedTensorsW4A16Fp4"  # Marlin on every GPU
 
-    class Nvfp4Scheme(original):  # type: ignore[misc]
+    class Nvfp4Scheme(original):
         def __init__(self) -> None:
             # Not super().__init__: it raises where vLLM has no FP4 kernel, as on a CPU.
             self.group_size = nvfp4.BLOCK
@@ -35,6 +37,7 @@ def linear_scheme(original: type) -> type:
         def create_weights(self, layer: Module, *args: Any, **kwargs: Any) -> None:
             super().create_weights(layer, *args, **kwargs)
             layer.params_dtype = kwargs["params_dtype"]
+            layer.modelopt_dummy = get_current_vllm_config().load_config.load_format == "dummy"
             for name in ("weight_packed", "weight_scale"):  # members that the checkpoint lacks stay zero
                 getattr(layer, name).data.view(torch.uint8).zero_()
             for name in ("weight_global_scale", "input_global_scale"):
@@ -43,7 +46,7 @@ def linear_scheme(original: type) -> type:
 
         def process_weights_after_loading(self, layer: Module) -> None:
             given = layer.weight_global_scale.data
-            _settle(given, f"{layer.prefix}.weight_global_scale")
+            _settle(given, "" if layer.modelopt_dummy else f"{layer.prefix}.weight_global_scale")
             if hasattr(layer, "input_global_scale"):
                 _settle(layer.input_global_scale.data, "")
             mend(layer, layer.prefix, layer.weight_packed.data, layer.weight_scale.data)
@@ -55,7 +58,8 @@ def linear_scheme(original: type) -> type:
                     layer._parameters.pop(name, None)
                 emulation.prepare(layer)
                 return
-            if self.backend == NvFp4LinearBackend.MARLIN and layer.params_dtype == torch.bfloat16:
+            marlin = weight_only or self.backend == NvFp4LinearBackend.MARLIN
+            if marlin and layer.params_dtype == torch.bfloat16:
                 nvfp4.narrow_(layer.weight_packed.data, layer.weight_scale.data)
             super().process_weights_after_loading(layer)
 
@@ -73,7 +77,7 @@ _UNSET = -1.0
 
 
 def _settle(scales: Tensor, what: str) -> None:
-    """Global scales of members that the checkpoint lacks have no say in a maximum; others must be positive."""
+    """Global scales of members that the checkpoint lacks have no say in a maximum; ``what`` must be positive."""
     unset = scales == _UNSET
     if bool(unset.any()) and not bool(unset.all()):
         scales[unset] = scales[~unset].min()
@@ -84,7 +88,7 @@ def _settle(scales: Tensor, what: str) -> None:
 def experts_method(original: type) -> type:
     """``CompressedTensorsW4A4Nvfp4MoEMethod`` with its scales mended; on a CPU, emulated."""
 
-    class Mended(original):  # type: ignore[misc]
+    class Mended(original):
         def __init__(self, moe_config: Any, layer_name: str | None = None, use_a16: bool = False) -> None:
             super().__init__(moe_config, layer_name, use_a16)
             self.use_a16 = use_a16
@@ -99,7 +103,7 @@ def experts_method(original: type) -> type:
                 del layer._parameters[f"{name}_weight_scale_2"], layer._parameters[f"{name}_input_scale"]
             super().process_weights_after_loading(layer)
 
-    class Emulated(moe.EmulatedExperts, original):  # type: ignore[misc]
+    class Emulated(moe.EmulatedExperts, original):
         def __init__(self, moe_config: Any, layer_name: str | None = None, use_a16: bool = False) -> None:
             super().__init__(moe_config)
             self.group_size, self.use_a16 = nvfp4.BLOCK, use_a16

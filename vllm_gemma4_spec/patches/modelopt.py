@@ -45,7 +45,8 @@ PATCHES: tuple[Patch, ...] = (
         group=Group.CORRECTNESS,
         why=(
             "0.19.1 refuses quant_algo NVFP4_AWQ and NVFP4_SVD, loads NaN block scales as they are, lets "
-            "uninitialised scales of E4B layers that reuse KV into a maximum, takes bf16 experts for quantized "
+            "uninitialised scales of E4B layers that reuse KV into a maximum, overflows Marlin's scales where a "
+            "tensor's are far apart (448 beside 1/512), takes bf16 experts for quantized "
             "ones, and has no NVFP4 on a CPU."
         ),
         how=(
@@ -76,6 +77,8 @@ PATCHES: tuple[Patch, ...] = (
             f"{_QUANTIZATION}:ModelOptNvFp4FusedMoE",
             "vllm.model_executor.layers.quantization.utils.nvfp4_utils:select_nvfp4_linear_backend",
             "vllm.model_executor.layers.quantization.utils.nvfp4_utils:apply_nvfp4_linear",
+            "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4:nvfp4_marlin_process_scales",
+            "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4:_nvfp4_compute_scale_factor",
             "vllm.model_executor.layers.linear:LinearBase",
             "vllm.model_executor.layers.linear:UnquantizedLinearMethod",
             "vllm.model_executor.parameter:ModelWeightParameter",
