@@ -82,6 +82,7 @@ def test_without_the_patch_acceptance_decays(
     assert counts.accepted < counts.proposed
 
 
+@pytest.mark.slow
 def test_prompts_up_to_the_maximum_length(tmp_path: Path) -> None:
     """Sixty times the longer window, in chunks of a quarter; the last but one ends in the middle of a draft."""
     longest = 4096

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 
 from tests.support.engine import acceptance, engine, generate, random_prompts
 
+pytestmark = pytest.mark.slow  # numba and the experts are compiled
+
 
 def test_ngram(tiny: dict[str, Path]) -> None:
     """Prompts that repeat themselves, so that there is something to look up."""

@@ -168,4 +168,4 @@ def test_nothing_decays(tiny: dict[str, Path]) -> None:
     assert counts.at_the_limit > 0
     assert counts.evicted > STEPS / 10
     assert found["num_preemptions"] > STEPS / 1000
-    assert 0.1 < found["prefix_cache_hits"] / found["prefix_cache_queries"] < 0.9
+    assert STEPS < found["prefix_cache_hits"] < found["prefix_cache_queries"]  # tokens

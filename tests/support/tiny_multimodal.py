@@ -59,7 +59,7 @@ AUDIO: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "output_proj_dims": 48,
-    "subsampling_conv_channels": [16, 8],
+    "subsampling_conv_channels": [128, 8],  # the first is also the number of mel bands
 }
 CHAT_TEMPLATE = (
     "<bos>{% for m in messages %}{% if m.content is string %} {{ m.content }}{% else %}{% for part in m.content %}"
