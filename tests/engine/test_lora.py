@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from tests.support.engine import acceptance, engine, random_prompts
+from tests.support.stock import without
 from tests.support.tiny_models import target_config
+from vllm_gemma4_spec.patches.lora import LORA_ALIASES
 
 RANK, TOKENS = 4, 24
 PROMPTS = random_prompts((5, 40, 100))
@@ -65,3 +67,10 @@ def test_requests_with_and_without_an_adapter(tiny: dict[str, Path], adapter: Pa
     assert 0 < counts.accepted < counts.proposed
     if drafter == "target":  # every draft of the requests without an adapter is accepted
         assert counts.accepted >= len(PROMPTS) * (TOKENS - 1) * 3 // 4
+
+
+@pytest.mark.slow
+def test_stock_ignores_the_adapter(tiny: dict[str, Path], adapter: Path) -> None:
+    with without(LORA_ALIASES), engine(tiny["target"], **OPTIONS) as llm:
+        plain, adapted = answers(llm, adapter)
+    assert plain == adapted

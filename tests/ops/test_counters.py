@@ -10,9 +10,11 @@ import pytest
 
 from tests.support.engine import engine, generate, random_prompts
 from tests.support.recorder import Recorder
+from tests.support.stock import without
 from vllm_gemma4_spec.checkpoints.files import Checkpoint
 from vllm_gemma4_spec.checkpoints.inspection import inspect
 from vllm_gemma4_spec.ops import reports
+from vllm_gemma4_spec.patches.drafting import SKIPPED_DRAFTS
 
 FIXTURES = Path(__file__).parents[1] / "checkpoints" / "fixtures"
 
@@ -80,3 +82,11 @@ def test_nan_blocks_repaired_are_those_that_inspect_finds(name: str) -> None:
     repaired = shown() - before
     assert repaired["gemma4_spec_nan_blocks_repaired_total", "zeroed"] == sum(n.destroyed for n in found)
     assert repaired["gemma4_spec_nan_blocks_repaired_total", "saturated"] == sum(n.intact for n in found)
+
+
+@pytest.mark.slow
+def test_stock_counts_no_skipped_draft(tiny: dict[str, Path]) -> None:
+    before = shown()
+    with without(SKIPPED_DRAFTS), engine(tiny["target"], tiny["close"], 3, max_model_len=64) as llm:
+        generate(llm, random_prompts([40]), 24)
+    assert shown() == before

@@ -27,6 +27,7 @@ class Shown:
 
 _STOCK = "patching/test_stock"
 _GRAPHS = "graphs/test_draft_capture"
+_KERNELS = "kernels/test_patches"
 
 SHOWN = {
     "draft-groups": Shown(
@@ -53,6 +54,10 @@ SHOWN = {
         "eagle/test_heads::test_stock_follows_a_chunk_with_the_prompts_last_token",
         "eagle/test_heads::test_a_head_drafts_as_its_reference[eagle3-two-groups-chunked-prefill]",
     ),
+    "length-limit": Shown(
+        "engine/test_length_limit::test_without_the_patch_acceptance_decays",
+        "engine/test_length_limit::test_every_draft_is_accepted_beside_a_request_that_ends_at_the_limit",
+    ),
     "drafter-checks": Shown(
         f"{_STOCK}::test_a_drafter_that_does_not_fit_is_not_named_in_one_line",
         "engine/test_refusals::test_folder_without_config",
@@ -61,9 +66,17 @@ SHOWN = {
         "engine/test_checks::test_stock_says_nothing_about_acceptance",
         "engine/test_checks::test_a_drafter_that_knows_nothing_is_reported",
     ),
+    "skipped-drafts": Shown(
+        "ops/test_counters::test_stock_counts_no_skipped_draft",
+        "ops/test_counters::test_drafts_skipped_are_the_requests_that_were_not_drafted_for",
+    ),
     "embedder-norm": Shown(
         "multimodal/test_images::test_stock_projects_before_it_normalises",
         "multimodal/test_images::test_logits_after_images_are_those_of_transformers",
+    ),
+    "lora-aliases": Shown(
+        "engine/test_lora::test_stock_ignores_the_adapter",
+        "engine/test_lora::test_requests_with_and_without_an_adapter[target]",
     ),
     "draft-graphs": Shown(
         f"{_GRAPHS}::test_stock_drafts_kernel_by_kernel", f"{_GRAPHS}::test_captured_drafts_are_replayed"
@@ -80,6 +93,17 @@ SHOWN = {
         f"{_STOCK}::test_local_argmax_ends_the_engine",
         "graphs/test_local_argmax::test_local_argmax_drafts_the_same_tokens",
     ),
+    "draft-products": Shown(
+        f"{_KERNELS}::test_stock_loads_a_drafter_as_any_model",
+        f"{_KERNELS}::test_a_drafters_activation_is_part_of_its_product",
+    ),
+    "draft-argmax": Shown(
+        f"{_KERNELS}::test_stock_computes_every_logit", f"{_KERNELS}::test_the_drafters_argmax_takes_two_passes"
+    ),
+    "split-attention": Shown(
+        f"{_KERNELS}::test_stock_walks_the_context_in_one_piece",
+        f"{_KERNELS}::test_a_verification_splits_the_context",
+    ),
     "cpu-runner": Shown(
         f"{_STOCK}::test_the_cpu_refuses_speculation",
         "engine/test_own_blocks::test_first_step_looks_ahead",
@@ -91,6 +115,14 @@ SHOWN = {
     "modelopt-nvfp4": Shown(
         "modelopt/test_nvfp4_config::test_undo_gives_vllm_its_class_back",
         "modelopt/test_nvfp4_engine::test_logprobs_equal_the_reference",
+    ),
+    "kv-scales": Shown(
+        "modelopt/test_kv_scales::test_the_kernel_drops_the_scales_of_fp8_queries",
+        "modelopt/test_kv_scales::test_scales_are_loaded_and_applied[target-]",
+    ),
+    "compressed-nvfp4": Shown(
+        "modelopt/test_nvfp4_compressed_tensors::test_stock_has_no_nvfp4_on_a_cpu",
+        "modelopt/test_nvfp4_compressed_tensors::test_logprobs_equal_the_reference[26b-True]",
     ),
     "cpu-moe-gelu": Shown(
         f"{_STOCK}::test_experts_on_a_cpu_do_not_know_gelu",
