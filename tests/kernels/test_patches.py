@@ -96,7 +96,6 @@ def loaded_drafter(monkeypatch: pytest.MonkeyPatch) -> tuple[Gemma4MLP, bool]:
         return Gemma4MLP()
 
     monkeypatch.setattr(draft_model, "get_model", get_model)
-    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
     proposer = SimpleNamespace(_create_draft_vllm_config=lambda: None)
     model = draft_model.DraftModelProposer._get_model(proposer)
     assert not draft_linear._loading_drafter

@@ -48,7 +48,7 @@ def _head_of(model: Any) -> Any:
     if not head.suits(weight) or weight.shape[0] != model.config.vocab_size:
         return None
     made = head.DraftHead(weight.data)
-    torch.accelerator.synchronize()
+    torch.cuda.synchronize()
     return made
 
 
