@@ -223,6 +223,9 @@ def quantization(data: bytes) -> None:
     """A quantization config: taken, or refused with a ValueError, as vLLM's own configs refuse."""
     from types import SimpleNamespace
 
+    # vLLM's module first: its import is what a patch that is on waits for, and the patch imports ours.
+    import vllm.model_executor.layers.quantization.modelopt  # noqa: F401
+
     from vllm_gemma4_spec.modelopt.config import Nvfp4Config
     from vllm_gemma4_spec.modelopt.loading import known_algorithm
 
