@@ -13,6 +13,9 @@ from vllm_gemma4_spec.demo import build, measure, run
 from vllm_gemma4_spec.demo.data import Dialogue
 from vllm_gemma4_spec.demo.server import Server
 
+# Two servers and every question to each of them: two to three minutes.
+pytestmark = pytest.mark.slow
+
 Said = dict[str, Any]
 
 

@@ -220,7 +220,10 @@ def test_the_vllm_command_ends_with_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("version", ["0.19.0", "0.20.0", "0.33.0"])
+@pytest.mark.parametrize(
+    "version",
+    [pytest.param("0.19.0", marks=pytest.mark.slow), "0.20.0", pytest.param("0.33.0", marks=pytest.mark.slow)],
+)
 def test_on_another_release_the_start_ends_with_one_line(version: str) -> None:
     code = f"""
     import sys; sys.argv[0] = "/usr/bin/vllm"
