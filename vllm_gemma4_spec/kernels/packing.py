@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vllm_gemma4_spec.checkpoints import nvfp4
+
 ROWS, COLUMNS = 16, 256  # of a block; N and K must be multiples
 
 
@@ -28,7 +30,7 @@ def pack(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
     # A scale of zero or below has no form of its own: its codes take the zero or the sign.
     keep = (scale_bytes & 0x7F != 0).to(torch.uint8) * 15
     flip = (scale_bytes >> 7) << 3
-    codes = torch.stack([weight & 15, weight >> 4], dim=-1).view(rows, columns // 16, 16)
+    codes = nvfp4.unpack(weight).view(rows, columns // nvfp4.BLOCK, nvfp4.BLOCK)
     codes = (codes ^ flip[:, :, None]) & keep[:, :, None]
     # [r, h, g, b, q, t, j, e, l] -> [r, b, q, g, t, j, e, h, l]
     codes = codes.view(rows // ROWS, 2, 8, columns // COLUMNS, 4, 4, 4, 2, 2).permute(0, 3, 4, 2, 5, 6, 7, 1, 8)
