@@ -3,8 +3,9 @@
     GEMMA4_ARTIFACTS=… python benchmarks/full_shape.py --target 31B --drafter E4B --out results.json
 
 Every engine is a process of its own: ``stock`` (plain decoding without this package), ``plain`` (with it),
-``spec`` (speculation) and, on request, ``spec-eager`` and ``spec-sync`` (without the graphs, without async
-scheduling). Times exclude prompts and a warm-up of every batch size; figures are medians of ``--repeats``.
+``spec`` (speculation) and, on request, ``spec-adaptive`` (adaptive k) and what a part is worth: ``spec-eager``
+(without the graphs), ``spec-sync`` (without async scheduling), ``spec-plain-compile`` (without the drafter's own
+compiler settings). Times exclude prompts and a warm-up of every batch size; figures are medians of ``--repeats``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ ENGINES: dict[str, dict[str, str]] = {
     "stock": {"VLLM_GEMMA4_SPEC": "0"},
     "plain": {},
     "spec": {},
+    "spec-adaptive": {"VLLM_GEMMA4_SPEC_ADAPTIVE_K": "0.2"},
+    "spec-plain-compile": {"VLLM_GEMMA4_SPEC_PATCH_DRAFT_COMPILE": "0"},
     "spec-sync": {},
     "spec-eager": {"VLLM_GEMMA4_SPEC_PATCH_DRAFT_GRAPHS": "0"},
 }
@@ -37,7 +40,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ap.add_argument("--k", type=int, default=3, help="draft tokens per step")
     ap.add_argument("--engines", default="stock,plain,spec", help=f"of {', '.join(ENGINES)}")
     ap.add_argument("--concurrency", default="1,2,4,8,16")
-    ap.add_argument("--acceptance", default="1.0,0.7,0.0", help="chance that a draft position is accepted")
+    ap.add_argument(
+        "--acceptance",
+        default="1.0,0.7,0.0",
+        help="chances that a draft position is accepted; 0.3/0.9: requests change between the two",
+    )
     ap.add_argument("--tokens", type=int, default=128, help="tokens generated per request")
     ap.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     ap.add_argument("--repeats", type=int, default=3)
@@ -117,9 +124,9 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         first, last = max(s.first_token_ts for s in stats), max(s.last_token_ts for s in stats)
         return (tokens - 1) * n / (last - first), rpc(probes.read_marks)[0]
 
-    for rate in [float(a) for a in args.acceptance.split(",")] if speculative else [None]:
+    for rate in args.acceptance.split(",") if speculative else [None]:
         if rate is not None:
-            rpc(probes.force_acceptance, args=(rate,))
+            rpc(probes.force_acceptance, args=([float(chance) for chance in rate.split("/")],))
         for n in sizes:
             generate(n, 24)
             runs = [generate(n, args.tokens) for _ in range(args.repeats)]
@@ -127,7 +134,7 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
             middle = statistics.median_low(speeds)
             row = {
                 "concurrency": n,
-                "acceptance": rate,
+                "acceptance": float(rate) if rate and "/" not in rate else rate,
                 "tokens_per_s": round(middle, 1),
                 "spread": [round(speeds[0], 1), round(speeds[-1], 1)],
                 **next(r[1] for r in runs if r[0] == middle),
@@ -164,14 +171,14 @@ def kernel_table(kernels: list[tuple[str, float, float]], top: int = 30) -> str:
 def table(results: dict[str, Any]) -> str:
     """tok/s of every engine, and of speculation over plain decoding."""
     base = {r["concurrency"]: r["tokens_per_s"] for r in results.get("stock", results.get("plain", {})).get("runs", [])}
-    lines = ["engine       accept   c    tok/s  ratio    step  verify  sampling  draft    gap (ms)"]
+    lines = ["engine              accept    c    tok/s  ratio    step  verify  sampling  draft    gap (ms)"]
     for engine, result in results.items():
         for r in result.get("runs", []):
             n = r["concurrency"]
             ratio = f"{r['tokens_per_s'] / base[n]:5.2f}" if n in base else "    -"
             times = "  ".join(f"{r.get(p, float('nan')):6.2f}" for p in ("step", "verify", "sampling", "draft", "gap"))
-            accept = "  -" if r["acceptance"] is None else f"{r['acceptance']:.1f}"
-            lines.append(f"{engine:12s} {accept:>5s} {n:4d} {r['tokens_per_s']:8.1f}  {ratio}  {times}")
+            accept = "-" if r["acceptance"] is None else str(r["acceptance"])
+            lines.append(f"{engine:18s} {accept:>7s} {n:4d} {r['tokens_per_s']:8.1f}  {ratio}  {times}")
     return "\n".join(lines)
 
 

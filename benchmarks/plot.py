@@ -26,7 +26,7 @@ def main(source: Path, figure: Path) -> None:
     fig, axes = plt.subplots(1, 2 if base else 1, figsize=(11 if base else 5.5, 4), squeeze=False, layout="constrained")
     if base:
         speed = axes[0][0]
-        for rate in sorted({r["acceptance"] for r in runs}, reverse=True):
+        for rate in sorted({r["acceptance"] for r in runs}, key=str, reverse=True):
             line = [r for r in runs if r["acceptance"] == rate and r["concurrency"] in base]
             speed.plot(
                 [r["concurrency"] for r in line],

@@ -29,22 +29,31 @@ class _Marks:
             self.steps[-1][name] = event
 
 
-def force_acceptance(worker: Any, probability: float | None) -> None:
-    """From now on every draft position is accepted with ``probability`` (None: by the model again).
+_PHASE = 24  # steps after which requests change places, where several probabilities are given
 
-    The sampler does its work first, so its cost stays in the figures; then its verdict is replaced.
+
+def force_acceptance(worker: Any, probabilities: list[float] | None) -> None:
+    """From now on a draft position is accepted with such a chance (None: by the model again).
+
+    Of several chances, each request has one for a while, then the next: a workload that is mixed in a batch and
+    over time. A draft that adaptive k left out (token 0) is rejected. The sampler does its work first, so its cost
+    stays in the figures; then its verdict is replaced.
     """
     sampler = worker.model_runner.rejection_sampler
     original = type(sampler).forward
+    steps = itertools.count()
 
     def forward(metadata: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(sampler, metadata, *args, **kwargs)
         tokens = output.sampled_token_ids  # [batch, k + 1], -1 where rejected
         counts, k = metadata.num_draft_tokens, metadata.max_spec_len
-        if probability is None or set(counts) != {k}:
+        if probabilities is None or set(counts) != {k}:
             return output
         drafts = metadata.draft_token_ids.view(len(counts), k)
-        accepted = (torch.rand(drafts.shape, device=drafts.device) < probability).cumprod(1)
+        phase = next(steps) // _PHASE
+        chances = torch.tensor([probabilities[(i + phase) % len(probabilities)] for i in range(len(counts))])
+        chance = chances.to(drafts.device, non_blocking=True)[:, None]
+        accepted = ((torch.rand(drafts.shape, device=drafts.device) < chance) & (drafts != 0)).cumprod(1)
         # The token after the last accepted one: any valid id, here the draft before it or a constant.
         kept = torch.cat([torch.ones_like(accepted[:, :1]), accepted], dim=1).bool()
         values = torch.cat([drafts, torch.full_like(drafts[:, :1], 1000)], dim=1)
@@ -114,7 +123,7 @@ def _median_ms(run: Any, repeats: int = 20) -> float:
 def draft_parts(worker: Any, sizes: list[int], context: int) -> dict[str, dict[str, float]]:
     """Per batch size: ms of a whole replay, of its first pass, of one further pass, and host ms per replay.
 
-    The first pass is a graph of its own, captured with one draft token.
+    The first pass is a graph of its own, captured at depth 1.
     """
     from vllm.distributed.parallel_state import graph_capture
 
@@ -126,13 +135,9 @@ def draft_parts(worker: Any, sizes: list[int], context: int) -> dict[str, dict[s
     if graphs is None:
         return {}
     k = drafter.num_speculative_tokens
-    first = DraftGraphs(drafter, graphs._groups, graphs._primary_table, graphs._propose, sizes)
-    drafter.num_speculative_tokens = 1
-    try:
-        with graph_capture(device=runner.device):
-            first.capture(torch.cuda.graph_pool_handle())
-    finally:
-        drafter.num_speculative_tokens = k
+    first = DraftGraphs(drafter, graphs._groups, graphs._primary_table, graphs._propose, sizes, (1,))
+    with graph_capture(device=runner.device):
+        first.capture(torch.cuda.graph_pool_handle())
     out = {}
     for graph in (graphs, first):
         graph._inputs.seq_lens.fill_(context)
@@ -141,12 +146,12 @@ def draft_parts(worker: Any, sizes: list[int], context: int) -> dict[str, dict[s
         )
         graph._num_live.fill_(0)
     for n in sizes:
-        whole = _median_ms(graphs._graphs[n].cuda_graph.replay)
-        once = _median_ms(first._graphs[n].cuda_graph.replay)
+        whole = _median_ms(graphs._graphs[n, k].cuda_graph.replay)
+        once = _median_ms(first._graphs[n, 1].cuda_graph.replay)
         torch.cuda.synchronize()
         began = time.perf_counter()
         for _ in range(20):
-            graphs._graphs[n].cuda_graph.replay()
+            graphs._graphs[n, k].cuda_graph.replay()
         host = (time.perf_counter() - began) / 20 * 1e3
         torch.cuda.synchronize()
         out[str(n)] = {
@@ -167,10 +172,11 @@ def profile_replay(worker: Any, size: int) -> list[tuple[str, float, float]]:
     graphs = worker.model_runner.drafter.__dict__.get(GRAPHS)
     if graphs is None:
         return []
-    graphs._graphs[size].cuda_graph.replay()
+    graph = graphs._graphs[size, worker.model_runner.drafter.num_speculative_tokens].cuda_graph
+    graph.replay()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as prof:
-        graphs._graphs[size].cuda_graph.replay()
+        graph.replay()
         torch.cuda.synchronize()
     kernels = [e for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     kernels.sort(key=lambda e: e.time_range.start)
@@ -224,11 +230,11 @@ def rows_against_marlin(worker: Any, tokens: int) -> dict[str, float]:
     """Largest relative difference between the few-row kernel and Marlin on the drafter's own layers."""
     from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import apply_fp4_marlin_linear
 
-    from vllm_gemma4_spec.kernels import draft_linear
+    from vllm_gemma4_spec.kernels import layers
 
     runner, worst = worker.model_runner, 0.0
-    layers = [m for m in runner.drafter.model.modules() if getattr(m, "rows_codes", None) is not None]
-    for layer in layers:
+    modules = [m for m in runner.drafter.model.modules() if getattr(m, "rows_codes", None) is not None]
+    for layer in modules:
         n, k = layer.output_size_per_partition, layer.input_size_per_partition
         x = torch.randn(tokens, k, device=runner.device).to(runner.dtype)
         wanted = apply_fp4_marlin_linear(
@@ -237,9 +243,9 @@ def rows_against_marlin(worker: Any, tokens: int) -> dict[str, float]:
         if layer.rows_gelu:
             gate, up = wanted.chunk(2, dim=-1)
             wanted = torch.nn.functional.gelu(gate, approximate="tanh") * up
-        got = draft_linear.linear(layer, x).float()
+        got = layers.linear(layer, x).float()
         worst = max(worst, float((got - wanted).norm() / wanted.norm()))
-    return {"layers": len(layers), "worst": round(worst, 5)}
+    return {"layers": len(modules), "worst": round(worst, 5)}
 
 
 def bandwidth_and_bytes(worker: Any) -> dict[str, float]:

@@ -24,21 +24,36 @@ class Setting:
     default: str
     help: str
     choices: tuple[str, ...] = ()
+    share: bool = False  # a number from 0 to below 1
 
     def read(self, environ: Mapping[str, str] | None = None) -> str:
         """The value in force.
 
         Raises:
-            SettingError: the value is not one of ``choices``.
+            SettingError: the value is not one of ``choices``, or no number from 0 to below 1 where it is a share.
         """
         value = (os.environ if environ is None else environ).get(self.name, self.default).strip()
         if self.choices and value not in self.choices:
             wanted = ", ".join(self.choices)
             raise SettingError(f"{self.name}={value!r}: expected one of {wanted}; unset it for {self.default!r}")
+        if self.share and not _is_share(value):
+            raise SettingError(
+                f"{self.name}={value!r}: expected a number from 0 to below 1; unset it for {self.default!r}"
+            )
         return value
 
     def on(self, environ: Mapping[str, str] | None = None) -> bool:
         return self.read(environ) == "1"
+
+    def number(self, environ: Mapping[str, str] | None = None) -> float:
+        return float(self.read(environ))
+
+
+def _is_share(text: str) -> bool:
+    try:
+        return 0.0 <= float(text) < 1.0  # false for nan
+    except ValueError:
+        return False
 
 
 def switch(name: str, help: str, default: str = "1") -> Setting:
@@ -72,8 +87,21 @@ NVFP4_WEIGHTS = Setting(
     ("auto", "packed", "dequantized"),
 )
 
+SCALE_IN_PRODUCT = switch(
+    f"{PREFIX}_SCALE_IN_PRODUCT",
+    "0 multiplies by o_proj's pre_quant_scale in a kernel of its own on Marlin; 1 inside a product of up to 16 rows, "
+    "which takes a second copy of these weights (1.7 GB for 31B)",
+)
+ADAPTIVE_K = Setting(
+    f"{PREFIX}_ADAPTIVE_K",
+    "0",
+    "runs fewer draft passes while acceptance is low: the time of a further pass as a share of a step with one "
+    "(0.2 for 31B + E4B on an H200); 0 always runs k",
+    share=True,
+)
+
 # Settings other than the switches of single patches; a module that reads one imports it from here.
-SETTINGS: tuple[Setting, ...] = (ALL, CHECK, NAN_SCALES, NVFP4_WEIGHTS, DEMO_DIR)
+SETTINGS: tuple[Setting, ...] = (ALL, ADAPTIVE_K, CHECK, NAN_SCALES, NVFP4_WEIGHTS, SCALE_IN_PRODUCT, DEMO_DIR)
 
 
 def patch_switch(patch_name: str) -> Setting:

@@ -6,6 +6,7 @@ else is the real thing; ``benchmarks/gpu_exactness.py`` compares the graphs them
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from tests.support.engine import acceptance, engine, generate, random_prompts
 from vllm_gemma4_spec.drafting.slots import PADDING_SLOT_ID, group_slot_mappings
-from vllm_gemma4_spec.graphs.proposal import GRAPHS, DraftGraphs, _Graph, decode_batch_sizes
+from vllm_gemma4_spec.graphs.proposal import GRAPHS, DraftGraphs, _Graph, at_depth, decode_batch_sizes
 
 K = 3
 
@@ -46,15 +47,14 @@ class Rerun(DraftGraphs):
     """Graphs whose replay calls the captured function on the same buffers."""
 
     def capture(self, pool: Any, warmups: int = 0) -> None:
-        k = self.query_len - 1
-        for n in self.batch_sizes:
-            drafts = torch.full((n, k), -1, dtype=torch.int64)
-            self._graphs[n] = _Graph(
-                SimpleNamespace(replay=lambda n=n, drafts=drafts: drafts.copy_(self.run(n))), drafts
+        for n, depth in itertools.product(self.batch_sizes, self._depths):
+            drafts = torch.full((n, depth), -1, dtype=torch.int64)
+            self._graphs[n, depth] = _Graph(
+                SimpleNamespace(replay=lambda n=n, d=depth, drafts=drafts: drafts.copy_(self.run(n, d))), drafts
             )
 
-    def run(self, num_reqs: int) -> torch.Tensor:
-        with self._as_captured():
+    def run(self, num_reqs: int, depth: int) -> torch.Tensor:
+        with self._as_captured(), at_depth(self._proposer, depth):
             return self._run(num_reqs)
 
 
@@ -66,10 +66,10 @@ def attach(llm: Any, batch_sizes: list[int]) -> dict[str, Any]:
     groups.slot_kernel = SlotsInPyTorch(groups)
     groups._check = False  # it reads every pass back; with it on, nothing is captured
     table = runner.input_batch.block_table[drafter.kv_cache_gid]
-    graphs = Rerun(drafter, groups, table.get_device_tensor, type(drafter).propose, batch_sizes)
+    graphs = Rerun(drafter, groups, table.get_device_tensor, type(drafter).propose, batch_sizes, range(1, K + 1))
     graphs.capture(None)
     setattr(drafter, GRAPHS, graphs)
-    seen: dict[str, Any] = {"replays": 0, "padded": 0, "originals": 0, "different": 0}
+    seen: dict[str, Any] = {"replays": 0, "padded": 0, "originals": 0, "different": 0, "depths": set()}
     wrapped = type(drafter).propose
 
     def propose(**kwargs: Any) -> torch.Tensor:
@@ -77,6 +77,7 @@ def attach(llm: Any, batch_sizes: list[int]) -> dict[str, Any]:
         drafts = wrapped(drafter, **kwargs)
         if graphs.fits(cad, kwargs["num_rejected_tokens_gpu"], kwargs["mm_embed_inputs"]):
             seen["replays"] += 1
+            seen["depths"].add(drafts.shape[1])
             seen["padded"] += cad.num_reqs not in batch_sizes
             seen["different"] += int((drafts != wrapped.__wrapped__(drafter, **kwargs)).sum())
         else:
@@ -87,8 +88,11 @@ def attach(llm: Any, batch_sizes: list[int]) -> dict[str, Any]:
     return seen
 
 
-@pytest.mark.parametrize("kind", ["target", "close"])
-def test_replays_draft_what_the_original_drafts(tiny: dict[str, Path], kind: str) -> None:
+@pytest.mark.parametrize(("kind", "cost"), [("target", "0"), ("close", "0"), ("close", "0.2")])
+def test_replays_draft_what_the_original_drafts(
+    tiny: dict[str, Path], kind: str, cost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_GEMMA4_SPEC_ADAPTIVE_K", cost)
     prompts = random_prompts([5, 40, 90, 17, 33])
     limits = [20, 26, 32, 38, 44]  # they end one after the other, so batches of every size occur
     with engine(tiny["target"], max_num_seqs=4) as llm:
@@ -101,6 +105,8 @@ def test_replays_draft_what_the_original_drafts(tiny: dict[str, Path], kind: str
     assert seen["replays"] > 5
     assert seen["padded"] > 0  # three requests in the graph of four
     assert seen["originals"] > 0  # prompts
+    assert K in seen["depths"]
+    assert (len(seen["depths"]) > 1) == (cost != "0")
     if kind == "target":
         assert counts.accepted == counts.proposed > 0
     else:

@@ -75,7 +75,7 @@ static void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)
 
 #include NVFP4_ROWS_SOURCE
 
-extern "C" void run(const void* codes, const void* scales, const void* x, void* y, const float* global_scale,
+extern "C" void run(const void* codes, const void* scales, const void* x, const void* pre, void* y, const float* global_scale,
                     float* partial, unsigned* arrivals, int tokens, int N, int K, int warps, int split, int parts) {
     gridDim = {N / 16 / (warps / split), parts, 1};
     blockDim = {warps * 32, 1, 1};
@@ -90,8 +90,8 @@ extern "C" void run(const void* codes, const void* scales, const void* x, void* 
                 threads.emplace_back([=] {
                     threadIdx = {i, 0, 0};
                     blockIdx = {bx, by, 0};
-                    nvfp4_rows((const uint4*)codes, (const uint2*)scales, (const u16*)x, (u16*)y, global_scale,
-                               partial, arrivals, tokens, N, K, split);
+                    nvfp4_rows((const uint4*)codes, (const uint2*)scales, (const u16*)x, (const u16*)pre, (u16*)y,
+                               global_scale, partial, arrivals, tokens, N, K, split);
                     block_barrier->arrive_and_drop();
                 });
             for (auto& thread : threads) thread.join();

@@ -87,18 +87,18 @@ def loaded_drafter(monkeypatch: pytest.MonkeyPatch) -> tuple[Gemma4MLP, bool]:
     """The model that the proposer loads, and whether its layers were known as the drafter's meanwhile."""
     from vllm.v1.spec_decode import draft_model
 
-    from vllm_gemma4_spec.kernels import draft_linear
+    from vllm_gemma4_spec.kernels import layers
 
     known: list[bool] = []
 
     def get_model(**_: Any) -> Gemma4MLP:
-        known.append(draft_linear._loading_drafter)
+        known.append(layers._loading_drafter)
         return Gemma4MLP()
 
     monkeypatch.setattr(draft_model, "get_model", get_model)
-    proposer = SimpleNamespace(_create_draft_vllm_config=lambda: None)
+    proposer = SimpleNamespace(_create_draft_vllm_config=lambda: None, device=torch.device("cpu"))
     model = draft_model.DraftModelProposer._get_model(proposer)
-    assert not draft_linear._loading_drafter
+    assert not layers._loading_drafter
     return model, known[0]
 
 

@@ -41,27 +41,42 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pytest.skip("no g++ to build the kernel for the CPU with")
     folder = tmp_path_factory.mktemp("rows")
     source = Path(str(resources.files("vllm_gemma4_spec.kernels").joinpath("nvfp4_rows.cu")))
-    built: dict[tuple[int, bool], ctypes.CDLL] = {}
+    built: dict[tuple[int, bool, bool], ctypes.CDLL] = {}
 
-    def get(tiles: int, gelu: bool) -> ctypes.CDLL:
-        if (tiles, gelu) not in built:
-            out = folder / f"rows-{tiles}-{int(gelu)}.so"
+    def get(tiles: int, gelu: bool, scaled: bool = False) -> ctypes.CDLL:
+        if (tiles, gelu, scaled) not in built:
+            out = folder / f"rows-{tiles}-{int(gelu)}-{int(scaled)}.so"
             flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
-            macros = [f"-DMT={tiles}", f"-DGELU={int(gelu)}", f'-DNVFP4_ROWS_SOURCE="{source}"']
+            macros = [
+                f"-DMT={tiles}",
+                f"-DGELU={int(gelu)}",
+                f"-DSCALED={int(scaled)}",
+                f'-DNVFP4_ROWS_SOURCE="{source}"',
+            ]
             subprocess.run([compiler, *flags, *macros, str(HERE / "on_host.cpp"), "-o", str(out)], check=True)
-            built[tiles, gelu] = ctypes.CDLL(str(out))
-        return built[tiles, gelu]
+            built[tiles, gelu, scaled] = ctypes.CDLL(str(out))
+        return built[tiles, gelu, scaled]
 
     return get
 
 
-def run(library: ctypes.CDLL, x: torch.Tensor, n: int, packed: Any, how: rows.Launch, gelu: bool) -> torch.Tensor:
+def run(
+    library: ctypes.CDLL,
+    x: torch.Tensor,
+    n: int,
+    packed: Any,
+    how: rows.Launch,
+    gelu: bool,
+    pre: torch.Tensor | None = None,
+) -> torch.Tensor:
     tiles = rows.tiles_for(len(x))
     y = torch.full((len(x), n // 2 if gelu else n), torch.nan, dtype=torch.bfloat16)
     scale = torch.tensor([GLOBAL_SCALE])
     partial = torch.full((how.parts * n * 8 * tiles,), torch.nan)
     arrivals = torch.zeros(n // 16, dtype=torch.int32)
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (*packed, x, y, scale, partial, arrivals)]
+    pointers = [
+        ctypes.c_void_p(t.data_ptr()) for t in (*packed, x, x if pre is None else pre, y, scale, partial, arrivals)
+    ]
     library.run(*pointers, len(x), n, x.shape[1], how.warps, how.split, how.parts)
     assert not arrivals.any()  # ready for the next product
     return y
@@ -94,6 +109,19 @@ def test_the_kernel_gives_the_product(
     got = run(libraries(rows.tiles_for(tokens), gelu), x, n, packing.pack(codes, scale), how, gelu).double()
     error = (got - wanted).norm() / wanted.norm()
     assert error < 4e-3, f"{error:.1e}"  # bfloat16's own rounding of the result
+
+
+@pytest.mark.parametrize(("tokens", "how"), [(3, rows.Launch(2, 2, 2)), (17, rows.Launch(2, 1, 1))])
+def test_the_input_is_multiplied_by_its_scale_as_a_tensor_would_be(
+    libraries: Any, tokens: int, how: rows.Launch
+) -> None:
+    torch.manual_seed(tokens)
+    codes, scale = weight(32, 1024)
+    x, pre = torch.randn(tokens, 1024).bfloat16(), (torch.rand(1024) * 4 + 0.1).bfloat16()
+    packed, tiles = packing.pack(codes, scale), rows.tiles_for(tokens)
+    got = run(libraries(tiles, False, True), x, 32, packed, how, False, pre)
+    assert torch.equal(got, run(libraries(tiles, False), x * pre, 32, packed, how, False))
+    assert not torch.equal(got, run(libraries(tiles, False), x, 32, packed, how, False))
 
 
 def test_wrong_scales_and_codes_are_noticed(libraries: Any) -> None:

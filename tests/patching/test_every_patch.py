@@ -93,6 +93,14 @@ SHOWN = {
         f"{_STOCK}::test_local_argmax_ends_the_engine",
         "graphs/test_local_argmax::test_local_argmax_drafts_the_same_tokens",
     ),
+    "adaptive-k": Shown(
+        "engine/test_adaptive_k::test_stock_runs_every_pass_whatever_is_accepted",
+        "engine/test_adaptive_k::test_answers_are_those_of_plain_decoding[drafter]",
+    ),
+    "draft-compile": Shown(
+        "graphs/test_draft_compile::test_stock_compiles_a_drafter_as_the_target",
+        "graphs/test_draft_compile::test_a_drafter_has_compiler_settings_of_its_own",
+    ),
     "draft-products": Shown(
         f"{_KERNELS}::test_stock_loads_a_drafter_as_any_model",
         f"{_KERNELS}::test_a_drafters_activation_is_part_of_its_product",

@@ -103,9 +103,9 @@ def survey(scale: Tensor) -> tuple[bool, bool]:
     """
     if scale.numel() == 0:
         return False, False
-    low, high = torch.aminmax(scale.view(torch.int8))
-    negative = bool(low < 0)
-    return bool(high == 127) or (negative and bool((scale.view(torch.uint8) == 0xFF).any())), negative
+    low, high = torch.stack(torch.aminmax(scale.view(torch.int8))).tolist()  # one wait for the device
+    negative = low < 0
+    return high == 127 or (negative and bool((scale.view(torch.uint8) == 0xFF).any())), negative
 
 
 def has_nan(scale: Tensor) -> bool:
@@ -153,12 +153,15 @@ def narrow_(packed: Tensor, scale: Tensor) -> None:
     1/20,000 of the tensor's largest.
     """
     codes = scale.view(torch.uint8)
-    top = codes.max().view(torch.float8_e4m3fn).float()
-    factor = 2 ** torch.floor(torch.log2(480 / top.clamp(min=1))).clamp(max=8)
+    # Codes of positive scales are in the order of their values; 0 becomes 255 in the second term.
+    top, least = torch.stack([codes.max(), (codes - 1).min()]).cpu()
+    largest = top.view(torch.float8_e4m3fn).float()
+    factor = 2 ** torch.floor(torch.log2(480 / largest.clamp(min=1))).clamp(max=8)
     floor = (1 / (64 * factor)).to(torch.float8_e4m3fn)
-    where = tuple(((codes > 0) & (codes < floor.view(torch.uint8))).nonzero().T)
-    if not where[0].numel():
+    if int(least) + 1 >= int(floor.view(torch.uint8)):
         return
+    floor = floor.to(scale.device)
+    where = tuple(((codes > 0) & (codes < floor.view(torch.uint8))).nonzero().T)
     blocks = packed.unflatten(-1, (-1, BLOCK // 2))  # a view
     small = codes[where].view(torch.float8_e4m3fn).unsqueeze(-1)  # [n, 1]
     wanted = decode(blocks[where], small)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vllm_gemma4_spec import settings
+from vllm_gemma4_spec.drafting import depth
 from vllm_gemma4_spec.drafting.proposer import GROUPS
 from vllm_gemma4_spec.graphs.proposal import GRAPHS, DraftGraphs, capturable, decode_batch_sizes
 
@@ -34,7 +35,9 @@ def capture_drafts(runner: Any) -> int:
     drafter = runner.drafter
     groups = getattr(drafter, GROUPS)
     table = runner.input_batch.block_table[drafter.kv_cache_gid]
-    graphs = DraftGraphs(drafter, groups, table.get_device_tensor, type(drafter).propose, sizes)
+    k = drafter.num_speculative_tokens
+    depths = range(1, k + 1) if depth.adapts(runner.speculative_config) else (k,)
+    graphs = DraftGraphs(drafter, groups, table.get_device_tensor, type(drafter).propose, sizes, depths)
 
     started, free = time.perf_counter(), torch.cuda.mem_get_info()[0]
     set_cudagraph_capturing_enabled(True)
@@ -49,7 +52,7 @@ def capture_drafts(runner: Any) -> int:
     setattr(drafter, GRAPHS, graphs)
     logger.info(
         "Drafter: %d CUDA graphs of whole drafts (1 to %d requests) in %.1f s, %.2f GiB",
-        len(sizes),
+        len(sizes) * len(depths),
         sizes[-1],
         time.perf_counter() - started,
         used / 2**30,

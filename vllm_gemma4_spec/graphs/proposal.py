@@ -1,4 +1,4 @@
-"""The whole draft of a decode step as one CUDA graph per batch size.
+"""The whole draft of a decode step as one CUDA graph per batch size (and number of passes, where that adapts).
 
 ``SpecDecodeBaseProposer.propose`` does no host synchronization once its model and metadata run on the
 GPU, so for a batch in which every request brings the same number of tokens (k + 1: the last token and k
@@ -10,6 +10,7 @@ graph's inputs and one launch. Every other batch (prompts, mixed batches) goes t
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,10 +28,10 @@ _CAPTURABLE = {"TritonAttentionMetadataBuilder"}
 
 @dataclass
 class _Graph:
-    """One batch size: the graph and the tensor that its replay writes."""
+    """One batch size and depth: the graph and the tensor that its replay writes."""
 
     cuda_graph: torch.cuda.CUDAGraph
-    drafts: torch.Tensor  # [num_reqs, k] int64, in the graphs' memory pool
+    drafts: torch.Tensor  # [num_reqs, depth] int64, in the graphs' memory pool
 
 
 @dataclass
@@ -86,8 +87,18 @@ class DraftInputs:
         )
 
 
+@contextmanager
+def at_depth(proposer: Any, depth: int) -> Iterator[None]:
+    """``propose`` makes ``depth`` drafts per request, not k; it reads nothing but this attribute for that."""
+    k, proposer.num_speculative_tokens = proposer.num_speculative_tokens, depth
+    try:
+        yield
+    finally:
+        proposer.num_speculative_tokens = k
+
+
 class DraftGraphs:
-    """Captured drafts of one proposer, by batch size.
+    """Captured drafts of one proposer, by batch size and depth, its number of passes.
 
     Args:
         proposer: a ``DraftModelProposer`` whose layers span several KV cache groups.
@@ -95,6 +106,7 @@ class DraftGraphs:
         primary_table: gives the first ``n`` rows of the primary group's block table, int32.
         propose: the original method.
         batch_sizes: numbers of requests to capture, in any order.
+        depths: numbers of passes to capture; k alone unless k adapts.
     """
 
     def __init__(
@@ -104,20 +116,22 @@ class DraftGraphs:
         primary_table: Callable[[int], torch.Tensor],
         propose: Callable[..., torch.Tensor],
         batch_sizes: Sequence[int],
+        depths: Sequence[int] = (),
     ) -> None:
         self._proposer, self._groups, self._propose = proposer, groups, propose
         self._primary_table = primary_table
         self.query_len = proposer.num_speculative_tokens + 1
         self.batch_sizes = sorted(batch_sizes)
+        self._depths = tuple(depths) or (proposer.num_speculative_tokens,)
         most = self.batch_sizes[-1]
         self._inputs = DraftInputs.allocate(most, self.query_len, proposer.device)
         self._num_live = torch.zeros(1, dtype=torch.int32, device=proposer.device)
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[tuple[int, int], _Graph] = {}
         # Batch size -> the captured one it is padded to.
         self._padded = [min(b for b in self.batch_sizes if b >= n) for n in range(most + 1)]
 
     def _run(self, num_reqs: int) -> torch.Tensor:
-        """The original ``propose`` on this object's inputs: ``[num_reqs, k]`` draft token ids."""
+        """The original ``propose`` on this object's inputs: ``[num_reqs, depth]`` draft token ids."""
         inputs, tokens = self._inputs, num_reqs * self.query_len
         longest = self._proposer.vllm_config.model_config.max_model_len  # the target's: a drafter's may be shorter
         return self._propose(
@@ -153,14 +167,15 @@ class DraftGraphs:
         """
         self._num_live.fill_(0)
         with self._as_captured():
-            for num_reqs in reversed(self.batch_sizes):
-                for _ in range(warmups if num_reqs == self.batch_sizes[-1] else 1):
-                    self._run(num_reqs)
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
-                    drafts = self._run(num_reqs)
-                self._graphs[num_reqs] = _Graph(graph, drafts)
+            for depth, num_reqs in itertools.product(self._depths, reversed(self.batch_sizes)):
+                with at_depth(self._proposer, depth):
+                    for _ in range(warmups if num_reqs == self.batch_sizes[-1] else 1):
+                        self._run(num_reqs)
+                    torch.cuda.synchronize()
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
+                        drafts = self._run(num_reqs)
+                self._graphs[num_reqs, depth] = _Graph(graph, drafts)
 
     def fits(self, cad: CommonAttentionMetadata, num_rejected: torch.Tensor | None, mm_inputs: Any) -> bool:
         """Every request brings k + 1 tokens, none of them an image's, and the batch is not too large."""
@@ -180,7 +195,10 @@ class DraftGraphs:
         cad: CommonAttentionMetadata,
         num_rejected: torch.Tensor,
     ) -> torch.Tensor:
-        """Drafts of a step that :meth:`fits`: ``[cad.num_reqs, k]`` int64, the caller's own."""
+        """Drafts of a step that :meth:`fits`: ``[cad.num_reqs, depth]`` int64, the caller's own.
+
+        The depth is what the proposer's ``num_speculative_tokens`` is now.
+        """
         num_reqs = cad.num_reqs
         padded = self._padded[num_reqs]
         inputs, tokens = self._inputs, num_reqs * self.query_len
@@ -196,7 +214,7 @@ class DraftGraphs:
             for table in (self._primary_table(padded), *self._groups.block_tables(padded)):
                 table[num_reqs:].zero_()
         self._num_live.fill_(num_reqs)
-        graph = self._graphs[padded]
+        graph = self._graphs[padded, self._proposer.num_speculative_tokens]
         graph.cuda_graph.replay()
         # The next graph that shares the pool may overwrite it.
         return graph.drafts[:num_reqs].clone()

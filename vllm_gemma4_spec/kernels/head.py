@@ -67,7 +67,7 @@ class DraftHead:
         self._coarse = coarse or self._by_rows
 
     def _by_rows(self, hidden: Tensor) -> Tensor:
-        return rows.rows_product(hidden, self._codes, self._scales, self._scale_2, False)
+        return rows.rows_product(hidden, self._codes, self._scales, self._scale_2)
 
     def argmax(self, hidden: Tensor) -> Tensor:
         """``[num_reqs, hidden_size]`` bfloat16 -> ``[num_reqs]`` int64 token ids, without a host sync."""

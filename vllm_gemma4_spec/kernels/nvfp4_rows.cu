@@ -4,7 +4,8 @@
 // in which a warp feeds them to mma.m16n8k16 as its A operand (see packing.py), so that a lane's 16-byte load is
 // four fragments, decoded by shifts and masks. W is exact in bfloat16 (two significand bits times four).
 //
-// Compiled by NVRTC with -D MT (tiles of 8 tokens) and -D GELU (0 or 1). Launched with
+// Compiled by NVRTC with MT (tiles of 8 tokens), GELU (0 or 1) and SCALED (1: x is multiplied by pre_quant_scale
+// first, each product rounded to bfloat16). Launched with
 //
 //   grid (N / 16 / (warps / split), parts), block 32 * warps, shared memory warps * MT * 512 bytes:
 //
@@ -94,9 +95,13 @@ __device__ __forceinline__ void fetch(Block& b, const uint4* codes, const uint2*
     b.scales = load_once(scales + index * 32 + lane);
 }
 
-// x: this lane's token and inputs of the block; stride in elements between tiles of 8 tokens.
-__device__ __forceinline__ void multiply(const Block& b, const u16* x, int token, int tokens, long stride,
-                                         float (&acc)[MT][4]) {
+__device__ __forceinline__ void scale_by(uint4& v, const uint4& by) {
+    v.x = times(v.x, by.x), v.y = times(v.y, by.y), v.z = times(v.z, by.z), v.w = times(v.w, by.w);
+}
+
+// x, pre: this lane's token and inputs of the block; stride in elements between tiles of 8 tokens.
+__device__ __forceinline__ void multiply(const Block& b, const u16* x, const u16* pre, int token, int tokens,
+                                         long stride, float (&acc)[MT][4]) {
 #pragma unroll
     for (int q = 0; q < 4; q++) {
         const u32 bytes = q < 2 ? b.scales.x : b.scales.y;
@@ -109,6 +114,12 @@ __device__ __forceinline__ void multiply(const Block& b, const u16* x, int token
             const bool live = token + m * 8 < tokens;
             in[m][0] = live ? __ldg(at) : make_uint4(0, 0, 0, 0);
             in[m][1] = live ? __ldg(at + 1) : make_uint4(0, 0, 0, 0);
+        }
+        if (SCALED) {
+            const uint4* at = reinterpret_cast<const uint4*>(pre + q * 64);
+            const uint4 by[2] = {__ldg(at), __ldg(at + 1)};
+#pragma unroll
+            for (int m = 0; m < MT; m++) scale_by(in[m][0], by[0]), scale_by(in[m][1], by[1]);
         }
         const u32 words[4] = {b.codes[q].x, b.codes[q].y, b.codes[q].z, b.codes[q].w};
 #pragma unroll
@@ -132,6 +143,7 @@ extern "C" __global__ void __launch_bounds__(MT > 4 ? 256 : 512) nvfp4_rows(
     const uint4* codes,         // [N / 16, K / 256, 4, 32]
     const uint2* scales,        // [N / 16, K / 256, 32]
     const u16* x,               // [tokens, K] bfloat16
+    const u16* pre,             // [K] bfloat16, where SCALED
     u16* y,                     // [tokens, N] bfloat16; with GELU [tokens, N / 2]: gelu(first half) * second half
     const float* global_scale,  // [1]
     float* partial,             // [parts, N / 16, 32, MT * 4], where parts > 1
@@ -152,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(MT > 4 ? 256 : 512) nvfp4_rows(
 
     const uint4* my_codes = codes + (long)tile * blocks * 128;
     const uint2* my_scales = scales + (long)tile * blocks * 32;
-    const u16* my_x = x + (long)g * K + t * 16;
+    const u16 *my_x = x + (long)g * K + t * 16, *my_pre = pre + t * 16;
     const int step = split * parts;
     int index = blockIdx.y * split + share;
     Block now, next;
@@ -163,10 +175,10 @@ extern "C" __global__ void __launch_bounds__(MT > 4 ? 256 : 512) nvfp4_rows(
     if (index < blocks) {
         for (; index + step < blocks; index += step) {
             fetch(next, my_codes, my_scales, index + step, lane);
-            multiply(now, my_x + index * 256, g, tokens, (long)8 * K, acc);
+            multiply(now, my_x + index * 256, my_pre + index * 256, g, tokens, (long)8 * K, acc);
             now = next;
         }
-        multiply(now, my_x + index * 256, g, tokens, (long)8 * K, acc);
+        multiply(now, my_x + index * 256, my_pre + index * 256, g, tokens, (long)8 * K, acc);
     }
 
     if (split > 1 || GELU || parts > 1) {

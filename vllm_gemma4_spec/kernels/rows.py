@@ -63,15 +63,15 @@ def plan(n: int, k: int, tiles: int, gelu: bool, multiprocessors: int) -> Launch
     return Launch(split * slots, split, 1)
 
 
-def source(tiles: int, gelu: bool) -> str:
+def source(tiles: int, gelu: bool, scaled: bool) -> str:
     """The kernel's CUDA C++ for inputs of up to ``8 * tiles`` rows."""
     text = resources.files(__package__).joinpath("nvfp4_rows.cu").read_text()
-    return f"#define MT {tiles}\n#define GELU {int(gelu)}\n{text}"
+    return f"#define MT {tiles}\n#define GELU {int(gelu)}\n#define SCALED {int(scaled)}\n{text}"
 
 
 @functools.cache
-def _kernel(tiles: int, gelu: bool) -> Any:
-    return cuda.Kernel(source(tiles, gelu), "nvfp4_rows")
+def _kernel(tiles: int, gelu: bool, scaled: bool) -> Any:
+    return cuda.Kernel(source(tiles, gelu, scaled), "nvfp4_rows")
 
 
 @functools.cache
@@ -105,14 +105,22 @@ def tiles_for(rows: int) -> int:
     return next(t for t in _TILES if rows <= 8 * t)
 
 
-def rows_product(x: Tensor, codes: Tensor, scales: Tensor, global_scale: Tensor, gelu: bool) -> Tensor:
-    """``x @ W.T`` for at most 64 rows, on the current stream.
+def rows_product(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    global_scale: Tensor,
+    gelu: bool = False,
+    pre_quant_scale: Tensor | None = None,
+) -> Tensor:
+    """``(x * pre_quant_scale) @ W.T`` for at most 64 rows, on the current stream.
 
     Args:
         x: ``[rows, K]`` bfloat16, contiguous.
         codes, scales: of :func:`~vllm_gemma4_spec.kernels.packing.pack`.
         global_scale: ``[1]`` float32, ModelOpt's ``weight_scale_2``.
         gelu: give ``gelu_tanh(first half) * second half`` of the outputs.
+        pre_quant_scale: ``[K]`` bfloat16, or None for ones.
 
     Returns:
         ``[rows, N]`` bfloat16, or ``[rows, N / 2]`` with ``gelu``.
@@ -122,10 +130,24 @@ def rows_product(x: Tensor, codes: Tensor, scales: Tensor, global_scale: Tensor,
     y = torch.empty(rows, n // 2 if gelu else n, dtype=x.dtype, device=x.device)
     how = _launch(n, k, tiles, gelu, x.device.index)
     partial, arrivals = SCRATCH.on(x.device)
-    _kernel(tiles, gelu)(
+    pre = x if pre_quant_scale is None else pre_quant_scale  # not read where there is none
+    _kernel(tiles, gelu, pre_quant_scale is not None)(
         grid=(n // ROWS // (how.warps // how.split), how.parts, 1),
         block=how.warps * _LANES,
-        args=[codes, scales, x, y, global_scale, partial, arrivals, rows, n, k, how.split],
+        args=[
+            codes,
+            scales,
+            x,
+            pre,
+            y,
+            global_scale,
+            partial,
+            arrivals,
+            rows,
+            n,
+            k,
+            how.split,
+        ],
         shared_bytes=how.warps * tiles * 4 * _LANES * 4,
     )
     return y
@@ -133,6 +155,7 @@ def rows_product(x: Tensor, codes: Tensor, scales: Tensor, global_scale: Tensor,
 
 def product(
     x: Tensor,
+    pre_quant_scale: Tensor | None,
     codes: Tensor,
     scales: Tensor,
     global_scale: Tensor,
@@ -146,8 +169,10 @@ def product(
     """One linear layer, by the kernel that suits the number of rows; see :func:`rows_product`."""
     flat = x.reshape(-1, x.shape[-1])
     if flat.shape[0] <= most_rows(n, flat.shape[-1]):
-        y = rows_product(flat.contiguous(), codes, scales, global_scale, gelu)
+        y = rows_product(flat.contiguous(), codes, scales, global_scale, gelu, pre_quant_scale)
     else:
+        if pre_quant_scale is not None:
+            flat = flat * pre_quant_scale
         from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import apply_fp4_marlin_linear
 
         y = apply_fp4_marlin_linear(
@@ -159,18 +184,8 @@ def product(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _product_shape(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    global_scale: Tensor,
-    marlin_weight: Tensor,
-    marlin_scale: Tensor,
-    marlin_global_scale: Tensor,
-    workspace: Tensor,
-    n: int,
-    gelu: bool,
-) -> Tensor:
+def _product_shape(x: Tensor, *parameters: Any) -> Tensor:
+    n, gelu = parameters[-2:]
     return x.new_empty(*x.shape[:-1], n // 2 if gelu else n)
 
 
@@ -186,9 +201,9 @@ def register_operator() -> None:
 def available() -> bool:
     """Whether the kernel compiles here; if not, the log says once why, and vLLM's kernels stay."""
     try:
-        _kernel(_TILES[0], False)
+        _kernel(_TILES[0], False, False)
     except (OSError, RuntimeError) as error:
-        logger.warning("Drafter: NVFP4 products of few rows stay on Marlin: %s", str(error).splitlines()[0])
+        logger.warning("NVFP4 products of few rows stay on Marlin: %s", str(error).splitlines()[0])
         return False
     return True
 
@@ -206,27 +221,31 @@ def suits(layer: Module) -> bool:
     )
 
 
-def reserve(n: int, k: int, device: torch.device) -> None:
+def reserve(n: int, k: int, device: torch.device, scaled: bool = False) -> None:
     """Compile what products of this shape need, and make room for their partial sums.
 
     No module can be loaded, and no scratch replaced, once a CUDA graph is being captured.
     """
     floats = 1
     for tiles in [t for t in _TILES if 8 * (t - 1) < most_rows(n, k)]:
-        for gelu in (False, True):
-            _kernel(tiles, gelu)
+        for gelu in (False,) if scaled else (False, True):
+            _kernel(tiles, gelu, scaled)
             how = _launch(n, k, tiles, gelu, device.index)
             if how.parts > 1:
                 floats = max(floats, how.parts * n * 8 * tiles)
     SCRATCH.reserve(device, floats, n // ROWS)
 
 
-def prepare(layer: Module) -> tuple[Tensor, Tensor, Tensor]:
+def prepare(layer: Module, scaled: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and global scale of a layer that has just been loaded.
 
     To be called before Marlin reorders ``layer.weight`` in place.
+
+    Args:
+        scaled: the product is to multiply its input by ``pre_quant_scale``.
     """
     codes, scales = pack(layer.weight.data, layer.weight_scale.data)
-    reserve(layer.output_size_per_partition, layer.input_size_per_partition, codes.device)
+    reserve(layer.output_size_per_partition, layer.input_size_per_partition, codes.device, scaled)
     register_operator()
+    torch.cuda.synchronize(codes.device)  # a product may start before the kernel ahead of it, that packs, has ended
     return codes, scales, layer.weight_scale_2.data.max().float().reshape(1)

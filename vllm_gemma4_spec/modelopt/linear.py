@@ -20,7 +20,7 @@ from vllm.model_executor.layers.quantization.utils.nvfp4_utils import NvFp4Linea
 
 from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.errors import CheckpointError
-from vllm_gemma4_spec.kernels import draft_linear
+from vllm_gemma4_spec.kernels import layers
 from vllm_gemma4_spec.modelopt import emulation, tensors
 from vllm_gemma4_spec.modelopt.nan import mend
 
@@ -81,8 +81,9 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
         del layer.modelopt_ledger
         layer.modelopt_checked = True
         layer.register_parameter("rows_codes", None)
+        layer.rows_scaled = False  # whether the few-row kernel multiplies by pre_quant_scale
         if self.backend == NvFp4LinearBackend.MARLIN:
-            draft_linear.prepare(layer)
+            layers.prepare(layer)
         if self.backend == NvFp4LinearBackend.EMULATION:
             emulation.prepare(layer)
         else:
@@ -144,10 +145,10 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         # torch.compile traces this: what a layer lacks costs nothing, the product fuses with what made x.
-        if layer.pre_quant_scale is not None:
+        if layer.pre_quant_scale is not None and not layer.rows_scaled:
             x = x * layer.pre_quant_scale
         if layer.rows_codes is not None:
-            y = draft_linear.linear(layer, x)
+            y = layers.linear(layer, x)
         elif self.backend == NvFp4LinearBackend.EMULATION:
             y = emulation.linear(layer, x, bias)
         else:
@@ -165,7 +166,9 @@ def _tell_compiler(layer: Module) -> None:
     additional = layer.__dict__.pop("modelopt_additional")
     if not isinstance(additional, dict):
         return
-    has = "".join(str(int(getattr(layer, name) is not None)) for name in (*_EXTRA, "rows_codes"))
+    has = "".join(str(int(getattr(layer, name) is not None)) for name in (*_EXTRA, "rows_codes")) + str(
+        int(layer.rows_scaled)
+    )
     before = additional.get(_KEY, "")
     additional[_KEY] = hashlib.sha256(f"{before} {layer.prefix} {has}".encode()).hexdigest()[:16]
 

@@ -42,6 +42,11 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "",
         ("",),
     ),
+    "drafts_left_out": (
+        "Draft tokens that adaptive k did not make; vLLM counts them as drafted and rejected.",
+        "",
+        ("",),
+    ),
 }
 _counts: dict[str, dict[str, int]] = {name: dict.fromkeys(values, 0) for name, (_, _, values) in COUNTERS.items()}
 

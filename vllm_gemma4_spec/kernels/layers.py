@@ -1,7 +1,11 @@
-"""Which linear layers take the few-row kernel: those of a draft model that would run on Marlin.
+"""Which linear layers take the few-row kernel, of those that would run on Marlin.
 
-A draft pass has one row per request, k + 2 in its first pass. Only drafts come from it, so another order of
-additions than Marlin's changes no answer; the target keeps the kernels that plain decoding has.
+All of a draft model: a draft pass has one row per request, k + 2 in its first pass. Only drafts come from it, so
+another order of additions than Marlin's changes no answer.
+
+And ``o_proj`` where the checkpoint has a ``pre_quant_scale`` for it, in a target too: attention is no part of the
+compiled graph, so that product would be a kernel of its own, 1.5 % of a decode step of 31B on an H200. The kernel
+multiplies while it reads. (vLLM alone cannot load such a checkpoint, so there is no other result to agree with.)
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
+
+from vllm_gemma4_spec import settings
 
 _NAMES = ("rows_codes", "rows_scales", "rows_global_scale")
 _loading_drafter = False
@@ -39,8 +45,6 @@ def get_model(original: Callable[..., Module]) -> Callable[..., Module]:
         for module in model.modules():
             if type(module).__name__ == "Gemma4MLP":
                 _fuse_activation(module)
-        if any(getattr(module, "rows_codes", None) is not None for module in model.modules()):
-            torch.cuda.synchronize()  # a product may start before the kernel ahead of it, that packs, has ended
         return model
 
     return wrapper
@@ -61,18 +65,32 @@ def prepare(layer: Module) -> None:
     """
     from vllm_gemma4_spec.kernels import rows
 
-    if not (_loading_drafter and rows.suits(layer)):
+    scaled = _scale_would_stand_alone(layer)
+    if not ((_loading_drafter or scaled) and rows.suits(layer)):
         return
-    layer.rows_gelu = False
-    for name, tensor in zip(_NAMES, rows.prepare(layer), strict=True):
+    layer.rows_gelu, layer.rows_scaled = False, scaled
+    for name, tensor in zip(_NAMES, rows.prepare(layer, scaled), strict=True):
         layer._parameters.pop(name, None)
         layer.register_parameter(name, Parameter(tensor, requires_grad=False))
 
 
+def _scale_would_stand_alone(layer: Module) -> bool:
+    return (
+        settings.SCALE_IN_PRODUCT.on()
+        and layer.prefix.endswith(".o_proj")
+        and layer.pre_quant_scale is not None
+        and layer.svdquant_lora_a is None  # its branch reads the scaled input, too
+    )
+
+
 def linear(layer: Module, x: Tensor) -> Tensor:
-    """``[..., K]`` to ``[..., N]``, or ``[..., N / 2]`` where the activation is fused. torch.compile traces this."""
+    """``[..., K]`` to ``[..., N]``, or ``[..., N / 2]`` where the activation is fused. torch.compile traces this.
+
+    Multiplies by ``pre_quant_scale`` first if ``layer.rows_scaled``.
+    """
     return torch.ops.vllm.gemma4_spec_nvfp4_product(
         x,
+        layer.pre_quant_scale if layer.rows_scaled else None,
         layer.rows_codes,
         layer.rows_scales,
         layer.rows_global_scale,

@@ -1,0 +1,112 @@
+"""Adaptive k changes the number of draft passes, never an answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.engine import acceptance, engine, generate, random_prompts
+from tests.support.stock import without
+from vllm_gemma4_spec.drafting.depth import DraftDepth
+from vllm_gemma4_spec.ops import reports
+from vllm_gemma4_spec.patches.graphs import ADAPTIVE_K
+
+K = 3
+LENGTHS = (5, 40, 90, 17, 33)
+LIMITS = (20, 26, 32, 38, 44)  # they end one after the other
+
+
+def left_out() -> int:
+    return reports._counts["drafts_left_out"][""]
+
+
+@pytest.mark.parametrize("kind", ["target", "close", "drafter"])
+def test_answers_are_those_of_plain_decoding(tiny: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = random_prompts(LENGTHS)
+    with engine(tiny["target"], max_num_seqs=4) as llm:
+        plain = generate(llm, prompts, LIMITS)
+    monkeypatch.setenv("VLLM_GEMMA4_SPEC_ADAPTIVE_K", "0.2")
+    # Counts go out once a second; here with every step.
+    monkeypatch.setattr("vllm_gemma4_spec.drafting.depth._REPORT_SECONDS", -1.0)
+    with engine(tiny["target"], tiny[kind], K, max_num_seqs=4) as llm:
+        before, missing = acceptance(llm), left_out()
+        answers, counts, missing = generate(llm, prompts, LIMITS), acceptance(llm) - before, left_out() - missing
+    assert answers == plain
+    if kind == "target":  # a drafter that is always right runs all its passes, and nothing it drafts is rejected
+        assert missing == 0
+        assert counts.accepted == counts.proposed > 0
+    elif kind == "close":
+        assert 0 < counts.accepted < counts.proposed - missing
+        assert missing > 0
+    else:  # one that knows nothing is soon down to one pass of three
+        assert counts.proposed * 0.5 < missing <= counts.proposed * 2 / 3
+
+
+def test_stock_runs_every_pass_whatever_is_accepted(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+    widths = []
+    sample = DraftModelProposer.propose
+
+    def propose(self: Any, *args: Any, **kwargs: Any) -> Any:
+        drafts = sample(self, *args, **kwargs)
+        widths.append(drafts.shape[1])
+        return drafts
+
+    monkeypatch.setenv("VLLM_GEMMA4_SPEC_ADAPTIVE_K", "0.2")
+    with without(ADAPTIVE_K):
+        monkeypatch.setattr(DraftModelProposer, "propose", propose)
+        with engine(tiny["target"], tiny["drafter"], K) as llm:
+            generate(llm, random_prompts(LENGTHS[:1]), 20)
+    assert set(widths) == {K}
+    assert len(widths) > 15
+
+
+def test_a_request_that_accepts_nothing_goes_down_to_one_pass_and_back() -> None:
+    depth = DraftDepth(K, 0.2)
+    assert depth.choose(["a"]) == K
+    for _ in range(10):
+        depth.observe("a", depth.choose(["a"]), 0)
+    assert depth.choose(["a"]) == 1
+    for _ in range(40):
+        chosen = depth.choose(["a"])
+        depth.observe("a", chosen, chosen)
+    assert depth.choose(["a"]) == K
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 0.5, 0.7, 0.9, 1.0])
+@pytest.mark.parametrize("cost", [0.05, 0.2, 0.5])
+def test_the_depth_chosen_yields_the_most_tokens_per_time(rate: float, cost: float) -> None:
+    depth = DraftDepth(8, cost)
+    depth.rate = lambda request: rate  # type: ignore[method-assign]
+
+    def speed(passes: int) -> float:
+        return sum(rate**i for i in range(passes + 1)) / (1 + cost * (passes - 1))
+
+    chosen = depth.choose(["a"])
+    assert speed(chosen) == pytest.approx(max(speed(passes) for passes in range(1, 9)))
+
+
+def test_every_request_counts_by_its_own_acceptance() -> None:
+    depth = DraftDepth(8, 0.2)
+    for _ in range(50):
+        depth.observe("good", 8, 8)
+        depth.observe("bad", 8, 0)
+    assert depth.rate("good") > 0.9
+    assert depth.rate("bad") < 0.2
+    assert depth.choose(["bad"]) == 1
+    assert depth.choose(["good"]) == 8
+    assert depth.choose(["good", "bad"]) == 8  # one of two pays for both
+    assert depth.choose(["good", "bad", "bad", "bad", "bad"]) == 1
+    depth.choose(["new"])
+    assert depth.rate("bad") < depth.rate("new") < depth.rate("good")  # the average position
+
+
+def test_requests_that_left_are_forgotten() -> None:
+    depth = DraftDepth(K, 0.2)
+    for i in range(1000):
+        depth.observe(f"r{i}", K, 1)
+        depth.choose([f"r{i}"])
+    assert len(depth._requests) < 100
