@@ -132,7 +132,7 @@ def linears(device: str, small: bool) -> dict[str, Any]:
     for name, kind, columns, outputs in SMALL if small else SHAPES:
         for rank in (0, 32):
             members = [tensors(n, columns, seed, device, rank) for seed, n in enumerate(outputs)]
-            layer = make_linear(f"{name} rank {rank}", kind, columns, outputs, members, device)
+            layer = make_linear(f"layers.0.{name.split()[0]}", kind, columns, outputs, members, device)
             backend = str(layer.quant_method.backend)
             right, swapped = weights(members).T, weights(members, swapped=True).T
             unmended = weights(members, mended=False).T
@@ -152,6 +152,7 @@ def linears(device: str, small: bool) -> dict[str, Any]:
                 if rank:
                     wrong["branch dropped"] = xs @ right
                 row = {"layer": name, "rank": rank, "tokens": tokens, "error": relative(y, truth)}
+                row["scale in the product"] = layer.rows_scaled
                 row["mistakes"] = {what: relative(z, truth) for what, z in wrong.items()}
                 # The mended blocks are few, so the rows that hold them are looked at alone.
                 few = [0, 1, 2, 7, 9]

@@ -94,4 +94,4 @@ def test_a_drafters_rows_stay_in_registers(values: int, hint: ReductionHint, dra
     sizes = SimpleNamespace(statically_known_leq=lambda value, limit: value <= limit)
     graph: Any = SimpleNamespace(sizevars=sizes)
     with config.patch({PDL: drafter}), V.set_graph_handler(graph):
-        assert Choices().should_use_persistent_reduction(features, cooperative_reduction=False) is persistent
+        assert Choices().should_use_persistent_reduction(features, cooperative_reduction=False) == persistent
