@@ -5,7 +5,8 @@
 Every engine is a process of its own: ``stock`` (plain decoding without this package), ``plain`` (with it),
 ``spec`` (speculation) and, on request, ``spec-adaptive`` (adaptive k) and what a part is worth: ``spec-eager``
 (without the graphs), ``spec-sync`` (without async scheduling), ``spec-plain-compile`` (without the drafter's own
-compiler settings). Times exclude prompts and a warm-up of every batch size; figures are medians of ``--repeats``.
+compiler settings); ``spec@5`` is ``spec`` with k = 5. Times exclude prompts and a warm-up of every batch size;
+figures are medians of ``--repeats``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ENGINES: dict[str, dict[str, str]] = {
     "stock": {"VLLM_GEMMA4_SPEC": "0"},
     "plain": {},
     "spec": {},
-    "spec-adaptive": {"VLLM_GEMMA4_SPEC_ADAPTIVE_K": "0.2"},
+    "spec-adaptive": {"VLLM_GEMMA4_SPEC_ADAPTIVE_K": "0.16"},
     "spec-plain-compile": {"VLLM_GEMMA4_SPEC_PATCH_DRAFT_COMPILE": "0"},
     "spec-sync": {},
     "spec-eager": {"VLLM_GEMMA4_SPEC_PATCH_DRAFT_GRAPHS": "0"},
@@ -43,7 +44,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ap.add_argument(
         "--acceptance",
         default="1.0,0.7,0.0",
-        help="chances that a draft position is accepted; 0.3/0.9: requests change between the two",
+        help="chances that a draft position is accepted; 0.3/0.9: of every two requests one has each",
     )
     ap.add_argument("--tokens", type=int, default=128, help="tokens generated per request")
     ap.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
@@ -59,8 +60,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return ap.parse_args(argv)
 
 
+def k_of(engine: str, k: int) -> int:
+    """``spec@5`` -> 5; ``spec`` -> ``k``."""
+    return int(engine.partition("@")[2] or k)
+
+
 def run_engine(args: argparse.Namespace) -> dict[str, Any]:
     """One engine, in this process."""
+    k = k_of(args.engine, args.k)
     os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "fork")  # the hooks below must be inherited
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     import probes
@@ -73,15 +80,15 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
     sizes = [int(c) for c in args.concurrency.split(",")]
     # The same for every run: the folder's name is part of vLLM's compile cache key.
     work = Path(tempfile.gettempdir()) / f"gemma4-shapes-{args.target_layers or 'all'}"
-    query = args.k + 1 if speculative else 1
+    query = k + 1 if speculative else 1
     options: dict[str, Any] = {}
     if speculative:
         options["speculative_config"] = {
             "method": "draft_model",
             "model": str(shapes.write_model(args.drafter, work / "drafter")),
-            "num_speculative_tokens": args.k,
+            "num_speculative_tokens": k,
         }
-    if args.engine == "spec-sync":
+    if args.engine.startswith("spec-sync"):
         options["async_scheduling"] = False
     began = time.perf_counter()
     llm = LLM(
@@ -124,12 +131,17 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         first, last = max(s.first_token_ts for s in stats), max(s.last_token_ts for s in stats)
         return (tokens - 1) * n / (last - first), rpc(probes.read_marks)[0]
 
+    def mixed(n: int, kinds: int) -> tuple[float, dict[str, float]]:
+        """As many runs as there are kinds of requests, so that each kind generates the same number of tokens."""
+        runs = [generate(n, args.tokens) for _ in range(kinds)]
+        return statistics.harmonic_mean([speed for speed, _ in runs]), runs[-1][1]
+
     for rate in args.acceptance.split(",") if speculative else [None]:
         if rate is not None:
             rpc(probes.force_acceptance, args=([float(chance) for chance in rate.split("/")],))
         for n in sizes:
             generate(n, 24)
-            runs = [generate(n, args.tokens) for _ in range(args.repeats)]
+            runs = [mixed(n, rate.count("/") + 1 if rate else 1) for _ in range(args.repeats)]
             speeds = sorted(r[0] for r in runs)
             middle = statistics.median_low(speeds)
             row = {
@@ -192,7 +204,11 @@ def main() -> None:
     turn = args.out.with_suffix(".turn")
 
     def start(engine: str) -> subprocess.Popen[bytes]:
-        env = os.environ | ENGINES[engine] | {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO")}
+        env = (
+            os.environ
+            | ENGINES[engine.partition("@")[0]]
+            | {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO")}
+        )
         extra = ["--engine", engine, "--out", str(parts[engine]), *(["--turn", str(turn)] if args.together else [])]
         return subprocess.Popen([sys.executable, __file__, *sys.argv[1:], *extra], env=env)
 
@@ -214,7 +230,7 @@ def main() -> None:
     turn.unlink(missing_ok=True)
     for engine, result in results.items():
         if "bandwidth" in result:
-            reads = result["target"] + result.get("drafter", 0.0) * args.k
+            reads = result["target"] + result.get("drafter", 0.0) * k_of(engine, args.k)
             print(f"{engine}: floor {reads / result['bandwidth'] * 1e3:.2f} ms a step "
                   f"({reads:.2f} GB at {result['bandwidth']:.0f} GB/s); start {result['start_s']} s")  # fmt: skip
     print(table(results))

@@ -29,19 +29,16 @@ class _Marks:
             self.steps[-1][name] = event
 
 
-_PHASE = 24  # steps after which requests change places, where several probabilities are given
-
-
 def force_acceptance(worker: Any, probabilities: list[float] | None) -> None:
     """From now on a draft position is accepted with such a chance (None: by the model again).
 
-    Of several chances, each request has one for a while, then the next: a workload that is mixed in a batch and
-    over time. A draft that adaptive k left out (token 0) is rejected. The sampler does its work first, so its cost
-    stays in the figures; then its verdict is replaced.
+    Of several chances each request has one, in turn: a mixed workload. A draft that adaptive k left out (token 0)
+    is rejected. The sampler does its work first, so its cost stays in the figures; then its verdict is replaced.
     """
-    sampler = worker.model_runner.rejection_sampler
+    runner = worker.model_runner
+    sampler = runner.rejection_sampler
     original = type(sampler).forward
-    steps = itertools.count()
+    seen: dict[str, int] = {}  # request -> its number
 
     def forward(metadata: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(sampler, metadata, *args, **kwargs)
@@ -50,13 +47,14 @@ def force_acceptance(worker: Any, probabilities: list[float] | None) -> None:
         if probabilities is None or set(counts) != {k}:
             return output
         drafts = metadata.draft_token_ids.view(len(counts), k)
-        phase = next(steps) // _PHASE
-        chances = torch.tensor([probabilities[(i + phase) % len(probabilities)] for i in range(len(counts))])
+        numbers = [seen.setdefault(request, len(seen)) for request in runner.input_batch.req_ids]
+        chances = torch.tensor([probabilities[number % len(probabilities)] for number in numbers], pin_memory=True)
         chance = chances.to(drafts.device, non_blocking=True)[:, None]
-        accepted = ((torch.rand(drafts.shape, device=drafts.device) < chance) & (drafts != 0)).cumprod(1)
+        made = drafts != 0
+        accepted = ((torch.rand(drafts.shape, device=drafts.device) < chance) & made).cumprod(1)
         # The token after the last accepted one: any valid id, here the draft before it or a constant.
         kept = torch.cat([torch.ones_like(accepted[:, :1]), accepted], dim=1).bool()
-        values = torch.cat([drafts, torch.full_like(drafts[:, :1], 1000)], dim=1)
+        values = torch.cat([torch.where(made, drafts, 1000), torch.full_like(drafts[:, :1], 1000)], dim=1)
         output.sampled_token_ids = torch.where(kept, values, -1).to(tokens.dtype)
         return output
 
