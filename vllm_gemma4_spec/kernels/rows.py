@@ -44,7 +44,7 @@ def most_rows(n: int, k: int) -> int:
 
 
 def plan(n: int, k: int, tiles: int, gelu: bool, multiprocessors: int) -> Launch:
-    """A launch for ``[rows, k] @ [k, n]``: some 20 warps per multiprocessor, none without work.
+    """A launch for ``[rows, k] @ [k, n]``: up to 24 warps per multiprocessor, none without work.
 
     Args:
         tiles: 8-token tiles of the input, one of ``_TILES``.
@@ -56,7 +56,7 @@ def plan(n: int, k: int, tiles: int, gelu: bool, multiprocessors: int) -> Launch
         split = 5 if blocks % 5 == 0 and 5 * group <= most else 4
         return Launch(split * group, split, 4)
     fitting = [s for s in (10, 8, 5, 4, 2) if blocks % s == 0 and s * group <= most]
-    split = next((s for s in fitting if outputs * s <= 20 * multiprocessors), 1)
+    split = next((s for s in fitting if outputs * s <= 24 * multiprocessors), 1)
     slots = group
     while split * slots * 2 <= 4 and outputs % (slots * 2) == 0:
         slots *= 2

@@ -1,0 +1,90 @@
+"""Which layers take the few-row kernel, and where pre_quant_scale is multiplied."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_gemma4_spec.kernels import layers, rows
+
+SETTING = "VLLM_GEMMA4_SPEC_SCALE_IN_PRODUCT"
+
+
+def loaded(name: str, scale: bool = True, low_rank: bool = False) -> Any:
+    """A linear layer whose weights have been loaded, with what ``prepare`` reads and writes."""
+    layer = torch.nn.Module()
+    layer.prefix = f"model.layers.0.self_attn.{name}"
+    layer.register_parameter("pre_quant_scale", None)
+    if scale:
+        layer.pre_quant_scale = torch.nn.Parameter(torch.full((4,), 3.0))
+    layer.svdquant_lora_a = torch.ones(2, 4) if low_rank else None
+    layer.register_parameter("rows_codes", None)
+    layer.rows_scaled = False
+    return layer
+
+
+@pytest.fixture(autouse=True)
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Layers that got a second copy: whether their product multiplies by the scale."""
+    found: list[bool] = []
+    parts = (torch.ones(1),) * 3
+    monkeypatch.setattr(rows, "suits", lambda _: True)
+    monkeypatch.setattr(rows, "prepare", lambda _, scaled: found.append(scaled) or parts)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "low_rank", "scaled"),
+    [
+        ("o_proj", True, False, True),
+        ("o_proj", False, False, False),
+        ("o_proj", True, True, False),  # the low-rank branch reads the scaled input, too
+        ("down_proj", True, False, False),  # torch.compile fuses it with the activation
+    ],
+)
+def test_a_drafters_layers_all_take_it(
+    prepared: list[bool], name: str, scale: bool, low_rank: bool, scaled: bool
+) -> None:
+    with layers._drafter():
+        layers.prepare(loaded(name, scale, low_rank))
+    assert prepared == [scaled]
+
+
+@pytest.mark.parametrize(("value", "name", "copies"), [("0", "o_proj", 0), ("1", "o_proj", 1), ("1", "down_proj", 0)])
+def test_a_targets_only_on_request(
+    prepared: list[bool], monkeypatch: pytest.MonkeyPatch, value: str, name: str, copies: int
+) -> None:
+    monkeypatch.setenv(SETTING, value)
+    layers.prepare(loaded(name))
+    assert prepared == [True] * copies
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_scale_is_multiplied_once(monkeypatch: pytest.MonkeyPatch, scaled: bool) -> None:
+    from vllm_gemma4_spec.modelopt.linear import Nvfp4LinearMethod
+
+    layer = loaded("o_proj")
+    layer.rows_codes, layer.rows_scaled = torch.nn.Parameter(torch.ones(1)), scaled
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(layers, "linear", lambda _, x: seen.append(x) or x)
+    method = SimpleNamespace(backend=None)
+    Nvfp4LinearMethod.apply(method, layer, torch.ones(2, 4))  # type: ignore[arg-type]
+    assert torch.equal(seen[0], torch.full((2, 4), 1.0 if scaled else 3.0))
+
+
+def test_more_rows_go_to_marlin_with_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.quantization.utils import marlin_utils_fp4
+
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        marlin_utils_fp4, "apply_fp4_marlin_linear", lambda x, *_: given.append(x) or torch.zeros(len(x), 8)
+    )
+    x, nothing = torch.ones(65, 4), torch.ones(1)
+    y = rows.product(x, torch.full((4,), 3.0), *[nothing] * 7, 8, False)
+    assert y.shape == (65, 8)
+    assert torch.equal(given[0], torch.full((65, 4), 3.0))
+    assert rows._product_shape(x, None, *[nothing] * 7, 8, False).shape == (65, 8)
+    assert rows._product_shape(x, None, *[nothing] * 7, 8, True).shape == (65, 4)
