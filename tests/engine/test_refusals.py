@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import vllm_gemma4_spec
 from tests.support import tiny_models
 from tests.support.engine import engine
 from vllm_gemma4_spec.errors import DrafterError
@@ -52,6 +53,19 @@ def test_pipeline_parallelism(tiny: dict[str, Path]) -> None:
         engine(tiny["target"], tiny["drafter"], 2, pipeline_parallel_size=2, distributed_executor_backend="mp"),
     ):
         pass
+
+
+def test_adaptive_k_beside_data_parallelism(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setenv("VLLM_GEMMA4_SPEC_ADAPTIVE_K", "0.2")
+    vllm_gemma4_spec.apply()
+    speculative = {"method": "draft_model", "model": str(tiny["drafter"]), "num_speculative_tokens": 2}
+    args = EngineArgs(
+        str(tiny["target"]), data_parallel_size=2, skip_tokenizer_init=True, speculative_config=speculative
+    )
+    with pytest.raises(DrafterError, match=r"ADAPTIVE_K is set and data_parallel_size is 2; .*: unset VLLM_GEMMA4_"):
+        args.create_engine_config()
 
 
 def test_kv_connector(tiny: dict[str, Path]) -> None:

@@ -56,6 +56,15 @@ def test_two_ranks_draft_as_one(tiny: dict[str, Path], target: str, drafter: str
         assert counts.proposed > 0
 
 
+def test_two_ranks_adapt_k_alike(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that chose different numbers of passes would wait for each other for ever."""
+    want = plain(tiny["target"])
+    monkeypatch.setenv("VLLM_GEMMA4_SPEC_ADAPTIVE_K", "0.2")
+    got, counts = answers(tiny["target"], tiny["close"], **TWO_RANKS)
+    assert got == want
+    assert 0 < counts.accepted < counts.proposed
+
+
 @pytest.mark.parametrize("drafter", ["31b-awq-full", "e4b-awq-lite"])
 def test_two_ranks_of_nvfp4_awq(drafter: str) -> None:
     want = plain(NVFP4, 88)

@@ -169,6 +169,9 @@ print("patched:", [t for t, o in raw().items() if getattr(o, "__module__", "").s
         ({"VLLM_GEMMA4_SPEC_PATCH_DRAFT_GRUOPS": "0"}, "VLLM_GEMMA4_SPEC_PATCH_DRAFT_GRUOPS: no such patch switch"),
         ({"VLLM_GEMMA4_SPEC_CHEKC": "1"}, "VLLM_GEMMA4_SPEC_CHEKC: no such setting"),
         ({"VLLM_GEMMA4_SPEC": "maybe"}, "VLLM_GEMMA4_SPEC='maybe': expected one of 0, 1"),
+        ({"VLLM_GEMMA4_SPEC_ADAPTIVE_K": "1"}, "VLLM_GEMMA4_SPEC_ADAPTIVE_K='1': expected a number from 0 to below 1"),
+        ({"VLLM_GEMMA4_SPEC_ADAPTIVE_K": "nan"}, "expected a number from 0 to below 1; unset it for '0'"),
+        ({"VLLM_GEMMA4_SPEC_ADAPTIVE_K": "on"}, "expected a number from 0 to below 1"),
     ],
 )
 def test_a_wrong_switch_is_one_line(env: dict[str, str], message: str) -> None:

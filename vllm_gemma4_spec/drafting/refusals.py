@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vllm_gemma4_spec import settings
 from vllm_gemma4_spec.errors import DrafterError, stop
 from vllm_gemma4_spec.json_file import read_object
 
@@ -58,6 +59,12 @@ def _check_parallel(asked: dict[str, Any], target_parallel_config: Any) -> None:
         raise DrafterError(
             f"pipeline_parallel_size is {stages}; vLLM 0.19.1 builds a draft model on the last stage only, without its "
             "first layers: use tensor parallelism"
+        )
+    ranks, adaptive = target_parallel_config.data_parallel_size, settings.ADAPTIVE_K
+    if ranks > 1 and adaptive.number() > 0:
+        raise DrafterError(
+            f"{adaptive.name} is set and data_parallel_size is {ranks}; ranks go through every draft pass together, so "
+            f"none can leave one out: unset {adaptive.name}"
         )
     size, wanted = asked.get("draft_tensor_parallel_size"), target_parallel_config.tensor_parallel_size
     if size is not None and size != wanted:
