@@ -142,8 +142,7 @@ def test_logits_with_per_layer_embeddings_too(models: dict[str, Path]) -> None:
 class Chunks:
     """Which tokens of each request a step computes: ``(request id, first, one past the last)``."""
 
-    def __init__(self, llm: Any) -> None:
-        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    def __init__(self, runner: Any) -> None:
         self.steps: list[tuple[str, int, int]] = []
         original = runner.execute_model
 
@@ -183,7 +182,8 @@ def test_an_answer_to_an_image_is_that_of_plain_decoding(
         "prefix-caching": {"enable_prefix_caching": True},
     }[way]
     with chatting(models["target"], models[kind], **options) as llm:
-        before, chunks, recorder = acceptance(llm), Chunks(llm), Recorder(llm)
+        before, recorder = acceptance(llm), Recorder(llm)
+        chunks = Chunks(recorder.runner)
         for _ in range(2 if way == "prefix-caching" else 1):
             assert answers(chat(llm, CHATS)) == answers(plain)
         counts = acceptance(llm) - before
