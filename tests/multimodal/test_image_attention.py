@@ -171,12 +171,12 @@ def test_ranges_hold_every_pair_nearer_than_the_window() -> None:
 
 
 def test_a_backend_that_cannot_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU_ATTN; the scheduler keeps images whole all the same, also those whose embeddings are cached."""
+    """CPU_ATTN; the scheduler keeps images whole all the same, also one whose embeddings are cached."""
     said: list[str] = []
     monkeypatch.setattr(image_attention.logger, "warning", lambda text, *args: said.append(text % args))
     with chatting(folder / "target", max_num_batched_tokens=100, max_num_seqs=2) as llm:
         chunks = Chunks(llm.llm_engine.model_executor.driver_worker.worker.model_runner)
-        outputs = chat(llm, CHATS, max_tokens=2) + chat(llm, CHATS, max_tokens=2)
+        outputs = chat(llm, [CHATS[0], ["w90", CHATS[0][1], "w31"]], max_tokens=2)
     (line,) = said
     assert line.startswith("Images attend causally: CPU_ATTN cannot do otherwise")
     images = {output.request_id: spans(list(output.prompt_token_ids)) for output in outputs}

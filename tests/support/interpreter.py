@@ -9,10 +9,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 # Read when triton is imported. With no visible device vLLM keeps triton without a driver for it.
-_ENVIRONMENT = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "VLLM_LOGGING_LEVEL": "ERROR"}
+_ENVIRONMENT = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_PLUGINS": ""}
 
 
-def interpreted(module: str, *args: Path) -> None:
+def interpreted(module: str, *args: str | Path) -> None:
     """``python -m MODULE ARGS``; vLLM loads no plugin there: a script applies the patches that it wants."""
-    env = os.environ | _ENVIRONMENT | {"VLLM_PLUGINS": ""}
-    subprocess.run([sys.executable, "-m", module, *map(str, args)], cwd=ROOT, env=env, check=True)
+    env = os.environ | _ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", module, *args], cwd=ROOT, env=env, check=True)
