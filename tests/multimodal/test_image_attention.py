@@ -1,7 +1,7 @@
 """Images that attend both ways, as 31B and 26B-A4B were trained to.
 
 transformers owns the logits where an image is not wider than the window; where it is, 5.5 leaves the window out of
-account, so the mask is written down here. The engine is vLLM's on the CPU with TRITON_ATTN in Triton's interpreter.
+account, and Google's own mask is written down here. The engine is vLLM's on the CPU, TRITON_ATTN interpreted.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Images that attend both ways in sliding layers, as 31B and 26B-A4B were trained to (``use_bidirectional_attention``).
 
-A token of an image, or of a frame of a video, sees those of the same image before and behind it that are nearer than
-the sliding window; full layers stay causal. That is ``(causal or same image) and window`` in Google's own model and in
-transformers. The kernel takes ranges of positions in which all see each other.
+A token of an image, or of a frame of a video, sees those of the same image on both sides that are nearer than the
+sliding window; full layers stay causal. So it is in Google's own model; transformers differ for images wider than the
+window alone. The kernel takes ranges of positions in which all see each other.
 """
 
 from __future__ import annotations
