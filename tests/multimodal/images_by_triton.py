@@ -1,7 +1,7 @@
 """vLLM's engine on the CPU with its attention backend for GPUs, TRITON_ATTN, whose kernels Triton interprets.
 
 ``python -m tests.multimodal.images_by_triton FOLDER CASE…``: what ``FOLDER/target`` (``target-narrow``: with a window
-narrower than an image) answers to the chats of ``test_images.py``, saved as ``FOLDER/CASE.pt``.
+narrower than an image) answers to the chats of ``tests/support/images.py``, saved as ``FOLDER/CASE.pt``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Steps:
     """Per step: what it computes, ``(request id, first, one past the last)``, and whether a full CUDA graph may run."""
 
     def __init__(self, runner: Any) -> None:
-        from tests.multimodal.test_images import Chunks
+        from tests.support.images import Chunks
 
         self.all: list[tuple[list[tuple[str, int, int]], bool]] = []
         self.dispatch = runner.cudagraph_dispatcher.dispatch
@@ -42,9 +42,9 @@ class Steps:
         return self.dispatch(*args, **kwargs)
 
 
-def run(folder: Path, case: str) -> dict[str, Any]:
-    from tests.multimodal.test_images import CHATS, chat, chatting
+def run(folder: Path, case: str, **options: Any) -> dict[str, Any]:
     from tests.support.engine import acceptance
+    from tests.support.images import CHATS, chat, chatting, found
     from tests.support.recorder import Recorder
     from tests.support.stock import without
     from tests.support.tiny_multimodal import FIRST_WORD
@@ -55,25 +55,17 @@ def run(folder: Path, case: str) -> dict[str, Any]:
     with ExitStack() as stack:
         if case == "stock":
             stack.enter_context(without(IMAGE_ATTENTION))
-        llm = stack.enter_context(chatting(target, drafter, max_logprobs=512, max_num_seqs=2, **CASES[case]))
+        llm = stack.enter_context(chatting(target, drafter, max_logprobs=512, max_num_seqs=2, **CASES[case], **options))
         runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
         steps, before = Steps(runner), acceptance(llm)
         recorder = None if drafter is None else Recorder(llm)
-        words = list(range(FIRST_WORD, 512))  # transformers would take a placeholder for a missing image
+        words = list(range(FIRST_WORD, 512))  # no placeholder
         outputs = []
         rounds = {"one-image": [CHATS[:1]], "prefix-caching": [CHATS, CHATS[::-1]]}.get(case, [CHATS])
         for chats in rounds:
-            outputs += chat(llm, chats, logprobs=512, max_tokens=TOKENS, allowed_token_ids=words)
+            outputs += chat(llm, chats, TOKENS, logprobs=512, allowed_token_ids=words)
         return {
-            "answers": [
-                {
-                    "request": o.request_id,
-                    "prompt": list(o.prompt_token_ids),
-                    "answer": list(o.outputs[0].token_ids),
-                    "logprobs": [[step[t].logprob for t in range(512)] for step in o.outputs[0].logprobs],
-                }
-                for o in outputs
-            ],
+            "answers": found(outputs),
             "steps": steps.all,
             "drafts": [] if recorder is None else recorder.drafts,
             "counts": acceptance(llm) - before,

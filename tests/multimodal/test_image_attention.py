@@ -6,43 +6,24 @@ account, and Google's own mask is written down here. The engine is vLLM's on the
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, Gemma4ForCausalLM, Gemma4ForConditionalGeneration
+from transformers import Gemma4ForCausalLM
 
-from tests.multimodal.test_images import CHATS, TOLERANCE, Chunks, chat, chatting
-from tests.support import tiny_models, tiny_multimodal
+from tests.support.images import CHATS, TOLERANCE, Chunks, chat, chatting, distance, save_both_ways, spans
 from tests.support.interpreter import interpreted
 from tests.support.tiny_multimodal import IMAGE_TOKEN_ID
 from vllm_gemma4_spec.multimodal import image_attention
 
-NARROW = 40  # an image has 64 or 60 tokens
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``target`` (window 64), ``target-narrow`` (the same weights, window 40), ``drafter``: its language model."""
     made = tmp_path_factory.mktemp("both-ways")
-    text = {"use_bidirectional_attention": "vision", "num_hidden_layers": 3}
-    target = tiny_multimodal.save(tiny_models.target_config(**text), made / "target")
-    shutil.copytree(target, made / "target-narrow")
-    config = json.loads((target / "config.json").read_text())
-    config["text_config"]["sliding_window"] = NARROW
-    (made / "target-narrow" / "config.json").write_text(json.dumps(config))
-    # It keeps the target's `use_bidirectional_attention`, and is to be causal all the same.
-    drafter = tiny_models.target_config(architectures=["Gemma4ForCausalLM"], dtype="float32", **text)
-    drafter.save_pretrained(made / "drafter")
-    prefix = "model.language_model."
-    weights = load_file(target / "model.safetensors")
-    weights = {f"model.{n.removeprefix(prefix)}": w for n, w in weights.items() if n.startswith(prefix)}
-    save_file(weights, made / "drafter" / "model.safetensors", {"format": "pt"})
+    save_both_ways(made)
     return made
 
 
@@ -52,53 +33,6 @@ def ran(folder: Path, *cases: str) -> list[dict[str, Any]]:
     if missing:
         interpreted("tests.multimodal.images_by_triton", folder, *missing)
     return [torch.load(folder / f"{case}.pt", weights_only=False) for case in cases]
-
-
-def mask_by_hand(images: list[tuple[int, int]], length: int, window: int) -> torch.Tensor:
-    """``(causal or same image) and nearer than the window`` -> ``[1, 1, length, length]`` bool."""
-    at = torch.arange(length)
-    same = torch.zeros(length, length, dtype=torch.bool)
-    for first, last in images:
-        same[first : last + 1, first : last + 1] = True
-    near = (at[:, None] - at[None, :]).abs() < window
-    return (((at[None, :] <= at[:, None]) | same) & near)[None, None]
-
-
-def spans(prompt: list[int]) -> list[tuple[int, int]]:
-    """First and last position of each image."""
-    inside = [token == IMAGE_TOKEN_ID for token in [*prompt, 0]]
-    firsts = [i for i, now in enumerate(inside) if now and not inside[i - 1]]
-    return [(first, inside.index(False, first) - 1) for first in firsts]
-
-
-def distance(model: Path, found: list[dict[str, Any]], by_hand: bool = False) -> list[float]:
-    """Largest difference of any log-probability to transformers', per chat."""
-    hf = Gemma4ForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(model)
-    distances = []
-    for output in found:
-        prompt, answer = output["prompt"], output["answer"]
-        content = next(c for c in CHATS if sum(not isinstance(p, str) for p in c) == len(spans(prompt)))
-        images = [c for c in content if not isinstance(c, str)]
-        text = "<bos> " + " ".join(c if isinstance(c, str) else "<|image|>" for c in content)
-        inputs = dict(processor(text=text, images=images or None, return_tensors="pt"))
-        assert inputs.pop("input_ids")[0].tolist() == prompt
-        kinds = torch.nn.functional.pad(inputs.pop("mm_token_type_ids"), (0, len(answer)))
-        mask: Any = torch.ones_like(kinds)
-        if by_hand:
-            length = len(prompt) + len(answer)
-            window = hf.config.text_config.sliding_window
-            mask = {
-                "full_attention": mask_by_hand([], length, length),
-                "sliding_attention": mask_by_hand(spans(prompt), length, window),
-            }
-        extra = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_position_ids")}
-        ids = torch.tensor([prompt + answer])
-        with torch.no_grad():
-            logits = hf(input_ids=ids, attention_mask=mask, mm_token_type_ids=kinds, **extra).logits[0]
-        wanted = logits[len(prompt) - 1 : -1].log_softmax(-1)
-        distances.append((torch.tensor(output["logprobs"]) - wanted).abs().max().item())
-    return distances
 
 
 def steps(found: dict[str, Any]) -> Iterator[tuple[list[tuple[int, int, list[tuple[int, int]]]], bool]]:
@@ -176,7 +110,7 @@ def test_a_backend_that_cannot_says_so(folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(image_attention.logger, "warning", lambda text, *args: said.append(text % args))
     with chatting(folder / "target", max_num_batched_tokens=100, max_num_seqs=2) as llm:
         chunks = Chunks(llm.llm_engine.model_executor.driver_worker.worker.model_runner)
-        outputs = chat(llm, [CHATS[0], ["w90", CHATS[0][1], "w31"]], max_tokens=2)
+        outputs = chat(llm, [CHATS[0], ["w90", CHATS[0][1], "w31"]], 2)
     (line,) = said
     assert line.startswith("Images attend causally: CPU_ATTN cannot do otherwise")
     images = {output.request_id: spans(list(output.prompt_token_ids)) for output in outputs}
