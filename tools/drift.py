@@ -57,6 +57,13 @@ EVIDENCE: dict[str, tuple[Evidence, ...]] = {
             _contains("vllm/model_executor/models/gemma4_mm.py", "self.embedding_pre_projection_norm(inputs_embeds)"),
         ),
     ),
+    "image-attention": (
+        Evidence(
+            "images attend both ways in sliding layers; one that prefix caching knows in part may still be cut",
+            _contains("vllm/model_executor/models/gemma4_mm.py", "_clear_mm_prefix_for_full_attn_layers"),
+            whole=False,
+        ),
+    ),
     "cpu-runner": (
         Evidence(
             "CPUModelRunner loads a drafter and no longer asserts that there is none",

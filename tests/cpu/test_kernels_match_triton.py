@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -15,8 +12,8 @@ from typing import Any
 import kernel_cases
 import pytest
 import torch
-import triton_reference
 
+from tests.support.interpreter import interpreted
 from vllm_gemma4_spec.cpu import draft_kernels, rejection_kernels
 from vllm_gemma4_spec.cpu.launch import CpuKernel
 from vllm_gemma4_spec.patches.cpu import CPU_KERNELS
@@ -37,9 +34,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder: Path = tmp_path_factory.mktemp("triton")
     before = kernel_cases.make_cases(CASES_PER_KERNEL, seed=1)
     torch.save(before, folder / "cases.pt")
-    command = [sys.executable, triton_reference.__file__, str(folder / "cases.pt"), str(folder / "results.pt")]
-    run = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    interpreted("tests.cpu.triton_reference", folder / "cases.pt", folder / "results.pt")
     loaded = torch.load(folder / "results.pt", weights_only=False)
     pairs = defaultdict(list)
     for case, after in zip(before, loaded["cases"], strict=True):

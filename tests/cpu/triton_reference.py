@@ -1,18 +1,12 @@
-"""Run vLLM's own Triton kernels in Triton's interpreter: ``python triton_reference.py CASES RESULTS``.
-
-A process of its own, because TRITON_INTERPRET must be set before triton is imported. CUDA_VISIBLE_DEVICES=""
-makes vLLM keep triton without a driver, and VLLM_PLUGINS="" keeps this package out of it.
-"""
+"""vLLM's own Triton kernels in Triton's interpreter: ``python -m tests.cpu.triton_reference CASES RESULTS``."""
 
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 
 
 def main(cases_path: str, results_path: str) -> None:
-    os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", VLLM_PLUGINS="", VLLM_LOGGING_LEVEL="ERROR")
     import torch
     from triton.runtime.interpreter import InterpretedFunction
 

@@ -6,16 +6,14 @@ A dense model's engines know nothing of each other: vLLM gives each a data-paral
 from __future__ import annotations
 
 import json
-import re
 import shutil
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.support import tiny_tokenizer
-from tests.support.commands import vllm_server
+from tests.support.commands import counted, post, vllm_server
 from tests.support.engine import engine, generate, random_prompts
 
 PROMPTS = random_prompts([5 + 11 * i for i in range(8)])
@@ -24,17 +22,7 @@ TOKENS = 24
 
 def complete(url: str, prompt: list[int]) -> list[int]:
     body = {"model": "tiny", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-    body |= {"return_token_ids": True}
-    request = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=300) as response:
-        return list(json.load(response)["choices"][0]["token_ids"])
-
-
-def per_engine(metrics: str, name: str) -> dict[str, float]:
-    found = re.findall(rf'^vllm:{name}_total\{{engine="(\d+)".*\}} (\S+)$', metrics, re.MULTILINE)
-    return {engine: float(value) for engine, value in found}
+    return list(post(f"{url}/v1/completions", body | {"return_token_ids": True})["choices"][0]["token_ids"])
 
 
 @pytest.mark.slow
@@ -49,9 +37,7 @@ def test_every_engine_drafts(tiny: dict[str, Path], tmp_path: Path) -> None:
     arguments += ("--speculative-config", json.dumps(speculative))
     with vllm_server(model, tmp_path / "log", *arguments) as url, ThreadPoolExecutor(len(PROMPTS)) as pool:
         assert list(pool.map(lambda prompt: complete(url, prompt), PROMPTS)) == want
-        with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
-            metrics = response.read().decode()
-    proposed = per_engine(metrics, "spec_decode_num_draft_tokens")
+        proposed, accepted = (counted(url, f"spec_decode_num_{name}_tokens") for name in ("draft", "accepted"))
     assert set(proposed) == {"0", "1"}
     assert min(proposed.values()) > 0
-    assert per_engine(metrics, "spec_decode_num_accepted_tokens") == proposed
+    assert accepted == proposed

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.support.interpreter import interpreted
 from vllm_gemma4_spec.drafting.slots import PADDING_SLOT_ID, group_slot_mappings
 
 BLOCK_SIZES = [16, 32, 64, 128, 16, 48]
@@ -69,13 +67,7 @@ CASES = {
 def by_triton(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("slots")
     torch.save(list(CASES.values()), folder / "cases.pt")
-    script = Path(__file__).with_name("slots_by_triton.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder / "cases.pt"), str(folder / "results.pt")],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    interpreted("tests.graphs.slots_by_triton", folder / "cases.pt", folder / "results.pt")
     return dict(zip(CASES, torch.load(folder / "results.pt"), strict=True))
 
 

@@ -1,24 +1,15 @@
 """vLLM's attention kernels in Triton's interpreter, as chosen with and without ``split-attention``.
 
-``attention_by_triton.py RESULTS``; a process of its own, because TRITON_INTERPRET must be set before triton is
-imported. Saves, per case, both outputs, those of a reference, and which kernel ran.
+``python -m tests.kernels.attention_by_triton RESULTS`` saves, per case, both outputs, those of a reference, and which
+kernel ran.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 
 if __name__ == "__main__":
-    os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", VLLM_PLUGINS="", VLLM_LOGGING_LEVEL="ERROR")
-
     import torch
-    import triton
-    import triton.language as tl
-    import vllm.triton_utils
-
-    # On a CPU vLLM puts stand-ins in Triton's place.
-    vllm.triton_utils.triton, vllm.triton_utils.tl = triton, tl
     from vllm.v1.attention.ops import triton_unified_attention as ops
 
     from vllm_gemma4_spec.kernels import split_attention

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
+from tests.support.interpreter import interpreted
 from vllm_gemma4_spec.checkpoints import nvfp4
 
 VOCAB, SIZE = 4096, 512
@@ -21,8 +20,7 @@ def rounded_to_nvfp4(weight: torch.Tensor) -> torch.Tensor:
 
 def run(cases: list[dict[str, torch.Tensor]], folder: Path) -> list[torch.Tensor]:
     torch.save(cases, folder / "cases.pt")
-    script = Path(__file__).with_name("head_by_triton.py")
-    subprocess.run([sys.executable, str(script), str(folder / "cases.pt"), str(folder / "results.pt")], check=True)
+    interpreted("tests.kernels.head_by_triton", folder / "cases.pt", folder / "results.pt")
     return torch.load(folder / "results.pt")
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.support.interpreter import interpreted
 from vllm_gemma4_spec.kernels import split_attention
 
 
 def test_vllms_own_split_kernel_gives_the_same_attention(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("attention_by_triton.py")
-    subprocess.run([sys.executable, str(script), str(tmp_path / "results.pt")], check=True)
+    interpreted("tests.kernels.attention_by_triton", tmp_path / "results.pt")
     results = torch.load(tmp_path / "results.pt")
     for case in results:
         torch.testing.assert_close(case["stock"], case["wanted"], rtol=1e-4, atol=1e-5)

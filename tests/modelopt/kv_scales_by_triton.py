@@ -1,12 +1,11 @@
-"""vLLM's attention kernel with an fp8 cache, in Triton's interpreter: ``kv_scales_by_triton.py RESULTS``.
+"""vLLM's attention kernel with an fp8 cache in Triton's interpreter.
 
-Keys and values are stored divided by a scale; the kernel is given that scale. A process of its own, because
-TRITON_INTERPRET must be set before triton is imported.
+``python -m tests.modelopt.kv_scales_by_triton RESULTS``. Keys and values are stored divided by a scale; the kernel is
+given that scale.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
@@ -45,15 +44,7 @@ def attend(unified: Any, query: Any, keys: Any, values: Any, scale: float, query
 
 
 if __name__ == "__main__":
-    os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", VLLM_PLUGINS="", VLLM_LOGGING_LEVEL="ERROR")
-
     import torch
-    import triton
-    import triton.language as tl
-    import vllm.triton_utils
-
-    # On a CPU vLLM puts stand-ins in Triton's place.
-    vllm.triton_utils.triton, vllm.triton_utils.tl = triton, tl
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
     torch.manual_seed(0)

@@ -6,8 +6,6 @@ kernel runs in Triton's interpreter. ``benchmarks/gpu_exactness.py --kv-cache-dt
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,16 +14,13 @@ import pytest
 import torch
 
 from tests.support.commands import free_port
+from tests.support.interpreter import interpreted
 from tests.support.kv_scales import with_kv_scales
 
 
 def test_the_kernel_drops_the_scales_of_fp8_queries(tmp_path: Path) -> None:
     """Why queries must stay in 16 bits. Should this fail, a newer vLLM has mended its kernel."""
-    script = Path(__file__).with_name("kv_scales_by_triton.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "out.pt")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    interpreted("tests.modelopt.kv_scales_by_triton", tmp_path / "out.pt")
     results = torch.load(tmp_path / "out.pt")
     right = results["float32", 1.0]
     error = {case: float((out - right).abs().mean() / right.abs().mean()) for case, out in results.items()}

@@ -6,29 +6,24 @@ prompt with its placeholders, owns the drafts.
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, Gemma4ForCausalLM, Gemma4ForConditionalGeneration
+from transformers import Gemma4ForCausalLM
 
 from tests.support import tiny_models, tiny_multimodal
-from tests.support.engine import acceptance, engine
+from tests.support.commands import counted, post, vllm_server
+from tests.support.engine import acceptance
+from tests.support.images import CHATS, TOLERANCE, Chunks, answers, chat, chatting, distance, found, part
 from tests.support.recorder import Recorder
 from tests.support.stock import without
-from tests.support.tiny_multimodal import IMAGE_TOKEN_ID, PLACEHOLDERS
+from tests.support.tiny_multimodal import IMAGE_TOKEN_ID
 from vllm_gemma4_spec.patches.multimodal import EMBEDDER_NORM
 
-# As in tests/engine/test_truth.py; measured here: 2e-5.
-TOLERANCE = 2e-4
 TOKENS = 24
 
 
@@ -49,76 +44,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def part(content: str | Image.Image) -> dict[str, Any]:
-    """One part of a chat message."""
-    if isinstance(content, str):
-        return {"type": "text", "text": content}
-    file = io.BytesIO()
-    content.save(file, "PNG")  # lossless, so transformers sees the same pixels
-    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-# Contents of one user message each: an image, two of other shapes, text only. No answer has a placeholder.
-CHATS: list[list[str | Image.Image]] = [
-    ["w20 w21", picture(0), "w30 w31"],
-    ["w90", picture(1, 48, 80), "w30 w31", picture(0), "w99"],
-    [" ".join(f"w{50 + i}" for i in range(70))],
-]
-
-
-@contextmanager
-def chatting(model: Path, drafter: Path | None = None, **options: Any) -> Iterator[Any]:
-    settings: dict[str, Any] = {
-        "skip_tokenizer_init": False,
-        "max_model_len": 512,
-        "max_num_seqs": 4,
-        "limit_mm_per_prompt": {"image": 2, "video": 0},
-    }
-    with engine(model, drafter, **(settings | options)) as llm:
-        yield llm
-
-
-def chat(llm: Any, contents: list[list[str | Image.Image]], **sampling: Any) -> list[Any]:
-    from vllm import SamplingParams
-
-    messages = [[{"role": "user", "content": [part(c) for c in content]}] for content in contents]
-    values = {"max_tokens": TOKENS, "temperature": 0.0, "ignore_eos": True} | sampling
-    return llm.chat(messages, SamplingParams(**values), use_tqdm=False)
-
-
-def answers(outputs: list[Any]) -> list[list[int]]:
-    return [list(o.outputs[0].token_ids) for o in outputs]
-
-
 @pytest.fixture(scope="module")
 def plain(models: dict[str, Path]) -> list[Any]:
     """What the target answers without speculation, with all log-probabilities."""
     with chatting(models["target"], max_logprobs=512) as llm:
-        return chat(llm, CHATS, logprobs=512)
+        return chat(llm, CHATS, TOKENS, logprobs=512)
 
 
 def check_truth(model: Path, outputs: list[Any]) -> None:
-    hf = Gemma4ForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(model)
-    for content, output in zip(CHATS, outputs, strict=True):
-        images = [c for c in content if not isinstance(c, str)]
-        text = "<bos> " + " ".join(c if isinstance(c, str) else "<|image|>" for c in content)
-        inputs = processor(text=text, images=images or None, return_tensors="pt")
-        prompt, answer = list(output.prompt_token_ids), list(output.outputs[0].token_ids)
-        assert inputs["input_ids"][0].tolist() == prompt
-        assert prompt.count(IMAGE_TOKEN_ID) == (64, 124, 0)[CHATS.index(content)]
-        assert not PLACEHOLDERS & set(answer)  # transformers would take one for a missing image
-        extra = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_position_ids")}
-        with torch.no_grad():
-            logits = hf(input_ids=torch.tensor([prompt + answer]), **extra).logits[0, len(prompt) - 1 : -1]
-        for step, found in zip(logits.log_softmax(-1), output.outputs[0].logprobs, strict=True):
-            assert (torch.tensor([found[t].logprob for t in range(512)]) - step).abs().max() < TOLERANCE
+    assert [list(output.prompt_token_ids).count(IMAGE_TOKEN_ID) for output in outputs] == [64, 124, 0]
+    assert max(distance(model, found(outputs))) < TOLERANCE
 
 
 def test_logits_after_images_are_those_of_transformers(models: dict[str, Path], plain: list[Any]) -> None:
@@ -128,7 +63,7 @@ def test_logits_after_images_are_those_of_transformers(models: dict[str, Path], 
 def test_stock_projects_before_it_normalises(models: dict[str, Path], plain: list[Any]) -> None:
     """Without the patch the logits are others, and not transformers'."""
     with without(EMBEDDER_NORM), chatting(models["target"], max_logprobs=512) as llm:
-        stock = chat(llm, CHATS, logprobs=512)
+        stock = chat(llm, CHATS, TOKENS, logprobs=512)
     with pytest.raises(AssertionError):
         check_truth(models["target"], stock)
 
@@ -136,29 +71,7 @@ def test_stock_projects_before_it_normalises(models: dict[str, Path], plain: lis
 def test_logits_with_per_layer_embeddings_too(models: dict[str, Path]) -> None:
     """E4B as the target: its per-layer embeddings take the padding token where an image stands."""
     with chatting(models["drafter"], max_logprobs=512) as llm:
-        check_truth(models["drafter"], chat(llm, CHATS, logprobs=512))
-
-
-class Chunks:
-    """Which tokens of each request a step computes: ``(request id, first, one past the last)``."""
-
-    def __init__(self, llm: Any) -> None:
-        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-        self.steps: list[tuple[str, int, int]] = []
-        original = runner.execute_model
-
-        def execute_model(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
-            starts = {r.req_id: r.num_computed_tokens for r in scheduled.scheduled_new_reqs}
-            cached = scheduled.scheduled_cached_reqs
-            starts |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-            self.steps += [(r, starts[r], starts[r] + n) for r, n in scheduled.num_scheduled_tokens.items()]
-            return original(scheduled, *args, **kwargs)
-
-        runner.execute_model = execute_model
-
-    def cut(self, first: int, end: int) -> bool:
-        """Whether a chunk ended inside positions ``first`` to ``end``."""
-        return any(first < stop < end for _, _, stop in self.steps)
+        check_truth(models["drafter"], chat(llm, CHATS, TOKENS, logprobs=512))
 
 
 @pytest.mark.parametrize(
@@ -183,9 +96,10 @@ def test_an_answer_to_an_image_is_that_of_plain_decoding(
         "prefix-caching": {"enable_prefix_caching": True},
     }[way]
     with chatting(models["target"], models[kind], **options) as llm:
-        before, chunks, recorder = acceptance(llm), Chunks(llm), Recorder(llm)
+        before, recorder = acceptance(llm), Recorder(llm)
+        chunks = Chunks(recorder.runner)
         for _ in range(2 if way == "prefix-caching" else 1):
-            assert answers(chat(llm, CHATS)) == answers(plain)
+            assert answers(chat(llm, CHATS, TOKENS)) == answers(plain)
         counts = acceptance(llm) - before
     assert counts.drafts >= len(CHATS) * (TOKENS // 4)
     if way == "chunked-prefill":
@@ -199,6 +113,21 @@ def test_an_answer_to_an_image_is_that_of_plain_decoding(
         with torch.no_grad():
             logits = hf(torch.tensor([context + draft[:-1]])).logits[0, len(context) - 1 :]
         assert logits.argmax(-1).tolist() == draft
+
+
+@pytest.mark.slow
+def test_images_over_http(models: dict[str, Path], plain: list[Any], tmp_path: Path) -> None:
+    speculative = {"method": "draft_model", "model": str(models["drafter"]), "num_speculative_tokens": 3}
+    arguments = ("--speculative-config", json.dumps(speculative), "--served-model-name", "tiny")
+    options = {"model": "tiny", "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    with vllm_server(models["target"], tmp_path / "log", *arguments) as url:
+        for content, output in zip(CHATS, plain, strict=True):
+            messages = [{"role": "user", "content": [part(c) for c in content]}]
+            given = post(f"{url}/v1/chat/completions", options | {"messages": messages})
+            assert given["prompt_token_ids"] == list(output.prompt_token_ids)
+            assert given["choices"][0]["token_ids"] == list(output.outputs[0].token_ids)
+        drafts = counted(url, "spec_decode_num_drafts")
+    assert drafts["0"] >= len(CHATS) * (TOKENS // 4)
 
 
 def test_towers_of_a_drafter_are_neither_built_nor_loaded(
@@ -241,14 +170,14 @@ def test_the_target_as_its_own_drafter(models: dict[str, Path], plain: list[Any]
     """Text: every draft accepted. Image: fewer, as the drafter embeds the placeholders, the target the picture."""
     with chatting(models["target"], models["target"]) as llm:
         before = acceptance(llm)
-        assert answers(chat(llm, CHATS[2:])) == answers(plain[2:])
+        assert answers(chat(llm, CHATS[2:], TOKENS)) == answers(plain[2:])
         text = acceptance(llm) - before
         assert text.accepted == text.proposed > 0
-        assert answers(chat(llm, CHATS[:2])) == answers(plain[:2])
+        assert answers(chat(llm, CHATS[:2], TOKENS)) == answers(plain[:2])
         image = acceptance(llm) - before - text
         assert image.drafts > 0
         assert image.accepted < image.proposed
         before = acceptance(llm)
-        assert answers(chat(llm, CHATS[2:])) == answers(plain[2:])
+        assert answers(chat(llm, CHATS[2:], TOKENS)) == answers(plain[2:])
         after = acceptance(llm) - before
         assert after.accepted == after.proposed > 0

@@ -74,6 +74,10 @@ SHOWN = {
         "multimodal/test_images::test_stock_projects_before_it_normalises",
         "multimodal/test_images::test_logits_after_images_are_those_of_transformers",
     ),
+    "image-attention": Shown(
+        "multimodal/test_image_attention::test_stock_attends_causally",
+        "multimodal/test_image_attention::test_logits_after_images_are_those_of_transformers[one-image]",
+    ),
     "lora-aliases": Shown(
         "engine/test_lora::test_stock_ignores_the_adapter",
         "engine/test_lora::test_requests_with_and_without_an_adapter[target]",

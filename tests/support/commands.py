@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -90,6 +91,21 @@ def vllm_server(model: Path, log: Path, *args: str, **env: str) -> Iterator[str]
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # the engine core, too, where its parent was killed at start
         process.wait(10)
+
+
+def post(url: str, body: dict[str, Any]) -> Any:
+    """What a server answers to ``body`` as JSON."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as response:
+        return json.load(response)
+
+
+def counted(url: str, name: str) -> dict[str, float]:
+    """vLLM's counter ``name`` at ``/metrics`` -> by engine."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
+        metrics = response.read().decode()
+    found = re.findall(rf'^vllm:{name}_total\{{engine="(\d+)".*\}} (\S+)$', metrics, re.MULTILINE)
+    return {engine: float(value) for engine, value in found}
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float = 420) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from vllm_gemma4_spec.patching.patch import Edit, Group, Patch
 
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_OURS = "vllm_gemma4_spec.multimodal.image_attention"
 _EMBEDDER = "vllm.model_executor.models.gemma4_mm:Gemma4MultimodalEmbedder"
 
 EMBEDDER_NORM = Patch(
@@ -17,4 +19,32 @@ EMBEDDER_NORM = Patch(
     watches=(f"{_EMBEDDER}.forward",),
 )
 
-PATCHES: tuple[Patch, ...] = (EMBEDDER_NORM,)
+IMAGE_ATTENTION = Patch(
+    name="image-attention",
+    group=Group.CORRECTNESS,
+    why="31B and 26B-A4B were trained with images that attend both ways in sliding layers "
+    "(use_bidirectional_attention); 0.19.1 attends causally there, so answers to images are not transformers'.",
+    how="TRITON_ATTN is given the positions of each image, in sliding layers and only in steps that compute one; such "
+    "a step runs without a full CUDA graph. The scheduler never cuts an image. Other backends stay causal and say so.",
+    retire="vLLM #40534 with #47217, merged after 0.19.1, and a scheduler that keeps cached images whole, too.",
+    edits=(
+        Edit(
+            "vllm.v1.core.sched.scheduler:Scheduler._try_schedule_encoder_inputs",
+            f"{_OURS}:try_schedule_encoder_inputs",
+        ),
+        Edit(f"{_RUNNER}.initialize_attn_backend", f"{_OURS}:initialize_attn_backend"),
+        Edit(f"{_RUNNER}._determine_batch_execution_and_padding", f"{_OURS}:determine_batch_execution"),
+        Edit(f"{_RUNNER}._build_attention_metadata", f"{_OURS}:build_attention_metadata"),
+    ),
+    watches=(
+        f"{_RUNNER}.execute_model",
+        "vllm.v1.core.sched.scheduler:Scheduler.schedule",
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadata",
+        "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward",
+        "vllm.v1.attention.ops.triton_unified_attention:unified_attention",
+        "vllm.v1.attention.ops.triton_unified_attention:kernel_unified_attention_2d",
+        "vllm.multimodal.inputs:PlaceholderRange.extract_embeds_range",
+    ),
+)
+
+PATCHES: tuple[Patch, ...] = (EMBEDDER_NORM, IMAGE_ATTENTION)
