@@ -100,6 +100,7 @@ def run(
             result.counts += found.counts
             result.different += found.different
             result.errors += found.errors
+            assert server.wait(0) is None, f"the server ended in round {number}:\n{log.read_text()[-5000:]}"
             left = leaks.settled(server)
             time.sleep(1)  # connections that the clients closed
             result.rounds.append(leaks.held(server))
