@@ -23,8 +23,10 @@ ROUNDS = 6
 
 @dataclass
 class Result:
-    """``rounds`` are what the server held when it was idle again, the first of them after a round to warm up."""
+    """``rounds`` are what the server held when it was idle again, the first of them after a round to warm up;
+    ``alone`` the greedy answers that were asked for one by one."""
 
+    alone: dict[int, clients.Answer] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     different: list[Any] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -91,7 +93,7 @@ def run(
     # glibc keeps the holes that tensors of ever other sizes leave; given back, what is resident is what is held.
     switches["MALLOC_MMAP_THRESHOLD_"] = "131072"
     with environment(**switches), Server(arguments, log) as server:
-        wanted = asyncio.run(clients.alone(server.url, asked))
+        wanted = result.alone = asyncio.run(clients.alone(server.url, asked))
         step(f"{len(wanted)} answers given alone")
         began = time.monotonic()
         for number in range(ROUNDS):
