@@ -92,6 +92,8 @@ def run(
     switches = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_GEMMA4_SPEC": str(int(overlay))}
     # glibc keeps the holes that tensors of ever other sizes leave; given back, what is resident is what is held.
     switches["MALLOC_MMAP_THRESHOLD_"] = "131072"
+    # A server that stalls for as long as this closes idle connections before it sees what has just come on them.
+    switches["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "600"
     with environment(**switches), Server(arguments, log) as server:
         wanted = result.alone = asyncio.run(clients.alone(server.url, asked))
         step(f"{len(wanted)} answers given alone")
