@@ -282,6 +282,8 @@ def report(found: Mapping[str, Mapping[str, Outcomes]], worse: Mapping[str, Diff
         for test, outcome in ways["overlay"].items():
             if outcome.state in FAILED and ways["stock"].get(test, outcome).state in FAILED:
                 neither.setdefault(test.split("::")[0], Counter())[outcome.cause] += 1
+    if missing := [g for g in GROUPS if g not in found]:
+        lines += ["", f"**Not compared in this run:** {', '.join(missing)}."]
     lines += ["", f"## Worse with the overlay: {len(worse)}", ""]
     lines += [f"- `{p.test}`: {p.stock.state} → {p.overlay.state}: {p.overlay.message}" for p in worse.values()] or [
         "None."
