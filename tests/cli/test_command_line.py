@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-from tests.support.commands import in_process
+from tests.support.commands import gemma4_spec, in_process
 from vllm_gemma4_spec import __version__
 from vllm_gemma4_spec.cli import COMMANDS
 from vllm_gemma4_spec.patches import PATCHES
@@ -51,3 +51,11 @@ def test_patches_fit_the_installed_vllm() -> None:
     assert all(r["fits"] for r in rows)
     for mark in (m for r in rows for m in r["fingerprints"].values()):
         assert mark["found"] == mark["wanted"]
+
+
+def test_nothing_is_cut_in_a_narrow_terminal() -> None:
+    shown = gemma4_spec("patches", COLUMNS="50").stdout
+    assert all(p.name in shown and p.name.upper().replace("-", "_") in shown for p in PATCHES)
+    text = gemma4_spec("plan", "--help", COLUMNS="50").stdout
+    assert all(option in text for option in ("--target-weights", "--drafter-weights", "--overhead-ms"))
+    assert max(map(len, text.splitlines())) <= 50

@@ -160,5 +160,7 @@ def test_captured_drafts_are_replayed() -> None:
 
 
 def test_stock_drafts_kernel_by_kernel() -> None:
-    with without(DRAFT_GRAPHS), pytest.raises(AttributeError):
+    with without(DRAFT_GRAPHS), pytest.raises(AttributeError) as caught:
         drafted()
+    last = caught.traceback[-1]
+    assert (last.path.name, last.name) == ("eagle.py", "propose")  # it went on to the passes themselves

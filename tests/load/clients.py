@@ -101,7 +101,7 @@ async def load(
             try:
                 answer = await ask(http, asked, stream, rng.randint(1, 30) if leaves else None)
             except (httpx.HTTPError, ValueError, AssertionError, KeyError) as error:
-                found.errors.append(f"{kind} request {asked.key}: {error!r}")
+                found.errors.append(f"{kind} request {asked.key}: {error!r}, because of {root_cause(error)!r}")
                 continue
             judge(found, asked, answer, kind, wanted)
             step(found.counts.total())
@@ -109,6 +109,12 @@ async def load(
     async with client(url, clients) as http:
         await asyncio.gather(*(one(number, http) for number in range(clients)))
     return found
+
+
+def root_cause(error: BaseException) -> BaseException:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
 
 
 def judge(found: Found, asked: Asked, answer: Answer | None, kind: str, wanted: dict[int, Answer]) -> None:

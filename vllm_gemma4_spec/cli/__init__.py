@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -61,6 +62,8 @@ def _register(arguments: list[str]) -> None:
     for name, module in (asked or COMMANDS).items():
         function: Callable[..., Any] = importlib.import_module(module).command
         app.command(name)(function)
+    if asked and shutil.get_terminal_size().columns < 80:
+        app.rich_markup_mode = None  # rich's table cuts the names of options there, click's plain help does not
 
 
 def _terminated(number: int, frame: Any) -> None:

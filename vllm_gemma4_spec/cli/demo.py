@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from vllm_gemma4_spec.cli._tables import show
 from vllm_gemma4_spec.ops.output import Output
 
 if TYPE_CHECKING:
@@ -73,8 +74,9 @@ def command(
 ) -> None:
     """Serve a small trained Gemma 4 pair with `vllm serve`, ask it, and show what speculation did.
 
-    Makes the pair first if it is not there (see `demo-models`). Every answer is asked for twice, streamed and
-    not, and both must be the same. Any failure ends with one line and a non-zero exit code.
+    Makes the pair first if it is not there (see `demo-models`). Every answer is
+    asked for twice, streamed and not, and both must be the same. Any failure
+    ends with one line and a non-zero exit code.
 
     Example: vllm-gemma4-spec demo --check
     """
@@ -201,4 +203,5 @@ def _show_drafting(console: Console, drafting: Drafting) -> None:
     for position, accepted in enumerate(drafting.accepted_at, 1):
         table.add_row(str(position), str(drafting.drafts), str(accepted), f"{accepted / drafting.drafts:.1%}")
     table.add_row("all", str(drafting.proposed), str(drafting.accepted), f"{drafting.accepted / drafting.proposed:.1%}")
-    console.print(table, f"acceptance length {drafting.acceptance_length:.2f}")
+    show(console, table)
+    console.print(f"acceptance length {drafting.acceptance_length:.2f}")

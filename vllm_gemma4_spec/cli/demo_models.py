@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vllm_gemma4_spec.cli._tables import show
 from vllm_gemma4_spec.ops.output import Output
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def command(
         table.add_row(f"right answers: {kind}", f"{right} of {asked}")
     table.add_row(f"acceptance length, k = {measured['drafts']}", f"{measured['acceptance_length']:.2f}")
     table.add_row("time to make", f"{measured['seconds']:.0f} s ({measured['cpu_seconds']:.0f} CPU s)")
-    Console().print(table)
+    show(Console(), table)
 
 
 def ensure_with_bar(folder: Path, force: bool = False) -> tuple[build.Pair, bool]:

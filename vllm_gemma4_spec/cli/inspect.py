@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from vllm_gemma4_spec.cli._tables import show
+
 
 def command(
     path: Annotated[Path, typer.Argument(help="Folder of a Hugging Face checkpoint.")],
@@ -53,11 +55,11 @@ def _print(report: object) -> None:
         )
         row = [kind.kind, str(kind.layers), formats, str(kind.pre_quant_scale or ""), str(kind.low_rank or "")]
         table.add_row(*row, f"{kind.bytes / 1e6:.1f}")
-    console.print(table)
+    show(console, table)
     if report.nan:
         table = Table(Column("NaN block scales in", overflow="fold"), "blocks", "codes destroyed", "codes intact")
         for layer in report.nan:
             table.add_row(layer.module, str(layer.blocks), str(layer.destroyed), str(layer.intact))
-        console.print(table)
+        show(console, table)
     console.print(f"vLLM 0.19.1 alone: {report.vllm_alone}", highlight=False)
     console.print(f"with the overlay:  {report.with_overlay}", highlight=False)

@@ -8,7 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_gemma4_spec.cli._tables import show
 from vllm_gemma4_spec.ops.output import Output
+from vllm_gemma4_spec.settings import PATCH_PREFIX
 
 
 class Mark(Output):
@@ -73,9 +75,9 @@ def command(
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
     else:
-        table = Table("patch", "group", "targets fit 0.19.1", "switch (0 = off)")
+        table = Table("patch", "group", "fits 0.19.1", f"{PATCH_PREFIX}… (0 = off)")
         for row in rows:
-            table.add_row(row.name, row.group, "yes" if row.fits else "NO", row.switch)
-        Console().print(table)
+            table.add_row(row.name, row.group, "yes" if row.fits else "NO", row.switch.removeprefix(PATCH_PREFIX))
+        show(Console(), table)
     if not report.fits:
         raise typer.Exit(1)

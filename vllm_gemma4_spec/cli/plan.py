@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_gemma4_spec.cli._tables import show
+
 if TYPE_CHECKING:
     from vllm_gemma4_spec.ops.plan.groups import Group
     from vllm_gemma4_spec.ops.plan.report import Report, Speed
@@ -28,7 +30,7 @@ def command(
     hardware: Annotated[list[str] | None, typer.Option(help="One of the table; may be repeated. Default: all.")] = None,
     bandwidth: Annotated[float | None, typer.Option(min=0.001, help="GB/s of a machine of your own.")] = None,
     memory: Annotated[float, typer.Option(min=0.001, help="GB of that machine.")] = 80,
-    utilization: Annotated[float, typer.Option(min=0.01, max=1, help="vLLM's --gpu-memory-utilization.")] = 0.9,
+    utilization: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the memory that vLLM takes.")] = 0.9,
     acceptance: Annotated[
         str, typer.Option(help="Rates per draft, by spaces; or one curve by commas: 0.8,0.6,0.45.")
     ] = _RATES,
@@ -120,7 +122,7 @@ def _print(console: Console, made: Report) -> None:
             str(first.block_size),
             "-".join(str(n) for n in dict.fromkeys((sizes[0], sizes[-1]))),
         )
-    console.print(table)
+    show(console, table)
     rates = list(made.machines[0].acceptance)
     fits = Table("machine", "target ms", "draft ms", "fit", "plain", *[f"a={r}" for r in rates])
     for m in made.machines:
@@ -128,7 +130,7 @@ def _print(console: Console, made: Report) -> None:
         plain = f"{m.acceptance[rates[0]].tok_s[0]:.0f}" if m.fits else "-"
         count = f"{m.requests_that_fit:.0f}" if m.fits else "none"
         fits.add_row(m.name, f"{m.target_ms:.2f}", f"{m.draft_ms:.2f}", count, plain, *cells)
-    console.print(fits)
+    show(console, fits)
     console.print(
         f"fit: requests of {made.context} tokens that fit at once; plain: tok/s without drafts; a=…: best k at that "
         "acceptance and its tok/s. All times are floors (bytes / bandwidth) unless given, so tok/s are upper bounds."

@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from vllm_gemma4_spec.cli._tables import show
+
 
 def command(
     path: Annotated[Path, typer.Argument(help="Folder of the quantized checkpoint; it is only read.")],
@@ -40,6 +42,6 @@ def command(
         table = Table(Column("layer", overflow="fold"), "saturated", "zeroed", "restored from the parent")
         for change in done.changes:
             table.add_row(change.module, str(change.saturated), str(change.zeroed), str(change.restored))
-        console.print(table)
+        show(console, table)
     what = f"{len(done.changes)} layers in {len(done.rewritten)} files changed" if done.changes else "nothing to repair"
     console.print(f"{what}; written to {done.out}", highlight=False)

@@ -4,20 +4,22 @@ vLLM 0.19.1 serves the API server's own Prometheus registry, which neither the e
 reach. So every process keeps a small file in a folder that the first of them made (its name is inherited
 through the environment), and a collector in the API server reads the files of living processes.
 
-With ``--api-server-count`` above 1 vLLM serves another registry and these figures are missing.
+With ``--api-server-count`` above 1 vLLM's ``/metrics`` reads the files of prometheus_client's multiprocess mode
+instead; there, a route in front of it shows both, and each API server the figures of all processes.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +125,37 @@ def _register(_module: Any) -> None:
         write()  # the process's name is known now
 
 
+def attach_router(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    """``attach_router``: where vLLM's ``/metrics`` reads multiprocess files alone, one that shows our figures, too."""
+
+    @functools.wraps(original)
+    def wrapper(app: Any) -> None:
+        original(app)
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            return  # it serves the process's own registry, which has the collector
+        from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+        from starlette.responses import Response
+        from starlette.routing import Route
+        from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+        registry = get_prometheus_registry()
+        registry.register(Collector())
+
+        def metrics(_request: Any) -> Response:
+            return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+        app.routes.insert(0, Route("/metrics", metrics))
+
+    return wrapper
+
+
 def living() -> Iterator[dict[str, Any]]:
-    """Reports of this process and of its descendants that still run, in the order of their ids."""
+    """Reports of this server's processes that still run, in the order of their ids."""
     import psutil  # vLLM needs it too
 
-    me = psutil.Process()
-    for pid in sorted([me.pid, *(child.pid for child in me.children(recursive=True))]):
+    starter = multiprocessing.parent_process()  # of one API server among several, whose siblings are the engine cores
+    root = psutil.Process(starter.pid if starter else None)
+    for pid in sorted([root.pid, *(child.pid for child in root.children(recursive=True))]):
         with contextlib.suppress(OSError, ValueError):
             yield json.loads((_folder() / f"{pid}.json").read_text())
 

@@ -5,7 +5,7 @@ To add one: declare it in a topic module, run ``make fingerprints ledger``, add 
 
 from __future__ import annotations
 
-from vllm_gemma4_spec.patches import chat, cpu, drafting, graphs, lora, modelopt, multimodal
+from vllm_gemma4_spec.patches import chat, cpu, drafting, graphs, lora, modelopt, multimodal, server
 from vllm_gemma4_spec.patching.patch import Patch
 
 PATCHES: tuple[Patch, ...] = (
@@ -16,4 +16,5 @@ PATCHES: tuple[Patch, ...] = (
     *cpu.PATCHES,
     *modelopt.PATCHES,
     *chat.PATCHES,
+    *server.PATCHES,
 )

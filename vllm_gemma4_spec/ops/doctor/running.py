@@ -31,10 +31,7 @@ def running(url: str, api_key: str | None = None, workers: int | None = None) ->
         elif sample.name == "gemma4_spec_patch_on":
             on[key][sample.labels["patch"]] = sample.value == 1
     if not on:
-        advice = (
-            "pip install vllm-gemma4-spec into the server's environment and look for 'patches on' in its log; "
-            "with --api-server-count above 1 only the log says it"
-        )
+        advice = "pip install vllm-gemma4-spec into the server's environment and look for 'patches on' in its log"
         yield Finding(section, "plugin", State.PROBLEM, "no process reports it", "every process", advice)
         return
     reference = next(iter(on.values()))

@@ -1,0 +1,88 @@
+"""The overlay's figures where vLLM's ``/metrics`` serves the files of prometheus_client's multiprocess mode."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+import vllm_gemma4_spec
+from tests.support.commands import gemma4_spec, printed, vllm_server
+from tests.support.stock import without
+from vllm_gemma4_spec.ops import reports, server
+from vllm_gemma4_spec.ops.server import Sample
+from vllm_gemma4_spec.patches.server import SERVER_FIGURES
+
+
+@pytest.fixture
+def several_servers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What ``--api-server-count 2`` sets for each API server."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setenv(reports.FOLDER, str(tmp_path))
+
+
+def shown() -> dict[str, float]:
+    """The samples that vLLM's own route answers with."""
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+    from vllm.entrypoints.serve.instrumentator import metrics
+
+    app = FastAPI()
+    metrics.attach_router(app)
+    answer = TestClient(app).get("/metrics")
+    assert answer.status_code == 200
+    return {s.name: s.value for family in text_string_to_metric_families(answer.text) for s in family.samples}
+
+
+@pytest.mark.usefixtures("several_servers")
+def test_stock_shows_what_the_files_hold_and_no_more() -> None:
+    with without(SERVER_FIGURES):
+        assert shown() == {}
+
+
+@pytest.mark.usefixtures("several_servers")
+def test_figures_beside_those_of_the_files(tmp_path: Path) -> None:
+    from prometheus_client.values import MultiProcessValue
+
+    vllm_gemma4_spec.apply()
+    reports.write()
+    value = MultiProcessValue(lambda: 7)("counter", "vllm:seen", "vllm:seen_total", (), (), "in a file")
+    value.inc(3)
+    figures = shown()
+    assert figures["vllm:seen_total"] == 3
+    assert figures["gemma4_spec_process"] == 1
+    assert figures["gemma4_spec_drafts_skipped_total"] == 0
+
+
+@pytest.mark.slow
+def test_either_of_two_api_servers_shows_every_process(
+    tiny: dict[str, Path], served_model: Path, tmp_path: Path
+) -> None:
+    speculative = json.dumps({"method": "draft_model", "model": str(tiny["close"]), "num_speculative_tokens": 3})
+    arguments = ("--api-server-count", "2", "--speculative-config", speculative)
+    everyone = ["ApiServer_0", "ApiServer_1", "EngineCore", "main"]
+    with vllm_server(served_model, tmp_path / "log", *arguments) as url:
+        end = time.monotonic() + 120
+        while processes(server.samples(url)) != everyone:  # /health answers when one of the two is up
+            assert time.monotonic() < end
+            time.sleep(1)
+        while not {"ApiServer_0", "ApiServer_1"} <= answered(tmp_path / "log"):  # either may take a new connection
+            assert time.monotonic() < end
+            figures = server.samples(url)
+            assert processes(figures) == everyone
+            assert "vllm:generation_tokens_total" in {s.name for s in figures}
+        done = gemma4_spec("doctor", "--url", url, "--workers", "1", "--json")
+        assert done.returncode == 0, done.stdout
+        assert printed("top", gemma4_spec("top", "--url", url, "--interval", "0.2", "--json"))["processes"] == 4
+
+
+def processes(figures: list[Sample]) -> list[str]:
+    return sorted(s.labels["process"] for s in figures if s.name == "gemma4_spec_process")
+
+
+def answered(log: Path) -> set[str]:
+    """The processes that answered a look at ``/metrics``."""
+    return {line.split()[0].strip("(") for line in log.read_text().splitlines() if "GET /metrics" in line}

@@ -1,0 +1,20 @@
+"""What a running server shows: docs/live.md."""
+
+from __future__ import annotations
+
+from vllm_gemma4_spec.patching.patch import Edit, Group, Patch
+
+_METRICS = "vllm.entrypoints.serve.instrumentator.metrics"
+
+SERVER_FIGURES = Patch(
+    name="server-figures",
+    group=Group.CONVENIENCE,
+    why="With --api-server-count above 1, or PROMETHEUS_MULTIPROC_DIR set, /metrics shows what prometheus_client's "
+    "multiprocess files hold and nothing else: a plugin's own figures are missing.",
+    how="A route in front of vLLM's shows these files and the collector of this package's figures.",
+    retire="A release whose /metrics shows what plugins register, whatever the number of API servers.",
+    edits=(Edit(f"{_METRICS}:attach_router", "vllm_gemma4_spec.ops.reports:attach_router"),),
+    watches=("vllm.v1.metrics.prometheus:get_prometheus_registry",),
+)
+
+PATCHES: tuple[Patch, ...] = (SERVER_FIGURES,)
