@@ -84,7 +84,7 @@ def read(options: Options, prompt: Sequence[int], deltas: Sequence[Any]) -> Mess
     message, counted = Message(), 0
     for delta in deltas:
         for piece in choice.pieces(delta):
-            assert len({e.kind for e in piece.events}) <= 1
+            assert not (piece.texts and piece.calls)
             counted += piece.tokens
             message.add(piece)
     assert counted == sum(len(d.token_ids) for d in deltas), "a token was counted twice or not at all"
@@ -255,7 +255,7 @@ def stop_strings(data: bytes) -> None:
     cuts = source.cuts(600)
     prompt = w.tokens(bytes(source.byte() for _ in range(source.below(4))))
     tokens = w.tokens(source.rest())
-    tokens = [t for t in tokens if t in w.special or w.vocabulary.text(t)]  # a token at a time, no bytes
+    tokens = [t for t in tokens if t in w.special or w.vocabulary.texts[t]]  # a token at a time, no bytes
     texts = [(w.special[t] if shown else "") if t in w.special else w.decode([t]) for t in tokens]
     text = "".join(texts)
     if len(text) < 2:
