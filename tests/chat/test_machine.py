@@ -164,7 +164,7 @@ def cut_up(subject: Subject, tokens: list[int], cuts: Sequence[int], options: Op
     for start, end in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
         for piece in choice.pieces(output(tokens[start:end], None)):
             assert not (piece.texts and piece.calls)
-            counted += piece.tokens
+            counted += len(piece)
             message.add(piece)
     for piece in choice.pieces(output([])):
         message.add(piece)

@@ -22,20 +22,6 @@ from vllm_gemma4_spec.chat.requests import Parsers, Plan
 from vllm_gemma4_spec.chat.results import Choice, Message
 
 
-class ParsedTokens(list[int]):
-    """New token ids of a choice, and the piece that they are.
-
-    vLLM joins the ids of all deltas, a copy of everything with every token; nobody reads the sum here, so
-    the sum of two is the second.
-    """
-
-    __slots__ = ("piece",)
-    piece: Piece
-
-    def __add__(self, other: Any) -> Any:
-        return other
-
-
 class ParsedText(str):
     """The text of a whole output, which stands in for its content, and its parse."""
 
@@ -53,20 +39,19 @@ class _Handover:
         return False  # the generators shall ask for every delta
 
     def extract_reasoning_streaming(
-        self, previous_text: str, current_text: str, delta_text: str, previous: Any, current: Any, delta: ParsedTokens
+        self, previous_text: str, current_text: str, delta_text: str, previous: Any, current: Any, delta: Piece
     ) -> DeltaMessage | None:
-        piece = delta.piece
-        kind = piece.kind
+        kind = delta.kind
         if kind is None:
             return DeltaMessage() if self._all_tokens and delta else None
         if kind == "call":
-            return _call_message(piece)
+            return _call_message(delta)
         # vLLM makes JSON of a delta before it asks for the next, and a new message costs more than the parse.
         message = self._messages.get(kind)
         if message is None:
-            message = self._messages[kind] = DeltaMessage(**{kind: piece.text})
+            message = self._messages[kind] = DeltaMessage(**{kind: delta.text})
         else:
-            message.__dict__[kind] = piece.text  # setattr() would have pydantic look for hooks
+            message.__dict__[kind] = delta.text  # setattr() would have pydantic look for hooks
         return message
 
     def extract_reasoning(self, model_output: ParsedText, request: Any) -> tuple[str | None, ParsedText | None]:
@@ -97,12 +82,11 @@ def _call_message(piece: Piece) -> DeltaMessage:
 def _split(output: Any, pieces: list[Piece]) -> list[Any]:
     """One ``CompletionOutput`` per piece, the first of them ``output`` itself; the last has the finish."""
     out = [output, *(replace(output, text="", logprobs=None) for _ in pieces[1:])]
-    tokens, logprobs, at = output.token_ids, output.logprobs, 0
+    logprobs, at = output.logprobs, 0
     finish, stop = output.finish_reason, output.stop_reason
     for piece, part in zip(pieces, out, strict=True):
-        end = at + piece.tokens
-        part.token_ids = ParsedTokens(tokens[at:end])
-        part.token_ids.piece = piece
+        end = at + len(piece)
+        part.token_ids = piece
         part.logprobs = None if logprobs is None else logprobs[at:end]
         part.finish_reason = part.stop_reason = None
         at = end
@@ -140,8 +124,7 @@ class _Streamed:
             if output.finish_reason is not None:
                 output.finish_reason = choice.finish_reason(output.finish_reason)
             if len(pieces) == 1:  # nearly always, so it counts what this costs
-                output.token_ids = tokens = ParsedTokens(output.token_ids)
-                tokens.piece = pieces[0]
+                output.token_ids = pieces[0]
                 outputs.append(output)
             else:
                 outputs += _split(output, pieces)

@@ -6,10 +6,9 @@ same, and so is what streamed and plain answers are made of.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from enum import Enum
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from vllm_gemma4_spec.chat import tokens
 from vllm_gemma4_spec.chat.calls import NamedCall, NativeCall, Reader, RequiredCalls
@@ -65,27 +64,36 @@ class Options(NamedTuple):
     include_stop: bool = False
 
 
-@dataclass(slots=True)
-class Piece:
-    """Consecutive output of one kind, and how many tokens brought it about.
+class Piece(list[int]):
+    """Consecutive token ids, and what they brought about, which is of one kind.
 
-    A token that brings nothing about counts for the piece that follows; one that ends a piece and begins the
-    next counts for the first.
+    A token that brings nothing about belongs to the piece that follows; one that ends a piece and begins the
+    next belongs to the first.
 
     Attributes:
-        kind: None where all tokens brought nothing about.
+        kind: None where the tokens brought nothing about.
         texts: they join to the reasoning or content.
         calls: the events of calls.
     """
 
+    __slots__ = ("calls", "kind", "texts")
     kind: Kind | None
-    tokens: int
     texts: list[str]
     calls: list[Event]
 
     @property
     def text(self) -> str:
         return "".join(self.texts)
+
+    def __add__(self, other: Any) -> Any:
+        # vLLM joins the ids of all deltas, a copy of everything with every token; nobody reads the sum here.
+        return other
+
+
+def _piece(kind: Kind | None = None, token_ids: Iterable[int] = (), *texts: str) -> Piece:
+    piece = Piece(token_ids)  # an __init__ of its own would cost more than all this
+    piece.kind, piece.texts, piece.calls = kind, [*texts], []
+    return piece
 
 
 _LABEL_LINE = tokens.LABEL + "\n"
@@ -165,11 +173,15 @@ class OutputParser:
             What they bring about, in order; at least one piece.
         """
         run = self._plain_run(token_ids)
-        pieces, quiet = self._one_by_one(token_ids) if run is None else ([run], 0)
+        if run is not None and not ended:
+            return [run]
+        pieces, quiet = self._one_by_one(token_ids) if run is None else ([run], [])
         if ended:
             self._finish(last)
-            quiet = _gather(pieces, self._drain(), quiet + (last is not None))
-        pieces[-1].tokens += quiet
+            if last is not None:
+                quiet.append(last)
+            _gather(pieces, self._drain(), quiet)
+        pieces[-1].extend(quiet)
         return pieces
 
     def _plain_run(self, token_ids: Sequence[int]) -> Piece | None:
@@ -186,16 +198,16 @@ class OutputParser:
             return None
         if self._guard is not None:
             text = self._guard.push_text(text)
-        return Piece(kind, len(token_ids), [text], []) if text else Piece(None, len(token_ids), [], [])
+        return _piece(kind, token_ids, text) if text else _piece(None, token_ids)
 
-    def _one_by_one(self, token_ids: Sequence[int]) -> tuple[list[Piece], int]:
-        """The pieces of tokens fed one by one, and how many of the last brought nothing about."""
-        pieces, quiet = [Piece(None, 0, [], [])], 0
+    def _one_by_one(self, token_ids: Sequence[int]) -> tuple[list[Piece], list[int]]:
+        """The pieces of tokens fed one by one, and the last of them, which brought nothing about."""
+        pieces, quiet = [_piece()], []
         for token in token_ids:
-            quiet += 1
+            quiet.append(token)
             self._feed(token)
             if self._events:
-                quiet = _gather(pieces, self._drain(), quiet)
+                _gather(pieces, self._drain(), quiet)
         return pieces, quiet
 
     def _takes_plain(self) -> Kind | None:
@@ -348,19 +360,18 @@ class OutputParser:
             self._events.append(Event("call", "", self._begun - 1, cut=True))
 
 
-def _gather(pieces: list[Piece], events: list[Event], tokens_: int) -> int:
-    """Add events that ``tokens_`` tokens brought about; returns how many of those are still without an event."""
+def _gather(pieces: list[Piece], events: list[Event], token_ids: list[int]) -> None:
+    """Add events, and the tokens that brought them about, which are taken out of ``token_ids``."""
     piece = pieces[-1]
     for event in events:
         if piece.kind != event.kind:
             if piece.kind is not None:
-                piece = Piece(None, 0, [], [])
+                piece = _piece()
                 pieces.append(piece)
             piece.kind = event.kind
         if event.kind == "call":
             piece.calls.append(event)
         else:
             piece.texts.append(event.text)
-        piece.tokens += tokens_
-        tokens_ = 0
-    return tokens_
+        piece += token_ids
+        token_ids.clear()

@@ -195,8 +195,8 @@ class _Output:
         at = 0
         for piece in pieces:
             # Text has the logprobs of its tokens; control tokens before it have none to show.
-            tokens = [i for i in range(at, at + piece.tokens) if output.token_ids[i] not in self._special]
-            at += piece.tokens
+            tokens = [i for i in range(at, at + len(piece)) if output.token_ids[i] not in self._special]
+            at += len(piece)
             if piece.kind == "reasoning":
                 yield from self._begin(_Reasoning)
                 assert isinstance(self._open, _Reasoning)
