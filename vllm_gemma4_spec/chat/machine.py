@@ -90,9 +90,9 @@ class Piece(list[int]):
         return other
 
 
-def _piece(kind: Kind | None = None, token_ids: Iterable[int] = (), *texts: str) -> Piece:
-    piece = Piece(token_ids)  # an __init__ of its own would cost more than all this
-    piece.kind, piece.texts, piece.calls = kind, [*texts], []
+def _piece(kind: Kind | None = None, token_ids: Iterable[int] = (), text: str = "") -> Piece:
+    piece = Piece(token_ids)  # an __init__ of its own would cost as much again
+    piece.kind, piece.texts, piece.calls = kind, [text] if text else [], []
     return piece
 
 
@@ -198,7 +198,7 @@ class OutputParser:
             return None
         if self._guard is not None:
             text = self._guard.push_text(text)
-        return _piece(kind, token_ids, text) if text else _piece(None, token_ids)
+        return _piece(kind if text else None, token_ids, text)
 
     def _one_by_one(self, token_ids: Sequence[int]) -> tuple[list[Piece], list[int]]:
         """The pieces of tokens fed one by one, and the last of them, which brought nothing about."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from vllm.reasoning.gemma4_reasoning_parser import Gemma4ReasoningParser
@@ -43,17 +43,19 @@ class Plan(NamedTuple):
             request: ``ChatCompletionRequest``, ``BatchChatCompletionRequest`` or ``ResponsesRequest``.
             tokenizer: of the server.
         """
-        fields = vars(request)  # a third of the time that attributes of a pydantic model take
-        include_reasoning = fields.get("include_reasoning", True)
-        tools, name = _tools(fields) if parsers.tools else (Tools.OFF, "")
-        # None means the default, as in vLLM's own filter; only an explicit False is a limit there too.
-        parallel = fields.get("parallel_tool_calls") is not False
-        special_text = not fields.get("skip_special_tokens", True)
-        stop = fields.get("stop") or ()
-        stop = tuple(filter(None, [stop] if isinstance(stop, str) else stop))
-        include_stop = fields.get("include_stop_str_in_output", False)
-        # By position: names would double what this costs.
-        options = Options(parsers.reasoning, include_reasoning, tools, name, parallel, special_text, stop, include_stop)
+        tools, name = _tools(request) if parsers.tools else (Tools.OFF, "")
+        stop = getattr(request, "stop", None) or ()
+        options = Options(
+            reasoning=parsers.reasoning,
+            include_reasoning=getattr(request, "include_reasoning", True),
+            tools=tools,
+            tool_name=name,
+            # None means the default, as in vLLM's own filter; only an explicit False is a limit there too.
+            parallel_calls=getattr(request, "parallel_tool_calls", True) is not False,
+            special_text=not getattr(request, "skip_special_tokens", True),
+            stop=tuple(filter(None, [stop] if isinstance(stop, str) else stop)),
+            include_stop=getattr(request, "include_stop_str_in_output", False),
+        )
         return cls(vocabulary(tokenizer), options)
 
     @property
@@ -70,9 +72,9 @@ class Plan(NamedTuple):
         return Choice(parser, calls_finish=self.options.tools is not Tools.NAMED)
 
 
-def _tools(fields: Mapping[str, Any]) -> tuple[Tools, str]:
-    choice = fields.get("tool_choice")
-    if not fields.get("tools") or choice == "none":
+def _tools(request: Any) -> tuple[Tools, str]:
+    choice = getattr(request, "tool_choice", None)
+    if not getattr(request, "tools", None) or choice == "none":
         return Tools.OFF, ""
     if choice == "required":
         return Tools.REQUIRED, ""
