@@ -64,19 +64,19 @@ class _Handover:
 
 def _call_message(piece: Piece) -> DeltaMessage:
     """The calls of one piece as a delta."""
-    calls: dict[int, DeltaToolCall] = {}
+    names: dict[int, str] = {}  # of the calls that begin here
+    arguments: dict[int, list[str]] = {}
     for event in piece.calls:
         if event.name:
-            function = DeltaFunctionCall(name=event.name, arguments="")
-            calls[event.call] = DeltaToolCall(
-                index=event.call, id=make_tool_call_id(), type="function", function=function
-            )
-        else:
-            call = calls.get(event.call)
-            if call is None:
-                call = calls[event.call] = DeltaToolCall(index=event.call, function=DeltaFunctionCall(arguments=""))
-            call.function.arguments += event.text
-    return DeltaMessage(tool_calls=list(calls.values()))
+            names[event.call] = event.name
+        arguments.setdefault(event.call, []).append(event.text)
+    calls = []
+    for index, texts in arguments.items():
+        call = DeltaToolCall(index=index, function=DeltaFunctionCall(arguments="".join(texts)))
+        if index in names:
+            call.id, call.type, call.function.name = make_tool_call_id(), "function", names[index]
+        calls.append(call)
+    return DeltaMessage(tool_calls=calls)
 
 
 def _split(output: Any, pieces: list[Piece]) -> list[Any]:
