@@ -180,7 +180,8 @@ class OutputParser:
             self._finish(last)
             if last is not None:
                 quiet.append(last)
-            _gather(pieces, self._drain(), quiet)
+            if self._events:
+                _gather(pieces, self._drain(), quiet)
         pieces[-1].extend(quiet)
         return pieces
 
@@ -251,12 +252,14 @@ class OutputParser:
                 self._feed(last)
             elif last in self._special:
                 self._put("", last)
-        self._put(self._stream.flush())
+        if self._stream.waits:
+            self._put(self._stream.flush())
         if self._guard is not None:
             for item in self._guard.finish():
                 self._certain(item.text, item.token)
-        self._label = None  # the output was cut within the label, so the channel has said nothing
-        self._leave()
+        if self._mode != "content":
+            self._label = None  # the output was cut within the label, so the channel has said nothing
+            self._leave()
         if self._forced is not None:
             self._forced.end()
 
