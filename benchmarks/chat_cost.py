@@ -109,18 +109,17 @@ async def stream(server: Any, generator: Any, fields: dict[str, Any], tokens: li
     return time.process_time() - started
 
 
-async def whole(server: Any, generator: Any, fields: dict[str, Any], tokens: list[int], step: int) -> float:
+async def whole(server: Any, patched: bool, fields: dict[str, Any], tokens: list[int], step: int) -> float:
     """Seconds of processor time for one request, up to the last byte of its stream."""
-    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
-
     from tests.chat.server import by
+    from vllm_gemma4_spec.patches.chat import CHAT_OUTPUT
 
-    asked = request(fields)
+    (CHAT_OUTPUT.apply if patched else CHAT_OUTPUT.undo)()
+    asked = request({**fields, "max_completion_tokens": len(tokens)})
     server.script(tokens, cut=by(step))
-    OpenAIServingChat.chat_completion_stream_generator = generator
     started = time.process_time()
-    async for _ in await server.app.state.openai_serving_chat.create_chat_completion(asked):
-        pass
+    async for chunk in await server.app.state.openai_serving_chat.create_chat_completion(asked):
+        assert not chunk.startswith('data: {"error"'), chunk
     return time.process_time() - started
 
 
@@ -165,7 +164,7 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         CHAT_OUTPUT.apply()
         overlay = OpenAIServingChat.chat_completion_stream_generator
         stock = overlay.__wrapped__  # type: ignore[attr-defined]
-        ways = {
+        ways: dict[str, Any] = {
             "plain": (servers["plain"], stock),
             "stock": (servers["parsed"], stock),
             "overlay": (servers["parsed"], overlay),
@@ -175,6 +174,8 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         gc.freeze()  # vLLM's modules: collecting them again and again would be most of the time
         parts = {"stream": (stream, args.tokens)} | ({"request": (whole, args.request_tokens)} if args.request else {})
         for part, (measured, lengths) in parts.items():
+            if part == "request":  # a server without parsers would refuse tools
+                ways = {"stock": (servers["parsed"], False), "overlay": (servers["parsed"], True)}
             for kind, length, step in itertools.product(args.kinds, lengths, args.step):
                 tokens = [t for t in answer(kind, encode, length) if t != 2]
                 blocks = args.blocks if length <= 1000 else max(1, args.blocks * 1000 // length)
@@ -215,7 +216,7 @@ def draw(rows: list[dict[str, Any]], figure: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[12, 30, 60, 125, 250, 500, 1000, 2000, 4000, 8000], help="lengths"
+        "--tokens", type=int, nargs="*", default=[12, 30, 60, 125, 250, 500, 1000, 2000, 4000, 8000], help="lengths"
     )
     parser.add_argument("--step", type=int, nargs="+", default=[1, 4], help="tokens in one delta (default 1 and 4)")
     parser.add_argument(

@@ -1,7 +1,7 @@
-"""The state machine: token ids in, events out, one token at a time.
+"""The state machine: token ids in, pieces of output out.
 
-It knows nothing of requests, servers or deltas. However the tokens are cut into deltas, the events are the
-same, and so is what streamed and plain answers are made of.
+It knows nothing of requests and servers. However the tokens are cut into deltas, the pieces join to the same, and
+so is what streamed and plain answers are made of.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ _STRUCTURE = tokens.TURN_ENDS | {
 class OutputParser:
     """Parses one output (one choice). Feed it every token once, in order."""
 
-    # How every output begins. (A request makes a parser for each choice, so what is rarely needed comes late.)
+    # How every output begins; most have no more of these than their defaults.
     _mode: Literal["content", "channel", "call"] = "content"
     _label: str | None = None  # the beginning of a channel, while it may be the label
     _known = 0  # characters of it that stand in the prompt
