@@ -2,9 +2,14 @@
 
 The engine's outputs are played back through vLLM's own stream generator, so that the numbers hold what a client waits
 for: the parser, vLLM's chunks, and their JSON. `plain` is a server without parsers. The three take turns on the same
-answers, so that a busy machine is slow for all alike; medians count.
+answers, in blocks: a few runs that do not count, then some of which the median counts. So a busy machine is slow for
+all alike, and each finds Python's caches as a server that has nothing else to do leaves them. Ratios are medians over
+the blocks.
 
-Example: GEMMA4_ARTIFACTS=… python benchmarks/chat_cost.py --out chat-cost.json --figure chat-cost.svg
+`--request` adds whole requests: from the request object to the last byte, with template, tokenizer, detokenizer and
+stop strings, all that a server does but sampling.
+
+Example: GEMMA4_ARTIFACTS=… python benchmarks/chat_cost.py --request --out chat-cost.json --figure chat-cost.svg
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import itertools
 import json
 import logging
 import os
@@ -19,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +33,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the played server is the tests'
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-WAYS = ("plain", "stock", "overlay")
 # Kind of answer -> fields of the request beside the message ("tools" stands for the tests' two).
 KINDS: dict[str, dict[str, Any]] = {
     "reasoning": {},
@@ -72,16 +77,22 @@ async def outputs(tokens: list[int], texts: list[str], prompt: list[int], step: 
         yield RequestOutput("r", None, prompt, None, [output], end)
 
 
-async def stream(server: Any, generator: Any, fields: dict[str, Any], tokens: list[int], step: int) -> float:
-    """Seconds of processor time for one streamed answer."""
+def request(fields: dict[str, Any]) -> Any:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
     from tests.chat.scenarios import TOOLS
     from tests.chat.server import MODEL
 
-    serving, tokenizer = server.app.state.openai_serving_chat, server.engine.tokenizer
     fields = {**fields, "tools": TOOLS} if "tools" in fields else fields
-    request = ChatCompletionRequest(model=MODEL, messages=[{"role": "user", "content": "Hi"}], stream=True, **fields)
+    return ChatCompletionRequest(model=MODEL, messages=[{"role": "user", "content": "Hi"}], stream=True, **fields)
+
+
+async def stream(server: Any, generator: Any, fields: dict[str, Any], tokens: list[int], step: int) -> float:
+    """Seconds of processor time for one streamed answer, from the engine's outputs on."""
+    from tests.chat.server import MODEL
+
+    serving, tokenizer = server.app.state.openai_serving_chat, server.engine.tokenizer
+    asked = request(fields)
     parser = serving.reasoning_parser_cls(tokenizer) if serving.reasoning_parser_cls else None
     texts = [tokenizer.decode([t], skip_special_tokens=False) for t in tokens]
     prompt = tokenizer.encode("<|turn>model\n", add_special_tokens=False)
@@ -92,11 +103,49 @@ async def stream(server: Any, generator: Any, fields: dict[str, Any], tokens: li
         for result in results:
             yield result
 
-    gc.collect()
     started = time.process_time()
-    async for _ in generator(serving, request, played(), "r", MODEL, [], tokenizer, metadata, parser):
+    async for _ in generator(serving, asked, played(), "r", MODEL, [], tokenizer, metadata, parser):
         pass
     return time.process_time() - started
+
+
+async def whole(server: Any, patched: bool, fields: dict[str, Any], tokens: list[int], step: int) -> float:
+    """Seconds of processor time for one request, up to the last byte of its stream."""
+    from tests.chat.server import by
+    from vllm_gemma4_spec.patches.chat import CHAT_OUTPUT
+
+    (CHAT_OUTPUT.apply if patched else CHAT_OUTPUT.undo)()
+    asked = request({**fields, "max_completion_tokens": len(tokens)})
+    server.script(tokens, cut=by(step))
+    started = time.process_time()
+    async for chunk in await server.app.state.openai_serving_chat.create_chat_completion(asked):
+        assert not chunk.startswith('data: {"error"'), chunk
+    return time.process_time() - started
+
+
+async def block(once: Callable[[], Awaitable[float]], size: int) -> float:
+    """The median of some runs after others, as many as answers of ``size`` tokens allow."""
+    runs = max(1, min(9, 1000 // size))
+    for _ in range(min(5, runs) if size <= 4000 else 0):
+        await once()
+    return statistics.median([await once() for _ in range(runs)])
+
+
+async def compare(measured: Any, ways: dict[str, Any], tokens: list[int], blocks: int, *rest: Any) -> dict[str, Any]:
+    """Microseconds a token for each way, and the overlay's ratio to stock."""
+    fields, step = rest
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    names = [*ways]
+    for i in range(blocks):
+        for way in names[i % len(names) :] + names[: i % len(names)]:
+            seconds[way].append(await block(lambda way=way: measured(*ways[way], fields, tokens, step), len(tokens)))
+    row: dict[str, Any] = {"tokens": len(tokens), "step": step, "blocks": blocks}
+    row |= {way: round(1e6 * statistics.median(seconds[way]) / len(tokens), 2) for way in ways}
+    ratios = [o / s for o, s in zip(seconds["overlay"], seconds["stock"], strict=True)]
+    differences = [o - s for o, s in zip(seconds["overlay"], seconds["stock"], strict=True)]
+    row["overlay/stock"] = round(statistics.median(ratios), 3)
+    row["more, us an answer"] = round(1e6 * statistics.median(differences), 1)
+    return row
 
 
 async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -115,32 +164,27 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         CHAT_OUTPUT.apply()
         overlay = OpenAIServingChat.chat_completion_stream_generator
         stock = overlay.__wrapped__  # type: ignore[attr-defined]
-        ways = {
+        ways: dict[str, Any] = {
             "plain": (servers["plain"], stock),
             "stock": (servers["parsed"], stock),
             "overlay": (servers["parsed"], overlay),
         }
         encode = servers["plain"].engine.tokenizer.encode
+        gc.collect()
         gc.freeze()  # vLLM's modules: collecting them again and again would be most of the time
-        for kind, fields in KINDS.items():
-            for length in args.tokens:
+        parts = {"stream": (stream, args.tokens)} | ({"request": (whole, args.request_tokens)} if args.request else {})
+        for part, (measured, lengths) in parts.items():
+            if part == "request":  # a server without parsers would refuse tools
+                ways = {"stock": (servers["parsed"], False), "overlay": (servers["parsed"], True)}
+            for kind, length, step in itertools.product(args.kinds, lengths, args.step):
                 tokens = [t for t in answer(kind, encode, length) if t != 2]
-                repeat = max(args.repeat, min(50, args.repeat * 1000 // len(tokens)))
-                for step in args.step:
-                    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-                    for way in WAYS:
-                        await stream(*ways[way], fields, tokens[:50], step)
-                    for i in range(repeat):
-                        for way in WAYS[i % 3 :] + WAYS[: i % 3]:
-                            seconds[way].append(await stream(*ways[way], fields, tokens, step))
-                    row: dict[str, Any] = {"kind": kind, "tokens": len(tokens), "step": step, "runs": repeat}
-                    row |= {way: round(1e6 * statistics.median(seconds[way]) / len(tokens), 2) for way in WAYS}
-                    ratios = [o / s for o, s in zip(seconds["overlay"], seconds["stock"], strict=True)]
-                    row["overlay/stock"] = round(statistics.median(ratios), 3)
-                    print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-                    rows.append(row)
-                    if args.out:  # at once: a long run may be broken off
-                        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+                blocks = args.blocks if length <= 1000 else max(1, args.blocks * 1000 // length)
+                row = {"part": part, "kind": kind}
+                row |= await compare(measured, ways, tokens, blocks, KINDS[kind], step)
+                print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+                rows.append(row)
+                if args.out:  # at once: a long run may be broken off
+                    args.out.write_text(json.dumps(rows, indent=1) + "\n")
     return rows
 
 
@@ -154,8 +198,8 @@ def draw(rows: list[dict[str, Any]], figure: Path) -> None:
     step = min(row["step"] for row in rows)
     fig, axes = plt.subplots(2, 3, figsize=(12, 6.5), sharex=True)
     for kind, ax in zip(KINDS, axes.flat, strict=True):
-        mine = [row for row in rows if row["kind"] == kind and row["step"] == step]
-        for way, style in zip(WAYS, ("--", "-", "-"), strict=True):
+        mine = [row for row in rows if (row["part"], row["kind"], row["step"]) == ("stream", kind, step)]
+        for way, style in (("plain", "--"), ("stock", "-"), ("overlay", "-")):
             ax.plot([r["tokens"] for r in mine], [r[way] for r in mine], style, marker=".", label=way)
         ax.set(title=kind, xscale="log", yscale="log" if kind == "a call" else "linear")
         if kind != "a call":
@@ -172,10 +216,17 @@ def draw(rows: list[dict[str, Any]], figure: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[12, 30, 60, 125, 250, 500, 1000, 2000, 4000, 8000], help="lengths"
+        "--tokens", type=int, nargs="*", default=[12, 30, 60, 125, 250, 500, 1000, 2000, 4000, 8000], help="lengths"
     )
     parser.add_argument("--step", type=int, nargs="+", default=[1, 4], help="tokens in one delta (default 1 and 4)")
-    parser.add_argument("--repeat", type=int, default=5, help="runs; up to 50 of short answers (default 5)")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=[*KINDS], default=[*KINDS], help="kinds of answers (default: all)"
+    )
+    parser.add_argument(
+        "--blocks", type=int, default=15, help="blocks; fewer of answers above 1,000 tokens (default 15)"
+    )
+    parser.add_argument("--request", action="store_true", help="measure whole requests, too")
+    parser.add_argument("--request-tokens", type=int, nargs="+", default=[12, 60, 250], help="lengths for them")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     parser.add_argument("--figure", type=Path, help="draw them (needs matplotlib)")
     args = parser.parse_args()

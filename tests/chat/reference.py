@@ -57,6 +57,7 @@ def understand(
     shown: bool = False,
     stop: str | None = None,
     include_stop: bool = False,
+    cut: bool = True,
 ) -> Meaning:
     """The meaning of an output.
 
@@ -70,6 +71,7 @@ def understand(
         shown: special tokens without meaning are shown (``skip_special_tokens=False``).
         stop: a stop string; the text ends at its first occurrence.
         include_stop: but with it.
+        cut: the output was cut (by its length, or the stop string), not ended by a token of its own.
     """
     symbols: list[tuple[int, str]] = []  # (special token, "") or (-1, text)
     for is_special, run in itertools.groupby(tokens, lambda t: t in special):
@@ -90,13 +92,15 @@ def understand(
     at = 0
     if inside is not None:
         body, at = _body(symbols, 0, boundaries, meaningful)
-        _channel(meaning, decode(inside) + _plain(body), reasoning, len(decode(inside)))
+        broken_off = cut and len(body) == len(symbols)
+        _channel(meaning, decode(inside) + _plain(body), reasoning, broken_off, len(decode(inside)))
     while at < len(symbols):
         token, text = symbols[at]
         at += 1
         if token == CHANNEL and token in meaningful:
-            body, at = _body(symbols, at, boundaries, meaningful)
-            _channel(meaning, _plain(body), reasoning)
+            begin = at
+            body, at = _body(symbols, begin, boundaries, meaningful)
+            _channel(meaning, _plain(body), reasoning, cut and begin + len(body) == len(symbols))
         elif token == CALL and tools:
             body, at = _body(symbols, at, boundaries - {END_CHANNEL}, meaningful)
             _call(
@@ -144,9 +148,11 @@ def _prompt_tail(prompt: Sequence[int]) -> list[int] | None:
     return list(prompt[marks[-1] + 1 :]) if marks and prompt[marks[-1]] == CHANNEL else None
 
 
-def _channel(meaning: Meaning, text: str, reasoning: bool, known: int = 0) -> None:
-    """``known`` characters of ``text`` stand in the prompt."""
-    skip = len("thought\n") if text.startswith("thought\n") else len(text) if text == "thought" else 0
+def _channel(meaning: Meaning, text: str, reasoning: bool, broken_off: bool, known: int = 0) -> None:
+    """``known`` characters of ``text`` stand in the prompt; ``broken_off``: nothing ended the channel."""
+    if text == "thought" or (broken_off and "thought\n".startswith(text)):
+        return  # the label, or a part of it, is all there is
+    skip = len("thought\n") if text.startswith("thought\n") else 0
     text = text[max(skip, known) :]
     if reasoning:
         meaning.reasoning += text

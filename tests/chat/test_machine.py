@@ -128,8 +128,7 @@ def test_any_tokens_of_the_vocabulary(subject: Subject, data: st.DataObject, see
     tokens = data.draw(subject.anything)
     if seen:
         for token in tokens:
-            if token not in subject.vocabulary.special:
-                subject.vocabulary.text(token)
+            _ = subject.vocabulary.texts[token]
     else:
         subject.vocabulary.texts.clear()
     meaning = reference.understand(tokens, subject.decode, subject.vocabulary.special)
@@ -164,8 +163,8 @@ def cut_up(subject: Subject, tokens: list[int], cuts: Sequence[int], options: Op
     message, counted = Message(), 0
     for start, end in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
         for piece in choice.pieces(output(tokens[start:end], None)):
-            assert len({e.kind for e in piece.events}) <= 1
-            counted += piece.tokens
+            assert not (piece.texts and piece.calls)
+            counted += len(piece)
             message.add(piece)
     for piece in choice.pieces(output([])):
         message.add(piece)

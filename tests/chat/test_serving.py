@@ -65,6 +65,7 @@ def expected(tokenizer: Any, scenario: Scenario, tokens: list[int], prompt: list
         shown=request.get("skip_special_tokens") is False,
         stop=stop,
         include_stop=bool(request.get("include_stop_str_in_output")),
+        cut=not stopped,
     )
     engine = "stop" if stopped or stop else "length"
     return {

@@ -51,7 +51,7 @@ def render(request: Any, small_folder: Path, tokenizer: Any) -> Any:
 def first_event(render: Any, prompt: list[int]) -> str:
     word = render.tokenizer.encode("is", add_special_tokens=False)
     parser = OutputParser(vocabulary(render.tokenizer), Options(), prompt)
-    return next(e for t in word for e in parser.feed(t)).kind.value
+    return next(p.kind for p in parser.read(word) if p.kind is not None)
 
 
 @pytest.mark.parametrize("thinking", [True, False])
@@ -80,9 +80,8 @@ def test_calls_in_the_history_parse_back(render: Any) -> None:
     begin = prompt.index(48)
     parser = OutputParser(vocabulary(render.tokenizer), Options(tools=Tools.AUTO))
     arguments = ["", ""]
-    for token in prompt[begin:]:
-        for event in parser.feed(token):
-            if event.call >= 0:
-                assert event.name in ("", "set-it")
-                arguments[event.call] += event.text
+    for piece in parser.read(prompt[begin:]):
+        for event in piece.calls:
+            assert event.name in ("", "set-it")
+            arguments[event.call] += event.text
     assert [json.loads(a) for a in arguments] == [ARGUMENTS, ARGUMENTS]

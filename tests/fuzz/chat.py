@@ -84,8 +84,8 @@ def read(options: Options, prompt: Sequence[int], deltas: Sequence[Any]) -> Mess
     message, counted = Message(), 0
     for delta in deltas:
         for piece in choice.pieces(delta):
-            assert len({e.kind for e in piece.events}) <= 1
-            counted += piece.tokens
+            assert not (piece.texts and piece.calls)
+            counted += len(piece)
             message.add(piece)
     assert counted == sum(len(d.token_ids) for d in deltas), "a token was counted twice or not at all"
     message.finish_reason = choice.finish_reason(deltas[-1].finish_reason)
@@ -255,7 +255,7 @@ def stop_strings(data: bytes) -> None:
     cuts = source.cuts(600)
     prompt = w.tokens(bytes(source.byte() for _ in range(source.below(4))))
     tokens = w.tokens(source.rest())
-    tokens = [t for t in tokens if t in w.special or w.vocabulary.text(t)]  # a token at a time, no bytes
+    tokens = [t for t in tokens if t in w.special or w.vocabulary.texts[t]]  # a token at a time, no bytes
     texts = [(w.special[t] if shown else "") if t in w.special else w.decode([t]) for t in tokens]
     text = "".join(texts)
     if len(text) < 2:
@@ -284,7 +284,8 @@ def guard(data: bytes) -> None:
     """The stop guard by itself: it lets text through in order, whole, and up to the match."""
     source = Source(data)
     stops = tuple("".join(source.pick("ab<|") for _ in range(1 + source.below(4))) for _ in range(1 + source.below(3)))
-    include = bool(source.byte() & 1)
+    flags = source.byte()
+    include, quick = bool(flags & 1), bool(flags & 2)
     items = []
     while source.left and len(items) < 200:
         b = source.byte()
@@ -293,9 +294,17 @@ def guard(data: bytes) -> None:
     matches = [(text.find(s) + len(s), text.find(s), s) for s in stops if s in text]
     held = StopGuard(stops, include)
     out: list[Item] = []
+
+    def push(item: Item) -> None:
+        nonlocal out
+        if quick and item.token < 0 and held.takes_text:
+            out.append(Item(held.push_text(item.text)))
+        else:
+            out += held.push(item)
+
     if not matches:
         for item in items:
-            out += held.push(item)
+            push(item)
         out += held.finish()
         assert "".join(i.text for i in out) == text
         assert [i for i in out if i.token >= 0] == [i for i in items if i.token >= 0]
@@ -306,7 +315,7 @@ def guard(data: bytes) -> None:
         if seen + len(item.text) >= end and seen < end:
             held.stopped(stop, begin + (len(stop) if include else 0))
         seen += len(item.text)
-        out += held.push(item)
+        push(item)
         if seen >= end:
             break
     out += held.finish()

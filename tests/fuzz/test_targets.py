@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.chat.reference import CALL, CHANNEL, QUOTE
+from tests.chat.reference import CALL, CHANNEL, END_CHANNEL, END_TURN, QUOTE
 from tests.fuzz.chat import output, read, words
 from tests.fuzz.child import mutation
 from tests.fuzz.shapes import parse, shapes
@@ -16,6 +16,7 @@ from vllm_gemma4_spec.chat.machine import Options
 
 # Cases per target: about a tenth of a second each.
 CASES = {"machine": 150, "forced": 100, "stop-strings": 300, "plan": 30, "checkpoint": 300}
+PAD = 0
 SHAPES = list(shapes(words()))
 
 
@@ -61,6 +62,40 @@ def test_text_of_the_prompt_is_never_in_the_answer() -> None:
         assert message(w.encode("X"), prompt).reasoning == "X"
         assert message(w.encode("X"), prompt, stop=("a stop string",)).reasoning == "X"
     assert message(w.encode("ught\nX"), [CHANNEL, *w.encode("tho")]).reasoning == "X"
+
+
+def stopped(tokens: list[int], stop: str, prompt: list[int], include: bool, shown: bool, cut: int) -> str:
+    """The reasoning of an output in two deltas that the engine ended at ``stop``."""
+    w = words()
+    found = w.decode(tokens).find(stop) + (len(stop) if include else 0)
+    options = Options(stop=(stop,), include_stop=include, special_text=shown)
+    deltas = [output(tokens[:cut]), output(tokens[cut:], "stop", "x" * found, stop)]
+    return read(options, prompt, deltas).reasoning
+
+
+@pytest.mark.parametrize("shown", [False, True])
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_in_the_label_leaves_no_letters_of_it(include: bool, shown: bool) -> None:
+    w = words()
+    label = w.encode("thought")
+    assert len(label) == 7
+    for inside in ([], [PAD], [PAD, *w.encode("tho"), PAD]):
+        known = len([t for t in inside if t != PAD])
+        for cut in range(len(label) - known):
+            assert stopped(label[known:], "ught", [CHANNEL, *inside], include, shown, cut) == ""
+
+
+def test_special_tokens_of_a_prompt_are_no_text_whatever_the_request_shows() -> None:
+    tokens = words().encode("thought\nX")
+    for shown in (False, True):
+        assert message(tokens, [CHANNEL, PAD], special_text=shown).reasoning == "X"
+
+
+def test_a_channel_that_is_closed_within_the_label_said_that() -> None:
+    w = words()
+    for tokens in ([*w.encode("thou"), END_CHANNEL], [*w.encode("thou"), CHANNEL], [*w.encode("thou"), END_TURN]):
+        assert message([CHANNEL, *tokens]).reasoning == "thou"
+    assert message([CHANNEL, *w.encode("thou")]).reasoning == ""  # cut there by its length
 
 
 def test_arguments_nest_no_deeper_than_parsers_read() -> None:

@@ -19,12 +19,13 @@ _ESCAPE = re.compile(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{4})\Z')
 _ESCAPE_BEGUN = re.compile(r"\\(u[0-9a-fA-F]{0,3})?\Z")
 _SPACE = " \t\r\n"
 _CLOSER = {"{": "}", "[": "]"}
+_encode = json.JSONEncoder(ensure_ascii=False).encode  # dumps() with an option makes an encoder every time
 _DEEPEST = 100  # braces and brackets in one another; JSON parsers give up on more (serde at 128, Python near 1,000)
 
 
 def json_text(text: str) -> str:
     """``text`` as the inside of a JSON string."""
-    return json.dumps(text, ensure_ascii=False)[1:-1]
+    return _encode(text)[1:-1]
 
 
 def json_scalar(text: str) -> str:

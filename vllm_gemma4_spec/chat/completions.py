@@ -17,23 +17,9 @@ from typing import Any
 from vllm.entrypoints.chat_utils import make_tool_call_id
 from vllm.entrypoints.openai.engine.protocol import DeltaFunctionCall, DeltaMessage, DeltaToolCall, FunctionCall
 
-from vllm_gemma4_spec.chat.machine import Kind
+from vllm_gemma4_spec.chat.machine import Kind, Piece
 from vllm_gemma4_spec.chat.requests import Parsers, Plan
-from vllm_gemma4_spec.chat.results import Choice, Message, Piece
-
-
-class ParsedTokens(list[int]):
-    """New token ids of a choice, and the piece that they are.
-
-    vLLM joins the ids of all deltas, a copy of everything with every token; nobody reads the sum here, so
-    the sum of two is the second.
-    """
-
-    __slots__ = ("piece",)
-    piece: Piece
-
-    def __add__(self, other: Any) -> Any:
-        return other
+from vllm_gemma4_spec.chat.results import Choice, Message
 
 
 class ParsedText(str):
@@ -47,32 +33,26 @@ class _Handover:
 
     def __init__(self, all_tokens: bool = False) -> None:
         self._all_tokens = all_tokens  # a chunk for every token, also where there is no text
-        # vLLM makes JSON of a delta before it asks for the next, and a new message costs more than the parse.
-        self._content: DeltaMessage | None = None
-        self._reasoning: DeltaMessage | None = None
+        self._messages: dict[Kind, DeltaMessage] = {}
 
     def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
         return False  # the generators shall ask for every delta
 
     def extract_reasoning_streaming(
-        self, previous_text: str, current_text: str, delta_text: str, previous: Any, current: Any, delta: ParsedTokens
+        self, previous_text: str, current_text: str, delta_text: str, previous: Any, current: Any, delta: Piece
     ) -> DeltaMessage | None:
-        piece = delta.piece
-        if piece.kind is Kind.CONTENT:
-            if self._content is None:
-                self._content = DeltaMessage(content=piece.text)
-            else:
-                self._content.content = piece.text
-            return self._content
-        if piece.kind is Kind.REASONING:
-            if self._reasoning is None:
-                self._reasoning = DeltaMessage(reasoning=piece.text)
-            else:
-                self._reasoning.reasoning = piece.text
-            return self._reasoning
-        if piece.kind is Kind.CALL:
-            return _call_message(piece)
-        return DeltaMessage() if self._all_tokens and delta else None
+        kind = delta.kind
+        if kind is None:
+            return DeltaMessage() if self._all_tokens and delta else None
+        if kind == "call":
+            return _call_message(delta)
+        # vLLM makes JSON of a delta before it asks for the next, and a new message costs more than the parse.
+        message = self._messages.get(kind)
+        if message is None:
+            message = self._messages[kind] = DeltaMessage(**{kind: delta.text})
+        else:
+            message.__dict__[kind] = delta.text  # setattr() would have pydantic look for hooks
+        return message
 
     def extract_reasoning(self, model_output: ParsedText, request: Any) -> tuple[str | None, ParsedText | None]:
         message = model_output.message
@@ -84,39 +64,29 @@ class _Handover:
 
 def _call_message(piece: Piece) -> DeltaMessage:
     """The calls of one piece as a delta."""
-    calls: dict[int, DeltaToolCall] = {}
-    for event in piece.events:
+    names: dict[int, str] = {}  # of the calls that begin here
+    arguments: dict[int, list[str]] = {}
+    for event in piece.calls:
         if event.name:
-            function = DeltaFunctionCall(name=event.name, arguments="")
-            calls[event.call] = DeltaToolCall(
-                index=event.call, id=make_tool_call_id(), type="function", function=function
-            )
-        else:
-            call = calls.get(event.call)
-            if call is None:
-                call = calls[event.call] = DeltaToolCall(index=event.call, function=DeltaFunctionCall(arguments=""))
-            call.function.arguments += event.text
-    return DeltaMessage(tool_calls=list(calls.values()))
+            names[event.call] = event.name
+        arguments.setdefault(event.call, []).append(event.text)
+    calls = []
+    for index, texts in arguments.items():
+        call = DeltaToolCall(index=index, function=DeltaFunctionCall(arguments="".join(texts)))
+        if index in names:
+            call.id, call.type, call.function.name = make_tool_call_id(), "function", names[index]
+        calls.append(call)
+    return DeltaMessage(tool_calls=calls)
 
 
-def _outputs(choice: Choice, output: Any, keep_text: bool) -> list[Any]:
+def _split(output: Any, pieces: list[Piece]) -> list[Any]:
     """One ``CompletionOutput`` per piece, the first of them ``output`` itself; the last has the finish."""
-    pieces = choice.pieces(output)
-    if not keep_text:
-        output.text = ""  # vLLM would join all texts anew with every delta
+    out = [output, *(replace(output, text="", logprobs=None) for _ in pieces[1:])]
+    logprobs, at = output.logprobs, 0
     finish, stop = output.finish_reason, output.stop_reason
-    if finish is not None:
-        output.finish_reason = finish = choice.finish_reason(finish)
-    if len(pieces) == 1:  # nearly always, so it counts what this costs
-        output.token_ids = parsed = ParsedTokens(output.token_ids)
-        parsed.piece = pieces[0]
-        return [output]
-    tokens, logprobs, at = output.token_ids, output.logprobs, 0
-    out = [output, *(replace(output, text="") for _ in pieces[1:])]
     for piece, part in zip(pieces, out, strict=True):
-        end = at + piece.tokens
-        part.token_ids = parsed = ParsedTokens(tokens[at:end])
-        parsed.piece = piece
+        end = at + len(piece)
+        part.token_ids = piece
         part.logprobs = None if logprobs is None else logprobs[at:end]
         part.finish_reason = part.stop_reason = None
         at = end
@@ -127,7 +97,9 @@ def _outputs(choice: Choice, output: Any, keep_text: bool) -> list[Any]:
 class _Streamed:
     """``RequestOutput`` s of deltas, every choice's outputs replaced by its pieces.
 
-    An async iterator and no generator: those cost microseconds to begin and to end.
+    A chunk has one piece: clients that look for content only where there is no reasoning, as in vLLM's own
+    example, would miss some otherwise. An async iterator and no generator: those cost microseconds to begin and
+    to end.
     """
 
     def __init__(self, results: AsyncIterator[Any], plan: Plan, keep_text: bool) -> None:
@@ -146,7 +118,16 @@ class _Streamed:
             choice = self._choices.get(output.index)
             if choice is None:
                 choice = self._choices[output.index] = self._plan.choice(result.prompt_token_ids)
-            outputs += _outputs(choice, output, self._keep_text)
+            pieces = choice.pieces(output)
+            if not self._keep_text:
+                output.text = ""  # vLLM would join all texts anew with every delta
+            if output.finish_reason is not None:
+                output.finish_reason = choice.finish_reason(output.finish_reason)
+            if len(pieces) == 1:  # nearly always, so it counts what this costs
+                output.token_ids = pieces[0]
+                outputs.append(output)
+            else:
+                outputs += _split(output, pieces)
         result.outputs = outputs  # deltas are made for this reader alone
         return result
 

@@ -1,14 +1,14 @@
-"""The state machine: token ids in, events out, one token at a time.
+"""The state machine: token ids in, pieces of output out.
 
-It knows nothing of requests, servers or deltas. However the tokens are cut into deltas, the events are the
-same, and so is what streamed and plain answers are made of.
+It knows nothing of requests and servers. However the tokens are cut into deltas, the pieces join to the same, and
+so is what streamed and plain answers are made of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from vllm_gemma4_spec.chat import tokens
 from vllm_gemma4_spec.chat.calls import NamedCall, NativeCall, Reader, RequiredCalls
@@ -16,11 +16,7 @@ from vllm_gemma4_spec.chat.detokenize import TextStream
 from vllm_gemma4_spec.chat.stops import Item, StopGuard
 from vllm_gemma4_spec.chat.tokens import Vocabulary
 
-
-class Kind(Enum):
-    REASONING = "reasoning"
-    CONTENT = "content"
-    CALL = "call"
+Kind = Literal["reasoning", "content", "call"]
 
 
 class Event(NamedTuple):
@@ -68,14 +64,59 @@ class Options(NamedTuple):
     include_stop: bool = False
 
 
-class _Mode(Enum):
-    CONTENT = "content"
-    CHANNEL = "channel"
-    CALL = "call"
+class Piece(list[int]):
+    """Consecutive token ids, and what they brought about, which is of one kind.
+
+    A token that brings nothing about belongs to the piece that follows; one that ends a piece and begins the
+    next belongs to the first.
+
+    Attributes:
+        kind: None where the tokens brought nothing about.
+        texts: they join to the reasoning or content.
+        calls: the events of calls.
+    """
+
+    __slots__ = ("calls", "kind", "texts")
+    kind: Kind | None
+    texts: list[str]
+    calls: list[Event]
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    def __add__(self, other: Any) -> Any:
+        # vLLM joins the ids of all deltas, a copy of everything with every token; nobody reads the sum here.
+        return other
+
+
+def _piece(kind: Kind | None = None, token_ids: Iterable[int] = (), text: str = "") -> Piece:
+    piece = Piece(token_ids)  # an __init__ of its own would cost as much again
+    piece.kind, piece.texts, piece.calls = kind, [text] if text else [], []
+    return piece
+
+
+_LABEL_LINE = tokens.LABEL + "\n"
+_STRUCTURE = tokens.TURN_ENDS | {
+    tokens.CHANNEL_OPEN,
+    tokens.CHANNEL_CLOSE,
+    tokens.TOOL_CALL_OPEN,
+    tokens.TOOL_CALL_CLOSE,
+}
 
 
 class OutputParser:
     """Parses one output (one choice). Feed it every token once, in order."""
+
+    # How every output begins; most have no more of these than their defaults.
+    _mode: Literal["content", "channel", "call"] = "content"
+    _label: str | None = None  # the beginning of a channel, while it may be the label
+    _known = 0  # characters of it that stand in the prompt
+    _native: NativeCall | None = None
+    _forced: Reader | None = None
+    _guard: StopGuard | None = None
+    _begun = 0
+    _cut = False
 
     def __init__(self, vocabulary: Vocabulary, options: Options, prompt: Sequence[int] = ()) -> None:
         """
@@ -88,26 +129,15 @@ class OutputParser:
         self._texts = vocabulary.texts
         self._options = options
         self._stream = TextStream(vocabulary)
-        self._guard = StopGuard(options.stop, options.include_stop) if options.stop else None
-        self._mode = _Mode.CONTENT
-        self._label: str | None = None  # the beginning of a channel, while it may be the label
-        self._known = 0  # characters of it that stand in the prompt
-        self._native: NativeCall | None = None
         self._events: list[Event] = []
-        self._begun = 0
-        self._cut = False
-        self._forced: Reader | None = None
+        if options.stop:
+            self._guard = StopGuard(options.stop, options.include_stop)
         if options.tools is Tools.NAMED:
             self._forced = NamedCall(self, options.tool_name)
         elif options.tools is Tools.REQUIRED:
             self._forced = RequiredCalls(self)
         self._enter(prompt)
         self._plain = self._takes_plain()
-
-    @property
-    def calls(self) -> int:
-        """Calls begun so far."""
-        return self._begun
 
     @property
     def calls_whole(self) -> bool:
@@ -117,116 +147,140 @@ class OutputParser:
     def _enter(self, prompt: Sequence[int]) -> None:
         """Start where the prompt ends. Templates of July 2026 end with ``<|channel>thought\\n`` after a
         tool's response, and a prompt may end inside a channel that the client began."""
-        for start in range(len(prompt) - 1, -1, -1):
-            token = prompt[start]
-            if token == tokens.CHANNEL_OPEN:
-                guard, self._guard = self._guard, None  # stop strings are looked for in the output alone
-                for inside in prompt[start:]:
-                    self._feed(inside)
-                self._stream.flush()
-                self._guard = guard
-                self._events.clear()
-                self._known = len(self._label or "")
-                return
-            if token == tokens.CHANNEL_CLOSE or token == tokens.TOOL_CALL_OPEN or token in tokens.TURN_ENDS:
-                return
+        inside: list[int] = []
+        for token in reversed(prompt):
+            if token in _STRUCTURE:
+                break
+            if token not in self._special:  # no text of a prompt, whatever the request wants of its output
+                inside.append(token)
+        else:
+            return
+        if token != tokens.CHANNEL_OPEN or not self._structure(token, ""):
+            return
+        self._channel("".join([self._stream.push(t) for t in reversed(inside)]) + self._stream.flush())
+        self._events.clear()
+        self._known = len(self._label or "")
 
-    def plain(self, token_ids: Sequence[int]) -> list[Event] | None:
-        """Read tokens at once if all are text and text is taken as it stands here, as in most deltas.
+    def read(self, token_ids: Sequence[int], ended: bool = False, last: int | None = None) -> list[Piece]:
+        """Read the next tokens, each of them once.
 
-        Such text changes no state, so this is what :meth:`feed` makes of them one by one.
+        Args:
+            token_ids: of one delta, or of the whole output.
+            ended: the output ends with them.
+            last: the token behind them that ended it and is no text (end of sequence, ``stop_token_ids``).
 
         Returns:
-            The events; None if nothing was read and the tokens are to be fed.
+            What they bring about, in order; at least one piece.
         """
-        if self._plain is None:
+        run = self._plain_run(token_ids)
+        if run is not None and not ended:
+            return [run]
+        pieces, quiet = self._one_by_one(token_ids) if run is None else ([run], [])
+        if ended:
+            self._finish(last)
+            if last is not None:
+                quiet.append(last)
+            if self._events:
+                _gather(pieces, self._drain(), quiet)
+        pieces[-1].extend(quiet)
+        return pieces
+
+    def _plain_run(self, token_ids: Sequence[int]) -> Piece | None:
+        """Read tokens at once if all are text and text is taken as it stands here, as in most deltas.
+
+        Such text changes no state, so this is what :meth:`_feed` makes of them one by one. None: nothing was read.
+        """
+        kind = self._plain
+        if kind is None:
             return None
         try:
-            text = "".join([self._texts[token] for token in token_ids])  # type: ignore[misc]
-        except (KeyError, TypeError):  # a control token, one not met before; a byte
+            text = "".join(map(self._texts.__getitem__, token_ids))  # type: ignore[arg-type]
+        except TypeError:  # a control token or a byte has no text
             return None
         if self._guard is not None:
             text = self._guard.push_text(text)
-        return [Event(self._plain, text)] if text else []
+        return _piece(kind if text else None, token_ids, text)
 
-    def feed(self, token: int) -> list[Event]:
-        """Read one token; returns the events it brings about."""
-        self._feed(token)
-        self._plain = self._takes_plain()
-        return self._drain()
+    def _one_by_one(self, token_ids: Sequence[int]) -> tuple[list[Piece], list[int]]:
+        """The pieces of tokens fed one by one, and the last of them, which brought nothing about."""
+        pieces, quiet = [_piece()], []
+        for token in token_ids:
+            quiet.append(token)
+            self._feed(token)
+            if self._events:
+                _gather(pieces, self._drain(), quiet)
+        return pieces, quiet
 
     def _takes_plain(self) -> Kind | None:
         """What text becomes at present, if all of it becomes the same and nothing waits for it."""
-        if self._stream.waits or (self._guard is not None and self._guard.holds_controls):
+        if self._stream.waits or (self._guard is not None and not self._guard.takes_text):
             return None
-        if self._mode is _Mode.CONTENT:
-            return Kind.CONTENT if self._forced is None else None
-        if self._mode is _Mode.CALL or self._label is not None:
+        if self._mode == "content":
+            return "content" if self._forced is None else None
+        if self._mode == "call" or self._label is not None:
             return None
         if not self._options.reasoning:
-            return Kind.CONTENT
-        return Kind.REASONING if self._options.include_reasoning else None
+            return "content"
+        return "reasoning" if self._options.include_reasoning else None
 
     def _feed(self, token: int) -> None:
-        if token in self._special:
-            text = self._stream.flush()
+        text = self._texts[token]
+        if text is not None and self._plain is not None:
+            if self._guard is not None:
+                text = self._guard.push_text(text)
             if text:
-                self._put(Item(text))
+                self._events.append(Event(self._plain, text))
+            return
+        if token in self._special:
+            if self._stream.waits:
+                self._put(self._stream.flush())
             # The engine's text, in which stop strings are searched, has special tokens only on request.
-            self._put(Item(self._special[token] if self._options.special_text else "", token))
+            self._put(self._special[token] if self._options.special_text else "", token)
         else:
-            text = self._stream.push(token)
-            if text and self._guard is None:
-                self._text(text)
-            elif text:
-                self._put(Item(text))
+            self._put(self._stream.push(token))
+        self._plain = self._takes_plain()
 
     def stopped(self, matched: str, engine_length: int) -> None:
-        """The tokens still to be fed are the last: the engine found a stop string. See :class:`StopGuard`."""
-        self._plain = None
+        """The tokens still to be read are the last: the engine found a stop string. See :class:`StopGuard`."""
         if self._guard is not None:
             self._guard.stopped(matched, engine_length)
+            self._plain = None
 
-    def finish(self, last: int | None = None) -> list[Event]:
-        """The output has ended.
-
-        Args:
-            last: the token that ended it and is no text (end of sequence, ``stop_token_ids``), not fed before.
-        """
+    def _finish(self, last: int | None) -> None:
         if last is not None:
             if self._options.include_stop:
                 self._feed(last)
             elif last in self._special:
-                self._put(Item("", last))
-        text = self._stream.flush()
-        if text:
-            self._put(Item(text))
+                self._put("", last)
+        if self._stream.waits:
+            self._put(self._stream.flush())
         if self._guard is not None:
             for item in self._guard.finish():
-                self._read(item)
-        self._leave()
+                self._certain(item.text, item.token)
+        if self._mode != "content":
+            self._label = None  # the output was cut within the label, so the channel has said nothing
+            self._leave()
         if self._forced is not None:
             self._forced.end()
-        return self._drain()
 
     def _drain(self) -> list[Event]:
         events, self._events = self._events, []
         return events
 
-    def _put(self, item: Item) -> None:
+    def _put(self, text: str, token: int = -1) -> None:
         if self._guard is None:
-            self._read(item)
-        else:
-            for sure in self._guard.push(item):
-                self._read(sure)
+            self._certain(text, token)
+        elif text or token >= 0:
+            for sure in self._guard.push(Item(text, token)):
+                self._certain(sure.text, sure.token)
 
     # Below, items are certain to belong to the output.
 
-    def _read(self, item: Item) -> None:
-        if item.token >= 0 and self._structure(item.token, item.text):
+    def _certain(self, text: str, token: int) -> None:
+        if token >= 0 and self._structure(token, text):
             return
-        if item.text:
-            self._text(item.text)
+        if text:
+            self._text(text)
 
     def _structure(self, token: int, text: str) -> bool:
         """Follow a token of the output's structure; False for every other special token."""
@@ -235,8 +289,8 @@ class OutputParser:
                 return False
             if token == tokens.CHANNEL_OPEN:
                 self._leave()
-                self._mode, self._label = _Mode.CHANNEL, ""
-            elif self._mode is _Mode.CHANNEL:
+                self._mode, self._label = "channel", ""
+            elif self._mode == "channel":
                 self._leave()
             return True  # a stray close is absorbed
         if token in (tokens.TOOL_CALL_OPEN, tokens.TOOL_CALL_CLOSE):
@@ -244,14 +298,14 @@ class OutputParser:
             if self._options.tools is Tools.OFF:
                 return not self._options.special_text
             if token == tokens.TOOL_CALL_OPEN:
-                self._mode, self._native = _Mode.CALL, NativeCall(self)
+                self._mode, self._native = "call", NativeCall(self)
             return True
         if token in tokens.TURN_ENDS:
             self._leave()
         return token == tokens.QUOTE and self._native is not None and self._native.quote(text)
 
     def _text(self, text: str) -> None:
-        if self._mode is _Mode.CHANNEL:
+        if self._mode == "channel":
             self._channel(text)
         elif self._native is not None:
             self._native.text(text)
@@ -263,47 +317,64 @@ class OutputParser:
     def _channel(self, text: str) -> None:
         if self._label is not None:
             text = self._label + text
-            if (tokens.LABEL + "\n").startswith(text) and text != tokens.LABEL + "\n":
+            if text != _LABEL_LINE and _LABEL_LINE.startswith(text):
                 self._label = text
                 return
             self._label = None
-            said = text.removeprefix(tokens.LABEL + "\n")
+            said = text.removeprefix(_LABEL_LINE)
             text = text[self._known :] if said == text else said
         self._reasoning(text)
 
     def _leave(self) -> None:
         """End the channel or the call that is open."""
-        if self._mode is _Mode.CHANNEL:
+        if self._mode == "channel":
             if self._label and self._label != tokens.LABEL:
                 self._reasoning(self._label[self._known :])
             self._label, self._known = None, 0
         elif self._native is not None:
             self._native.end()
             self._native = None
-        self._mode = _Mode.CONTENT
+        self._mode = "content"
 
     def _reasoning(self, text: str) -> None:
         if not self._options.reasoning:
             self.content(text)
         elif text and self._options.include_reasoning:
-            self._events.append(Event(Kind.REASONING, text))
+            self._events.append(Event("reasoning", text))
 
     # The sink of the call readers.
 
     def content(self, text: str) -> None:
         if text:
-            self._events.append(Event(Kind.CONTENT, text))
+            self._events.append(Event("content", text))
 
     def begin_call(self, name: str) -> None:
         self._begun += 1
         if self._begun == 1 or self._options.parallel_calls:
-            self._events.append(Event(Kind.CALL, "", self._begun - 1, name))
+            self._events.append(Event("call", "", self._begun - 1, name))
 
     def arguments(self, json: str) -> None:
         if json and (self._begun == 1 or self._options.parallel_calls):
-            self._events.append(Event(Kind.CALL, json, self._begun - 1))
+            self._events.append(Event("call", json, self._begun - 1))
 
     def end_call(self, complete: bool) -> None:
         self._cut |= not complete
         if not complete and (self._begun == 1 or self._options.parallel_calls):
-            self._events.append(Event(Kind.CALL, "", self._begun - 1, cut=True))
+            self._events.append(Event("call", "", self._begun - 1, cut=True))
+
+
+def _gather(pieces: list[Piece], events: list[Event], token_ids: list[int]) -> None:
+    """Add events, and the tokens that brought them about, which are taken out of ``token_ids``."""
+    piece = pieces[-1]
+    for event in events:
+        if piece.kind != event.kind:
+            if piece.kind is not None:
+                piece = _piece()
+                pieces.append(piece)
+            piece.kind = event.kind
+        if event.kind == "call":
+            piece.calls.append(event)
+        else:
+            piece.texts.append(event.text)
+        piece += token_ids
+        token_ids.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,13 +21,12 @@ class Parsers(NamedTuple):
     tools: bool
 
     @classmethod
+    @functools.cache
     def of(cls, reasoning_parser: Any, tool_parser: Any) -> Parsers | None:
         """None if neither is ``gemma4``, or one of them is another model's: then vLLM is left as it is."""
-        if reasoning_parser not in (None, Gemma4ReasoningParser) or tool_parser not in (None, Gemma4ToolParser):
-            return None
-        if reasoning_parser is None and tool_parser is None:
-            return None
-        return cls(reasoning_parser is not None, tool_parser is not None)
+        reasoning, tools = reasoning_parser is Gemma4ReasoningParser, tool_parser is Gemma4ToolParser
+        others = (reasoning_parser is not None and not reasoning) or (tool_parser is not None and not tools)
+        return None if others or not (reasoning or tools) else cls(reasoning, tools)
 
 
 class Plan(NamedTuple):
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
             tokenizer: of the server.
         """
         tools, name = _tools(request) if parsers.tools else (Tools.OFF, "")
-        stop = getattr(request, "stop", None) or []
+        stop = getattr(request, "stop", None) or ()
         options = Options(
             reasoning=parsers.reasoning,
             include_reasoning=getattr(request, "include_reasoning", True),
@@ -53,7 +53,7 @@ class Plan(NamedTuple):
             # None means the default, as in vLLM's own filter; only an explicit False is a limit there too.
             parallel_calls=getattr(request, "parallel_tool_calls", True) is not False,
             special_text=not getattr(request, "skip_special_tokens", True),
-            stop=tuple(s for s in ([stop] if isinstance(stop, str) else stop) if s),
+            stop=tuple(filter(None, [stop] if isinstance(stop, str) else stop)),
             include_stop=getattr(request, "include_stop_str_in_output", False),
         )
         return cls(vocabulary(tokenizer), options)

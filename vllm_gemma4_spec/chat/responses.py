@@ -36,9 +36,8 @@ from vllm.entrypoints.openai.responses.protocol import (
 )
 from vllm.utils import random_uuid
 
-from vllm_gemma4_spec.chat.machine import Kind
+from vllm_gemma4_spec.chat.machine import Piece
 from vllm_gemma4_spec.chat.requests import Parsers, Plan
-from vllm_gemma4_spec.chat.results import Piece
 from vllm_gemma4_spec.chat.tokens import vocabulary
 
 _UNNUMBERED = -1  # vLLM numbers the events as it sends them
@@ -196,21 +195,21 @@ class _Output:
         at = 0
         for piece in pieces:
             # Text has the logprobs of its tokens; control tokens before it have none to show.
-            tokens = [i for i in range(at, at + piece.tokens) if output.token_ids[i] not in self._special]
-            at += piece.tokens
-            if piece.kind is Kind.REASONING:
+            tokens = [i for i in range(at, at + len(piece)) if output.token_ids[i] not in self._special]
+            at += len(piece)
+            if piece.kind == "reasoning":
                 yield from self._begin(_Reasoning)
                 assert isinstance(self._open, _Reasoning)
                 yield self._open.delta(piece.text)
-            elif piece.kind is Kind.CONTENT:
+            elif piece.kind == "content":
                 yield from self._begin(_Text)
                 assert isinstance(self._open, _Text)
                 yield self._open.delta(piece.text, *self._logprobs(output, tokens))
-            elif piece.kind is Kind.CALL:
+            elif piece.kind == "call":
                 yield from self._calls(piece)
 
     def _calls(self, piece: Piece) -> Iterator[Any]:
-        for event in piece.events:
+        for event in piece.calls:
             if event.name:
                 yield from self.close()
                 yield from self._add(_Call(len(self._items), event.name))

@@ -2,28 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_gemma4_spec.chat.machine import Event, Kind, OutputParser
-
-
-@dataclass(slots=True)
-class Piece:
-    """Consecutive events of one kind, and how many tokens brought them about.
-
-    A token that brings nothing about counts for the piece that follows; one that ends a piece and begins the
-    next counts for the first. ``kind`` is None where all tokens of a delta brought nothing about.
-    """
-
-    kind: Kind | None = None
-    tokens: int = 0
-    events: list[Event] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        return self.events[0].text if len(self.events) == 1 else "".join(e.text for e in self.events)
+from vllm_gemma4_spec.chat.machine import OutputParser, Piece
 
 
 @dataclass
@@ -45,12 +27,12 @@ class Message:
     finish_reason: str | None = None
 
     def add(self, piece: Piece) -> None:
-        if piece.kind is Kind.REASONING:
+        if piece.kind == "reasoning":
             self.reasoning += piece.text
-        elif piece.kind is Kind.CONTENT:
+        elif piece.kind == "content":
             self.content += piece.text
         arguments: list[str] = []
-        for event in piece.events if piece.kind is Kind.CALL else ():
+        for event in piece.calls:
             if event.name:
                 self._arguments(arguments)
                 self.tool_calls.append(ToolCall(event.name))
@@ -84,52 +66,15 @@ class Choice:
             output: ``CompletionOutput`` with the new tokens only (or all at once).
         """
         self._engine_length += len(output.text)
-        parser, token_ids, finish = self._parser, output.token_ids, output.finish_reason
-        last: int | None = None
-        if finish is not None:
-            if isinstance(output.stop_reason, str):
-                parser.stopped(output.stop_reason, self._engine_length)
-            elif finish == "stop" and token_ids:
-                # The last token is no text: the end of sequence, or one of `stop_token_ids`.
-                last, token_ids = token_ids[-1], token_ids[:-1]
-        plain = parser.plain(token_ids)
-        if plain is None:
-            pieces, quiet = self._fed(token_ids)
-        else:
-            pieces, quiet = [Piece(plain[0].kind if plain else None, len(token_ids), plain)], 0
-        if finish is not None:
-            events = parser.finish(last)
-            quiet += last is not None
-            if events:
-                self._append(pieces, events, quiet)
-                quiet = 0
-        pieces[-1].tokens += quiet
-        return pieces
-
-    def _fed(self, token_ids: Sequence[int]) -> tuple[list[Piece], int]:
-        """The pieces of tokens fed one by one, and how many of the last brought nothing about."""
-        pieces, quiet = [Piece()], 0
-        for token in token_ids:
-            events = self._parser.feed(token)
-            if events:
-                self._append(pieces, events, quiet + 1)
-                quiet = 0
-            else:
-                quiet += 1
-        return pieces, quiet
-
-    @staticmethod
-    def _append(pieces: list[Piece], events: list[Event], tokens: int) -> None:
-        piece = pieces[-1]
-        for event in events:
-            if piece.kind is not event.kind:
-                if piece.kind is not None:
-                    piece = Piece()
-                    pieces.append(piece)
-                piece.kind = event.kind
-            piece.events.append(event)
-            piece.tokens += tokens
-            tokens = 0
+        parser, token_ids = self._parser, output.token_ids
+        if output.finish_reason is None:
+            return parser.read(token_ids)
+        if isinstance(output.stop_reason, str):
+            parser.stopped(output.stop_reason, self._engine_length)
+        elif output.finish_reason == "stop" and token_ids:
+            # The last token is no text: the end of sequence, or one of `stop_token_ids`.
+            return parser.read(token_ids[:-1], ended=True, last=token_ids[-1])
+        return parser.read(token_ids, ended=True)
 
     def finish_reason(self, engine: str | None) -> str | None:
         """The finish reason for the client, given the engine's."""

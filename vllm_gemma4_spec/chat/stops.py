@@ -22,11 +22,11 @@ class StopGuard:
     """Holds back the last ``max(len(stop)) - 1`` characters of the engine's text."""
 
     def __init__(self, stop: Sequence[str], include: bool) -> None:
-        self._width = max(len(s) for s in stop) - 1
+        self._width = max(map(len, stop)) - 1
         self._include = include
-        self._items: deque[Item] = deque()
-        self._held = 0  # characters in _items
-        self._controls = 0  # control tokens in _items
+        self._items: deque[Item] = deque()  # held; the last of them is a control token
+        self._length = 0  # characters in them
+        self._text = ""  # held, and newer than they
         self._given = 0  # characters let through
         self._matched: str | None = None
         self._engine_length = 0
@@ -43,27 +43,31 @@ class StopGuard:
         self._engine_length = engine_length
 
     @property
-    def holds_controls(self) -> bool:
-        """Not only text is held back."""
-        return self._controls > 0
+    def takes_text(self) -> bool:
+        """Nothing but text is held, and no stop string has matched: :meth:`push_text` may be called."""
+        return not self._items and self._matched is None
 
     def push_text(self, text: str) -> str:
-        """Take text while only text is held and no stop string has matched; returns what is certain now."""
-        while self._items:
-            text = self._items.pop().text + text
-        sure = max(len(text) - self._width, 0)
+        """Take text, as :meth:`push` would; returns what is certain now."""
+        text = self._text + text
+        sure = len(text) - self._width
+        if sure <= 0:
+            self._text = text
+            return ""
+        self._text = text[sure:]
         self._given += sure
-        self._held = len(text) - sure
-        if self._held:
-            self._items.append(Item(text[sure:]))
         return text[:sure]
 
     def push(self, item: Item) -> list[Item]:
         """Take one item; returns those that are certain now."""
-        self._items.append(item)
-        self._held += len(item.text)
-        self._controls += item.token >= 0
-        sure = self._held
+        if item.token < 0:
+            self._text += item.text
+        else:
+            for held in (Item(self._text), item) if self._text else (item,):
+                self._items.append(held)
+                self._length += len(held.text)
+            self._text = ""
+        sure = self._length + len(self._text)
         if self._matched is not None:
             begin = self._engine_length - (len(self._matched) if self._include else 0)
             sure = min(sure, begin - self._given)
@@ -71,31 +75,34 @@ class StopGuard:
 
     def finish(self) -> list[Item]:
         """The output has ended: everything held, up to the stop string that matched, if one did."""
-        matched = self._matched
-        if not matched:
-            return self._take(self._held, all_of_it=True)
-        text = "".join(item.text for item in self._items)
+        held = [*self._items, Item(self._text)]
+        if not self._matched:
+            return held
+        text = "".join(item.text for item in held)
         cuts = []
-        at = text.find(matched)
+        at = text.find(self._matched)
         while at >= 0:
-            cuts.append(at + (len(matched) if self._include else 0))
-            at = text.find(matched, at + 1)
+            cuts.append(at + (len(self._matched) if self._include else 0))
+            at = text.find(self._matched, at + 1)
         wanted = self._engine_length - self._given
-        return self._take(min(cuts, key=lambda cut: abs(cut - wanted)) if cuts else self._held)
+        return self._take(min(cuts, key=lambda cut: abs(cut - wanted)) if cuts else len(text))
 
-    def _take(self, count: int, all_of_it: bool = False) -> list[Item]:
+    def _take(self, count: int) -> list[Item]:
+        """Let ``count`` characters through, and the control tokens before the last of them."""
         out = []
-        while self._items and (count > 0 or all_of_it):
+        while count > 0 and self._items:
             item = self._items.popleft()
-            if len(item.text) > count and not all_of_it:
-                if item.token >= 0:  # a control token is let through as a whole
-                    self._items.appendleft(item)
-                    break
-                self._items.appendleft(Item(item.text[count:]))
-                item = Item(item.text[:count])
+            if len(item.text) > count:
+                # A control token is let through as a whole or not at all.
+                cut = count if item.token < 0 else 0
+                self._items.appendleft(Item(item.text[cut:], item.token))
+                item, count = Item(item.text[:cut]), cut
             out.append(item)
             count -= len(item.text)
-            self._held -= len(item.text)
+            self._length -= len(item.text)
             self._given += len(item.text)
-            self._controls -= item.token >= 0
+        if count > 0:
+            out.append(Item(self._text[:count]))
+            self._text = self._text[count:]
+            self._given += len(out[-1].text)
         return out

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Container
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_gemma4_spec.errors import Gemma4SpecError
@@ -43,6 +44,24 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>\Z")
 _ONE_BY_ONE = ["Replace", "ByteFallback", "Fuse"]
 
 
+class Texts(dict[int, str | None]):
+    """Token id -> its text, found when it is first asked for; None if it has none without its neighbours.
+
+    Bytes of characters have none, and special tokens: they are no text.
+    """
+
+    def __init__(self, core: Any, special: Container[int], one_by_one: bool) -> None:
+        self._core = core
+        self._special = special
+        self._one_by_one = one_by_one
+
+    def __missing__(self, token_id: int) -> str | None:
+        piece = self._core.id_to_token(token_id) if self._one_by_one and token_id not in self._special else None
+        own = piece is not None and not _BYTE.match(piece)
+        text = self[token_id] = self._core.decode([token_id], skip_special_tokens=False) if own else None
+        return text
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """What the parser needs of a tokenizer.
@@ -50,24 +69,14 @@ class Vocabulary:
     Attributes:
         core: ``tokenizers.Tokenizer``.
         special: texts of the special tokens.
-        texts: texts of ordinary tokens that have one of their own, filled as they are met; None for bytes.
+        one_by_one: ordinary tokens have texts of their own, single bytes apart.
+        texts: those texts.
     """
 
     core: Any
     special: dict[int, str]
     one_by_one: bool
-    texts: dict[int, str | None] = field(default_factory=dict)
-
-    def text(self, token_id: int) -> str | None:
-        """The token's text, or None if it has none without its neighbours."""
-        try:
-            return self.texts[token_id]
-        except KeyError:
-            piece = self.core.id_to_token(token_id) if self.one_by_one else None
-            own = piece is not None and not _BYTE.match(piece)
-            text = self.core.decode([token_id], skip_special_tokens=False) if own else None
-            self.texts[token_id] = text
-            return text
+    texts: Texts
 
     def byte(self, token_id: int) -> bytes:
         """What a token without a text of its own stands for: a byte, or nothing for an id that no token has."""
@@ -90,11 +99,18 @@ def vocabulary(tokenizer: Any) -> Vocabulary:
             f"tokenizer {_name(tokenizer)} ({type(tokenizer).__name__}) has no tokenizer.json behind it; "
             "serve Gemma 4 with its own tokenizer.json, or drop the parser gemma4"
         )
-    return _checked(core, _name(tokenizer))
+    known, wrong = _checked(core)
+    if wrong:
+        raise TokenizerError(
+            f"tokenizer {_name(tokenizer)} does not have Gemma 4's control tokens ({'; '.join(wrong)}); "
+            "use the model's own tokenizer, or drop --reasoning-parser and --tool-call-parser gemma4"
+        )
+    return known
 
 
 @functools.lru_cache(maxsize=8)
-def _checked(core: Any, name: str) -> Vocabulary:
+def _checked(core: Any) -> tuple[Vocabulary, list[str]]:
+    """What the parser needs of a tokenizer, and what is wrong with its control tokens."""
     added = core.get_added_tokens_decoder()
     special = {token_id: token.content for token_id, token in added.items() if token.special}
     wrong = []
@@ -104,14 +120,9 @@ def _checked(core: Any, name: str) -> Vocabulary:
             wrong.append(f"{text} is {'missing' if found is None else f'id {found}'}, wanted {wanted}")
         elif wanted not in special:
             wrong.append(f"{text} is not marked special")
-    if wrong:
-        raise TokenizerError(
-            f"tokenizer {name} does not have Gemma 4's control tokens ({'; '.join(wrong)}); "
-            "use the model's own tokenizer, or drop --reasoning-parser and --tool-call-parser gemma4"
-        )
     decoder = json.loads(core.decoder.__getstate__()) if core.decoder is not None else {}
-    steps = [step["type"] for step in decoder.get("decoders", ())]
-    return Vocabulary(core, special, one_by_one=steps == _ONE_BY_ONE)
+    one_by_one = [step["type"] for step in decoder.get("decoders", ())] == _ONE_BY_ONE
+    return Vocabulary(core, special, one_by_one, Texts(core, special, one_by_one)), wrong
 
 
 def _name(tokenizer: Any) -> str:
