@@ -89,6 +89,10 @@ SHOWN = {
         f"{_GRAPHS}::test_stock_gives_a_draft_model_no_pieces",
         f"{_GRAPHS}::test_vllms_own_method_gives_a_draft_model_pieces",
     ),
+    "adaptive-k": Shown(
+        "engine/test_adaptive_k::test_stock_runs_every_pass_whatever_is_accepted",
+        "engine/test_adaptive_k::test_answers_are_those_of_plain_decoding[drafter]",
+    ),
     "async-drafts": Shown(  # it asserts both
         "graphs/test_async_drafts::test_the_window_of_the_real_length_keeps_its_blocks",
         "graphs/test_async_drafts::test_the_window_of_the_real_length_keeps_its_blocks",
@@ -96,10 +100,6 @@ SHOWN = {
     "local-argmax": Shown(
         f"{_STOCK}::test_local_argmax_ends_the_engine",
         "graphs/test_local_argmax::test_local_argmax_drafts_the_same_tokens",
-    ),
-    "adaptive-k": Shown(
-        "engine/test_adaptive_k::test_stock_runs_every_pass_whatever_is_accepted",
-        "engine/test_adaptive_k::test_answers_are_those_of_plain_decoding[drafter]",
     ),
     "draft-compile": Shown(
         "graphs/test_draft_compile::test_stock_compiles_a_drafter_as_the_target",
