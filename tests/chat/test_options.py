@@ -90,6 +90,22 @@ def test_token_ids_come_back(both: Server, encode: Any) -> None:
     assert server.run(stream()) == tokens
 
 
+def test_a_chunk_has_reasoning_or_content(both: Server, encode: Any) -> None:
+    """Clients like vLLM's own example take the content only of chunks without reasoning."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    async def deltas(cut: server.Cut) -> list[dict[str, Any]]:
+        both.script(encode(REASONED), cut=cut)
+        request = ChatCompletionRequest(model=server.MODEL, messages=USER, stream=True)
+        chunks = await both.app.state.openai_serving_chat.create_chat_completion(request)
+        return [c["delta"] async for line in chunks if "[DONE]" not in line for c in json.loads(line[6:])["choices"]]
+
+    for cut in CUTS:
+        got = server.run(deltas(cut))
+        assert "".join(d["content"] for d in got if d.get("content") and not d.get("reasoning")) == "Yes."
+        assert "".join(d.get("reasoning") or "" for d in got) == "Hm."
+
+
 def test_echo(both: Server, encode: Any) -> None:
     messages = [*USER, {"role": "assistant", "content": "So far "}]
     request = {"messages": messages, "echo": True, "add_generation_prompt": False, "continue_final_message": True}

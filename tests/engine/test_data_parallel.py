@@ -33,7 +33,7 @@ def test_every_engine_drafts(tiny: dict[str, Path], tmp_path: Path) -> None:
     with engine(model, max_model_len=512) as llm:
         want = generate(llm, PROMPTS, TOKENS)
     speculative = {"method": "draft_model", "model": str(model), "num_speculative_tokens": 3}
-    arguments = ("--data-parallel-size", "2", "--served-model-name", "tiny")
+    arguments = ("--data-parallel-size", "2", "--api-server-count", "1", "--served-model-name", "tiny")
     arguments += ("--speculative-config", json.dumps(speculative))
     with vllm_server(model, tmp_path / "log", *arguments) as url, ThreadPoolExecutor(len(PROMPTS)) as pool:
         assert list(pool.map(lambda prompt: complete(url, prompt), PROMPTS)) == want

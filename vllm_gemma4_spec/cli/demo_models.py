@@ -77,14 +77,14 @@ def ensure_with_bar(folder: Path, force: bool = False) -> tuple[build.Pair, bool
     bar = Progress(*columns, console=Console(stderr=True))
     tasks: dict[str, TaskID] = {}
 
-    def show(name: str, step: int, steps: int, loss: float) -> None:
+    def advanced(name: str, step: int, steps: int, loss: float) -> None:
         bar.start()  # only now: nothing is drawn while a pair that is there is checked
         if name not in tasks:
             tasks[name] = bar.add_task(f"training the {name}", total=steps, loss=loss)
         bar.update(tasks[name], completed=step, loss=loss)
 
     try:
-        return build.ensure(folder, force, show)
+        return build.ensure(folder, force, advanced)
     finally:
         if tasks:
             bar.stop()

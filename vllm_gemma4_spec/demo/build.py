@@ -153,7 +153,9 @@ def _put(made: Path, folder: Path, force: bool) -> None:
 
 def _make(folder: Path, progress: Progress) -> None:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # its bars would stand between ours
     started = time.monotonic()
     learned = _tokenizer()
     for name in RECIPES:
