@@ -12,6 +12,8 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from vllm.utils.math_utils import next_power_of_2
+
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
 Range = tuple[int, int]  # first and last position
@@ -152,10 +154,13 @@ def build_attention_metadata(original: Callable[..., Any]) -> Callable[..., Any]
             for name, metadata in built[0].items():
                 window = layers[name].sliding_window
                 if window is not None:
-                    metadata.mm_prefix_range = {
-                        row: [part for image in ranges for part in within(window, image)]
-                        for row, ranges in in_step.items()
-                    }
+                    metadata.mm_prefix_range = {row: _parts(window, ranges) for row, ranges in in_step.items()}
         return built
 
     return wrapper
+
+
+def _parts(window: int, ranges: list[Range]) -> list[Range]:
+    """All of ``within`` and empty ranges up to a power of two: each number of ranges compiles a kernel of its own."""
+    parts = [part for image in ranges for part in within(window, image)]
+    return parts + [(0, 0)] * (next_power_of_2(len(parts)) - len(parts))
