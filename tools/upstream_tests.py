@@ -98,7 +98,8 @@ RANK = {"passed": 3, "xfailed": 3, "skipped": 2, "failed": 1, "error": 1, "absen
 CAUSES = {
     "needs a download": r"couldn't connect|offline|LocalEntryNotFound|ConnectionError|NameResolution|HfHub|"
     r"Repo id must|not a local folder|MaxRetryError|Can't load|Failed to load the tokenizer|No such file .*/hub|"
-    r"Invalid repository ID|ensure the presence of a 'params\.json'|but found ERROR for",
+    r"Invalid repository ID|ensure the presence of a 'params\.json'|but found ERROR for|"
+    r"no local files were found|failed to download",
     "needs a GPU": r"cuda|Unsupported platform|nvidia|NVML|GPU|Triton|triton|No module named 'flashinfer",
     "needs a package": r"No module named|ModuleNotFound|ImportError|could not import|Dummy(Device|RotaryEmbedding)",
     "took too long": r"Timeout",
