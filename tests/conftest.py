@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from hypothesis import settings
 from tests.support import engine as _engine  # sets the engine's environment before anything imports vLLM
 
 assert _engine
+
+# A shell starts what it puts into the background with Ctrl-C ignored, and the commands that tests start inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run; `--hypothesis-profile search` looks for new ones.
 settings.register_profile("fixed", derandomize=True)

@@ -22,7 +22,7 @@ def left_out() -> int:
     return reports._counts["drafts_left_out"][""]
 
 
-@pytest.mark.parametrize("kind", ["target", "close", "drafter"])
+@pytest.mark.parametrize("kind", ["target", pytest.param("close", marks=pytest.mark.slow), "drafter"])
 def test_answers_are_those_of_plain_decoding(tiny: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = random_prompts(LENGTHS)
     with engine(tiny["target"], max_num_seqs=4) as llm:

@@ -88,7 +88,9 @@ def attach(llm: Any, batch_sizes: list[int]) -> dict[str, Any]:
     return seen
 
 
-@pytest.mark.parametrize(("kind", "cost"), [("target", "0"), ("close", "0"), ("close", "0.2")])
+@pytest.mark.parametrize(
+    ("kind", "cost"), [("target", "0"), pytest.param("close", "0", marks=pytest.mark.slow), ("close", "0.2")]
+)
 def test_replays_draft_what_the_original_drafts(
     tiny: dict[str, Path], kind: str, cost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

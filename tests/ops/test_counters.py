@@ -42,6 +42,7 @@ def test_every_counter_is_there_from_the_start() -> None:
         ("gemma4_spec_nan_blocks_repaired_total", "saturated"),
         ("gemma4_spec_nan_blocks_repaired_total", "zeroed"),
         ("gemma4_spec_drafts_skipped_total",),
+        ("gemma4_spec_drafts_left_out_total",),
     }
 
 
