@@ -11,7 +11,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 
 class DraftingCPUModelRunner(CPUModelRunner):
-    """``CPUModelRunner`` for a configuration with speculation; without it, its parent unchanged.
+    """``CPUModelRunner`` for a configuration with speculation; without it, its parent but for seeds.
 
     The parent's ``__init__`` asserts that there is no speculation, so it is passed over: the grandparent
     runs in the same wrapper and the parent's own post-processing follows.
@@ -43,6 +43,29 @@ class DraftingCPUModelRunner(CPUModelRunner):
         if torch.is_tensor(self._draft_token_ids):
             drafts = self._draft_token_ids
             self.draft_token_ids_cpu[: drafts.shape[0]] = 0 if zeros_only else drafts
+
+    def _thrown_away(self) -> list[int]:
+        """Rows whose sampled token is not used, as their prompt goes on, and which have a generator (a seed)."""
+        generators = self.input_batch.generators
+        return [row for row in generators if row < self.input_batch.num_reqs and self.discard_request_mask.np[row]]
+
+    def _sample(self, logits: torch.Tensor | None, spec_decode_metadata: Any) -> Any:
+        """A token that is thrown away leaves its request's generator where it was, so an answer is its seed's alone."""
+        generators = self.input_batch.generators
+        states = {row: generators[row].get_state() for row in self._thrown_away()}
+        output = super()._sample(logits, spec_decode_metadata)
+        for row, state in states.items():
+            generators[row].set_state(state)
+        return output
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        """The original sets these generators back by an offset that CPU generators lack, and would end the engine."""
+        generators = self.input_batch.generators
+        hidden = {row: generators.pop(row) for row in self._thrown_away()}
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            generators.update(hidden)
 
     def _copy_valid_sampled_token_count(self, next_token_ids: Any, valid_sampled_tokens_count: Any) -> None:
         """Needed for async scheduling only, which the CPU worker does not do."""

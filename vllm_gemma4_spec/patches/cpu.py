@@ -7,9 +7,10 @@ from vllm_gemma4_spec.patching.patch import Edit, Group, Patch
 CPU_RUNNER = Patch(
     name="cpu-runner",
     group=Group.CORRECTNESS,
-    why="CPUModelRunner asserts that there is no speculation, loads no drafter and copies through CUDA streams.",
+    why="CPUModelRunner asserts that there is no speculation, loads no drafter and copies through CUDA streams. A "
+    "request with a seed whose prompt is computed in chunks ends the engine: CPU generators have no offset to set back.",
     how="The CPU worker instantiates a subclass that passes over the assertion, loads the drafter and copies "
-    "plainly. Without speculation the subclass does what its parent does.",
+    "plainly, and that puts generators back by their state. Without speculation it does the latter alone.",
     retire="A release whose CPU model runner speculates.",
     edits=(
         Edit(
@@ -17,6 +18,10 @@ CPU_RUNNER = Patch(
             "vllm_gemma4_spec.cpu.runner:runner_class",
             source="vllm.v1.worker.cpu_model_runner:CPUModelRunner",
         ),
+    ),
+    watches=(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync",
     ),
 )
 
