@@ -8,7 +8,7 @@ CPU_RUNNER = Patch(
     name="cpu-runner",
     group=Group.CORRECTNESS,
     why="CPUModelRunner asserts that there is no speculation, loads no drafter and copies through CUDA streams. A "
-    "request with a seed whose prompt is computed in chunks ends the engine: a CPU generator has no offset to set back.",
+    "seed in a prompt that is computed in chunks ends the engine: a CPU generator has no offset to set back.",
     how="The CPU worker instantiates a subclass that passes over the assertion, loads the drafter and copies "
     "plainly, and that puts generators back by their state. Without speculation it does the latter alone.",
     retire="A release whose CPU model runner speculates.",
