@@ -117,7 +117,7 @@ def test_replays_draft_what_the_original_drafts(
 
 def test_batches_that_no_graph_fits() -> None:
     graphs = Rerun(
-        SimpleNamespace(num_speculative_tokens=K, device=torch.device("cpu")), None, None, None, [1, 2, 4]  # type: ignore[arg-type]
+        SimpleNamespace(num_speculative_tokens=K, device=torch.device("cpu")), None, None, None, [1, 2, 4], [K]  # type: ignore[arg-type]
     )  # fmt: skip
     rejected = torch.zeros(2, dtype=torch.int32)
 

@@ -114,15 +114,15 @@ class AdaptiveK:
         if self._pending:
             if self._copied is not None:
                 self._copied.synchronize()
-            for (request, drafted), accepted in zip(self._pending, self._accepted.tolist(), strict=False):
+            counts = self._accepted[: len(self._pending)].tolist()
+            for (request, drafted), accepted in zip(self._pending, counts, strict=True):
                 self._depth.observe(request, drafted, accepted)
         self._pending = []
         if any(num_drafts):
             self._accepted[: len(requests)].copy_((sampled >= 0).sum(dim=1) - 1, non_blocking=True)
             if self._copied is not None:
                 self._copied.record()
-            known = [min(n, self._drafted.get(r, 0)) for r, n in zip(requests, num_drafts, strict=True)]
-            self._pending = list(zip(requests, known, strict=True))
+            self._pending = [(r, min(n, self._drafted.get(r, 0))) for r, n in zip(requests, num_drafts, strict=True)]
         depth = self._depth.choose(requests)
         self._drafted = dict.fromkeys(requests, depth)
         self._count((self._depth.k - depth) * len(requests))

@@ -106,7 +106,7 @@ class DraftGraphs:
         primary_table: gives the first ``n`` rows of the primary group's block table, int32.
         propose: the original method.
         batch_sizes: numbers of requests to capture, in any order.
-        depths: numbers of passes to capture; k alone unless k adapts.
+        depths: numbers of passes to capture.
     """
 
     def __init__(
@@ -116,13 +116,13 @@ class DraftGraphs:
         primary_table: Callable[[int], torch.Tensor],
         propose: Callable[..., torch.Tensor],
         batch_sizes: Sequence[int],
-        depths: Sequence[int] = (),
+        depths: Sequence[int],
     ) -> None:
         self._proposer, self._groups, self._propose = proposer, groups, propose
         self._primary_table = primary_table
         self.query_len = proposer.num_speculative_tokens + 1
         self.batch_sizes = sorted(batch_sizes)
-        self._depths = tuple(depths) or (proposer.num_speculative_tokens,)
+        self._depths = depths
         most = self.batch_sizes[-1]
         self._inputs = DraftInputs.allocate(most, self.query_len, proposer.device)
         self._num_live = torch.zeros(1, dtype=torch.int32, device=proposer.device)

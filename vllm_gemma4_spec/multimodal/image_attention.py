@@ -148,7 +148,7 @@ def build_attention_metadata(original: Callable[..., Any]) -> Callable[..., Any]
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         built = original(self, *args, **kwargs)
         scheduled = kwargs.get("num_scheduled_tokens")  # by request id; None in a dummy run
-        in_step = _in_step(self, [scheduled[req_id] for req_id in self.input_batch.req_ids]) if scheduled else {}
+        in_step = _in_step(self, (scheduled[req_id] for req_id in self.input_batch.req_ids)) if scheduled else {}
         if in_step:
             layers = self.compilation_config.static_forward_context
             for name, metadata in built[0].items():
