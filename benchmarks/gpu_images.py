@@ -37,7 +37,8 @@ def main() -> int:
     images.save_both_ways(folder, head_dim=args.head_dim, global_head_dim=2 * args.head_dim)
     options: dict[str, Any] = {
         "enforce_eager": False,
-        "gpu_memory_utilization": 0.5,
+        "gpu_memory_utilization": 0.05,
+        "kv_cache_memory_bytes": 1 << 29,
         "mm_encoder_attn_backend": "TORCH_SDPA",
         "compilation_config": {
             "mode": 0,

@@ -73,11 +73,21 @@ def random_weights(model: torch.nn.Module, *_: Any, **__: Any) -> None:
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes that one decode step must read: everything but the embedding tables that it looks rows up in."""
+    """Bytes that a decode step of one token must read.
+
+    That is everything but the embedding tables that it looks rows up in, and of experts those that a token is sent to.
+    """
     total, seen = 0, set()
+    shares = {
+        f"{prefix}.{name}": module.top_k / module.local_num_experts
+        for prefix, module in model.named_modules()
+        if hasattr(module, "local_num_experts")
+        for name, _ in module.named_parameters(recurse=False)
+    }
     for name, value in model.named_parameters():
         if value.data_ptr() in seen or ("per_layer" in name and "embed_tokens" in name) or ".rows_" in name:
             continue  # rows_*: the weight a second time, in another order
         seen.add(value.data_ptr())
-        total += value.numel() * value.element_size()  # tied embeddings are read once, as the lm_head
+        # Tied embeddings are read once, as the lm_head.
+        total += round(value.numel() * value.element_size() * shares.get(name, 1.0))
     return total

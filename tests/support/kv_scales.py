@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
-def with_kv_scales(model: Path, folder: Path, k_scale: float, v_scale: float) -> Path:
+def with_kv_scales(model: Path, folder: Path, k_scale: float, v_scale: float, k_gain: float = 1.0) -> Path:
     """A copy of ``model`` as ModelOpt exports one with an fp8 KV cache: weights as they are, scales for the cache.
 
     The scales are those of every layer with a KV cache of its own. Layers that reuse KV get 1.0, as ModelOpt writes
-    them: it has seen nothing there.
+    them: it has seen nothing there. Keys are ``k_gain`` times those of ``model`` and queries that much smaller: the
+    same attention, but past 448 fp8 holds no key without its scale.
     """
     shutil.copytree(model, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -27,6 +28,11 @@ def with_kv_scales(model: Path, folder: Path, k_scale: float, v_scale: float) ->
     config["dtype"] = "bfloat16"  # the format's linear methods take no float32
     (folder / "config.json").write_text(json.dumps(config))
     tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if name.endswith("k_norm.weight"):
+            tensors[name] = tensors[name] * k_gain
+        elif name.endswith("q_norm.weight"):
+            tensors[name] = tensors[name] / k_gain
     own = config["num_hidden_layers"] - config["num_kv_shared_layers"]
     for layer in range(config["num_hidden_layers"]):
         for name, scale in (("k", k_scale), ("v", v_scale)):
