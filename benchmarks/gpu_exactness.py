@@ -72,6 +72,7 @@ def scales(model: Path, folder: Path, prompts: list[list[int]]) -> dict[str, Any
     from tests.support import engine, kv_scales
     from vllm_gemma4_spec.patches.modelopt import KV_SCALES
 
+    model = kv_scales.quiet_attention(model, folder / "quiet", 0.1)
     scaled = kv_scales.with_kv_scales(model, folder / "scaled", k_scale=8.0, v_scale=2.0, k_gain=512.0)
     unscaled = kv_scales.with_kv_scales(model, folder / "unscaled", k_scale=1.0, v_scale=1.0, k_gain=512.0)
     params = SamplingParams(max_tokens=1, temperature=0, detokenize=False, logprobs=512)

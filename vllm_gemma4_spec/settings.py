@@ -87,11 +87,13 @@ NVFP4_WEIGHTS = Setting(
     ("auto", "packed", "dequantized"),
 )
 
-SCALE_IN_PRODUCT = switch(
+SCALE_IN_PRODUCT = Setting(
     f"{PREFIX}_SCALE_IN_PRODUCT",
+    "auto",
     "1 multiplies by the pre_quant_scale of a target's o_proj inside its product of up to 16 rows on Marlin's cards, "
-    "which takes a second copy of these weights (1.7 GB for 31B); 0 in a kernel of its own",
-    "0",
+    "5 % of a decode step faster for a second copy of these weights (1.7 GB for 31B); 0 in a kernel of its own; auto: "
+    "inside on cards of 64 GiB or more",
+    ("auto", "1", "0"),
 )
 ADAPTIVE_K = Setting(
     f"{PREFIX}_ADAPTIVE_K",

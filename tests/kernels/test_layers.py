@@ -20,6 +20,7 @@ def loaded(name: str, scale: bool = True, low_rank: bool = False) -> Any:
     layer.register_parameter("pre_quant_scale", None)
     if scale:
         layer.pre_quant_scale = torch.nn.Parameter(torch.full((4,), 3.0))
+    layer.weight = torch.nn.Parameter(torch.ones(1))
     layer.svdquant_lora_a = torch.ones(2, 4) if low_rank else None
     layer.register_parameter("rows_codes", None)
     layer.rows_scaled = False
@@ -54,11 +55,29 @@ def test_a_drafters_layers_all_take_it(
 
 
 @pytest.mark.parametrize(("value", "name", "copies"), [("0", "o_proj", 0), ("1", "o_proj", 1), ("1", "down_proj", 0)])
-def test_a_targets_only_on_request(
+def test_a_targets_on_request(
     prepared: list[bool], monkeypatch: pytest.MonkeyPatch, value: str, name: str, copies: int
 ) -> None:
     monkeypatch.setenv(SETTING, value)
     layers.prepare(loaded(name))
+    assert prepared == [True] * copies
+
+
+@pytest.mark.parametrize(
+    ("device", "gib", "name", "copies"),
+    [("cuda", 80, "o_proj", 1), ("cuda", 48, "o_proj", 0), ("cuda", 80, "down_proj", 0), ("cpu", 80, "o_proj", 0)],
+)
+def test_a_targets_where_the_card_has_room(
+    prepared: list[bool], monkeypatch: pytest.MonkeyPatch, device: str, gib: int, name: str, copies: int
+) -> None:
+    monkeypatch.delenv(SETTING, raising=False)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gib * 2**30 - 2**28)
+    )
+    layer = loaded(name)
+    del layer.weight
+    layer.weight = SimpleNamespace(device=torch.device(device))
+    layers.prepare(layer)
     assert prepared == [True] * copies
 
 

@@ -4,8 +4,8 @@ All of a draft model: a draft pass has one row per request, k + 2 in its first p
 another order of additions than Marlin's changes no answer.
 
 In front of ``o_proj`` a ``pre_quant_scale`` is a kernel of its own, because attention is no part of the compiled graph:
-1.3 us and a launch per layer of 31B on an H200. There this kernel multiplies while it reads; in a target only on
-request, as it takes a second copy of the weight. (vLLM alone cannot load such a checkpoint, so there is no other
+1.3 us and a launch per layer of 31B on an H200. There this kernel multiplies while it reads, in a target, too, where
+the card has room for a second copy of the weight. (vLLM alone cannot load such a checkpoint, so there is no other
 result to agree with.)
 """
 
@@ -23,6 +23,7 @@ from torch.nn import Module, Parameter
 from vllm_gemma4_spec import settings
 
 _NAMES = ("rows_codes", "rows_scales", "rows_global_scale")
+_ROOMY = 64 * 2**30  # bytes of a card; 31B's weights and their o_proj a second time take a third of it
 _loading_drafter = False
 
 
@@ -67,13 +68,20 @@ def prepare(layer: Module) -> None:
     from vllm_gemma4_spec.kernels import rows
 
     scaled = _scale_would_stand_alone(layer)
-    wanted = _loading_drafter or (scaled and settings.SCALE_IN_PRODUCT.on())
+    wanted = _loading_drafter or (scaled and _in_product(layer.weight.device))
     if not (wanted and rows.suits(layer)):
         return
     layer.rows_gelu, layer.rows_scaled = False, scaled
     for name, tensor in zip(_NAMES, rows.prepare(layer, scaled), strict=True):
         layer._parameters.pop(name, None)
         layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+
+
+def _in_product(device: torch.device) -> bool:
+    value = settings.SCALE_IN_PRODUCT.read()
+    if value == "auto":
+        return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= _ROOMY
+    return value == "1"
 
 
 def _scale_would_stand_alone(layer: Module) -> bool:

@@ -122,8 +122,8 @@ DRAFT_PRODUCTS = Patch(
     why="Where NVFP4 runs on Marlin, the products of one to a few rows take several times what reading their weights "
     "takes: 77 of the 105 us of an E4B layer on an H200 (the per-layer-input gate alone 23).",
     how="NVFP4 layers of a draft model get a second copy of their weight, in the order of a CUDA kernel for up to 64 "
-    "rows, compiled by NVRTC; gelu(gate) * up is part of it. Larger batches, and targets (see "
-    "VLLM_GEMMA4_SPEC_SCALE_IN_PRODUCT), stay on Marlin.",
+    "rows, compiled by NVRTC; gelu(gate) * up is part of it. Larger batches stay on Marlin, and so do targets but for "
+    "an o_proj with a pre_quant_scale (VLLM_GEMMA4_SPEC_SCALE_IN_PRODUCT).",
     retire="A vLLM kernel for NVFP4 products of few rows.",
     edits=(Edit(f"{_DRAFT_MODEL}._get_model", f"{_KERNELS}.layers:get_model"),),
     watches=(
