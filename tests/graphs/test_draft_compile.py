@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +22,7 @@ from torch._inductor.virtualized import V
 import vllm_gemma4_spec
 from tests.support import engine as _engine  # sets the environment
 from tests.support.stock import without
+from vllm_gemma4_spec.graphs import inductor
 from vllm_gemma4_spec.graphs.inductor import Choices
 from vllm_gemma4_spec.patches.graphs import DRAFT_COMPILE
 
@@ -30,53 +37,87 @@ def _patched() -> Iterator[None]:
         yield
 
 
-def settings_of_a_drafter(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), own: dict[str, Any] | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Inductor's settings while the proposer makes its model, when vLLM's backend copies them, and afterwards."""
+class Backends:
+    """Compiler settings that vLLM's backends keep, of a model named so or made under a tag."""
+
+    def __init__(self, **own: Any) -> None:
+        from vllm.config import VllmConfig
+
+        self.config = VllmConfig()
+        self.config.compilation_config.inductor_compile_config = {"size_asserts": False, **own}
+
+    def settings(self, prefix: str = "", tag: str | None = None) -> dict[str, Any]:
+        from vllm.compilation.backends import VllmBackend, set_model_tag
+
+        with set_model_tag(tag) if tag else nullcontext():
+            backend = VllmBackend(self.config, prefix)
+        return backend.inductor_config
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor, "_takes_pdl", lambda: True)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_drafter_has_compiler_settings_of_its_own() -> None:
+    backends = Backends()
+    assert backends.settings(tag="draft_model") == {"size_asserts": False, PDL: True}
+    assert backends.settings("draft_model") == {"size_asserts": False, PDL: True}  # loaded from the cache: no tag then
+    assert backends.settings() == backends.config.compilation_config.inductor_compile_config == {"size_asserts": False}
+
+
+@pytest.mark.usefixtures("hopper")
+def test_stock_compiles_a_drafter_as_the_target() -> None:
+    with without(DRAFT_COMPILE):
+        assert Backends().settings(tag="draft_model") == {"size_asserts": False}
+
+
+@pytest.mark.parametrize("capability", [(8, 9), None])
+def test_before_hopper_nothing_changes(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert Backends().settings(tag="draft_model") == {"size_asserts": False}
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("value", [True, False])
+def test_what_a_user_sets_stays(value: bool) -> None:
+    backends = Backends(**{PDL: value})
+    assert backends.settings(tag="draft_model")[PDL] is backends.settings()[PDL] is value
+
+
+@pytest.mark.usefixtures("hopper")
+def test_the_choices_are_there_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.spec_decode import draft_model
 
-    inductor = {"size_asserts": False, **(own or {})}
-    seen: list[dict[str, Any]] = []
+    seen: list[Any] = []
 
     def get_model(**_: Any) -> torch.nn.Module:
-        seen.append(dict(inductor))
+        seen.append(config.inductor_choices_class)
         return torch.nn.Module()
 
     monkeypatch.setattr(draft_model, "get_model", get_model)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    proposer = SimpleNamespace(
-        _create_draft_vllm_config=lambda: None,
-        device=torch.device("cuda"),
-        vllm_config=SimpleNamespace(compilation_config=SimpleNamespace(inductor_compile_config=inductor)),
-    )
-    draft_model.DraftModelProposer._get_model(proposer)
-    return seen[0], inductor
+    draft_model.DraftModelProposer._get_model(SimpleNamespace(_create_draft_vllm_config=lambda: None))
+    assert seen == [Choices]
 
 
-def test_a_drafter_has_compiler_settings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    drafter, afterwards = settings_of_a_drafter(monkeypatch)
-    assert drafter == {"size_asserts": False, PDL: True}
-    assert afterwards == {"size_asserts": False}  # the target's
-    assert config.inductor_choices_class is Choices
+@pytest.mark.slow  # starts Python and a C++ compiler three times
+def test_a_second_start_loads_what_the_first_one_compiled(tmp_path: Path) -> None:
+    """Settings are part of the key by which layers of one shape find the one that was compiled."""
 
+    def start(*arguments: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "tests.graphs.second_start", *arguments]
+        env = {**os.environ, "VLLM_CACHE_ROOT": str(tmp_path)}
+        done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
 
-def test_stock_compiles_a_drafter_as_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    with without(DRAFT_COMPILE):
-        drafter, afterwards = settings_of_a_drafter(monkeypatch)
-    assert drafter == afterwards == {"size_asserts": False}
-    assert config.inductor_choices_class is None
-
-
-def test_before_hopper_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    drafter, _ = settings_of_a_drafter(monkeypatch, capability=(8, 9))
-    assert PDL not in drafter
-
-
-@pytest.mark.parametrize("value", [True, False])
-def test_what_a_user_sets_stays(monkeypatch: pytest.MonkeyPatch, value: bool) -> None:
-    drafter, afterwards = settings_of_a_drafter(monkeypatch, own={PDL: value})
-    assert drafter[PDL] is afterwards[PDL] is value
+    starts = start(), start(), start("forget")
+    assert [found["loaded"] for found in starts] == [False, True, True]
+    assert [found["pdl"] for found in starts] == [True, True, False]
+    # The third compiles again what it finds under another key.
+    assert [found["artifacts_saved"] > 0 for found in starts] == [True, False, True]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ _PDL = "triton.enable_pdl"
 
 
 class Choices(InductorChoices):
-    """Inductor's choices, with longer persistent reductions where :func:`get_model` compiles a draft model."""
+    """Inductor's choices, with longer persistent reductions where a draft model is compiled."""
 
     def should_use_persistent_reduction(self, features: Any, cooperative_reduction: bool) -> bool:
         if super().should_use_persistent_reduction(features, cooperative_reduction):
@@ -39,25 +39,35 @@ class Choices(InductorChoices):
 
 
 def get_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``DraftModelProposer._get_model``: the compiler of the model made meanwhile gets these settings.
+    """``DraftModelProposer._get_model``: Inductor asks :class:`Choices`, before target or drafter are compiled.
 
-    vLLM's backend copies ``inductor_compile_config`` when the model is made and compiles at its first pass.
+    The class is part of the key of every compiled graph, so a second start must set it at the same time as the first.
     """
 
     @functools.wraps(original)
     def wrapper(self: Any) -> Any:
-        # Inductor has programmatic dependent launch from Hopper on.
-        if self.device.type != "cuda" or torch.cuda.get_device_capability(self.device) < (9, 0):
-            return original(self)
-        settings = self.vllm_config.compilation_config.inductor_compile_config
-        if _PDL in settings:  # the user's choice, for target and drafter
-            return original(self)
-        if config.inductor_choices_class is None:
+        if _takes_pdl() and config.inductor_choices_class is None:
             config.inductor_choices_class = Choices  # for the process; it differs under _PDL only
-        settings[_PDL] = True
-        try:
-            return original(self)
-        finally:
-            del settings[_PDL]
+        return original(self)
 
     return wrapper
+
+
+def backend(original: Callable[..., None]) -> Callable[..., None]:
+    """``VllmBackend.__init__``: the copy of the compiler's settings that a draft model's backend keeps.
+
+    A backend is made with its model, and again where a compiled model is loaded from the cache.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if self.prefix == "draft_model" and _takes_pdl():
+            self.inductor_config.setdefault(_PDL, True)  # what a user set stays, for target and drafter
+
+    return wrapper
+
+
+def _takes_pdl() -> bool:
+    """Inductor has programmatic dependent launch from Hopper on."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)

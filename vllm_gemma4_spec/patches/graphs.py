@@ -112,8 +112,11 @@ DRAFT_COMPILE = Patch(
     how="From Hopper on a draft model is compiled with programmatic dependent launch and with persistent reductions "
     "up to 8,192 values. The target is compiled as before.",
     retire="An Inductor that does both by itself.",
-    edits=(Edit(f"{_DRAFT_MODEL}._get_model", f"{_OURS}.inductor:get_model"),),
-    watches=("vllm.compilation.backends:VllmBackend.__init__",),
+    edits=(
+        Edit(f"{_DRAFT_MODEL}._get_model", f"{_OURS}.inductor:get_model"),
+        Edit("vllm.compilation.backends:VllmBackend.__init__", f"{_OURS}.inductor:backend"),
+    ),
+    watches=("vllm.compilation.caching:VllmSerializableFunction.finalize_loading",),
 )
 
 DRAFT_PRODUCTS = Patch(
