@@ -8,6 +8,10 @@ drafts for itself has every draft accepted (``self-sleep``: before and after sle
 step that a graph serves, the original ``propose`` runs on the same inputs and must give the same tokens. Exits 1
 if anything differs.
 
+A draft pass and a verification have different shapes, for which torch.compile and cuBLAS add in different orders. So
+where the two best tokens of an answer are nearer than float32's own error (``near_ties``, counted in plain decoding),
+a model may reject its own draft, and what follows it in that step.
+
 With an fp8 KV cache a last-bit difference between two batch shapes can round a key to the next fp8 value, and
 0.19.1 rounds queries and attention weights to fp8, too. So that run sets VLLM_BATCH_INVARIANT=1, under which a
 token's numbers do not depend on what else is in the batch. It then compares what is left of an answer when a
@@ -30,6 +34,7 @@ os.environ.setdefault("VLLM_GEMMA4_SPEC_CHECK", "0")  # tests/support turns it o
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 K, TOKENS = 3, 48
+TIE = 1e-4  # difference of two log-probabilities; float32 logits of these models are 2e-4 off those of float64
 MEMORY = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 29}  # leaves the card to others, too
 ALL_WAYS = "plain,self-eager,self,self-async,close,close-async,other-async,self-sleep"
 LENGTHS = [5, 17, 40, 90, 150, 33, 64]  # seven requests, four at a time: batches of 1, 2, 3 and 4
@@ -56,6 +61,18 @@ def compare_with_original(drafter: Any) -> dict[str, int]:
 
     drafter.propose = propose
     return counts
+
+
+def near_ties(llm: Any, prompts: list[list[int]], limits: list[int]) -> int:
+    """Tokens of the answers whose log-probability is nearer than ``TIE`` to that of the next best."""
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(max_tokens=n, temperature=0, ignore_eos=True, detokenize=False, logprobs=2) for n in limits
+    ]
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    pairs = [sorted(found.logprob for found in row.values())[-2:] for o in outputs for row in o.outputs[0].logprobs]
+    return sum(best - second < TIE for second, best in pairs)
 
 
 def scales(model: Path, folder: Path, prompts: list[list[int]]) -> dict[str, Any]:
@@ -130,6 +147,7 @@ def main() -> int:
     limits = [TOKENS + 7 * i for i in range(len(prompts))]
     results: dict[str, Any] = {}
     answers: list[list[int]] | None = None
+    ties = 0
     for way in ways.split(","):
         if way == "scales":
             results[way] = scales(other, folder, prompts)
@@ -164,6 +182,8 @@ def main() -> int:
                 woken = engine.generate(llm, prompts, limits)
                 tokens = tokens if woken == tokens else woken
             spent = engine.acceptance(llm) - before
+            if drafter is None:
+                counts["near_ties"] = ties = near_ties(llm, prompts, limits)
         answers = answers or tokens
         same = tokens == answers
         results[way] = {"equal": same, "proposed": spent.proposed, "accepted": spent.accepted, **counts}
@@ -181,7 +201,7 @@ def main() -> int:
         for way, r in results.items()
         if not r["equal"]
         or r.get("different", 0)
-        or (way.startswith("self") and r["accepted"] != r["proposed"])
+        or (way.startswith("self") and r["proposed"] - r["accepted"] > K * ties)
         or (way != "plain" and not way.endswith("eager") and not r["replays"])
     ]
     if found is not None:

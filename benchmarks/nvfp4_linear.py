@@ -1,4 +1,4 @@
-"""NVFP4 on a GPU in one run of some three minutes: is it right, and what does it cost?
+"""NVFP4 on a GPU in one run of some six minutes: is it right, and what does it cost?
 
     python benchmarks/nvfp4_linear.py --out nvfp4.json
 
@@ -147,7 +147,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--small", action="store_true", help="tiny shapes")
     parser.add_argument("--layers", type=int, default=12, help="of each model in the cost; a multiple of six")
-    parser.add_argument("--limit", type=float, default=240, help="seconds for all parts together")
+    parser.add_argument("--limit", type=float, default=480, help="seconds for all parts together")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     options = parser.parse_args()
     sys.path.insert(0, str(HERE.parent))

@@ -11,6 +11,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 CASES: dict[str, dict[str, Any]] = {
     "one-image": {},
@@ -48,11 +49,20 @@ def run(folder: Path, case: str, **options: Any) -> dict[str, Any]:
     from tests.support.recorder import Recorder
     from tests.support.stock import without
     from tests.support.tiny_multimodal import FIRST_WORD
+    from vllm_gemma4_spec.multimodal import image_attention, segments
     from vllm_gemma4_spec.patches.multimodal import IMAGE_ATTENTION
 
     target = folder / ("target-narrow" if case == "narrow" else "target")
     drafter = None if case in PLAIN else folder / "drafter"
+    walked: list[int] = []  # the longest context of a step with images, in tokens
+
+    def lay_out(metadata: Any, pieces: Any) -> Any:
+        walked.append(pieces.layout.max_seq_len)
+        return segments.lay_out(metadata, pieces)
+
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(image_attention, "lay_out", lay_out))
+        stack.enter_context(mock.patch.object(segments, "TEXT", 16))
         if case == "stock":
             stack.enter_context(without(IMAGE_ATTENTION))
         llm = stack.enter_context(chatting(target, drafter, max_logprobs=512, max_num_seqs=2, **CASES[case], **options))
@@ -67,6 +77,7 @@ def run(folder: Path, case: str, **options: Any) -> dict[str, Any]:
         return {
             "answers": found(outputs),
             "steps": steps.all,
+            "walked": walked,
             "drafts": [] if recorder is None else recorder.drafts,
             "counts": acceptance(llm) - before,
         }

@@ -2,7 +2,7 @@
 
 A token of an image, or of a frame of a video, sees those of the same image on both sides that are nearer than the
 sliding window; full layers stay causal. So it is in Google's own model; transformers differ for images wider than the
-window alone. The kernel takes ranges of positions in which all see each other.
+window alone. TRITON_ATTN's kernel takes ranges of positions in which all see each other; see ``segments.py``.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from vllm.utils.math_utils import next_power_of_2
+from vllm_gemma4_spec.multimodal.segments import Layout, Range, Row, lay_out
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
-
-Range = tuple[int, int]  # first and last position
 
 # Attribute of a model runner: whether images attend both ways.
 BOTH_WAYS = "_gemma4_spec_images_both_ways"
@@ -47,12 +45,6 @@ def images(features: Iterable[Any], scheduler_config: Any, start: int, end: int)
         for first, last in feature.mm_position.extract_embeds_range()
         if first < end and start <= last and last - first + 1 < step
     ]
-
-
-def within(window: int, image: Range) -> list[Range]:
-    """``image`` as ranges of ``window`` positions at most, which together hold every pair nearer than ``window``."""
-    first, last = image
-    return [(at, min(at + window - 1, last)) for at in range(first, max(first, last - window + 1) + 1)]
 
 
 def try_schedule_encoder_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,7 +85,7 @@ def initialize_attn_backend(original: Callable[..., None]) -> Callable[..., None
         if not trained_both_ways(self.model_config):
             return
         backends = {group.backend for groups in self.attn_groups for group in groups}
-        causal = sorted(backend.get_name() for backend in backends if not backend.supports_mm_prefix())
+        causal = sorted(name for name in {backend.get_name() for backend in backends} if name != "TRITON_ATTN")
         if self.parallel_config.use_ubatching:
             causal.append("micro-batching")
         setattr(self, BOTH_WAYS, not causal)
@@ -107,18 +99,17 @@ def initialize_attn_backend(original: Callable[..., None]) -> Callable[..., None
     return wrapper
 
 
-def _in_step(runner: Any, num_scheduled_tokens: Iterable[int]) -> dict[int, list[Range]]:
-    """Row in the batch -> images that this step computes tokens of; rows without any are left out."""
+def _in_step(runner: Any, num_scheduled_tokens: Iterable[int]) -> list[Row]:
+    """Rows of the batch, with the images that this step computes tokens of; empty if it computes none."""
     if not getattr(runner, BOTH_WAYS, False):
-        return {}
+        return []
     batch = runner.input_batch
-    found = {}
-    for row, (req_id, tokens) in enumerate(zip(batch.req_ids, num_scheduled_tokens, strict=False)):
-        start = int(batch.num_computed_tokens_cpu[row])
-        ranges = images(runner.requests[req_id].mm_features, runner.scheduler_config, start, start + int(tokens))
-        if ranges:
-            found[row] = ranges
-    return found
+    rows = []
+    for number, (req_id, tokens) in enumerate(zip(batch.req_ids, num_scheduled_tokens, strict=False)):
+        start = int(batch.num_computed_tokens_cpu[number])
+        end = start + int(tokens)
+        rows.append(Row(start, end, images(runner.requests[req_id].mm_features, runner.scheduler_config, start, end)))
+    return rows if any(row.images for row in rows) else []
 
 
 def determine_batch_execution(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -138,29 +129,34 @@ def determine_batch_execution(original: Callable[..., Any]) -> Callable[..., Any
 
 
 def build_attention_metadata(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``GPUModelRunner._build_attention_metadata``: ranges for the target's sliding layers.
+    """``GPUModelRunner._build_attention_metadata``: images and text in pieces for the target's sliding layers.
 
-    A step without image tokens has none, and so keeps the kernel that skips what is outside the window. The drafter
-    builds its metadata itself: it reads ids, not pictures, and attends causally.
+    A step without image tokens is left as it is, and so keeps the kernel that skips what is outside the window. The
+    drafter builds its metadata itself: it reads ids, not pictures, and attends causally.
     """
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         built = original(self, *args, **kwargs)
         scheduled = kwargs.get("num_scheduled_tokens")  # by request id; None in a dummy run
-        in_step = _in_step(self, (scheduled[req_id] for req_id in self.input_batch.req_ids)) if scheduled else {}
-        if in_step:
+        rows = _in_step(self, (scheduled[req_id] for req_id in self.input_batch.req_ids)) if scheduled else []
+        if rows:
             layers = self.compilation_config.static_forward_context
-            for name, metadata in built[0].items():
-                window = layers[name].sliding_window
-                if window is not None:
-                    metadata.mm_prefix_range = {row: _parts(window, ranges) for row, ranges in in_step.items()}
+            originals, made = dict(built[0]), {}
+            layouts: dict[tuple[int, int], Any] = {}  # groups differ in their block tables alone
+            for group in (group for groups in self.attn_groups for group in groups):
+                block_size = group.get_metadata_builder().kv_cache_spec.block_size
+                for name in group.layer_names:
+                    window, metadata = layers[name].sliding_window, originals[name]
+                    if window is None:
+                        continue
+                    if (window, block_size) not in layouts:
+                        layout = Layout.of(rows, window, block_size, slack=self.num_spec_tokens)
+                        layouts[window, block_size] = layout.on(self.device)
+                    key = (id(metadata), window)
+                    if key not in made:
+                        made[key] = lay_out(metadata, layouts[window, block_size])
+                    built[0][name] = made[key]
         return built
 
     return wrapper
-
-
-def _parts(window: int, ranges: list[Range]) -> list[Range]:
-    """All of ``within`` and empty ranges up to a power of two: each number of ranges compiles a kernel of its own."""
-    parts = [part for image in ranges for part in within(window, image)]
-    return parts + [(0, 0)] * (next_power_of_2(len(parts)) - len(parts))

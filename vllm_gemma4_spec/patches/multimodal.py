@@ -25,7 +25,9 @@ IMAGE_ATTENTION = Patch(
     why="31B and 26B-A4B were trained with images that attend both ways in sliding layers "
     "(use_bidirectional_attention); 0.19.1 attends causally there, so answers to images are not transformers'.",
     how="TRITON_ATTN is given the positions of each image, in sliding layers and only in steps that compute one; such "
-    "a step runs without a full CUDA graph. The scheduler never cuts an image. Other backends stay causal and say so.",
+    "a step runs without a full CUDA graph, and each image with its window as a sequence of its own, because with "
+    "positions of images the kernel walks a whole context. The scheduler never cuts an image. Other backends stay "
+    "causal and say so.",
     retire="vLLM #40534 with #47217, merged after 0.19.1, and a scheduler that keeps cached images whole, too.",
     edits=(
         Edit(
