@@ -87,6 +87,7 @@ NVFP4_WEIGHTS = Setting(
     ("auto", "packed", "dequantized"),
 )
 
+ROOMY = 64 * 2**30  # bytes of a card; 31B's weights and their o_proj a second time take a third of it
 SCALE_IN_PRODUCT = Setting(
     f"{PREFIX}_SCALE_IN_PRODUCT",
     "auto",

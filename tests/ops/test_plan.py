@@ -31,6 +31,32 @@ def shape(cache: groups.Cache) -> list[tuple[str, str, int, int]]:
 
 
 @needs_configs
+def test_memory_is_that_of_the_card_that_was_measured() -> None:
+    """26B-A4B and E4B in NVFP4 on an H200: "Model loading took 14.67 GiB", and 25.97 with the drafter."""
+    target, drafter = genuine("gemma-4-26B-A4B-it", "nvfp4"), genuine("gemma-4-E4B-it", "nvfp4")
+    h200 = timing.hardware()["H200"]
+    copies = drafter.copies(h200.marlin, h200.memory, drafter=True)
+    assert target.weight_bytes == pytest.approx(14.67 * 2**30, rel=0.04)
+    assert drafter.weight_bytes + copies == pytest.approx((25.97 - 14.67) * 2**30, rel=0.03)
+    assert copies > 0.2 * drafter.weight_bytes
+    # Where vLLM has FP4 kernels, the drafter's lm_head alone is held twice.
+    assert drafter.copies(False, h200.memory, drafter=True) == 262_144 * 2560 * 0.5625
+
+
+@needs_configs
+@pytest.mark.parametrize(
+    ("algorithm", "hardware", "wanted"),
+    [("NVFP4_AWQ", "H100", 1_734_082_560), ("NVFP4_AWQ", "L40S", 0), ("NVFP4_AWQ", "B200", 0), ("NVFP4", "H100", 0)],
+)
+def test_a_scaled_target_holds_o_proj_twice(tmp_path: Path, algorithm: str, hardware: str, wanted: int) -> None:
+    config = json.loads(Path(str(ARTIFACTS), "gemma4/models/gemma-4-31B-it/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    card = timing.hardware()[hardware]
+    assert model.load(tmp_path).copies(card.marlin, card.memory, drafter=False) == wanted
+
+
+@needs_configs
 @pytest.mark.parametrize(
     ("target", "drafter", "wanted"),
     [

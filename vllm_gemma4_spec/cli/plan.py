@@ -56,7 +56,8 @@ def command(
         raise model.PlanError(f"--hardware {unknown[0]}: choose from {', '.join(table)}, or give --bandwidth")
     machines = [table[name] for name in hardware or (() if bandwidth else table)]
     if bandwidth:
-        machines.append(timing.Hardware("given", memory * 1e9, bandwidth * 1e9, "--bandwidth and --memory"))
+        source = "--bandwidth and --memory"
+        machines.append(timing.Hardware("given", memory * 1e9, bandwidth * 1e9, source, marlin=True))  # the larger need
     curves = {text: timing.curve(text) for text in acceptance.split()}
     if not curves:
         raise model.PlanError("--acceptance is empty; write a rate such as 0.7")
@@ -135,6 +136,9 @@ def _print(console: Console, made: Report) -> None:
         f"fit: requests of {made.context} tokens that fit at once; plain: tok/s without drafts; a=…: best k at that "
         "acceptance and its tok/s. All times are floors (bytes / bandwidth) unless given, so tok/s are upper bounds."
     )
+    copies = ", ".join(f"{m.name} {m.copies / 1e9:.1f} GB" for m in made.machines if m.copies)
+    if copies:
+        console.print(f"Of the memory, weights that kernels hold a second time: {copies}.")
 
 
 def _best(speed: Speed) -> str:

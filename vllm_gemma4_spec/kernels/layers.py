@@ -23,7 +23,6 @@ from torch.nn import Module, Parameter
 from vllm_gemma4_spec import settings
 
 _NAMES = ("rows_codes", "rows_scales", "rows_global_scale")
-_ROOMY = 64 * 2**30  # bytes of a card; 31B's weights and their o_proj a second time take a third of it
 _loading_drafter = False
 
 
@@ -80,7 +79,7 @@ def prepare(layer: Module) -> None:
 def _in_product(device: torch.device) -> bool:
     value = settings.SCALE_IN_PRODUCT.read()
     if value == "auto":
-        return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= _ROOMY
+        return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= settings.ROOMY
     return value == "1"
 
 

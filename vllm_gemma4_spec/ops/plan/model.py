@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from vllm_gemma4_spec import settings
 from vllm_gemma4_spec.errors import Gemma4SpecError
 from vllm_gemma4_spec.json_file import read_object
 
@@ -34,13 +35,17 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Model:
-    """A Gemma 4 text model: transformers' own config, the format of its weights, and what is left in bf16."""
+    """A Gemma 4 text model: transformers' own config, the format of its weights, and what is left in bf16.
+
+    ``scaled``: its linears have a ``pre_quant_scale`` (NVFP4_AWQ).
+    """
 
     name: str
     text: Any
     weights: str
     unquantized: tuple[str, ...] = ()
     files_bytes: int | None = None
+    scaled: bool = False
 
     @property
     def layers(self) -> int:
@@ -125,6 +130,20 @@ class Model:
             total += int(self.text.vocab_size_per_layer_input) * width * self._wide
         return total
 
+    def copies(self, marlin: bool, memory: float, drafter: bool) -> float:
+        """Bytes of weights that kernels of this package hold a second time, in an order of their own.
+
+        On a drafter: its NVFP4 linears where vLLM has Marlin, and lm_head in NVFP4. On a target: ``o_proj`` where it
+        has a ``pre_quant_scale`` and the card has room.
+        """
+        quantized = [m for m in self.matrices if self._bytes(m) == m.elements * WEIGHT_BYTES["nvfp4"]] if marlin else []
+        if drafter:
+            head = self.head_bytes / WEIGHT_BYTES["bf16"] * WEIGHT_BYTES["nvfp4"] if self._wide == 2 else 0.0
+            return head + sum(self._bytes(m) for m in quantized)
+        if not self.scaled or memory < settings.ROOMY:
+            return 0.0
+        return sum(self._bytes(m) for m in quantized if m.name.endswith("o_proj"))
+
     def read_bytes(self, tokens: int) -> float:
         """Weight bytes that a pass over ``tokens`` tokens reads once: of the experts those that at least one
         token picks, if all are equally likely; of the (per-layer) embeddings only rows, which are left out.
@@ -156,8 +175,8 @@ def _read(path: Path) -> dict[str, Any]:
     return read_object(path, PlanError, "give a model folder or its config.json")
 
 
-def _format(config: dict[str, Any], folder: Path) -> tuple[str, tuple[str, ...]]:
-    """Weight format and the modules left out of it, from config.json or ModelOpt's hf_quant_config.json."""
+def _format(config: dict[str, Any], folder: Path) -> tuple[str, tuple[str, ...], bool]:
+    """Weight format, the modules left out of it, whether it scales inputs; config.json or hf_quant_config.json."""
     text = config.get("text_config")
     text = text if isinstance(text, dict) else {}
     quant = config.get("quantization_config") or text.get("quantization_config")
@@ -166,7 +185,7 @@ def _format(config: dict[str, Any], folder: Path) -> tuple[str, tuple[str, ...]]
         quant = _read(beside).get("quantization")
     dtype = str((text or config).get("dtype") or config.get("torch_dtype") or "bfloat16")
     if not quant:
-        return ("float32" if dtype == "float32" else "bf16"), ()
+        return ("float32" if dtype == "float32" else "bf16"), (), False
     if not isinstance(quant, dict):
         raise PlanError(f"{folder}: quantization config must be an object")
     names = quant.get("exclude_modules") or quant.get("ignore")
@@ -174,7 +193,7 @@ def _format(config: dict[str, Any], folder: Path) -> tuple[str, tuple[str, ...]]
     algorithm = str(quant.get("quant_algo") or quant.get("quant_method") or quant.get("format") or "").lower()
     for kind in ("nvfp4", "fp8"):
         if kind in algorithm or kind in json.dumps(quant).lower():
-            return kind, left
+            return kind, left, "awq" in algorithm
     raise PlanError(
         f"{folder}: weights quantized by {algorithm!r}; choose their format with --target-weights or --drafter-weights"
     )
@@ -201,8 +220,8 @@ def load(path: Path, weights: str | None = None) -> Model:
         text = Gemma4TextConfig.from_dict(raw) if is_text else Gemma4Config.from_dict(raw).text_config
     except Exception as error:  # transformers raises many kinds for a malformed config
         raise PlanError(f"{file}: transformers cannot read it ({str(error).splitlines()[0]})") from None
-    kind, left = (weights, ()) if weights else _format(raw, file.parent)
+    kind, left, scaled = (weights, (), False) if weights else _format(raw, file.parent)
     if kind not in WEIGHT_BYTES:
         raise PlanError(f"weights {kind!r}: choose from {', '.join(WEIGHT_BYTES)}")
     shards = sum(p.stat().st_size for p in file.parent.glob("*.safetensors")) or None
-    return Model(file.parent.name, text, kind, left, shards)
+    return Model(file.parent.name, text, kind, left, shards, scaled)

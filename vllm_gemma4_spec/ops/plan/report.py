@@ -44,6 +44,8 @@ class Machine(Output):
     source: str
     fits: bool
     """weights and one request of `context` tokens"""
+    copies: int
+    """bytes of weights that kernels hold a second time"""
     kv_memory: int
     """bytes left for the KV cache"""
     requests_that_fit: float
@@ -116,7 +118,9 @@ def make(
     weights = sum(m.files_bytes or m.weight_bytes for m in (target, drafter) if m)
     made, cache = [], None
     for machine in machines:
-        free = int(machine.memory * utilization - weights)
+        copies = target.copies(machine.marlin, machine.memory, drafter=False)
+        copies += drafter.copies(machine.marlin, machine.memory, drafter=True) if drafter else 0.0
+        free = int(machine.memory * utilization - weights - copies)
         cache = groups.plan_cache(target, drafter, free, context, kv_dtype)
         floors = timing.Steps.floors(target, drafter, load, machine.bandwidth)
         steps = timing.Steps(
@@ -132,6 +136,7 @@ def make(
                 memory=machine.memory,
                 source=machine.source,
                 fits=cache.requests >= 1,
+                copies=round(copies),
                 kv_memory=max(0, free),
                 requests_that_fit=round(cache.requests, 2),
                 tokens_that_fit=int(cache.requests * context),

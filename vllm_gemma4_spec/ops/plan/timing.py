@@ -26,19 +26,29 @@ MAX_K = 10
 
 @dataclass(frozen=True)
 class Hardware:
-    """``memory`` in bytes, ``bandwidth`` in bytes per second (measured where it was, else the data sheet's)."""
+    """``memory`` in bytes, ``bandwidth`` in bytes per second (measured where it was, else the data sheet's).
+
+    ``marlin``: no FP4 tensor cores, so vLLM multiplies NVFP4 by Marlin.
+    """
 
     name: str
     memory: float
     bandwidth: float
     source: str
+    marlin: bool = False
 
 
 def hardware() -> dict[str, Hardware]:
     """The table ``hardware.json``."""
     table = json.loads(Path(__file__).with_name("hardware.json").read_text())
     return {
-        name: Hardware(name, row["memory"] * 1e9, row.get("sustained", row["bandwidth"]) * 1e9, row["source"])
+        name: Hardware(
+            name,
+            row["memory"] * 1e9,
+            row.get("sustained", row["bandwidth"]) * 1e9,
+            row["source"],
+            row.get("marlin", False),
+        )
         for name, row in table.items()
         if not name.startswith("_")
     }
