@@ -68,6 +68,10 @@ def test_every_token_sees_what_it_should(batch: list[Row], window: int, block_si
     values: dict[str, Any] = dict.fromkeys(field.name for field in fields(TritonAttentionMetadata))
     metadata = TritonAttentionMetadata(**values | {"seq_lens": lengths, "block_table": table})
     laid_out = lay_out(metadata, layout.on(torch.device("cpu")))
+    # Triton would compile the kernel again for other alignments.
+    for tensor in (laid_out.query_start_loc, laid_out.mm_prefix_range_tensor, laid_out.block_table):
+        assert tensor.data_ptr() % 16 == 0
+    assert laid_out.block_table.stride(0) % 16 == 0
     assert laid_out.mm_prefix_range_tensor.tolist() == [[list(r) for r in found] for found in layout.ranges]
 
     tokens = [(row, number) for row, entry in enumerate(batch) for number in range(entry.end - entry.start)]

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.utils.math_utils import cdiv, next_power_of_2
+from vllm.utils.math_utils import cdiv, next_power_of_2, round_up
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadata
 
 Range = tuple[int, int]  # first and last position
 TEXT = 128  # tokens; a piece walks its window and itself
+_ALIGNED = 16
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,19 @@ class Layout:
         )
 
     def on(self, device: torch.device) -> DeviceLayout:
-        """One copy to the device, no synchronization."""
-        count, most = len(self.row), len(self.ranges[0])
-        flat = [*self.row, *self.first_block, *self.cut, *self.query_start_loc]
-        flat += [position for found in self.ranges for part in found for position in part]
-        sent = async_tensor_h2d(flat, torch.int32, device, pin_memory=device.type == "cuda")
-        row, first_block, cut, query_start_loc, ranges = sent.split([count, count, count, count + 1, count * most * 2])
-        columns = torch.arange(cdiv(self.max_seq_len, self.block_size), device=device) + first_block[:, None]
-        return DeviceLayout(self, row, columns, cut, query_start_loc, ranges.view(count, most, 2))
+        """One copy to the device, no synchronization.
+
+        Triton compiles a kernel anew where a pointer or the table's width is no multiple of 16, so all of them are.
+        """
+        positions = [position for found in self.ranges for part in found for position in part]
+        lists = [self.row, self.first_block, self.cut, self.query_start_loc, positions]
+        padded = [values + [0] * (-len(values) % _ALIGNED) for values in lists]
+        sent = async_tensor_h2d([*chain.from_iterable(padded)], torch.int32, device, pin_memory=device.type == "cuda")
+        parts = zip(sent.split([len(values) for values in padded]), lists, strict=True)
+        row, first_block, cut, query_start_loc, ranges = (part[: len(values)] for part, values in parts)
+        width = round_up(cdiv(self.max_seq_len, self.block_size), _ALIGNED)
+        columns = torch.arange(width, device=device) + first_block[:, None]
+        return DeviceLayout(self, row, columns, cut, query_start_loc, ranges.view(len(self.row), -1, 2))
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,7 @@ class PieceMetadata(TritonAttentionMetadata):
 def lay_out(metadata: TritonAttentionMetadata, pieces: DeviceLayout) -> PieceMetadata:
     """``metadata`` of a step's rows as that of their pieces."""
     table = metadata.block_table
-    columns = pieces.columns.clamp(max=table.shape[1] - 1)  # the last piece may seem longer than the table is
+    columns = pieces.columns.clamp(max=table.shape[1] - 1)  # rounded up, or longer than the row is
     values: dict[str, Any] = {field.name: getattr(metadata, field.name) for field in fields(metadata)}
     values |= {
         "query_start_loc": pieces.query_start_loc,
