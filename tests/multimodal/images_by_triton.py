@@ -18,11 +18,12 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "stock": {},
     "narrow": {},
+    "video": {"limit_mm_per_prompt": {"image": 0, "video": 1}},
     "speculation": {},
     "chunks": {"max_num_batched_tokens": 100},
     "prefix-caching": {"enable_prefix_caching": True, "max_num_batched_tokens": 100},
 }
-PLAIN = ("one-image", "plain", "stock", "narrow")
+PLAIN = ("one-image", "plain", "stock", "narrow", "video")
 TOKENS = 6
 
 
@@ -47,6 +48,7 @@ def run(folder: Path, case: str, **options: Any) -> dict[str, Any]:
     from tests.support.engine import acceptance
     from tests.support.images import CHATS, chat, chatting, found
     from tests.support.recorder import Recorder
+    from tests.support.sound_and_video import VIDEO, ask
     from tests.support.stock import without
     from tests.support.tiny_multimodal import FIRST_WORD
     from vllm_gemma4_spec.multimodal import image_attention, segments
@@ -70,8 +72,8 @@ def run(folder: Path, case: str, **options: Any) -> dict[str, Any]:
         steps, before = Steps(runner), acceptance(llm)
         recorder = None if drafter is None else Recorder(llm)
         words = list(range(FIRST_WORD, 512))  # no placeholder
-        outputs = []
-        rounds = {"one-image": [CHATS[:1]], "prefix-caching": [CHATS, CHATS[::-1]]}.get(case, [CHATS])
+        outputs = ask(llm, [VIDEO], TOKENS) if case == "video" else []
+        rounds = {"video": [], "one-image": [CHATS[:1]], "prefix-caching": [CHATS, CHATS[::-1]]}.get(case, [CHATS])
         for chats in rounds:
             outputs += chat(llm, chats, TOKENS, logprobs=512, allowed_token_ids=words)
         return {

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import Gemma4ForCausalLM
 
+from tests.support import sound_and_video
 from tests.support.images import CHATS, TOLERANCE, Chunks, chat, chatting, distance, save_both_ways, spans
 from tests.support.interpreter import interpreted
 from tests.support.tiny_multimodal import IMAGE_TOKEN_ID
@@ -57,6 +58,14 @@ def test_logits_after_images_are_those_of_transformers(folder: Path, case: str) 
         assert full is not any(first < end and start <= last for start, end, all in computed for first, last in all)
         seen[full] += 1
     assert min(seen.values()) > 0
+
+
+@pytest.mark.slow
+def test_frames_of_a_video_attend_both_ways(folder: Path) -> None:
+    (found,) = ran(folder, "video")
+    (answer,) = found["answers"]
+    assert sound_and_video.distance(folder / "target", sound_and_video.VIDEO, answer) < TOLERANCE
+    assert found["walked"]
 
 
 @pytest.mark.slow
