@@ -33,13 +33,13 @@ class Setting:
             SettingError: the value is not one of ``choices``, or no number from 0 to below 1 where it is a share.
         """
         value = (os.environ if environ is None else environ).get(self.name, self.default).strip()
+        wanted = ""
         if self.choices and value not in self.choices:
-            wanted = ", ".join(self.choices)
-            raise SettingError(f"{self.name}={value!r}: expected one of {wanted}; unset it for {self.default!r}")
-        if self.share and not _is_share(value):
-            raise SettingError(
-                f"{self.name}={value!r}: expected a number from 0 to below 1; unset it for {self.default!r}"
-            )
+            wanted = f"one of {', '.join(self.choices)}"
+        elif self.share and not _is_share(value):
+            wanted = "a number from 0 to below 1"
+        if wanted:
+            raise SettingError(f"{self.name}={value!r}: expected {wanted}; unset it for {self.default!r}")
         return value
 
     def on(self, environ: Mapping[str, str] | None = None) -> bool:
