@@ -54,13 +54,8 @@ def test_every_process_reports_the_same_patches(tiny: dict[str, Path], tmp_path:
     assert "draft-groups" in next(iter(found.values()))
 
 
-@pytest.mark.parametrize(
-    "env",
-    [
-        pytest.param({"VLLM_PLUGINS": ""}, marks=pytest.mark.slow, id="plugins"),
-        pytest.param({"VLLM_GEMMA4_SPEC": "0"}, id="switch"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("env", [{"VLLM_PLUGINS": ""}, {"VLLM_GEMMA4_SPEC": "0"}], ids=["plugins", "switch"])
 def test_left_out_means_in_no_process(tiny: dict[str, Path], tmp_path: Path, env: dict[str, str]) -> None:
     done = run(tiny["target"], "draft", tmp_path, **env)
     text = done.stdout + done.stderr

@@ -135,15 +135,20 @@ def test_importing_the_package_imports_no_vllm() -> None:
             "import vllm.v1.spec_decode.eagle as e\ne.SpecDecodeBaseProposer._get_slot_mapping = lambda self, n: {}",
             "SpecDecodeBaseProposer._get_slot_mapping was replaced before",
         ),
-        (
+        pytest.param(
             "import vllm.v1.worker.block_table as b\ndel b.BlockTable.move_row",
             "BlockTable.move_row is gone",
+            marks=pytest.mark.slow,
         ),
         (
             "import vllm_gemma4_spec.patching.fingerprint as f; f.of_source = lambda *a: 0; f._digest = lambda d: ''",
             r"vLLM 0.19.1 is not the 0.19.1 these patches were written for: vllm.v1.spec_decode.eagle:",
         ),
-        ("import vllm; vllm.__version__ = '0.20.0'", "vLLM 0.20.0 is installed and this overlay is for 0.19.1"),
+        pytest.param(
+            "import vllm; vllm.__version__ = '0.20.0'",
+            "vLLM 0.20.0 is installed and this overlay is for 0.19.1",
+            marks=pytest.mark.slow,  # test_on_another_release_the_start_ends_with_one_line says so, too
+        ),
     ],
     ids=["replaced", "gone", "changed", "version"],
 )
