@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import Gemma4ForCausalLM
@@ -105,6 +107,14 @@ def test_speculation_chunks_and_prefix_caching_change_nothing(folder: Path, way:
         assert any(end in (first - 1, first) for _, end, images in computed for first, _ in images)
     if way == "prefix-caching":  # the cache ends inside an image: its blocks are smaller
         assert any(first < start <= last for start, _, images in computed for first, last in images)
+
+
+def test_a_step_without_prompts_looks_at_no_request() -> None:
+    """It is on the way of every decode step."""
+    batch = SimpleNamespace(req_ids=["a", "b"], num_reqs=2)
+    batch.num_computed_tokens_cpu, batch.num_prompt_tokens = np.array([9, 40, 0]), np.array([9, 12, 7])
+    runner = SimpleNamespace(input_batch=batch, requests=None, **{image_attention.BOTH_WAYS: True})
+    assert image_attention._in_step(runner, [4, 4]) == []
 
 
 def test_a_backend_that_cannot_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,9 +104,11 @@ def _in_step(runner: Any, num_scheduled_tokens: Iterable[int]) -> list[Row]:
     if not getattr(runner, BOTH_WAYS, False):
         return []
     batch = runner.input_batch
+    computed = batch.num_computed_tokens_cpu[: batch.num_reqs]
+    if not (computed < batch.num_prompt_tokens[: batch.num_reqs]).any():  # images are in prompts
+        return []
     rows = []
-    for number, (req_id, tokens) in enumerate(zip(batch.req_ids, num_scheduled_tokens, strict=False)):
-        start = int(batch.num_computed_tokens_cpu[number])
+    for req_id, start, tokens in zip(batch.req_ids, computed.tolist(), num_scheduled_tokens, strict=False):
         end = start + int(tokens)
         rows.append(Row(start, end, images(runner.requests[req_id].mm_features, runner.scheduler_config, start, end)))
     return rows if any(row.images for row in rows) else []
