@@ -30,6 +30,8 @@ def main() -> int:
     ap.add_argument("--out", type=Path)
     args = ap.parse_args()
 
+    from verdict import verdict
+
     from tests.multimodal.images_by_triton import run
     from tests.support import images
 
@@ -63,10 +65,7 @@ def main() -> int:
         wrong = max(far[:2]) < 0.1 if case == "stock" else max(far) > 0.1
         if wrong or not same:
             bad.append(case)
-    if args.out:
-        args.out.write_text(json.dumps(results, indent=1))
-    print("right" if not bad else f"NOT right: {', '.join(bad)}", flush=True)
-    return 1 if bad else 0
+    return verdict("right", bad, results, args.out)
 
 
 if __name__ == "__main__":

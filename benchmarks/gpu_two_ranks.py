@@ -107,6 +107,8 @@ def main() -> int:
     ap.add_argument("--out", type=Path)
     args = ap.parse_args()
 
+    from verdict import verdict
+
     from tests.support import engine, tiny_models
 
     heads = {"head_dim": args.head_dim, "global_head_dim": 2 * args.head_dim}
@@ -152,10 +154,7 @@ def main() -> int:
         wrong |= model == helper and (share < 1 if exact else share < 0.9)
         if wrong:
             bad.append(name)
-    if args.out:
-        args.out.write_text(json.dumps(results, indent=1))
-    print("right" if not bad else f"NOT right: {', '.join(bad)}", flush=True)
-    return 1 if bad else 0
+    return verdict("right", bad, results, args.out)
 
 
 if __name__ == "__main__":

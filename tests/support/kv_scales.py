@@ -40,18 +40,3 @@ def with_kv_scales(model: Path, folder: Path, k_scale: float, v_scale: float, k_
             tensors[key] = torch.tensor(scale if layer < own else 1.0)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-def quiet_attention(model: Path, folder: Path, factor: float) -> Path:
-    """A copy of ``model`` whose attention adds ``factor`` times as much to the residual.
-
-    Random weights are chaotic: a rounding in the cache moves every logit as far as garbage would. Here what moves them
-    stays in proportion.
-    """
-    shutil.copytree(model, folder)
-    tensors = load_file(folder / "model.safetensors")
-    for name in tensors:
-        if name.endswith("post_attention_layernorm.weight"):
-            tensors[name] = tensors[name] * factor
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder

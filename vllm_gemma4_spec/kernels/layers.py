@@ -60,7 +60,7 @@ def _fuse_activation(mlp: Module) -> None:
 
 
 def prepare(layer: Module) -> None:
-    """Give a layer of a drafter that has just been loaded its second copy of the weight.
+    """Give a layer that has just been loaded its second copy of the weight, if it is to have one.
 
     To be called before Marlin reorders ``layer.weight`` in place.
     """

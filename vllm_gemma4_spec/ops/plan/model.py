@@ -104,11 +104,14 @@ class Model:
             Matrix(f"model.language_model.layers.{i}.experts", one, int(text.num_experts)) for i in range(self.layers)
         )
 
-    def _bytes(self, matrix: Matrix) -> float:
-        """Of one copy. Routers and whatever the checkpoint's ignore list names stay in bf16."""
+    def _format(self, matrix: Matrix) -> str:
+        """Routers and whatever the checkpoint's ignore list names stay in bf16."""
         plain = "router" in matrix.name or any(_ignored(matrix.name, p) for p in self.unquantized)
-        kind = "bf16" if plain and self.weights != "float32" else self.weights
-        return matrix.elements * WEIGHT_BYTES[kind]
+        return "bf16" if plain and self.weights != "float32" else self.weights
+
+    def _bytes(self, matrix: Matrix) -> float:
+        """Of one copy."""
+        return matrix.elements * WEIGHT_BYTES[self._format(matrix)]
 
     @property
     def _wide(self) -> float:
@@ -136,9 +139,10 @@ class Model:
         On a drafter: its NVFP4 linears where vLLM has Marlin, and lm_head in NVFP4. On a target: ``o_proj`` where it
         has a ``pre_quant_scale`` and the card has room.
         """
-        quantized = [m for m in self.matrices if self._bytes(m) == m.elements * WEIGHT_BYTES["nvfp4"]] if marlin else []
+        quantized = [m for m in self.matrices if marlin and self._format(m) == "nvfp4"]
         if drafter:
-            head = self.head_bytes / WEIGHT_BYTES["bf16"] * WEIGHT_BYTES["nvfp4"] if self._wide == 2 else 0.0
+            narrow = WEIGHT_BYTES["nvfp4"] / WEIGHT_BYTES["bf16"]
+            head = 0.0 if self.weights == "float32" else self.head_bytes * narrow
             return head + sum(self._bytes(m) for m in quantized)
         if not self.scaled or memory < settings.ROOMY:
             return 0.0
