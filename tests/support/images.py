@@ -147,6 +147,14 @@ def spans(prompt: list[int]) -> list[tuple[int, int]]:
     return [(first, inside.index(False, first) - 1) for first in firsts]
 
 
+def farthest(hf: Any, output: dict[str, Any], **inputs: Any) -> float:
+    """Largest difference of any log-probability of an answer, an entry of :func:`found`, to those of ``hf``."""
+    with torch.no_grad():
+        logits = hf(input_ids=torch.tensor([output["prompt"] + output["answer"]]), **inputs).logits[0]
+    wanted = logits[len(output["prompt"]) - 1 : -1].log_softmax(-1)
+    return (torch.tensor(output["logprobs"]) - wanted).abs().max().item()
+
+
 def distance(model: Path, chats: list[dict[str, Any]], by_hand: bool = False) -> list[float]:
     """Largest difference of any log-probability to transformers' per chat; ``by_hand``: with Google's mask."""
     hf = Gemma4ForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
@@ -170,9 +178,5 @@ def distance(model: Path, chats: list[dict[str, Any]], by_hand: bool = False) ->
                 "sliding_attention": mask_by_hand(spans(prompt), length, window),
             }
         extra = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_position_ids")}
-        ids = torch.tensor([prompt + answer])
-        with torch.no_grad():
-            logits = hf(input_ids=ids, attention_mask=mask, mm_token_type_ids=kinds, **extra).logits[0]
-        wanted = logits[len(prompt) - 1 : -1].log_softmax(-1)
-        distances.append((torch.tensor(output["logprobs"]) - wanted).abs().max().item())
+        distances.append(farthest(hf, output, attention_mask=mask, mm_token_type_ids=kinds, **extra))
     return distances

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.support.images import farthest
 from tests.support.tiny_multimodal import FIRST_WORD
 
 RATE = 16_000
@@ -65,9 +66,5 @@ def distance(model: Path, prompt: tuple[str, dict[str, Any], str], found: dict[s
     assert inputs.pop("input_ids")[0].tolist() == found["prompt"]
     kinds = torch.nn.functional.pad(inputs.pop("mm_token_type_ids"), (0, len(found["answer"])))
     inputs["attention_mask"] = torch.ones_like(kinds)
-    ids = torch.tensor([found["prompt"] + found["answer"]])
     hf = Gemma4ForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
-    with torch.no_grad():
-        logits = hf(input_ids=ids, mm_token_type_ids=kinds, **inputs).logits[0]
-    wanted = logits[len(found["prompt"]) - 1 : -1].log_softmax(-1)
-    return float((torch.tensor(found["logprobs"]) - wanted).abs().max())
+    return farthest(hf, found, mm_token_type_ids=kinds, **inputs)
