@@ -62,10 +62,10 @@ check: lint types test
 
 # After a patch was added or changed (vLLM 0.19.1 installed).
 fingerprints: setup
-	$(BIN)/python -m vllm_gemma4_spec.patching.fingerprint
+	$(BIN)/python tools/patch_records.py fingerprints
 
 ledger: setup
-	$(BIN)/python -m vllm_gemma4_spec.patching.ledger docs/patches.md
+	$(BIN)/python tools/patch_records.py ledger
 
 # After what a command prints with --json was changed.
 schemas: setup

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.engine.test_draft_groups import WAYS, plain, speculate
+from tests.spec_decode.test_draft_groups import WAYS, plain, speculate
 from tests.support import tiny_models
 
 DRAFTERS = {

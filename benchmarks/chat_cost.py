@@ -30,6 +30,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from vllm_gemma4_spec.registry import PATCHER
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the played server is the tests'
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
@@ -112,7 +114,7 @@ async def stream(server: Any, generator: Any, fields: dict[str, Any], tokens: li
 async def whole(server: Any, patched: bool, fields: dict[str, Any], tokens: list[int], step: int) -> float:
     """Seconds of processor time for one request, up to the last byte of its stream."""
     from tests.chat.server import by
-    from vllm_gemma4_spec.patches.chat import CHAT_OUTPUT
+    from vllm_gemma4_spec.chat.patches import CHAT_OUTPUT
 
     (CHAT_OUTPUT.apply if patched else CHAT_OUTPUT.undo)()
     asked = request({**fields, "max_completion_tokens": len(tokens)})
@@ -153,7 +155,7 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     from tests.chat import tokenizer as tokenizers_
     from tests.chat.server import Server
-    from vllm_gemma4_spec.patches.chat import CHAT_OUTPUT
+    from vllm_gemma4_spec.chat.patches import CHAT_OUTPUT
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -161,7 +163,7 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         path = str(write(Path(folder)))
         servers = {"plain": await Server(path, "", None).start(), "parsed": await Server(path).start()}
         logging.disable(logging.CRITICAL)
-        CHAT_OUTPUT.apply()
+        PATCHER.apply([CHAT_OUTPUT])
         overlay = OpenAIServingChat.chat_completion_stream_generator
         stock = overlay.__wrapped__  # type: ignore[attr-defined]
         ways: dict[str, Any] = {

@@ -28,6 +28,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from vllm_gemma4_spec.registry import PATCHER
+
 os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")  # tf32 would round differently in passes of different shape
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_GEMMA4_SPEC_CHECK", "0")  # tests/support turns it on, and then nothing is captured
@@ -42,7 +44,7 @@ LENGTHS = [5, 17, 40, 90, 150, 33, 64]  # seven requests, four at a time: batche
 
 def compare_with_original(drafter: Any) -> dict[str, int]:
     """Run the original beside every replay; counts steps, replays, and tokens that differ."""
-    from vllm_gemma4_spec.graphs.proposal import GRAPHS
+    from vllm_gemma4_spec.performance.draft_graphs import GRAPHS
 
     counts = {"steps": 0, "replays": 0, "padded": 0, "different": 0}
     graphs = drafter.__dict__.get(GRAPHS)
@@ -86,9 +88,9 @@ def scales(model: Path, folder: Path, prompts: list[list[int]]) -> dict[str, Any
     import torch
     from vllm import SamplingParams
 
-    from tests.modelopt.comparison import each, edited
+    from tests.quantization.comparison import each, edited
     from tests.support import engine, kv_scales
-    from vllm_gemma4_spec.patches.modelopt import KV_SCALES
+    from vllm_gemma4_spec.quantization.patches import KV_SCALES
 
     # Random weights are chaotic: a rounding moves every logit as far as garbage would. With attention that adds a tenth
     # as much to the residual, what moves them stays in proportion.
@@ -122,7 +124,7 @@ def scales(model: Path, folder: Path, prompts: list[list[int]]) -> dict[str, Any
         print(f"{way:12s} {json.dumps(row)}", flush=True)
         if way == "fp8-scales":
             os.environ["VLLM_GEMMA4_SPEC_PATCH_KV_SCALES"] = "0"
-            KV_SCALES.undo()
+            PATCHER.undo([KV_SCALES])
     return out
 
 

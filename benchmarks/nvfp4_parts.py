@@ -87,7 +87,7 @@ def make_linear(name: str, kind: str, columns: int, outputs: list[int], members:
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    from vllm_gemma4_spec.modelopt import Nvfp4Config
+    from vllm_gemma4_spec.quantization import Nvfp4Config
 
     algorithm = "NVFP4_SVD" if "svdquant_lora_a" in members[0] else "NVFP4_AWQ"
     config = Nvfp4Config.from_config({"quant_algo": algorithm, "quant_method": "modelopt", "ignore": []})
@@ -204,7 +204,7 @@ def experts(device: str, small: bool) -> dict[str, Any]:
     from vllm.model_executor.layers.fused_moe import FusedMoE
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    from vllm_gemma4_spec.modelopt import Nvfp4Config
+    from vllm_gemma4_spec.quantization import Nvfp4Config
 
     if device == "cuda":
         from vllm.v1.worker.workspace import init_workspace_manager
@@ -285,7 +285,7 @@ def checkpoints(device: str, small: bool, dtype: str = "bfloat16") -> dict[str, 
     bf16 is how they are served; float16 has eight times less rounding, so it shows more.
     """
     from tests.checkpoints import reference
-    from tests.modelopt import comparison as c
+    from tests.quantization import comparison as c
 
     root = c.FIXTURES if device == "cpu" else c.WIDE_FIXTURES
     names = sorted(p.name for p in root.iterdir())[: 2 if small else None]
@@ -449,7 +449,7 @@ def load(device: str, small: bool) -> dict[str, Any]:
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     from tests.support.engine import engine
-    from vllm_gemma4_spec.modelopt import linear
+    from vllm_gemma4_spec.quantization import linear
 
     spent = {"load": 0.0, "scan": 0.0, "narrow": 0.0, "headers": 0.0}
 

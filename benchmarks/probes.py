@@ -125,7 +125,7 @@ def draft_parts(worker: Any, sizes: list[int], context: int) -> dict[str, dict[s
     """
     from vllm.distributed.parallel_state import graph_capture
 
-    from vllm_gemma4_spec.graphs.proposal import GRAPHS, DraftGraphs
+    from vllm_gemma4_spec.performance.draft_graphs import GRAPHS, DraftGraphs
 
     runner = worker.model_runner
     drafter = runner.drafter
@@ -165,7 +165,7 @@ def profile_replay(worker: Any, size: int) -> list[tuple[str, float, float]]:
     """Kernels of one replay in order: name, start and duration in microseconds."""
     from torch.profiler import ProfilerActivity, profile
 
-    from vllm_gemma4_spec.graphs.proposal import GRAPHS
+    from vllm_gemma4_spec.performance.draft_graphs import GRAPHS
 
     graphs = worker.model_runner.drafter.__dict__.get(GRAPHS)
     if graphs is None:
@@ -228,7 +228,7 @@ def rows_against_marlin(worker: Any, tokens: int) -> dict[str, float]:
     """Largest relative difference between the few-row kernel and Marlin on the drafter's own layers."""
     from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import apply_fp4_marlin_linear
 
-    from vllm_gemma4_spec.kernels import layers
+    from vllm_gemma4_spec.quantization import small_batch_layers
 
     runner, worst = worker.model_runner, 0.0
     modules = [m for m in runner.drafter.model.modules() if getattr(m, "rows_codes", None) is not None]
@@ -241,7 +241,7 @@ def rows_against_marlin(worker: Any, tokens: int) -> dict[str, float]:
         if layer.rows_gelu:
             gate, up = wanted.chunk(2, dim=-1)
             wanted = torch.nn.functional.gelu(gate, approximate="tanh") * up
-        got = layers.linear(layer, x).float()
+        got = small_batch_layers.linear(layer, x).float()
         worst = max(worst, float((got - wanted).norm() / wanted.norm()))
     return {"layers": len(modules), "worst": round(worst, 5)}
 

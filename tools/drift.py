@@ -14,10 +14,10 @@ from typing import Annotated
 import typer
 from packaging.version import Version
 
-from vllm_gemma4_spec.patches import PATCHES
 from vllm_gemma4_spec.patching import fingerprint
 from vllm_gemma4_spec.patching.patch import Group
 from vllm_gemma4_spec.patching.version import SUPPORTED
+from vllm_gemma4_spec.registry import PATCHES
 
 ROOT = Path(__file__).parents[1]
 Texts = Mapping[str, str]  # path inside the release -> text

@@ -27,21 +27,21 @@ def apply() -> None:
         SettingError: a ``VLLM_GEMMA4_SPEC*`` environment variable is unknown or unreadable.
         TargetError: a target is not what its patch was written for; nothing is patched then.
     """
-    from vllm_gemma4_spec.patching.engine import PATCHER
+    from vllm_gemma4_spec.registry import PATCHER
 
     PATCHER.apply()
 
 
 def undo() -> None:
     """Put every original back; modules imported later stay as vLLM ships them. ``apply()`` starts anew."""
-    from vllm_gemma4_spec.patching.engine import PATCHER
+    from vllm_gemma4_spec.registry import PATCHER
 
     PATCHER.undo()
 
 
 def status() -> list[PatchStatus]:
     """The state of every patch in this process, in the order they are applied."""
-    from vllm_gemma4_spec.patching.engine import PATCHER
+    from vllm_gemma4_spec.registry import PATCHER
 
     return PATCHER.status()
 
@@ -53,6 +53,6 @@ def register() -> None:
     mismatch stops the server instead of letting it answer wrongly. In the ``vllm`` command it ends the
     process with one line and no traceback.
     """
-    from vllm_gemma4_spec.patching.plugin import load
+    from vllm_gemma4_spec.plugin import load
 
     load()

@@ -8,8 +8,8 @@ import os
 from vllm_gemma4_spec import settings
 from vllm_gemma4_spec._version import __version__
 from vllm_gemma4_spec.errors import Gemma4SpecError, stop
-from vllm_gemma4_spec.ops import reports
-from vllm_gemma4_spec.patching.engine import PATCHER
+from vllm_gemma4_spec.metrics import reports
+from vllm_gemma4_spec.registry import PATCHER
 
 # vLLM configures the logger "vllm" only: a logger outside that namespace prints no INFO line.
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
@@ -20,7 +20,7 @@ def declare_settings() -> None:
     """Make our variables known to vLLM: not reported as unknown, part of the compile cache key."""
     import vllm.envs
 
-    names = [p.name for p in PATCHER.known()]
+    names = [p.name for p in PATCHER.known]
     for name, read in settings.declared(names).items():
         vllm.envs.environment_variables.setdefault(name, read)
     # Not a variable a user sets: a graph compiled under other patches must not be reused.
@@ -47,7 +47,7 @@ def load() -> None:
     except Gemma4SpecError as error:
         stop(error)
     declare_settings()
-    reports.announce()
+    reports.announce(PATCHER.status, PATCHER.on_change)
     if os.getpid() not in _said:
         _said.add(os.getpid())
         logger.info("%s [process %d]", summary(), os.getpid())

@@ -1,20 +1,30 @@
-"""Every patch, declared as data: one module per topic. Nothing here imports vLLM.
+"""Every patch, in the order it is applied, and what applies them in this process. Nothing here imports vLLM.
 
-To add one: declare it in a topic module, run ``make fingerprints ledger``, add its tests.
+To add a patch: declare it in its topic's ``patches.py``, run ``make fingerprints ledger``, add its tests.
 """
 
 from __future__ import annotations
 
-from vllm_gemma4_spec.patches import chat, cpu, drafting, graphs, lora, modelopt, multimodal, server
+from vllm_gemma4_spec.chat import patches as chat
+from vllm_gemma4_spec.cpu import patches as cpu
+from vllm_gemma4_spec.lora import patches as lora
+from vllm_gemma4_spec.metrics import patches as metrics
+from vllm_gemma4_spec.multimodal import patches as multimodal
+from vllm_gemma4_spec.patching.engine import Patcher
 from vllm_gemma4_spec.patching.patch import Patch
+from vllm_gemma4_spec.performance import patches as performance
+from vllm_gemma4_spec.quantization import patches as quantization
+from vllm_gemma4_spec.spec_decode import patches as spec_decode
 
 PATCHES: tuple[Patch, ...] = (
-    *drafting.PATCHES,
+    *spec_decode.PATCHES,
     *multimodal.PATCHES,
     *lora.PATCHES,
-    *graphs.PATCHES,
+    *performance.PATCHES,
     *cpu.PATCHES,
-    *modelopt.PATCHES,
+    *quantization.PATCHES,
     *chat.PATCHES,
-    *server.PATCHES,
+    *metrics.PATCHES,
 )
+
+PATCHER = Patcher(PATCHES)

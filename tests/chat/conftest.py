@@ -50,14 +50,14 @@ def plain(tokenizer: Any) -> Any:
 @pytest.fixture(scope="session")
 def overlay() -> Iterator[None]:
     """The patch is on (others may be as well), and off again afterwards if it was."""
-    from vllm_gemma4_spec.patches.chat import CHAT_OUTPUT
-    from vllm_gemma4_spec.patching.engine import PATCHER
+    from vllm_gemma4_spec.chat.patches import CHAT_OUTPUT
+    from vllm_gemma4_spec.registry import PATCHER
 
     was_on = any(s.name == CHAT_OUTPUT.name and s.state in ("on", "waiting") for s in PATCHER.status())
-    CHAT_OUTPUT.apply()
+    PATCHER.apply([CHAT_OUTPUT])
     yield
     if not was_on:
-        CHAT_OUTPUT.undo()
+        PATCHER.undo([CHAT_OUTPUT])
 
 
 def pytest_sessionfinish() -> None:

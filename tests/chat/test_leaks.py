@@ -15,7 +15,8 @@ import httpx
 import pytest
 
 from tests.support.stock import without
-from vllm_gemma4_spec.patches.chat import ERROR_PATHS
+from vllm_gemma4_spec.chat.patches import ERROR_PATHS
+from vllm_gemma4_spec.registry import PATCHER
 
 from . import server
 from .scenarios import TOOLS
@@ -30,7 +31,7 @@ SPECIMEN = re.compile(r"site-packages|Traceback|File \"|\.py\b|0x[0-9a-f]{6,}|vl
 
 @pytest.fixture(scope="module")
 def served(overlay: None, folder: Path) -> Server:
-    ERROR_PATHS.apply()
+    PATCHER.apply([ERROR_PATHS])
     return server.run(Server(str(folder)).start())
 
 

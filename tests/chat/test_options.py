@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from vllm_gemma4_spec.patches.chat import CHAT_OUTPUT
+from vllm_gemma4_spec.chat.patches import CHAT_OUTPUT
+from vllm_gemma4_spec.registry import PATCHER
 
 from . import server
 from .scenarios import THINK, TOOLS
@@ -235,9 +236,9 @@ def test_other_parsers_are_left_alone(overlay: None, folder: Any, encode: Any, p
     tokens = encode("Here is my thought process: Hm. Here is my response: Hi <tool_call>{}<turn|>")
     request = {"tools": TOOLS} if parsers[1] else {}
     with_patch = [ask(served, tokens, cut=by(2), stream=stream, **request) for stream in (False, True)]
-    CHAT_OUTPUT.undo()
+    PATCHER.undo([CHAT_OUTPUT])
     try:
         without = [ask(served, tokens, cut=by(2), stream=stream, **request) for stream in (False, True)]
     finally:
-        CHAT_OUTPUT.apply()
+        PATCHER.apply([CHAT_OUTPUT])
     assert with_patch == without

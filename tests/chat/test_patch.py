@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from vllm_gemma4_spec.patches.chat import CHAT_OUTPUT
+from vllm_gemma4_spec.chat.patches import CHAT_OUTPUT
 from vllm_gemma4_spec.patching.patch import Group
+from vllm_gemma4_spec.registry import PATCHER
 
 
 def target(edit: Any) -> Any:
@@ -33,8 +34,8 @@ def test_all_or_nothing(overlay: None) -> None:
     assert CHAT_OUTPUT.group is Group.CORRECTNESS
     wrapped = [target(e) for e in CHAT_OUTPUT.edits]
     assert all(hasattr(w, "__wrapped__") for w in wrapped)
-    CHAT_OUTPUT.undo()
+    PATCHER.undo([CHAT_OUTPUT])
     try:
         assert not any(hasattr(target(e), "__wrapped__") for e in CHAT_OUTPUT.edits)
     finally:
-        CHAT_OUTPUT.apply()
+        PATCHER.apply([CHAT_OUTPUT])

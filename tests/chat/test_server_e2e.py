@@ -14,7 +14,8 @@ import httpx
 import openai
 import pytest
 
-from vllm_gemma4_spec.patches.chat import CHAT_OUTPUT
+from vllm_gemma4_spec.chat.patches import CHAT_OUTPUT
+from vllm_gemma4_spec.registry import PATCHER
 
 from . import server
 from .scenarios import SCENARIOS, TOOLS, Scenario
@@ -293,9 +294,9 @@ def test_bad_input_is_answered_as_stock(served: Server, encode: Any, fields: dic
         return reply.status_code, body.get("choices", body)
 
     with_patch = server.run(ask())
-    CHAT_OUTPUT.undo()
+    PATCHER.undo([CHAT_OUTPUT])
     try:
         assert with_patch == server.run(ask())
     finally:
-        CHAT_OUTPUT.apply()
+        PATCHER.apply([CHAT_OUTPUT])
     assert with_patch[0] == (200 if "chat_template_kwargs" in fields else 400)

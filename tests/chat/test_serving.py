@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from vllm_gemma4_spec.chat.patches import CHAT_OUTPUT
 from vllm_gemma4_spec.chat.tokens import vocabulary
-from vllm_gemma4_spec.patches.chat import CHAT_OUTPUT
+from vllm_gemma4_spec.registry import PATCHER
 
 from . import reference, server
 from .scenarios import SCENARIOS, Scenario
@@ -121,11 +122,11 @@ def test_every_cut(overlay: None, both: Server, scenario: Scenario, encode: Any,
 
 def test_stock_is_wrong(overlay: None, both: Server, encode: Any, plain: Any, record_property: Any) -> None:
     """What the patch is for: without it most scenarios go wrong in some cut. Fails when it can be retired."""
-    CHAT_OUTPUT.undo()
+    PATCHER.undo([CHAT_OUTPUT])
     try:
         bad = {s.name: wrong(both, s, encode, plain) for s in SCENARIOS}
     finally:
-        CHAT_OUTPUT.apply()
+        PATCHER.apply([CHAT_OUTPUT])
     broken = {name for name, cuts_ in bad.items() if cuts_}
     token_by_token = {n for n, c in bad.items() if "streamed, 1" in c}
     plainly = {n for n, c in bad.items() if any(k.startswith("whole") for k in c)}

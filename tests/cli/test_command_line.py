@@ -9,7 +9,7 @@ import sys
 from tests.support.commands import gemma4_spec, in_process
 from vllm_gemma4_spec import __version__
 from vllm_gemma4_spec.cli import COMMANDS
-from vllm_gemma4_spec.patches import PATCHES
+from vllm_gemma4_spec.registry import PATCHES
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

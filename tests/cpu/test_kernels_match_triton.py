@@ -16,7 +16,8 @@ import torch
 from tests.support.interpreter import interpreted
 from vllm_gemma4_spec.cpu import draft_kernels, rejection_kernels
 from vllm_gemma4_spec.cpu.launch import CpuKernel
-from vllm_gemma4_spec.patches.cpu import CPU_KERNELS
+from vllm_gemma4_spec.cpu.patches import CPU_KERNELS
+from vllm_gemma4_spec.registry import PATCHER
 
 CASES_PER_KERNEL = 200
 FORMS: dict[str, CpuKernel] = {
@@ -117,7 +118,7 @@ def test_vllm_launches_the_step_form(results: Results) -> None:
     """Through vLLM's own function, which computes the grid and the strides."""
     from vllm.v1.spec_decode import utils
 
-    CPU_KERNELS.apply()
+    PATCHER.apply([CPU_KERNELS])
     try:
         for before, after in results[0][f"{kernel_cases.DRAFT}:eagle_step_slot_mapping_metadata_kernel"]:
             case = copy.deepcopy(before)
@@ -134,7 +135,7 @@ def test_vllm_launches_the_step_form(results: Results) -> None:
             )
             assert difference(case, after) is None
     finally:
-        CPU_KERNELS.undo()
+        PATCHER.undo([CPU_KERNELS])
 
 
 def test_cases_reach_the_corners() -> None:
@@ -164,13 +165,13 @@ def test_patch_covers_every_launched_kernel() -> None:
         launched |= {f"{name}:{line.split('[')[0].strip()}" for line in text.splitlines() if "_kernel[" in line}
     assert len(launched) == 8
     originals = {target: _resolve(target) for target in launched}
-    CPU_KERNELS.apply()
+    PATCHER.apply([CPU_KERNELS])
     try:
-        CPU_KERNELS.apply()
+        PATCHER.apply([CPU_KERNELS])
         for target in launched:
             assert isinstance(_resolve(target), CpuKernel), target
     finally:
-        CPU_KERNELS.undo()
+        PATCHER.undo([CPU_KERNELS])
     assert all(_resolve(target) is original for target, original in originals.items())
 
 

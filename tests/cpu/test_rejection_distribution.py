@@ -22,7 +22,8 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from vllm_gemma4_spec.cpu import rejection_kernels
 from vllm_gemma4_spec.cpu.launch import CpuKernel
-from vllm_gemma4_spec.patches.cpu import CPU_KERNELS
+from vllm_gemma4_spec.cpu.patches import CPU_KERNELS
+from vllm_gemma4_spec.registry import PATCHER
 
 VOCAB, LENGTH, DRAFTS, ANSWERS = 4, 3, 3, 10_000
 START = 0  # the token before every answer
@@ -33,11 +34,11 @@ DRAFTER = TARGET + torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_
 
 @pytest.fixture(autouse=True)
 def cpu_kernels() -> Iterator[None]:
-    CPU_KERNELS.apply()
+    PATCHER.apply([CPU_KERNELS])
     # The sampler of the bonus token is compiled: seconds of C++ for nothing that is tested here.
     with torch.compiler.set_stance("force_eager"):
         yield
-    CPU_KERNELS.undo()
+    PATCHER.undo([CPU_KERNELS])
 
 
 def sampling(

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.engine import engine, generate, random_prompts
 from tests.support.stock import without
-from vllm_gemma4_spec.patches.cpu import CPU_RUNNER
+from vllm_gemma4_spec.cpu.patches import CPU_RUNNER
 
 PROMPTS = random_prompts((200, 5, 90))
 CHUNKS = {"max_num_batched_tokens": 64, "max_num_seqs": 4}

@@ -18,7 +18,7 @@ from tests.eagle.reference_head import AUX_LAYERS, ReferenceHead, save_head
 from tests.support.engine import acceptance, engine, generate, random_prompts
 from tests.support.recorder import Recorder
 from tests.support.stock import without
-from vllm_gemma4_spec.patches.drafting import CHUNK_BOUNDARIES
+from vllm_gemma4_spec.spec_decode.patches import CHUNK_BOUNDARIES
 
 LENGTHS, TOKENS, K = (3, 33, 70, 200), 16, 3
 # Hidden states go to about 20; measured differences stay below 1e-4.

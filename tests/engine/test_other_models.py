@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.support.engine import acceptance, engine, generate, random_prompts
 from tests.support.stock import without
-from vllm_gemma4_spec.patches.drafting import OWN_BLOCKS
+from vllm_gemma4_spec.spec_decode.patches import OWN_BLOCKS
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def drafter_of(llm: Any) -> Any:
 
 
 def test_a_single_group_drafter_is_left_alone(llama: Path) -> None:
-    from vllm_gemma4_spec.drafting.groups import GroupBuilder
+    from vllm_gemma4_spec.spec_decode.kv_cache_groups import GroupBuilder
 
     prompts = random_prompts((3, 40, 100))
     with engine(llama) as llm:
@@ -52,7 +52,7 @@ def test_a_single_group_drafter_is_left_alone(llama: Path) -> None:
 
 
 def test_a_single_group_drafter_is_checked_too(llama: Path) -> None:
-    from vllm_gemma4_spec.drafting.check import CheckedBuilder, InvariantError
+    from vllm_gemma4_spec.spec_decode.invariants import CheckedBuilder, InvariantError
 
     prompts = random_prompts((16, 32, 48))  # each ends with its block
     with engine(llama, llama, 3) as llm:

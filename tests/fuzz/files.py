@@ -226,8 +226,8 @@ def quantization(data: bytes) -> None:
     # vLLM's module first: its import is what a patch that is on waits for, and the patch imports ours.
     import vllm.model_executor.layers.quantization.modelopt  # noqa: F401
 
-    from vllm_gemma4_spec.modelopt.config import Nvfp4Config
-    from vllm_gemma4_spec.modelopt.loading import known_algorithm
+    from vllm_gemma4_spec.quantization.config import Nvfp4Config
+    from vllm_gemma4_spec.quantization.loading import known_algorithm
 
     source = Source(data)
     value = source.json(CONFIG_KEYS[:18], SCALARS)

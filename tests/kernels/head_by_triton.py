@@ -7,7 +7,7 @@ import sys
 if __name__ == "__main__":
     import torch
 
-    from vllm_gemma4_spec.kernels.head import DraftHead
+    from vllm_gemma4_spec.kernels.draft_head import DraftHead
 
     results = []
     for case in torch.load(sys.argv[1]):

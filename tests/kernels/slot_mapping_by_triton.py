@@ -1,4 +1,7 @@
-"""The slot kernel in Triton's interpreter: ``python -m tests.graphs.slots_by_triton CASES RESULTS`` (torch files)."""
+"""The slot kernel in Triton's interpreter.
+
+``python -m tests.kernels.slot_mapping_by_triton CASES RESULTS`` (torch files).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import sys
 if __name__ == "__main__":
     import torch
 
-    from vllm_gemma4_spec.graphs.slots import GroupSlotKernel
+    from vllm_gemma4_spec.kernels.slot_mapping import GroupSlotKernel
 
     results = []
     for case in torch.load(sys.argv[1]):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_gemma4_spec.kernels import cuda, rows
+from vllm_gemma4_spec.kernels import cuda, small_batch_gemm
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,7 +23,7 @@ def nvrtc() -> None:
     [(80, 1, False, False), (90, 1, True, False), (90, 2, False, True), (120, 8, False, False)],
 )
 def test_the_kernel_compiles(capability: int, tiles: int, gelu: bool, scaled: bool) -> None:
-    code = cuda.compiled(rows.source(tiles, gelu, scaled), cuda.architecture(capability))
+    code = cuda.compiled(small_batch_gemm.source(tiles, gelu, scaled), cuda.architecture(capability))
     assert code.startswith(b"\x7fELF")
     assert b"nvfp4_rows" in code
 
@@ -47,12 +47,12 @@ def test_without_a_compiler_marlin_stays_and_the_log_says_so(
 
     said: list[str] = []
     monkeypatch.setattr(cuda, "Kernel", refuses)
-    monkeypatch.setattr(rows.logger, "warning", lambda text, *values: said.append(text % values))
-    rows.available.cache_clear()
-    rows._kernel.cache_clear()
+    monkeypatch.setattr(small_batch_gemm.logger, "warning", lambda text, *values: said.append(text % values))
+    small_batch_gemm.available.cache_clear()
+    small_batch_gemm._kernel.cache_clear()
     try:
-        assert not rows.available()
-        assert not rows.available()
+        assert not small_batch_gemm.available()
+        assert not small_batch_gemm.available()
     finally:
-        rows.available.cache_clear()
+        small_batch_gemm.available.cache_clear()
     assert said == ["NVFP4 products of few rows stay on Marlin: libnvrtc.so.12: cannot open shared object file"]

@@ -11,8 +11,8 @@ import torch
 import vllm_gemma4_spec
 from tests.support import engine as _engine  # sets the environment
 from tests.support.stock import without
-from vllm_gemma4_spec.graphs.sampling import HEAD
-from vllm_gemma4_spec.patches.graphs import DRAFT_ARGMAX, DRAFT_PRODUCTS, SPLIT_ATTENTION
+from vllm_gemma4_spec.performance.argmax import HEAD
+from vllm_gemma4_spec.performance.patches import DRAFT_ARGMAX, DRAFT_PRODUCTS, SPLIT_ATTENTION
 
 assert _engine
 
@@ -87,18 +87,18 @@ def loaded_drafter(monkeypatch: pytest.MonkeyPatch) -> tuple[Gemma4MLP, bool]:
     """The model that the proposer loads, and whether its layers were known as the drafter's meanwhile."""
     from vllm.v1.spec_decode import draft_model
 
-    from vllm_gemma4_spec.kernels import layers
+    from vllm_gemma4_spec.quantization import small_batch_layers
 
     known: list[bool] = []
 
     def get_model(**_: Any) -> Gemma4MLP:
-        known.append(layers._loading_drafter)
+        known.append(small_batch_layers._loading_drafter)
         return Gemma4MLP()
 
     monkeypatch.setattr(draft_model, "get_model", get_model)
     proposer = SimpleNamespace(_create_draft_vllm_config=lambda: None, device=torch.device("cpu"))
     model = draft_model.DraftModelProposer._get_model(proposer)
-    assert not layers._loading_drafter
+    assert not small_batch_layers._loading_drafter
     return model, known[0]
 
 

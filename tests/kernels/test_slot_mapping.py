@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support.interpreter import interpreted
-from vllm_gemma4_spec.drafting.slots import PADDING_SLOT_ID, group_slot_mappings
+from vllm_gemma4_spec.spec_decode.slot_mapping import PADDING_SLOT_ID, group_slot_mappings
 
 BLOCK_SIZES = [16, 32, 64, 128, 16, 48]
 MAX_LEN = 2048
@@ -67,7 +67,7 @@ CASES = {
 def by_triton(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     folder = tmp_path_factory.mktemp("slots")
     torch.save(list(CASES.values()), folder / "cases.pt")
-    interpreted("tests.graphs.slots_by_triton", folder / "cases.pt", folder / "results.pt")
+    interpreted("tests.kernels.slot_mapping_by_triton", folder / "cases.pt", folder / "results.pt")
     return dict(zip(CASES, torch.load(folder / "results.pt"), strict=True))
 
 

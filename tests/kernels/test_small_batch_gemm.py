@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vllm_gemma4_spec.kernels import packing, rows
+from vllm_gemma4_spec.kernels import packing, small_batch_gemm
+from vllm_gemma4_spec.kernels.small_batch_gemm import Launch
 
 HERE = Path(__file__).parent
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -65,11 +66,11 @@ def run(
     x: torch.Tensor,
     n: int,
     packed: Any,
-    how: rows.Launch,
+    how: Launch,
     gelu: bool,
     pre: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    tiles = rows.tiles_for(len(x))
+    tiles = small_batch_gemm.tiles_for(len(x))
     y = torch.full((len(x), n // 2 if gelu else n), torch.nan, dtype=torch.bfloat16)
     scale = torch.tensor([GLOBAL_SCALE])
     partial = torch.full((how.parts * n * 8 * tiles,), torch.nan)
@@ -85,20 +86,18 @@ def run(
 @pytest.mark.parametrize(
     ("tokens", "n", "k", "how", "gelu"),
     [
-        (1, 64, 512, rows.Launch(4, 1, 1), False),
-        (5, 32, 768, rows.Launch(2, 2, 1), False),
-        (3, 32, 1024, rows.Launch(2, 2, 2), False),
-        (8, 32, 1280, rows.Launch(2, 1, 4), False),  # parts of unequal length
-        (1, 64, 512, rows.Launch(4, 2, 1), True),
-        (6, 64, 512, rows.Launch(2, 1, 2), True),
-        (11, 32, 256, rows.Launch(2, 1, 1), False),
-        (17, 64, 256, rows.Launch(4, 1, 1), True),
-        (61, 32, 256, rows.Launch(2, 1, 1), False),
+        (1, 64, 512, Launch(4, 1, 1), False),
+        (5, 32, 768, Launch(2, 2, 1), False),
+        (3, 32, 1024, Launch(2, 2, 2), False),
+        (8, 32, 1280, Launch(2, 1, 4), False),  # parts of unequal length
+        (1, 64, 512, Launch(4, 2, 1), True),
+        (6, 64, 512, Launch(2, 1, 2), True),
+        (11, 32, 256, Launch(2, 1, 1), False),
+        (17, 64, 256, Launch(4, 1, 1), True),
+        (61, 32, 256, Launch(2, 1, 1), False),
     ],
 )
-def test_the_kernel_gives_the_product(
-    libraries: Any, tokens: int, n: int, k: int, how: rows.Launch, gelu: bool
-) -> None:
+def test_the_kernel_gives_the_product(libraries: Any, tokens: int, n: int, k: int, how: Launch, gelu: bool) -> None:
     torch.manual_seed(tokens)
     codes, scale = weight(n, k)
     x = torch.randn(tokens, k).bfloat16()
@@ -106,19 +105,17 @@ def test_the_kernel_gives_the_product(
     if gelu:
         gate, up = wanted.bfloat16().float().chunk(2, dim=-1)
         wanted = (F.gelu(gate, approximate="tanh") * up).double()
-    got = run(libraries(rows.tiles_for(tokens), gelu), x, n, packing.pack(codes, scale), how, gelu).double()
+    got = run(libraries(small_batch_gemm.tiles_for(tokens), gelu), x, n, packing.pack(codes, scale), how, gelu).double()
     error = (got - wanted).norm() / wanted.norm()
     assert error < 4e-3, f"{error:.1e}"  # bfloat16's own rounding of the result
 
 
-@pytest.mark.parametrize(("tokens", "how"), [(3, rows.Launch(2, 2, 2)), (17, rows.Launch(2, 1, 1))])
-def test_the_input_is_multiplied_by_its_scale_as_a_tensor_would_be(
-    libraries: Any, tokens: int, how: rows.Launch
-) -> None:
+@pytest.mark.parametrize(("tokens", "how"), [(3, Launch(2, 2, 2)), (17, Launch(2, 1, 1))])
+def test_the_input_is_multiplied_by_its_scale_as_a_tensor_would_be(libraries: Any, tokens: int, how: Launch) -> None:
     torch.manual_seed(tokens)
     codes, scale = weight(32, 1024)
     x, pre = torch.randn(tokens, 1024).bfloat16(), (torch.rand(1024) * 4 + 0.1).bfloat16()
-    packed, tiles = packing.pack(codes, scale), rows.tiles_for(tokens)
+    packed, tiles = packing.pack(codes, scale), small_batch_gemm.tiles_for(tokens)
     got = run(libraries(tiles, False, True), x, 32, packed, how, False, pre)
     assert torch.equal(got, run(libraries(tiles, False), x * pre, 32, packed, how, False))
     assert not torch.equal(got, run(libraries(tiles, False), x, 32, packed, how, False))
@@ -134,7 +131,7 @@ def test_wrong_scales_and_codes_are_noticed(libraries: Any) -> None:
         return scale.view(torch.uint8).flip(axis).view(torch.float8_e4m3fn)
 
     for bad in (packing.pack(swapped, scale), packing.pack(codes, turned(1)), packing.pack(codes, turned(0))):
-        got = run(libraries(1, False), x, 32, bad, rows.Launch(2, 1, 1), False).double()
+        got = run(libraries(1, False), x, 32, bad, Launch(2, 1, 1), False).double()
         assert (got - wanted).norm() / wanted.norm() > 0.3
 
 
@@ -149,7 +146,14 @@ def test_every_scale_that_e4m3_has_is_exact(libraries: Any) -> None:
         for first in range(0, 256, 64):
             x = torch.zeros(64, 4096)
             x[torch.arange(64), (first + torch.arange(64)) * 16 + column] = 1
-            got = run(libraries(8, False), x.bfloat16(), 32, packing.pack(codes, scale), rows.Launch(2, 1, 1), False)
+            got = run(
+                libraries(8, False),
+                x.bfloat16(),
+                32,
+                packing.pack(codes, scale),
+                Launch(2, 1, 1),
+                False,
+            )
             wanted = (x.double() @ w.T).float() * (torch.tensor(GLOBAL_SCALE) * 256) / 256
             torch.testing.assert_close(got.float(), wanted.bfloat16().float(), rtol=2**-8, atol=0)
 
@@ -159,7 +163,7 @@ def test_every_scale_that_e4m3_has_is_exact(libraries: Any) -> None:
 def test_a_plan_covers_every_output_and_input_once(tiles: int, gelu: bool) -> None:
     for n, k in [(20480, 2560), (2560, 10240), (3072, 2560), (6144, 2560), (2560, 2048), (256, 2560), (2560, 256)]:
         for multiprocessors in (48, 132, 188):
-            how = rows.plan(n, k, tiles, gelu, multiprocessors)
+            how = small_batch_gemm.plan(n, k, tiles, gelu, multiprocessors)
             assert how.warps % how.split == 0
             slots = how.warps // how.split
             assert (n // 16) % slots == 0

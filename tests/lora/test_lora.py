@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tests.support.engine import acceptance, engine, random_prompts
 from tests.support.stock import without
 from tests.support.tiny_models import target_config
-from vllm_gemma4_spec.patches.lora import LORA_ALIASES
+from vllm_gemma4_spec.lora.patches import LORA_ALIASES
 
 RANK, TOKENS = 4, 24
 PROMPTS = random_prompts((5, 40, 100))

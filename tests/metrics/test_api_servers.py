@@ -12,9 +12,10 @@ from prometheus_client.parser import text_string_to_metric_families
 import vllm_gemma4_spec
 from tests.support.commands import gemma4_spec, printed, vllm_server
 from tests.support.stock import without
-from vllm_gemma4_spec.ops import reports, server
+from vllm_gemma4_spec.metrics import reports
+from vllm_gemma4_spec.metrics.patches import SERVER_FIGURES
+from vllm_gemma4_spec.ops import server
 from vllm_gemma4_spec.ops.server import Sample
-from vllm_gemma4_spec.patches.server import SERVER_FIGURES
 
 
 @pytest.fixture

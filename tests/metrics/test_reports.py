@@ -13,8 +13,8 @@ from tests.support.recorder import Recorder
 from tests.support.stock import without
 from vllm_gemma4_spec.checkpoints.files import Checkpoint
 from vllm_gemma4_spec.checkpoints.inspection import inspect
-from vllm_gemma4_spec.ops import reports
-from vllm_gemma4_spec.patches.drafting import SKIPPED_DRAFTS
+from vllm_gemma4_spec.metrics import reports
+from vllm_gemma4_spec.spec_decode.patches import SKIPPED_DRAFTS
 
 FIXTURES = Path(__file__).parents[1] / "checkpoints" / "fixtures"
 

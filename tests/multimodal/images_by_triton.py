@@ -52,7 +52,7 @@ def run(folder: Path, case: str, **options: Any) -> dict[str, Any]:
     from tests.support.stock import without
     from tests.support.tiny_multimodal import FIRST_WORD
     from vllm_gemma4_spec.multimodal import image_attention, segments
-    from vllm_gemma4_spec.patches.multimodal import IMAGE_ATTENTION
+    from vllm_gemma4_spec.multimodal.patches import IMAGE_ATTENTION
 
     target = folder / ("target-narrow" if case == "narrow" else "target")
     drafter = None if case in PLAIN else folder / "drafter"

@@ -22,7 +22,7 @@ from tests.support.images import CHATS, TOLERANCE, Chunks, answers, chat, chatti
 from tests.support.recorder import Recorder
 from tests.support.stock import without
 from tests.support.tiny_multimodal import IMAGE_TOKEN_ID
-from vllm_gemma4_spec.patches.multimodal import EMBEDDER_NORM
+from vllm_gemma4_spec.multimodal.patches import EMBEDDER_NORM
 
 TOKENS = 24
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.stock import LEAVE_OUT
-from vllm_gemma4_spec.patches import PATCHES
+from vllm_gemma4_spec.registry import PATCHES
 
 TESTS = Path(__file__).parents[1]
 

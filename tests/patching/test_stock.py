@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from tests.modelopt.comparison import FIXTURES, edited, engine_logprobs, per_expert, text_only
+from tests.quantization.comparison import FIXTURES, edited, engine_logprobs, per_expert, text_only
 from tests.support import engine as _engine
 from tests.support.engine import engine, generate, random_prompts
 from tests.support.stock import without
 from vllm_gemma4_spec.errors import DrafterError
-from vllm_gemma4_spec.patches import cpu, drafting, graphs, modelopt
 from vllm_gemma4_spec.patching.patch import Patch
+from vllm_gemma4_spec.registry import cpu, drafting, graphs, modelopt
 
 assert _engine
 

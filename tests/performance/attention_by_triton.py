@@ -1,7 +1,7 @@
 """vLLM's attention kernels in Triton's interpreter, as chosen with and without ``split-attention``.
 
-``python -m tests.kernels.attention_by_triton RESULTS`` saves, per case, both outputs, those of a reference, and which
-kernel ran.
+``python -m tests.performance.attention_by_triton RESULTS`` saves, per case, both outputs, those of a
+reference, and which kernel ran.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ if __name__ == "__main__":
     import torch
     from vllm.v1.attention.ops import triton_unified_attention as ops
 
-    from vllm_gemma4_spec.kernels import split_attention
+    from vllm_gemma4_spec.performance import split_attention
 
     HEADS, KV_HEADS, SIZE, BLOCK, SEGMENTS, ROOM = 8, 2, 32, 16, 16, 16
     ran: list[str] = []

@@ -1,4 +1,4 @@
-"""A draft model compiled by vLLM's own backend, on the CPU: ``python -m tests.graphs.second_start``.
+"""A draft model compiled by vLLM's own backend, on the CPU: ``python -m tests.performance.second_start``.
 
 Prints, as JSON, how many graphs were compiled and loaded, and with which settings. The model has three layers of one
 shape between splitting operators, which vLLM compiles once. A second start loads what the first one saved
@@ -23,7 +23,7 @@ from vllm.forward_context import set_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
 import vllm_gemma4_spec
-from vllm_gemma4_spec.graphs import inductor
+from vllm_gemma4_spec.performance import compile_settings
 
 
 def cut(x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class Layers(torch.nn.Module):
 
 def main() -> None:
     # A CPU has none; the setting changes no code here, but it is part of the key.
-    inductor._takes_pdl = lambda: "forget" not in sys.argv
+    compile_settings._takes_pdl = lambda: "forget" not in sys.argv
     FixFunctionalizationPass.__call__ = lambda *_: None  # names operators that vLLM's CPU build has not
     vllm_gemma4_spec.apply()
     config = VllmConfig(

@@ -9,9 +9,9 @@ import pytest
 
 from tests.support.engine import acceptance, engine, generate, random_prompts
 from tests.support.stock import without
-from vllm_gemma4_spec.drafting.depth import DraftDepth
-from vllm_gemma4_spec.ops import reports
-from vllm_gemma4_spec.patches.graphs import ADAPTIVE_K
+from vllm_gemma4_spec.metrics import reports
+from vllm_gemma4_spec.performance.adaptive_k import DraftDepth
+from vllm_gemma4_spec.performance.patches import ADAPTIVE_K
 
 K = 3
 LENGTHS = (5, 40, 90, 17, 33)
@@ -29,7 +29,7 @@ def test_answers_are_those_of_plain_decoding(tiny: dict[str, Path], kind: str, m
         plain = generate(llm, prompts, LIMITS)
     monkeypatch.setenv("VLLM_GEMMA4_SPEC_ADAPTIVE_K", "0.2")
     # Counts go out once a second; here with every step.
-    monkeypatch.setattr("vllm_gemma4_spec.drafting.depth._REPORT_SECONDS", -1.0)
+    monkeypatch.setattr("vllm_gemma4_spec.performance.adaptive_k._REPORT_SECONDS", -1.0)
     with engine(tiny["target"], tiny[kind], K, max_num_seqs=4) as llm:
         before, missing = acceptance(llm), left_out()
         answers, counts, missing = generate(llm, prompts, LIMITS), acceptance(llm) - before, left_out() - missing

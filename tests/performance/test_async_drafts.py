@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from tests.support import engine as _engine  # sets the environment
-from vllm_gemma4_spec.graphs import scheduling
-from vllm_gemma4_spec.graphs.scheduling import MARGIN
-from vllm_gemma4_spec.patches.graphs import ASYNC_DRAFTS
+from vllm_gemma4_spec.performance import async_scheduling
+from vllm_gemma4_spec.performance.async_scheduling import MARGIN
+from vllm_gemma4_spec.performance.patches import ASYNC_DRAFTS
+from vllm_gemma4_spec.registry import PATCHER
 
 assert _engine
 WINDOW, BLOCK, K = 32, 16, 3
@@ -20,9 +21,9 @@ WINDOW, BLOCK, K = 32, 16, 3
 
 @pytest.fixture
 def patched() -> Iterator[None]:
-    ASYNC_DRAFTS.apply()
+    PATCHER.apply([ASYNC_DRAFTS])
     yield
-    ASYNC_DRAFTS.undo()
+    PATCHER.undo([ASYNC_DRAFTS])
 
 
 def blocks_in_window(length: int, margin: int) -> tuple[list[bool], int]:
@@ -70,7 +71,7 @@ def test_the_margin_is_there_with_async_scheduling_only(asynchronous: bool, marg
         self.kv_cache_manager = SimpleNamespace(coordinator=SimpleNamespace())
 
     scheduler = SimpleNamespace()
-    scheduling.scheduler_init(init)(scheduler)
+    async_scheduling.scheduler_init(init)(scheduler)
     assert getattr(scheduler.kv_cache_manager.coordinator, MARGIN) == margin
 
 
@@ -113,5 +114,5 @@ def test_async_scheduling_is_the_default_where_it_is_exact(
 
     monkeypatch.setattr(vllm.platforms.current_platform, "is_cuda", lambda: cuda, raising=False)
     given = config(**changes)
-    scheduling.vllm_config(lambda self: None)(given)
+    async_scheduling.vllm_config(lambda self: None)(given)
     assert given.scheduler_config.async_scheduling is wanted

@@ -10,10 +10,11 @@ import pytest
 from tests.support import engine as _engine  # sets the environment
 from tests.support.stock import without
 from vllm_gemma4_spec import settings
-from vllm_gemma4_spec.drafting.proposer import GROUPS
-from vllm_gemma4_spec.graphs.capture import _batch_sizes, capture_drafts
-from vllm_gemma4_spec.graphs.proposal import GRAPHS, update_cudagraph_mode
-from vllm_gemma4_spec.patches.graphs import DRAFT_GRAPHS, DRAFT_PIECES
+from vllm_gemma4_spec.performance.draft_graphs import GRAPHS, update_cudagraph_mode
+from vllm_gemma4_spec.performance.graph_capture import _batch_sizes, capture_drafts
+from vllm_gemma4_spec.performance.patches import DRAFT_GRAPHS, DRAFT_PIECES
+from vllm_gemma4_spec.registry import PATCHER
+from vllm_gemma4_spec.spec_decode.proposer import GROUPS
 
 assert _engine
 
@@ -125,7 +126,7 @@ def dispatched(self: Any) -> list[Any]:
 
 
 def test_vllms_own_method_gives_a_draft_model_pieces() -> None:
-    DRAFT_PIECES.apply()
+    PATCHER.apply([DRAFT_PIECES])
     assert dispatched(runner(mode="PIECEWISE")) == [runner(mode="PIECEWISE").compilation_config.cudagraph_mode]
 
 
@@ -155,7 +156,7 @@ def drafted() -> Any:
 
 
 def test_captured_drafts_are_replayed() -> None:
-    DRAFT_GRAPHS.apply()
+    PATCHER.apply([DRAFT_GRAPHS])
     assert drafted() == "replayed"
 
 

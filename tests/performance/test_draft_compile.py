@@ -22,9 +22,9 @@ from torch._inductor.virtualized import V
 import vllm_gemma4_spec
 from tests.support import engine as _engine  # sets the environment
 from tests.support.stock import without
-from vllm_gemma4_spec.graphs import inductor
-from vllm_gemma4_spec.graphs.inductor import Choices
-from vllm_gemma4_spec.patches.graphs import DRAFT_COMPILE
+from vllm_gemma4_spec.performance import compile_settings
+from vllm_gemma4_spec.performance.compile_settings import Choices
+from vllm_gemma4_spec.performance.patches import DRAFT_COMPILE
 
 assert _engine
 PDL = "triton.enable_pdl"
@@ -56,7 +56,7 @@ class Backends:
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor, "_takes_pdl", lambda: True)
+    monkeypatch.setattr(compile_settings, "_takes_pdl", lambda: True)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -107,7 +107,7 @@ def test_a_second_start_loads_what_the_first_one_compiled(tmp_path: Path) -> Non
     """Settings are part of the key by which layers of one shape find the one that was compiled."""
 
     def start(*arguments: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", "tests.graphs.second_start", *arguments]
+        command = [sys.executable, "-m", "tests.performance.second_start", *arguments]
         env = {**os.environ, "VLLM_CACHE_ROOT": str(tmp_path)}
         done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

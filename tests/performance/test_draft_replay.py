@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from tests.support.engine import acceptance, engine, generate, random_prompts
-from vllm_gemma4_spec.drafting.slots import PADDING_SLOT_ID, group_slot_mappings
-from vllm_gemma4_spec.graphs.proposal import GRAPHS, DraftGraphs, _Graph, at_depth, decode_batch_sizes
+from vllm_gemma4_spec.performance.draft_graphs import GRAPHS, DraftGraphs, _Graph, at_depth, decode_batch_sizes
+from vllm_gemma4_spec.spec_decode.slot_mapping import PADDING_SLOT_ID, group_slot_mappings
 
 K = 3
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tests.support.interpreter import interpreted
-from vllm_gemma4_spec.kernels import split_attention
+from vllm_gemma4_spec.performance import split_attention
 
 
 def test_vllms_own_split_kernel_gives_the_same_attention(tmp_path: Path) -> None:
-    interpreted("tests.kernels.attention_by_triton", tmp_path / "results.pt")
+    interpreted("tests.performance.attention_by_triton", tmp_path / "results.pt")
     results = torch.load(tmp_path / "results.pt")
     for case in results:
         torch.testing.assert_close(case["stock"], case["wanted"], rtol=1e-4, atol=1e-5)

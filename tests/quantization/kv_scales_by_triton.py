@@ -1,7 +1,7 @@
 """vLLM's attention kernel with an fp8 cache in Triton's interpreter.
 
-``python -m tests.modelopt.kv_scales_by_triton RESULTS``. Keys and values are stored divided by a scale; the kernel is
-given that scale.
+``python -m tests.quantization.kv_scales_by_triton RESULTS``. Keys and values are stored divided by a scale; the
+kernel is given that scale.
 """
 
 from __future__ import annotations

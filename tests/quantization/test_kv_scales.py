@@ -20,7 +20,7 @@ from tests.support.kv_scales import with_kv_scales
 
 def test_the_kernel_drops_the_scales_of_fp8_queries(tmp_path: Path) -> None:
     """Why queries must stay in 16 bits. Should this fail, a newer vLLM has mended its kernel."""
-    interpreted("tests.modelopt.kv_scales_by_triton", tmp_path / "out.pt")
+    interpreted("tests.quantization.kv_scales_by_triton", tmp_path / "out.pt")
     results = torch.load(tmp_path / "out.pt")
     right = results["float32", 1.0]
     error = {case: float((out - right).abs().mean() / right.abs().mean()) for case, out in results.items()}
@@ -90,7 +90,7 @@ def test_scales_of_one_change_nothing(tiny: dict[str, Path], tmp_path: Path, mon
 
 
 def test_waking_up_sets_the_scales_again() -> None:
-    from vllm_gemma4_spec.modelopt.kv_scales import init_fp8_kv_scales
+    from vllm_gemma4_spec.quantization.kv_scales import init_fp8_kv_scales
 
     layer = SimpleNamespace(_k_scale=torch.tensor(4.0), _v_scale=torch.tensor(2.0))
     layer._k_scale_float, layer._v_scale_float = 4.0, 2.0

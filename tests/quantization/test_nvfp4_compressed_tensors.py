@@ -13,11 +13,11 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import reference, tiny
-from tests.modelopt.comparison import TOKENS, edited, engine_logprobs, swapped_nibbles
+from tests.quantization.comparison import TOKENS, edited, engine_logprobs, swapped_nibbles
 from tests.support.stock import without
 from vllm_gemma4_spec.checkpoints.files import Checkpoint
 from vllm_gemma4_spec.checkpoints.inspection import inspect
-from vllm_gemma4_spec.patches import modelopt
+from vllm_gemma4_spec.registry import modelopt
 
 TOLERANCE = 1e-3  # as in test_nvfp4_engine.py
 _NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}

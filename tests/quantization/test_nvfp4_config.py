@@ -59,7 +59,7 @@ def only(form: str, source: Path, target: Path) -> Path:
 @pytest.mark.parametrize("form", ["flat", "legacy", "nested"])
 @pytest.mark.parametrize(("name", "algorithm"), [("31b-awq-full", "NVFP4_AWQ"), ("31b-svdquant", "NVFP4_SVD")])
 def test_every_way_to_name_it(name: str, algorithm: str, form: str, quantization: str | None, tmp_path: Path) -> None:
-    from vllm_gemma4_spec.modelopt import Nvfp4Config
+    from vllm_gemma4_spec.quantization import Nvfp4Config
 
     config = vllm_config(only(form, FIXTURES / name, tmp_path / "m"), quantization=quantization)
     assert config.model_config.quantization == "modelopt_fp4"
@@ -123,7 +123,7 @@ def test_undo_gives_vllm_its_class_back() -> None:
     ],
 )
 def test_bad_config(change: dict[str, Any], message: str) -> None:
-    from vllm_gemma4_spec.modelopt import Nvfp4Config
+    from vllm_gemma4_spec.quantization import Nvfp4Config
 
     flat = {"quant_algo": "NVFP4_AWQ", "quant_method": "modelopt", "ignore": ["lm_head"]}
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -152,7 +152,7 @@ def test_a_damaged_checkpoint_ends_the_server_with_one_line(
     damage: Callable[[Path], None], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before any process is started or any weight is read; elsewhere than in the command it is an exception."""
-    from vllm_gemma4_spec.modelopt import Nvfp4Config
+    from vllm_gemma4_spec.quantization import Nvfp4Config
 
     damage(shutil.copytree(FIXTURES / "31b-awq-full", tmp_path / "m"))
     config = Nvfp4Config.from_config({"quant_algo": "NVFP4_AWQ", "quant_method": "modelopt", "ignore": ["lm_head"]})

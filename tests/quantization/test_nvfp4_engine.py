@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.checkpoints import reference
-from tests.modelopt.comparison import (
+from tests.quantization.comparison import (
     FIXTURES,
     MISTAKES,
     TOKENS,

@@ -57,7 +57,7 @@ def plain(parts: Tensors) -> torch.Tensor:
 def make(kind: str, algorithm: str = "NVFP4_AWQ") -> Any:
     from vllm.model_executor.layers import linear
 
-    from vllm_gemma4_spec.modelopt import Nvfp4Config
+    from vllm_gemma4_spec.quantization import Nvfp4Config
 
     config = Nvfp4Config.from_config({"quant_algo": algorithm, "quant_method": "modelopt", "ignore": []})
     if kind == "qkv":
@@ -182,20 +182,20 @@ def test_nan_scales_are_mended_by_the_rule() -> None:
 
 @pytest.mark.usefixtures("world")
 def test_one_summary_line_and_the_strict_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_gemma4_spec.modelopt import nan
+    from vllm_gemma4_spec.quantization import nan_scales
 
     def break_one(shard: Any, parts: Tensors) -> None:
         parts["weight_scale"].view(torch.uint8)[0, 0] = 0x7F
 
     model = torch.nn.ModuleList([loaded("row", break_one)[0], loaded("column")[0]])
     lines: list[str] = []
-    monkeypatch.setattr(nan.logger, "warning", lambda text, *values: lines.append(text % values))
-    nan.reported(lambda model: None)(model)
+    monkeypatch.setattr(nan_scales.logger, "warning", lambda text, *values: lines.append(text % values))
+    nan_scales.reported(lambda model: None)(model)
     assert len(lines) == 1
     assert "1 NaN block scales in 1 NVFP4 layers (layers.0.row): 1 set to 448" in lines[0]
     monkeypatch.setenv("VLLM_GEMMA4_SPEC_NAN_SCALES", "strict")
     with pytest.raises(CheckpointError, match=r"1 NaN block scales in 1 NVFP4 layers \(layers.0.row\); .*repair"):
-        nan.reported(lambda model: None)(model)
+        nan_scales.reported(lambda model: None)(model)
 
 
 def replaced(name: str, value: Callable[[torch.Tensor], torch.Tensor], only: Any = ...) -> Callable[..., None]:
@@ -316,7 +316,7 @@ def test_the_compile_cache_knows_what_a_layer_has() -> None:
 def test_weights_that_do_not_fit_stay_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
-    from vllm_gemma4_spec.modelopt import emulation
+    from vllm_gemma4_spec.quantization import emulation
 
     memory = SimpleNamespace(total=100 << 30, available=20 << 30)
     monkeypatch.setattr(emulation.psutil, "virtual_memory", lambda: memory)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.checkpoints import reference
-from tests.modelopt.comparison import FIXTURES, TOKENS, engine_logprobs, text_only
+from tests.quantization.comparison import FIXTURES, TOKENS, engine_logprobs, text_only
 
 NAMES = sorted(p.name for p in FIXTURES.iterdir())
 TOLERANCE = 1e-3  # as in test_nvfp4_engine.py

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_gemma4_spec.kernels import layers, rows
+from vllm_gemma4_spec.kernels import small_batch_gemm
+from vllm_gemma4_spec.quantization import small_batch_layers
 
 SETTING = "VLLM_GEMMA4_SPEC_SCALE_IN_PRODUCT"
 
@@ -32,8 +33,8 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Layers that got a second copy: whether their product multiplies by the scale."""
     found: list[bool] = []
     parts = (torch.ones(1),) * 3
-    monkeypatch.setattr(rows, "suits", lambda _: True)
-    monkeypatch.setattr(rows, "prepare", lambda _, scaled: found.append(scaled) or parts)
+    monkeypatch.setattr(small_batch_gemm, "suits", lambda _: True)
+    monkeypatch.setattr(small_batch_gemm, "prepare", lambda _, scaled: found.append(scaled) or parts)
     return found
 
 
@@ -49,8 +50,8 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_a_drafters_layers_all_take_it(
     prepared: list[bool], name: str, scale: bool, low_rank: bool, scaled: bool
 ) -> None:
-    with layers._drafter():
-        layers.prepare(loaded(name, scale, low_rank))
+    with small_batch_layers._drafter():
+        small_batch_layers.prepare(loaded(name, scale, low_rank))
     assert prepared == [scaled]
 
 
@@ -59,7 +60,7 @@ def test_a_targets_on_request(
     prepared: list[bool], monkeypatch: pytest.MonkeyPatch, value: str, name: str, copies: int
 ) -> None:
     monkeypatch.setenv(SETTING, value)
-    layers.prepare(loaded(name))
+    small_batch_layers.prepare(loaded(name))
     assert prepared == [True] * copies
 
 
@@ -77,18 +78,18 @@ def test_a_targets_where_the_card_has_room(
     layer = loaded(name)
     del layer.weight
     layer.weight = SimpleNamespace(device=torch.device(device))
-    layers.prepare(layer)
+    small_batch_layers.prepare(layer)
     assert prepared == [True] * copies
 
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_the_scale_is_multiplied_once(monkeypatch: pytest.MonkeyPatch, scaled: bool) -> None:
-    from vllm_gemma4_spec.modelopt.linear import Nvfp4LinearMethod
+    from vllm_gemma4_spec.quantization.linear import Nvfp4LinearMethod
 
     layer = loaded("o_proj")
     layer.rows_codes, layer.rows_scaled = torch.nn.Parameter(torch.ones(1)), scaled
     seen: list[torch.Tensor] = []
-    monkeypatch.setattr(layers, "linear", lambda _, x: seen.append(x) or x)
+    monkeypatch.setattr(small_batch_layers, "linear", lambda _, x: seen.append(x) or x)
     method = SimpleNamespace(backend=None)
     Nvfp4LinearMethod.apply(method, layer, torch.ones(2, 4))  # type: ignore[arg-type]
     assert torch.equal(seen[0], torch.full((2, 4), 1.0 if scaled else 3.0))
@@ -102,8 +103,8 @@ def test_more_rows_go_to_marlin_with_the_scale(monkeypatch: pytest.MonkeyPatch) 
         marlin_utils_fp4, "apply_fp4_marlin_linear", lambda x, *_: given.append(x) or torch.zeros(len(x), 8)
     )
     x, nothing = torch.ones(65, 4), torch.ones(1)
-    y = rows.product(x, torch.full((4,), 3.0), *[nothing] * 7, 8, False)
+    y = small_batch_gemm.product(x, torch.full((4,), 3.0), *[nothing] * 7, 8, False)
     assert y.shape == (65, 8)
     assert torch.equal(given[0], torch.full((65, 4), 3.0))
-    assert rows._product_shape(x, None, *[nothing] * 7, 8, False).shape == (65, 8)
-    assert rows._product_shape(x, None, *[nothing] * 7, 8, True).shape == (65, 4)
+    assert small_batch_gemm._product_shape(x, None, *[nothing] * 7, 8, False).shape == (65, 8)
+    assert small_batch_gemm._product_shape(x, None, *[nothing] * 7, 8, True).shape == (65, 4)

@@ -14,10 +14,10 @@ import torch
 from tests.support.engine import engine, generate, random_prompts
 from tests.support.stock import without
 from vllm_gemma4_spec import settings
-from vllm_gemma4_spec.drafting import acceptance, check, groups
-from vllm_gemma4_spec.drafting.acceptance import CHANCE, WINDOW, AcceptanceWatch
-from vllm_gemma4_spec.drafting.check import InvariantError
-from vllm_gemma4_spec.patches.drafting import ACCEPTANCE_WATCH
+from vllm_gemma4_spec.spec_decode import acceptance, invariants, kv_cache_groups
+from vllm_gemma4_spec.spec_decode.acceptance import CHANCE, WINDOW, AcceptanceWatch
+from vllm_gemma4_spec.spec_decode.invariants import InvariantError
+from vllm_gemma4_spec.spec_decode.patches import ACCEPTANCE_WATCH
 
 
 def another_requests_block(cad: Any, positions: torch.Tensor, slots: torch.Tensor) -> None:
@@ -52,7 +52,7 @@ def test_each_broken_invariant_is_named(tiny: dict[str, Path], monkeypatch: pyte
     }
     found: dict[str, int] = {}
     passes: list[int] = []
-    original = check.check_pass
+    original = invariants.check_pass
 
     def checked(runner: Any, gids: Any, cad: Any, positions: torch.Tensor, slots: torch.Tensor) -> None:
         original(runner, gids, cad, positions, slots)
@@ -70,7 +70,7 @@ def test_each_broken_invariant_is_named(tiny: dict[str, Path], monkeypatch: pyte
                 original(runner, gids, mine, *args)
             found[wrong.__name__] = found.get(wrong.__name__, 0) + 1
 
-    monkeypatch.setattr(groups, "check_pass", checked)
+    monkeypatch.setattr(kv_cache_groups, "check_pass", checked)
     with engine(tiny["target"], tiny["target"], 3) as llm:
         generate(llm, random_prompts((20, 33, 50)), 9)
     assert {w.__name__ for w in cases} == set(found)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.support import tiny_models
 from tests.support.engine import acceptance, engine, generate, random_prompts
+from vllm_gemma4_spec.registry import PATCHER
 
 K = 3
 LONGEST = 128
@@ -66,19 +67,19 @@ def test_a_drafter_that_ends_before_the_target(tiny: dict[str, Path], plain: lis
 def test_without_the_patch_acceptance_decays(
     tiny: dict[str, Path], plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_gemma4_spec.patches.drafting import LENGTH_LIMIT
+    from vllm_gemma4_spec.spec_decode.patches import LENGTH_LIMIT
 
     with engine(tiny["target"], **OPTIONS):  # applies all patches
         pass
     monkeypatch.setenv("VLLM_GEMMA4_SPEC_PATCH_LENGTH_LIMIT", "0")
-    LENGTH_LIMIT.undo()
+    PATCHER.undo([LENGTH_LIMIT])
     try:
         with engine(tiny["target"], tiny["target"], K, **OPTIONS) as llm:
             before = acceptance(llm)
             assert generate(llm, PROMPTS, 90) == plain
             counts = acceptance(llm) - before
     finally:
-        LENGTH_LIMIT.apply()
+        PATCHER.apply([LENGTH_LIMIT])
     assert counts.accepted < counts.proposed
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.engine import acceptance, engine, generate, random_prompts
+from vllm_gemma4_spec.registry import PATCHER
 
 # A prompt that ends with its block: the first draft already needs a block the prompt did not.
 PROMPTS = random_prompts((16, 32, 48, 16, 32, 64))
@@ -15,13 +16,13 @@ PROMPTS = random_prompts((16, 32, 48, 16, 32, 64))
 def test_stock_writes_drafts_where_the_request_owns_nothing(
     tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_gemma4_spec.drafting.check import InvariantError
-    from vllm_gemma4_spec.patches.drafting import OWN_BLOCKS
+    from vllm_gemma4_spec.spec_decode.invariants import InvariantError
+    from vllm_gemma4_spec.spec_decode.patches import OWN_BLOCKS
 
     with engine(tiny["target"], tiny["target"], 3) as llm:  # also applies all patches
         generate(llm, PROMPTS, 4)
     monkeypatch.setenv("VLLM_GEMMA4_SPEC_PATCH_OWN_BLOCKS", "0")
-    OWN_BLOCKS.undo()
+    PATCHER.undo([OWN_BLOCKS])
     try:
         with (
             engine(tiny["target"], tiny["target"], 3) as llm,
@@ -29,7 +30,7 @@ def test_stock_writes_drafts_where_the_request_owns_nothing(
         ):
             generate(llm, PROMPTS, 4)
     finally:
-        OWN_BLOCKS.apply()
+        PATCHER.apply([OWN_BLOCKS])
 
 
 def test_first_step_looks_ahead(tiny: dict[str, Path]) -> None:
@@ -45,7 +46,7 @@ def test_rows_keep_nothing_of_a_request_that_left() -> None:
     import torch
     from vllm.v1.worker.block_table import BlockTable
 
-    from vllm_gemma4_spec.patches.drafting import OWN_BLOCKS
+    from vllm_gemma4_spec.spec_decode.patches import OWN_BLOCKS
 
     def rows() -> list[list[int]]:
         table = BlockTable(16, 3, 6, 64, False, torch.device("cpu"), 16, 1)
@@ -57,11 +58,11 @@ def test_rows_keep_nothing_of_a_request_that_left() -> None:
         table.add_row([11, 12], 0)  # the row's request left and another came
         return table.block_table.np.tolist()
 
-    OWN_BLOCKS.undo()
+    PATCHER.undo([OWN_BLOCKS])
     try:
         stock = rows()
     finally:
-        OWN_BLOCKS.apply()
+        PATCHER.apply([OWN_BLOCKS])
     assert stock[2] == [10, 6, 7, 8, 9, 0]
     assert stock[0] == [11, 12, 7, 8, 9, 0]
     assert rows()[2] == [10, 0, 0, 0, 0, 0]

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import vllm_gemma4_spec
 from vllm_gemma4_spec import settings
-from vllm_gemma4_spec.patching.engine import PATCHER, Patcher
+from vllm_gemma4_spec.patching.engine import Patcher
 from vllm_gemma4_spec.patching.patch import Patch
+from vllm_gemma4_spec.registry import PATCHER
 
 LEAVE_OUT = "GEMMA4_TESTS_LEAVE_OUT"
 
@@ -22,7 +23,7 @@ def without(patch: Patch) -> Iterator[None]:
     vllm_gemma4_spec.apply()
     switch = settings.patch_switch(patch.name).name
     os.environ[switch] = "0"
-    patch.undo()
+    PATCHER.undo([patch])
     try:
         yield
     finally:
@@ -34,12 +35,12 @@ def without(patch: Patch) -> Iterator[None]:
 def pytest_configure() -> None:
     """As a pytest plugin (``-p tests.support.stock``): nothing ever applies the patch that the variable names."""
     name = os.environ[LEAVE_OUT]
-    (left_out,) = [p for p in PATCHER.known() if p.name == name]
+    (left_out,) = [p for p in PATCHER.known if p.name == name]
     original = Patcher.apply
 
     def apply(self: Patcher, patches: list[Patch] | None = None) -> None:
         if patches is None:
-            patches = [p for p in self.known() if settings.patch_switch(p.name).on()]
+            patches = [p for p in self.known if settings.patch_switch(p.name).on()]
         original(self, [p for p in patches if p is not left_out])
 
     Patcher.apply = apply  # type: ignore[method-assign]

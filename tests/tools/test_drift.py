@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_gemma4_spec.patches import PATCHES
 from vllm_gemma4_spec.patching import fingerprint
+from vllm_gemma4_spec.registry import PATCHES
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))

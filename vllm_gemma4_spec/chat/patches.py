@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from vllm_gemma4_spec.patching.patch import Edit, Group, Patch
+from typing import TYPE_CHECKING
 
-_COMPLETIONS = "vllm_gemma4_spec.chat.completions"
-_RESPONSES = "vllm_gemma4_spec.chat.responses"
-_STARTUP = "vllm_gemma4_spec.chat.startup"
+from vllm_gemma4_spec.patching.patch import Edit, Group, Lazy, Patch
+
+if TYPE_CHECKING:
+    from vllm_gemma4_spec.chat import completions, errors, responses, startup
+else:  # a wrapper's module is imported only after the module of vLLM that it patches
+    completions = Lazy("vllm_gemma4_spec.chat.completions")
+    errors = Lazy("vllm_gemma4_spec.chat.errors")
+    responses = Lazy("vllm_gemma4_spec.chat.responses")
+    startup = Lazy("vllm_gemma4_spec.chat.startup")
+
 _CHAT = "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"
 _BATCH = "vllm.entrypoints.openai.chat_completion.batch_serving:OpenAIServingChatBatch"
 _SERVING = "vllm.entrypoints.openai.engine.serving:OpenAIServing"
@@ -26,15 +33,15 @@ CHAT_OUTPUT = Patch(
     ),
     retire="vLLM's own parsers on token ids (vllm/parser/gemma4.py), released after 0.19.",
     edits=(
-        Edit(f"{_RENDER}.__init__", f"{_STARTUP}:render_init"),
-        Edit(f"{_RENDER}.preprocess_chat", f"{_STARTUP}:preprocess_chat"),
-        Edit(f"{_SERVING}._parse_tool_calls_from_content", f"{_COMPLETIONS}:parsed_calls"),
-        Edit(f"{_CHAT}.chat_completion_stream_generator", f"{_COMPLETIONS}:stream_generator"),
-        Edit(f"{_CHAT}.chat_completion_full_generator", f"{_COMPLETIONS}:full_generator"),
-        Edit(f"{_BATCH}.chat_completion_full_generator_batch", f"{_COMPLETIONS}:batch_full_generator"),
-        Edit(f"{_SERVING_RESPONSES}._process_simple_streaming_events", f"{_RESPONSES}:streaming_events"),
-        Edit(f"{_SERVING_RESPONSES}.responses_full_generator", f"{_RESPONSES}:full_generator"),
-        Edit(f"{_SERVING_RESPONSES}._make_response_output_items", f"{_RESPONSES}:output_items"),
+        Edit(f"{_RENDER}.__init__", startup.render_init),
+        Edit(f"{_RENDER}.preprocess_chat", startup.preprocess_chat),
+        Edit(f"{_SERVING}._parse_tool_calls_from_content", completions.parsed_calls),
+        Edit(f"{_CHAT}.chat_completion_stream_generator", completions.stream_generator),
+        Edit(f"{_CHAT}.chat_completion_full_generator", completions.full_generator),
+        Edit(f"{_BATCH}.chat_completion_full_generator_batch", completions.batch_full_generator),
+        Edit(f"{_SERVING_RESPONSES}._process_simple_streaming_events", responses.streaming_events),
+        Edit(f"{_SERVING_RESPONSES}.responses_full_generator", responses.full_generator),
+        Edit(f"{_SERVING_RESPONSES}._make_response_output_items", responses.output_items),
     ),
     watches=(
         "vllm.reasoning.gemma4_reasoning_parser:Gemma4ReasoningParser",
@@ -53,7 +60,7 @@ ERROR_PATHS = Patch(
     edits=(
         Edit(
             "vllm.entrypoints.openai.api_server:validation_exception_handler",
-            "vllm_gemma4_spec.chat.errors:validation_exception_handler",
+            errors.validation_exception_handler,
             source="vllm.entrypoints.openai.server_utils:validation_exception_handler",
         ),
     ),

@@ -54,11 +54,11 @@ def command(
     Example: vllm-gemma4-spec patches --json
     """
     from vllm_gemma4_spec.patching import fingerprint
-    from vllm_gemma4_spec.patching.engine import PATCHER
+    from vllm_gemma4_spec.registry import PATCHER
 
     rows = []
-    found = fingerprint.installed(s for patch in PATCHER.known() for s in patch.checked_symbols)
-    for status, patch in zip(PATCHER.status(), PATCHER.known(), strict=True):
+    found = fingerprint.installed(s for patch in PATCHER.known for s in patch.checked_symbols)
+    for status, patch in zip(PATCHER.status(), PATCHER.known, strict=True):
         marks = {s: Mark(found=found[s], wanted=fingerprint.wanted(s)) for s in patch.checked_symbols}
         rows.append(
             Row(

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from vllm_gemma4_spec.patching.patch import Edit, Group, Patch
+from typing import TYPE_CHECKING
+
+from vllm_gemma4_spec.patching.patch import Edit, Group, Lazy, Patch
+
+if TYPE_CHECKING:
+    from vllm_gemma4_spec.cpu import draft_kernels as draft
+    from vllm_gemma4_spec.cpu import launch, runner
+    from vllm_gemma4_spec.cpu import rejection_kernels as rejection
+    from vllm_gemma4_spec.cpu.launch import CpuKernel
+else:  # a wrapper's module is imported only after the module of vLLM that it patches
+    draft = Lazy("vllm_gemma4_spec.cpu.draft_kernels")
+    rejection = Lazy("vllm_gemma4_spec.cpu.rejection_kernels")
+    launch = Lazy("vllm_gemma4_spec.cpu.launch")
+    runner = Lazy("vllm_gemma4_spec.cpu.runner")
 
 CPU_RUNNER = Patch(
     name="cpu-runner",
@@ -15,7 +28,7 @@ CPU_RUNNER = Patch(
     edits=(
         Edit(
             "vllm.v1.worker.cpu_worker:CPUModelRunner",
-            "vllm_gemma4_spec.cpu.runner:runner_class",
+            runner.runner_class,
             source="vllm.v1.worker.cpu_model_runner:CPUModelRunner",
         ),
     ),
@@ -25,14 +38,15 @@ CPU_RUNNER = Patch(
     ),
 )
 
-_DRAFT = "vllm_gemma4_spec.cpu.draft_kernels"
-_REJECTION = "vllm_gemma4_spec.cpu.rejection_kernels"
+
+_UTILS = "vllm.v1.spec_decode.utils"
+_EAGLE = "vllm.v1.spec_decode.eagle"
+_SAMPLER = "vllm.v1.sample.rejection_sampler"
 
 
-def _kernel(user: str, form: str, source: str) -> Edit:
-    """``user``'s name for the kernel ``form`` of ``source``."""
-    name = f"{form.partition(':')[2]}_kernel"
-    return Edit(f"{user}:{name}", f"{form}.on_cpu", source=None if user == source else f"{source}:{name}")
+def _kernel(user: str, name: str, form: CpuKernel, source: str) -> Edit:
+    """``user``'s name for the kernel ``name`` of ``source``, which becomes ``form`` on a CPU."""
+    return Edit(f"{user}:{name}", form.on_cpu, source=None if user == source else f"{source}:{name}")
 
 
 CPU_KERNELS = Patch(
@@ -45,28 +59,23 @@ CPU_KERNELS = Patch(
     "the top-k/top-p sampler takes vLLM's own PyTorch path. On other platforms every name keeps its kernel.",
     retire="CPU forms of these kernels in vllm.utils.cpu_triton_utils, as 0.19.1 has for compute_slot_mapping.",
     edits=(
-        _kernel("vllm.v1.spec_decode.utils", f"{_DRAFT}:eagle_step_slot_mapping_metadata", "vllm.v1.spec_decode.utils"),
-        *(
-            _kernel("vllm.v1.spec_decode.eagle", f"{_DRAFT}:{name}", "vllm.v1.spec_decode.utils")
-            for name in (
-                "eagle_prepare_inputs_padded",
-                "eagle_prepare_next_token_padded",
-                "copy_and_expand_eagle_inputs",
-            )
-        ),
-        *(
-            _kernel("vllm.v1.sample.rejection_sampler", f"{_REJECTION}:{name}", "vllm.v1.sample.rejection_sampler")
-            for name in ("rejection_greedy_sample", "rejection_random_sample", "expand", "sample_recovered_tokens")
-        ),
+        _kernel(_UTILS, "eagle_step_slot_mapping_metadata_kernel", draft.eagle_step_slot_mapping_metadata, _UTILS),
+        _kernel(_EAGLE, "eagle_prepare_inputs_padded_kernel", draft.eagle_prepare_inputs_padded, _UTILS),
+        _kernel(_EAGLE, "eagle_prepare_next_token_padded_kernel", draft.eagle_prepare_next_token_padded, _UTILS),
+        _kernel(_EAGLE, "copy_and_expand_eagle_inputs_kernel", draft.copy_and_expand_eagle_inputs, _UTILS),
+        _kernel(_SAMPLER, "rejection_greedy_sample_kernel", rejection.rejection_greedy_sample, _SAMPLER),
+        _kernel(_SAMPLER, "rejection_random_sample_kernel", rejection.rejection_random_sample, _SAMPLER),
+        _kernel(_SAMPLER, "expand_kernel", rejection.expand, _SAMPLER),
+        _kernel(_SAMPLER, "sample_recovered_tokens_kernel", rejection.sample_recovered_tokens, _SAMPLER),
         Edit(
             "vllm.v1.sample.ops.topk_topp_sampler:HAS_TRITON",
-            "vllm_gemma4_spec.cpu.launch:without_triton",
+            launch.without_triton,
             source="vllm.triton_utils.importing:HAS_TRITON",
         ),
         # The placeholder stands in for triton where there is no driver; a machine with one never uses it.
         Edit(
             "vllm.triton_utils.importing:TritonPlaceholder.next_power_of_2",
-            "vllm_gemma4_spec.cpu.launch:next_power_of_2",
+            launch.next_power_of_2,
             adds=True,
         ),
     ),

@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm.triton_utils import tl, triton
 
 from vllm_gemma4_spec.checkpoints import nvfp4
-from vllm_gemma4_spec.kernels import rows
+from vllm_gemma4_spec.kernels import small_batch_gemm
 from vllm_gemma4_spec.kernels.packing import COLUMNS, pack
 
 BLOCK = 128  # token ids that are candidates together
@@ -60,14 +60,14 @@ class DraftHead:
 
     def __init__(self, weight: Tensor, coarse: Product | None = None) -> None:
         self.weight = weight
-        self.most_requests = rows.most_rows(*weight.shape)
+        self.most_requests = small_batch_gemm.most_rows(*weight.shape)
         if coarse is None:
             self._codes, self._scales, self._scale_2 = quantize(weight)
-            rows.reserve(weight.shape[0], weight.shape[1], weight.device)
+            small_batch_gemm.reserve(weight.shape[0], weight.shape[1], weight.device)
         self._coarse = coarse or self._by_rows
 
     def _by_rows(self, hidden: Tensor) -> Tensor:
-        return rows.rows_product(hidden, self._codes, self._scales, self._scale_2)
+        return small_batch_gemm.rows_product(hidden, self._codes, self._scales, self._scale_2)
 
     def argmax(self, hidden: Tensor) -> Tensor:
         """``[num_reqs, hidden_size]`` bfloat16 -> ``[num_reqs]`` int64 token ids, without a host sync."""
@@ -102,5 +102,5 @@ def suits(weight: Tensor) -> bool:
         and weight.dtype == torch.bfloat16
         and vocab % (BLOCK * CANDIDATES) == 0
         and size % COLUMNS == 0
-        and rows.available()
+        and small_batch_gemm.available()
     )

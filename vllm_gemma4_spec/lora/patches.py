@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from vllm_gemma4_spec.patching.patch import Edit, Group, Patch
+from typing import TYPE_CHECKING
+
+from vllm_gemma4_spec.patching.patch import Edit, Group, Lazy, Patch
+
+if TYPE_CHECKING:
+    from vllm_gemma4_spec.lora import aliases
+else:  # a wrapper's module is imported only after the module of vLLM that it patches
+    aliases = Lazy("vllm_gemma4_spec.lora.aliases")
 
 _MANAGER = "vllm.lora.model_manager:LoRAModelManager"
 
@@ -14,7 +21,7 @@ LORA_ALIASES = Patch(
     "speculation.",
     how="A layer that is registered already is not registered under a second name.",
     retire="A release whose LoRA manager passes over aliases, or whose Gemma4Model has none.",
-    edits=(Edit(f"{_MANAGER}.register_module", "vllm_gemma4_spec.lora.aliases:register_module"),),
+    edits=(Edit(f"{_MANAGER}.register_module", aliases.register_module),),
     watches=(
         f"{_MANAGER}.activate_adapter",
         f"{_MANAGER}._create_lora_modules",

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from vllm_gemma4_spec.patching.patch import Edit, Group, Patch
+from typing import TYPE_CHECKING
+
+from vllm_gemma4_spec.patching.patch import Edit, Group, Lazy, Patch
+
+if TYPE_CHECKING:
+    from vllm_gemma4_spec.metrics import reports
+else:  # a wrapper's module is imported only after the module of vLLM that it patches
+    reports = Lazy("vllm_gemma4_spec.metrics.reports")
 
 _METRICS = "vllm.entrypoints.serve.instrumentator.metrics"
 
@@ -13,7 +20,7 @@ SERVER_FIGURES = Patch(
     "multiprocess files hold and nothing else: a plugin's own figures are missing.",
     how="A route in front of vLLM's shows these files and the collector of this package's figures.",
     retire="A release whose /metrics shows what plugins register, whatever the number of API servers.",
-    edits=(Edit(f"{_METRICS}:attach_router", "vllm_gemma4_spec.ops.reports:attach_router"),),
+    edits=(Edit(f"{_METRICS}:attach_router", reports.attach_router),),
     watches=("vllm.v1.metrics.prometheus:get_prometheus_registry",),
 )
 

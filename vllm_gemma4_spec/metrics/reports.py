@@ -19,7 +19,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ FOLDER = "GEMMA4_SPEC_REPORTS"
 _METRICS_MODULE = "vllm.entrypoints.serve.instrumentator.metrics"
 _registered: list[Any] = []
 _report: dict[str, Any] = {}  # what this process wrote last
+_patches_here: Callable[[], Sequence[Any]] = tuple  # the PatchStatus of every patch, once announced
 
 # Counters beside vLLM's own: name -> help, its label (may be none) and the label's values.
 COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
@@ -77,13 +78,11 @@ def _folder() -> Path:
 
 def write() -> None:
     """Write this process's report. A disk that is full or a folder that is gone stops no server."""
-    from vllm_gemma4_spec.patching.engine import PATCHER
-
     _report.update(
         pid=os.getpid(),
         process=process_name(),
         version=__version__,
-        patches={s.name: s.state for s in PATCHER.status()},
+        patches={s.name: s.state for s in _patches_here()},
         counts=_counts,
     )
     _save()
@@ -104,14 +103,19 @@ def count(name: str, more: int, label: str = "") -> None:
         _save() if _report.get("pid") == os.getpid() else write()  # a forked child has its parent's report
 
 
-def announce() -> None:
-    """Report now and after every change of the patches; in an API server, show all reports at ``/metrics``."""
+def announce(status: Callable[[], Sequence[Any]], on_change: list[Callable[[], None]]) -> None:
+    """Report now and after every change of the patches; in an API server, show all reports at ``/metrics``.
+
+    Args:
+        status: gives the ``PatchStatus`` of every patch in this process.
+        on_change: functions called after a change of the patches; this module's is added.
+    """
     import wrapt
 
-    from vllm_gemma4_spec.patching.engine import PATCHER
-
-    if write not in PATCHER.on_change:
-        PATCHER.on_change.append(write)
+    global _patches_here
+    _patches_here = status
+    if write not in on_change:
+        on_change.append(write)
         wrapt.register_post_import_hook(_register, _METRICS_MODULE)
     write()
 

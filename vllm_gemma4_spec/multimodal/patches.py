@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from vllm_gemma4_spec.patching.patch import Edit, Group, Patch
+from typing import TYPE_CHECKING
+
+from vllm_gemma4_spec.patching.patch import Edit, Group, Lazy, Patch
+
+if TYPE_CHECKING:
+    from vllm_gemma4_spec.multimodal import embedder, image_attention
+else:  # a wrapper's module is imported only after the module of vLLM that it patches
+    embedder = Lazy("vllm_gemma4_spec.multimodal.embedder")
+    image_attention = Lazy("vllm_gemma4_spec.multimodal.image_attention")
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
-_OURS = "vllm_gemma4_spec.multimodal.image_attention"
 _EMBEDDER = "vllm.model_executor.models.gemma4_mm:Gemma4MultimodalEmbedder"
 
 EMBEDDER_NORM = Patch(
@@ -15,7 +22,7 @@ EMBEDDER_NORM = Patch(
     "checkpoints, normalise first. Embeddings are wrong by as much as they are large, with and without speculation.",
     how="The embedder normalises before its projection.",
     retire="vLLM #40411, merged after 0.19.1.",
-    edits=(Edit(f"{_EMBEDDER}.__init__", "vllm_gemma4_spec.multimodal.embedder:embedder_init"),),
+    edits=(Edit(f"{_EMBEDDER}.__init__", embedder.embedder_init),),
     watches=(f"{_EMBEDDER}.forward",),
 )
 
@@ -32,11 +39,11 @@ IMAGE_ATTENTION = Patch(
     edits=(
         Edit(
             "vllm.v1.core.sched.scheduler:Scheduler._try_schedule_encoder_inputs",
-            f"{_OURS}:try_schedule_encoder_inputs",
+            image_attention.try_schedule_encoder_inputs,
         ),
-        Edit(f"{_RUNNER}.initialize_attn_backend", f"{_OURS}:initialize_attn_backend"),
-        Edit(f"{_RUNNER}._determine_batch_execution_and_padding", f"{_OURS}:determine_batch_execution"),
-        Edit(f"{_RUNNER}._build_attention_metadata", f"{_OURS}:build_attention_metadata"),
+        Edit(f"{_RUNNER}.initialize_attn_backend", image_attention.initialize_attn_backend),
+        Edit(f"{_RUNNER}._determine_batch_execution_and_padding", image_attention.determine_batch_execution),
+        Edit(f"{_RUNNER}._build_attention_metadata", image_attention.build_attention_metadata),
     ),
     watches=(
         f"{_RUNNER}.execute_model",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import os
 import sys
@@ -61,12 +60,6 @@ def _resolve(module: ModuleType, qualname: str) -> tuple[Any, str]:
     return functools.reduce(getattr, path, module), attribute
 
 
-def load_symbol(symbol: str) -> Any:
-    """Import ``package.module:name`` of ours."""
-    module, _, name = symbol.partition(":")
-    return functools.reduce(getattr, name.split("."), importlib.import_module(module))
-
-
 def _check_live(edit: Edit, original: Any) -> None:
     """A function must still come from its own module's file: someone else may have replaced it."""
     symbol = edit.checked_symbol
@@ -85,19 +78,15 @@ def _check_live(edit: Edit, original: Any) -> None:
 
 
 class Patcher:
-    """The patches of one process. Use the module's ``PATCHER``; tests may make their own."""
+    """Applies and undoes ``known``, in their order. A process has one: ``vllm_gemma4_spec.registry.PATCHER``."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Sequence[Patch]) -> None:
+        self.known = tuple(known)
         self._lock = threading.RLock()
         self._patches: list[Patch] = []  # enabled, in the order they are applied
         self._applied: list[_Applied] = []
         self._hooked: set[str] = set()
         self.on_change: list[Callable[[], None]] = []  # called after patches went on or off
-
-    def known(self) -> tuple[Patch, ...]:
-        from vllm_gemma4_spec.patches import PATCHES
-
-        return PATCHES
 
     def apply(self, patches: Sequence[Patch] | None = None) -> None:
         """Apply ``patches`` (default: all that are switched on); those in force already are left alone.
@@ -106,11 +95,11 @@ class Patcher:
         """
         with self._lock:
             if patches is None:
-                names = [p.name for p in self.known()]
+                names = [p.name for p in self.known]
                 settings.check_environment(names)
                 if not settings.ALL.on():
                     return
-                patches = [p for p in self.known() if settings.patch_switch(p.name).on()]
+                patches = [p for p in self.known if settings.patch_switch(p.name).on()]
             new = [p for p in patches if p not in self._patches]
             if not new:
                 return
@@ -153,7 +142,7 @@ class Patcher:
             raise TargetError(f"{edit.target} {'exists already' if edit.adds else 'is gone'}; wanted vLLM 0.19.1")
         if not edit.adds:
             _check_live(edit, original)
-        replacement = load_symbol(edit.replacement)(None if edit.adds else original)
+        replacement = edit.wrapper(None if edit.adds else original)
         setattr(owner, attribute, replacement)
         return _Applied(edit, owner, attribute, own, vars(owner)[attribute])
 
@@ -186,7 +175,7 @@ class Patcher:
         with self._lock:
             done = {id(a.edit) for a in self._applied}
             out = []
-            for patch in dict.fromkeys([*self.known(), *self._patches]):
+            for patch in dict.fromkeys([*self.known, *self._patches]):
                 switch = settings.patch_switch(patch.name)
                 if patch in self._patches:
                     state = "on" if all(id(e) in done for e in patch.edits) else "waiting"
@@ -206,6 +195,3 @@ def _is_imported(module: str) -> bool:
     found = sys.modules.get(module)
     spec = getattr(found, "__spec__", None)
     return found is not None and not getattr(spec, "_initializing", False)
-
-
-PATCHER = Patcher()

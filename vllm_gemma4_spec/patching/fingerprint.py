@@ -4,7 +4,7 @@ A fingerprint is the first 16 hex digits of the SHA-256 of a symbol's source tex
 indentation removed. ``fingerprints.json`` holds those of 0.19.1, with the digest of each whole file, so
 that the usual check reads a file and hashes it (0.3 ms) instead of parsing it (100 ms for a model runner).
 
-``python -m vllm_gemma4_spec.patching.fingerprint`` rewrites the file from an installed vLLM 0.19.1.
+``make fingerprints`` rewrites the file from an installed vLLM 0.19.1.
 """
 
 from __future__ import annotations
@@ -155,16 +155,14 @@ def build_record(symbols: list[str]) -> dict[str, Any]:
     return out
 
 
-def main() -> None:
-    """Rewrite ``fingerprints.json`` from the installed vLLM, which must be 0.19.1."""
-    from vllm_gemma4_spec.patches import PATCHES
+def write_record(symbols: list[str]) -> None:
+    """Rewrite ``fingerprints.json`` from the installed vLLM.
+
+    Raises:
+        VersionError: it is not 0.19.1.
+    """
     from vllm_gemma4_spec.patching.version import SUPPORTED, vllm_version
 
     if vllm_version() != SUPPORTED:
         raise VersionError(f"fingerprints are taken from vLLM {SUPPORTED}, not {vllm_version()}")
-    symbols = [s for patch in PATCHES for s in patch.checked_symbols]
     RECORD.write_text(json.dumps(build_record(symbols), indent=1, sort_keys=True) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,18 +1,16 @@
-"""``docs/patches.md``, generated from the declarations: ``python -m vllm_gemma4_spec.patching.ledger``."""
+"""``docs/patches.md``, generated from the declarations by ``make ledger``."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 from vllm_gemma4_spec import settings
-from vllm_gemma4_spec.patches import PATCHES
 from vllm_gemma4_spec.patching.patch import Patch
 
 _HEAD = """# Patches
 
 Everything this package changes in vLLM 0.19.1, in the order it is applied. Generated from
-`vllm_gemma4_spec/patches/` by `make ledger`; a test fails when this page is stale.
+`vllm_gemma4_spec/*/patches.py` by `make ledger`; a test fails when this page is stale.
 
 A patch is applied once per process, when the module it changes has been imported. Before anything is
 changed, the source of every symbol below is compared with its fingerprint in 0.19.1 (the first 16 hex
@@ -44,17 +42,13 @@ def _section(patch: Patch) -> str:
     return "\n".join(lines) + "\n"
 
 
-def render() -> str:
+def render(patches: Sequence[Patch]) -> str:
     """The whole page."""
     rows = "".join(
-        f"| [{p.name}](#{p.name}) | {p.group.value} | `{settings.patch_switch(p.name).name}` |\n" for p in PATCHES
+        f"| [{p.name}](#{p.name}) | {p.group.value} | `{settings.patch_switch(p.name).name}` |\n" for p in patches
     )
-    names = [p.name for p in PATCHES]
+    names = [p.name for p in patches]
     other = [s for s in settings.all_settings(names) if not s.name.startswith(settings.PATCH_PREFIX)]
     table = "\n## Other environment variables\n\n| variable | default | what it does |\n|---|---|---|\n"
     table += "".join(f"| `{s.name}` | `{s.default}` | {s.help} |\n" for s in other)
-    return _HEAD + rows + "".join(_section(p) for p in PATCHES) + table
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1] if len(sys.argv) > 1 else "docs/patches.md").write_text(render())
+    return _HEAD + rows + "".join(_section(p) for p in patches) + table

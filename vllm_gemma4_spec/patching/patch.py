@@ -1,9 +1,13 @@
-"""What a patch is. Declarations live in ``vllm_gemma4_spec/patches``; nothing here imports vLLM."""
+"""What a patch is. Each topic declares its own in ``patches.py``; nothing here imports vLLM."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from vllm_gemma4_spec.patching import fingerprint
 
@@ -16,6 +20,39 @@ class Group(str, Enum):
 
 
 @dataclass(frozen=True)
+class Symbol:
+    """``package.module:name`` of ours, imported when it is called."""
+
+    path: str
+
+    def __getattr__(self, name: str) -> Symbol:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Symbol(f"{self.path}.{name}")
+
+    def __call__(self, original: Any) -> Any:
+        module, _, name = self.path.partition(":")
+        wrapper: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        return wrapper(original)
+
+
+class Lazy:
+    """Stands for a module of ours that is imported only when one of its functions is called.
+
+    Wrappers import vLLM and torch, which a declaration must not. A type checker and an editor see the real
+    module, imported under ``TYPE_CHECKING``, so that a wrapper's name in a declaration leads to it.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Symbol:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Symbol(f"{self._module}:{name}")
+
+
+@dataclass(frozen=True)
 class Edit:
     """One attribute of vLLM that gets something else in its place.
 
@@ -23,21 +60,27 @@ class Edit:
 
     Attributes:
         target: the attribute that is replaced.
-        replacement: ``package.module:function`` of ours; called once with the original, it returns what
-            takes its place. Its module is imported only when the target's module has been.
+        wrapper: function of ours, through :class:`Lazy`; called once with the original, it returns what takes
+            its place. Its module is imported only when the target's module has been.
         source: where the target's source stands, if ``target`` is a name imported from elsewhere or an
             attribute inherited from a base class.
-        adds: the target does not exist in 0.19.1; the replacement function is called with ``None``.
+        adds: the target does not exist in 0.19.1; the wrapper is called with ``None``.
     """
 
     target: str
-    replacement: str
+    wrapper: Callable[..., Any]
     source: str | None = None
     adds: bool = False
 
     @property
     def module(self) -> str:
         return self.target.partition(":")[0]
+
+    @property
+    def replacement(self) -> str:
+        """``package.module:function`` of the wrapper."""
+        wrapper = self.wrapper
+        return wrapper.path if isinstance(wrapper, Symbol) else f"{wrapper.__module__}:{wrapper.__qualname__}"
 
     @property
     def checked_symbol(self) -> str | None:
@@ -77,15 +120,3 @@ class Patch:
     def fingerprints(self) -> dict[str, str]:
         """Symbol -> fingerprint of its source in 0.19.1."""
         return {s: fingerprint.wanted(s) for s in self.checked_symbols}
-
-    def apply(self) -> None:
-        """Apply this patch alone (tests, custom servers); see ``vllm_gemma4_spec.apply`` for all."""
-        from vllm_gemma4_spec.patching.engine import PATCHER
-
-        PATCHER.apply([self])
-
-    def undo(self) -> None:
-        """Put this patch's originals back."""
-        from vllm_gemma4_spec.patching.engine import PATCHER
-
-        PATCHER.undo([self])

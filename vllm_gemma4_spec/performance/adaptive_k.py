@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from vllm_gemma4_spec import settings
-from vllm_gemma4_spec.graphs.proposal import at_depth
-from vllm_gemma4_spec.ops import reports
+from vllm_gemma4_spec.metrics import reports
+from vllm_gemma4_spec.performance.draft_graphs import at_depth
 
 # Attribute of a model runner: its AdaptiveK, or None where the setting is off or has no part.
 STATE = "_gemma4_spec_adaptive_k"

@@ -38,16 +38,16 @@ def _head_of(model: Any) -> Any:
     """A ``DraftHead``, or None where lm_head is sharded, quantized, or of another shape."""
     from vllm.distributed import get_tensor_model_parallel_world_size
 
-    from vllm_gemma4_spec.kernels import head
+    from vllm_gemma4_spec.kernels import draft_head
 
     lm_head = getattr(model, "lm_head", None)
     weight = getattr(lm_head, "weight", None)
     if get_tensor_model_parallel_world_size() > 1 or not isinstance(weight, torch.Tensor):
         return None
     # Rows that pad the vocabulary would take part in the maximum.
-    if not head.suits(weight) or weight.shape[0] != model.config.vocab_size:
+    if not draft_head.suits(weight) or weight.shape[0] != model.config.vocab_size:
         return None
-    made = head.DraftHead(weight.data)
+    made = draft_head.DraftHead(weight.data)
     torch.cuda.synchronize()
     return made
 

@@ -268,7 +268,7 @@ def capture_model(original: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(original)
     def wrapper(self: Any) -> int:
         used = original(self)
-        from vllm_gemma4_spec.graphs.capture import capture_drafts
+        from vllm_gemma4_spec.performance.graph_capture import capture_drafts
 
         return used + capture_drafts(self)
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from vllm_gemma4_spec import settings
-from vllm_gemma4_spec.drafting import depth
-from vllm_gemma4_spec.drafting.proposer import GROUPS
-from vllm_gemma4_spec.graphs.proposal import GRAPHS, DraftGraphs, capturable, decode_batch_sizes
+from vllm_gemma4_spec.performance import adaptive_k
+from vllm_gemma4_spec.performance.draft_graphs import GRAPHS, DraftGraphs, capturable, decode_batch_sizes
+from vllm_gemma4_spec.spec_decode.proposer import GROUPS
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
@@ -36,7 +36,7 @@ def capture_drafts(runner: Any) -> int:
     groups = getattr(drafter, GROUPS)
     table = runner.input_batch.block_table[drafter.kv_cache_gid]
     k = drafter.num_speculative_tokens
-    depths = range(1, k + 1) if depth.adapts(runner.speculative_config) else (k,)
+    depths = range(1, k + 1) if adaptive_k.adapts(runner.speculative_config) else (k,)
     graphs = DraftGraphs(drafter, groups, table.get_device_tensor, type(drafter).propose, sizes, depths)
 
     started, free = time.perf_counter(), torch.cuda.mem_get_info()[0]

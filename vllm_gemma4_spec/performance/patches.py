@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from vllm_gemma4_spec.patching.patch import Edit, Group, Patch
+from typing import TYPE_CHECKING
+
+from vllm_gemma4_spec.patching.patch import Edit, Group, Lazy, Patch
+
+if TYPE_CHECKING:
+    from vllm_gemma4_spec.performance import (
+        adaptive_k,
+        argmax,
+        async_scheduling,
+        compile_settings,
+        draft_graphs,
+        split_attention,
+    )
+else:  # a wrapper's module is imported only after the module of vLLM that it patches
+    adaptive_k = Lazy("vllm_gemma4_spec.performance.adaptive_k")
+    argmax = Lazy("vllm_gemma4_spec.performance.argmax")
+    async_scheduling = Lazy("vllm_gemma4_spec.performance.async_scheduling")
+    compile_settings = Lazy("vllm_gemma4_spec.performance.compile_settings")
+    draft_graphs = Lazy("vllm_gemma4_spec.performance.draft_graphs")
+    split_attention = Lazy("vllm_gemma4_spec.performance.split_attention")
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _PROPOSER = "vllm.v1.spec_decode.eagle:SpecDecodeBaseProposer"
 _DRAFT_MODEL = "vllm.v1.spec_decode.draft_model:DraftModelProposer"
-_OURS = "vllm_gemma4_spec.graphs"
-_KERNELS = "vllm_gemma4_spec.kernels"
 
 DRAFT_GRAPHS = Patch(
     name="draft-graphs",
@@ -20,8 +37,8 @@ DRAFT_GRAPHS = Patch(
     "Other batches, and drafters in one KV cache group, use the original.",
     retire="A release that captures a draft model's whole loop.",
     edits=(
-        Edit(f"{_PROPOSER}.propose", f"{_OURS}.proposal:propose"),
-        Edit(f"{_RUNNER}.capture_model", f"{_OURS}.proposal:capture_model"),
+        Edit(f"{_PROPOSER}.propose", draft_graphs.propose),
+        Edit(f"{_RUNNER}.capture_model", draft_graphs.capture_model),
     ),
     watches=(
         f"{_PROPOSER}.set_inputs_first_pass",
@@ -42,7 +59,7 @@ DRAFT_PIECES = Patch(
     "holds a prompt are launched kernel by kernel.",
     how="The draft model's dispatcher gets the target's sizes, too; vLLM's own dummy runs then capture the pieces.",
     retire="A release that initializes the dispatcher of draft models.",
-    edits=(Edit(f"{_RUNNER}._check_and_update_cudagraph_mode", f"{_OURS}.proposal:update_cudagraph_mode"),),
+    edits=(Edit(f"{_RUNNER}._check_and_update_cudagraph_mode", draft_graphs.update_cudagraph_mode),),
     watches=(
         f"{_PROPOSER}.initialize_cudagraph_keys",
         f"{_PROPOSER}.dummy_run",
@@ -58,7 +75,7 @@ ADAPTIVE_K = Patch(
     how="With VLLM_GEMMA4_SPEC_ADAPTIVE_K set, a step runs as many passes as recent acceptance pays for, at least one; "
     "the drafts left out are token 0, to be rejected. Off by default.",
     retire="A release that adapts the number of draft tokens.",
-    edits=(Edit(f"{_RUNNER}.propose_draft_token_ids", "vllm_gemma4_spec.drafting.depth:propose_draft_token_ids"),),
+    edits=(Edit(f"{_RUNNER}.propose_draft_token_ids", adaptive_k.propose_draft_token_ids),),
     watches=(f"{_PROPOSER}.propose", f"{_RUNNER}._copy_draft_token_ids_to_cpu"),
 )
 
@@ -71,11 +88,11 @@ ASYNC_DRAFTS = Patch(
     how="It stays on by default for draft models on CUDA, and blocks are freed k tokens later while it is on.",
     retire="A release whose default is on and that frees blocks by confirmed lengths.",
     edits=(
-        Edit("vllm.config.vllm:VllmConfig.__post_init__", f"{_OURS}.scheduling:vllm_config"),
-        Edit("vllm.v1.core.sched.scheduler:Scheduler.__init__", f"{_OURS}.scheduling:scheduler_init"),
+        Edit("vllm.config.vllm:VllmConfig.__post_init__", async_scheduling.vllm_config),
+        Edit("vllm.v1.core.sched.scheduler:Scheduler.__init__", async_scheduling.scheduler_init),
         Edit(
             "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.remove_skipped_blocks",
-            f"{_OURS}.scheduling:remove_skipped_blocks",
+            async_scheduling.remove_skipped_blocks,
         ),
     ),
     watches=(
@@ -94,7 +111,7 @@ LOCAL_ARGMAX = Patch(
     edits=(
         Edit(
             "vllm.model_executor.models.gemma4:Gemma4ForCausalLM.get_top_tokens",
-            f"{_OURS}.sampling:get_top_tokens",
+            argmax.get_top_tokens,
             adds=True,
         ),
     ),
@@ -113,27 +130,10 @@ DRAFT_COMPILE = Patch(
     "up to 8,192 values. The target is compiled as before.",
     retire="An Inductor that does both by itself.",
     edits=(
-        Edit(f"{_DRAFT_MODEL}._get_model", f"{_OURS}.inductor:get_model"),
-        Edit("vllm.compilation.backends:VllmBackend.__init__", f"{_OURS}.inductor:backend"),
+        Edit(f"{_DRAFT_MODEL}._get_model", compile_settings.get_model),
+        Edit("vllm.compilation.backends:VllmBackend.__init__", compile_settings.backend),
     ),
     watches=("vllm.compilation.caching:VllmSerializableFunction.finalize_loading",),
-)
-
-DRAFT_PRODUCTS = Patch(
-    name="draft-products",
-    group=Group.CONVENIENCE,
-    why="Where NVFP4 runs on Marlin, the products of one to a few rows take several times what reading their weights "
-    "takes: 77 of the 105 us of an E4B layer on an H200 (the per-layer-input gate alone 23).",
-    how="NVFP4 layers of a draft model get a second copy of their weight, in the order of a CUDA kernel for up to 64 "
-    "rows, compiled by NVRTC; gelu(gate) * up is part of it. Larger batches stay on Marlin, and so do targets but for "
-    "an o_proj with a pre_quant_scale (VLLM_GEMMA4_SPEC_SCALE_IN_PRODUCT).",
-    retire="A vLLM kernel for NVFP4 products of few rows.",
-    edits=(Edit(f"{_DRAFT_MODEL}._get_model", f"{_KERNELS}.layers:get_model"),),
-    watches=(
-        "vllm.model_executor.models.gemma4:Gemma4MLP",
-        "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4:apply_fp4_marlin_linear",
-        "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4:prepare_fp4_layer_for_marlin",
-    ),
 )
 
 DRAFT_ARGMAX = Patch(
@@ -145,8 +145,8 @@ DRAFT_ARGMAX = Patch(
     "token ids; their logits are then computed exactly and the largest is taken. Not under tensor parallelism.",
     retire="A fused argmax over lm_head in vLLM.",
     edits=(
-        Edit(f"{_PROPOSER}.load_model", f"{_OURS}.sampling:load_model"),
-        Edit(f"{_PROPOSER}._greedy_sample", f"{_OURS}.sampling:greedy_sample"),
+        Edit(f"{_PROPOSER}.load_model", argmax.load_model),
+        Edit(f"{_PROPOSER}._greedy_sample", argmax.greedy_sample),
     ),
     watches=(
         "vllm.model_executor.layers.logits_processor:LogitsProcessor.forward",
@@ -164,7 +164,7 @@ SPLIT_ATTENTION = Patch(
     edits=(
         Edit(
             "vllm.v1.attention.backends.triton_attn:unified_attention",
-            f"{_KERNELS}.split_attention:unified_attention",
+            split_attention.unified_attention,
             source="vllm.v1.attention.ops.triton_unified_attention:unified_attention",
         ),
     ),
@@ -183,7 +183,6 @@ PATCHES: tuple[Patch, ...] = (
     ASYNC_DRAFTS,
     LOCAL_ARGMAX,
     DRAFT_COMPILE,
-    DRAFT_PRODUCTS,
     DRAFT_ARGMAX,
     SPLIT_ATTENTION,
 )

@@ -15,6 +15,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import vllm.model_executor.layers.quantization.modelopt  # noqa: F401
 
-    from vllm_gemma4_spec.modelopt.config import Nvfp4Config
+    from vllm_gemma4_spec.quantization.config import Nvfp4Config
 
     return Nvfp4Config

@@ -20,8 +20,8 @@ from vllm.platforms import current_platform
 
 from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.errors import CheckpointError
-from vllm_gemma4_spec.modelopt import emulation, moe
-from vllm_gemma4_spec.modelopt.nan import mend
+from vllm_gemma4_spec.quantization import emulation, moe
+from vllm_gemma4_spec.quantization.nan_scales import mend
 
 
 def linear_scheme(original: type) -> type:

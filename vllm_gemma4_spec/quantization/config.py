@@ -18,8 +18,8 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 from vllm_gemma4_spec.checkpoints import files
 from vllm_gemma4_spec.checkpoints.nvfp4 import BLOCK
 from vllm_gemma4_spec.errors import CheckpointError, stop
-from vllm_gemma4_spec.modelopt.linear import Nvfp4LinearMethod
-from vllm_gemma4_spec.modelopt.moe import fused_moe_method
+from vllm_gemma4_spec.quantization.linear import Nvfp4LinearMethod
+from vllm_gemma4_spec.quantization.moe import fused_moe_method
 
 
 class Nvfp4Config(ModelOptNvFp4Config):
@@ -31,7 +31,7 @@ class Nvfp4Config(ModelOptNvFp4Config):
             model has applied its mapper. ModelOpt does not list all of them as excluded (experts).
     """
 
-    __module__ = "vllm_gemma4_spec.modelopt"  # pickled under the package, which imports in the right order
+    __module__ = "vllm_gemma4_spec.quantization"  # pickled under the package, which imports in the right order
 
     LinearMethodCls = Nvfp4LinearMethod
 

@@ -20,9 +20,8 @@ from vllm.model_executor.layers.quantization.utils.nvfp4_utils import NvFp4Linea
 
 from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.errors import CheckpointError
-from vllm_gemma4_spec.kernels import layers
-from vllm_gemma4_spec.modelopt import emulation, tensors
-from vllm_gemma4_spec.modelopt.nan import mend
+from vllm_gemma4_spec.quantization import emulation, small_batch_layers, tensors
+from vllm_gemma4_spec.quantization.nan_scales import mend
 
 _NEEDED = ("weight", "weight_scale", "weight_scale_2", "input_scale")
 _KEY = "vllm_gemma4_spec_nvfp4"
@@ -33,7 +32,7 @@ _EXTRA = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
 class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
     """NVFP4, NVFP4_AWQ and NVFP4_SVD, for column-, merged-column-, qkv- and row-parallel and replicated layers.
 
-    ``quant_config`` is an :class:`~vllm_gemma4_spec.modelopt.config.Nvfp4Config`.
+    ``quant_config`` is an :class:`~vllm_gemma4_spec.quantization.config.Nvfp4Config`.
     """
 
     def __init__(self, quant_config: Any) -> None:
@@ -83,7 +82,7 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
         layer.register_parameter("rows_codes", None)
         layer.rows_scaled = False  # whether the few-row kernel multiplies by pre_quant_scale
         if self.backend == NvFp4LinearBackend.MARLIN:
-            layers.prepare(layer)
+            small_batch_layers.prepare(layer)
         if self.backend == NvFp4LinearBackend.EMULATION:
             emulation.prepare(layer)
         else:
@@ -148,7 +147,7 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
         if layer.pre_quant_scale is not None and not layer.rows_scaled:
             x = x * layer.pre_quant_scale
         if layer.rows_codes is not None:
-            y = layers.linear(layer, x)
+            y = small_batch_layers.linear(layer, x)
         elif self.backend == NvFp4LinearBackend.EMULATION:
             y = emulation.linear(layer, x, bias)
         else:

@@ -23,8 +23,8 @@ from vllm.platforms import current_platform
 
 from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.errors import CheckpointError
-from vllm_gemma4_spec.modelopt import emulation
-from vllm_gemma4_spec.modelopt.nan import mend
+from vllm_gemma4_spec.quantization import emulation
+from vllm_gemma4_spec.quantization.nan_scales import mend
 
 
 def fused_moe_method(quant_config: Any, moe_config: Any) -> FusedMoEMethodBase:

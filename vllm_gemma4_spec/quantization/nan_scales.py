@@ -14,7 +14,7 @@ from vllm.distributed import get_tp_group
 from vllm_gemma4_spec import settings
 from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.errors import CheckpointError
-from vllm_gemma4_spec.ops import reports
+from vllm_gemma4_spec.metrics import reports
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 

@@ -1,10 +1,32 @@
 from __future__ import annotations
 
-from vllm_gemma4_spec.patching.patch import Edit, Group, Patch
+from typing import TYPE_CHECKING
+
+from vllm_gemma4_spec.patching.patch import Edit, Group, Lazy, Patch
+
+if TYPE_CHECKING:
+    from vllm_gemma4_spec.quantization import (
+        compressed_tensors,
+        config,
+        cpu_experts,
+        kv_scales,
+        loading,
+        nan_scales,
+        small_batch_layers,
+    )
+else:  # a wrapper's module is imported only after the module of vLLM that it patches
+    compressed_tensors = Lazy("vllm_gemma4_spec.quantization.compressed_tensors")
+    config = Lazy("vllm_gemma4_spec.quantization.config")
+    cpu_experts = Lazy("vllm_gemma4_spec.quantization.cpu_experts")
+    kv_scales = Lazy("vllm_gemma4_spec.quantization.kv_scales")
+    loading = Lazy("vllm_gemma4_spec.quantization.loading")
+    nan_scales = Lazy("vllm_gemma4_spec.quantization.nan_scales")
+    small_batch_layers = Lazy("vllm_gemma4_spec.quantization.small_batch_layers")
 
 _QUANTIZATION = "vllm.model_executor.layers.quantization.modelopt"
 _LOADER = "vllm.model_executor.model_loader"
 _COMPRESSED = "vllm.model_executor.layers.quantization.compressed_tensors"
+_DRAFT_MODEL = "vllm.v1.spec_decode.draft_model:DraftModelProposer"
 _CPU_MOE = "vllm.model_executor.layers.fused_moe.cpu_fused_moe"
 
 KV_SCALES = Patch(
@@ -24,11 +46,11 @@ KV_SCALES = Patch(
     edits=(
         Edit(
             "vllm.model_executor.layers.attention.attention:Attention.process_weights_after_loading",
-            "vllm_gemma4_spec.modelopt.kv_scales:process_weights_after_loading",
+            kv_scales.process_weights_after_loading,
         ),
         Edit(
             "vllm.v1.worker.gpu_model_runner:GPUModelRunner.init_fp8_kv_scales",
-            "vllm_gemma4_spec.modelopt.kv_scales:init_fp8_kv_scales",
+            kv_scales.init_fp8_kv_scales,
         ),
     ),
     watches=(
@@ -39,7 +61,25 @@ KV_SCALES = Patch(
     ),
 )
 
+DRAFT_PRODUCTS = Patch(
+    name="draft-products",
+    group=Group.CONVENIENCE,
+    why="Where NVFP4 runs on Marlin, the products of one to a few rows take several times what reading their weights "
+    "takes: 77 of the 105 us of an E4B layer on an H200 (the per-layer-input gate alone 23).",
+    how="NVFP4 layers of a draft model get a second copy of their weight, in the order of a CUDA kernel for up to 64 "
+    "rows, compiled by NVRTC; gelu(gate) * up is part of it. Larger batches stay on Marlin, and so do targets but for "
+    "an o_proj with a pre_quant_scale (VLLM_GEMMA4_SPEC_SCALE_IN_PRODUCT).",
+    retire="A vLLM kernel for NVFP4 products of few rows.",
+    edits=(Edit(f"{_DRAFT_MODEL}._get_model", small_batch_layers.get_model),),
+    watches=(
+        "vllm.model_executor.models.gemma4:Gemma4MLP",
+        "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4:apply_fp4_marlin_linear",
+        "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4:prepare_fp4_layer_for_marlin",
+    ),
+)
+
 PATCHES: tuple[Patch, ...] = (
+    DRAFT_PRODUCTS,
     Patch(
         name="modelopt-nvfp4",
         group=Group.CORRECTNESS,
@@ -55,19 +95,19 @@ PATCHES: tuple[Patch, ...] = (
         ),
         retire="vLLM reads pre_quant_scale and svdquant_lora_*, and mends or refuses NaN scales itself.",
         edits=(
-            Edit(f"{_QUANTIZATION}:ModelOptNvFp4Config", "vllm_gemma4_spec.modelopt.config:nvfp4_config"),
+            Edit(f"{_QUANTIZATION}:ModelOptNvFp4Config", config.nvfp4_config),
             Edit(
                 "vllm.transformers_utils.model_arch_config_convertor:"
                 "ModelArchConfigConvertorBase._normalize_quantization_config",
-                "vllm_gemma4_spec.modelopt.loading:known_algorithm",
+                loading.known_algorithm,
             ),
             Edit(
                 f"{_LOADER}.default_loader:DefaultModelLoader.get_all_weights",
-                "vllm_gemma4_spec.modelopt.loading:checked_weights",
+                loading.checked_weights,
             ),
             Edit(
                 f"{_LOADER}.base_loader:process_weights_after_loading",
-                "vllm_gemma4_spec.modelopt.nan:reported",
+                nan_scales.reported,
                 source=f"{_LOADER}.utils:process_weights_after_loading",
             ),
         ),
@@ -102,17 +142,17 @@ PATCHES: tuple[Patch, ...] = (
         edits=(
             Edit(
                 f"{_COMPRESSED}.compressed_tensors:CompressedTensorsW4A4Fp4",
-                "vllm_gemma4_spec.modelopt.compressed:linear_scheme",
+                compressed_tensors.linear_scheme,
                 source=f"{_COMPRESSED}.schemes.compressed_tensors_w4a4_nvfp4:CompressedTensorsW4A4Fp4",
             ),
             Edit(
                 f"{_COMPRESSED}.compressed_tensors:CompressedTensorsW4A16Fp4",
-                "vllm_gemma4_spec.modelopt.compressed:linear_scheme",
+                compressed_tensors.linear_scheme,
                 source=f"{_COMPRESSED}.schemes.compressed_tensors_w4a16_nvfp4:CompressedTensorsW4A16Fp4",
             ),
             Edit(
                 f"{_COMPRESSED}.compressed_tensors_moe:CompressedTensorsW4A4Nvfp4MoEMethod",
-                "vllm_gemma4_spec.modelopt.compressed:experts_method",
+                compressed_tensors.experts_method,
             ),
         ),
         watches=(
@@ -127,10 +167,10 @@ PATCHES: tuple[Patch, ...] = (
         how="Adds Gemma 4's gelu to the table of the path in torch and keeps it off the C++ kernel.",
         retire="vLLM's CPU experts support MoEActivation.GELU.",
         edits=(
-            Edit(f"{_CPU_MOE}:_CPU_MOE_ACT_FN", "vllm_gemma4_spec.modelopt.cpu_experts:with_gelu"),
+            Edit(f"{_CPU_MOE}:_CPU_MOE_ACT_FN", cpu_experts.with_gelu),
             Edit(
                 f"{_CPU_MOE}:CPUFusedMOE.check_grouped_gemm",
-                "vllm_gemma4_spec.modelopt.cpu_experts:native_activations_only",
+                cpu_experts.native_activations_only,
             ),
         ),
         watches=(

@@ -64,14 +64,14 @@ def prepare(layer: Module) -> None:
 
     To be called before Marlin reorders ``layer.weight`` in place.
     """
-    from vllm_gemma4_spec.kernels import rows
+    from vllm_gemma4_spec.kernels import small_batch_gemm
 
     scaled = _scale_would_stand_alone(layer)
     wanted = _loading_drafter or (scaled and _in_product(layer.weight.device))
-    if not (wanted and rows.suits(layer)):
+    if not (wanted and small_batch_gemm.suits(layer)):
         return
     layer.rows_gelu, layer.rows_scaled = False, scaled
-    for name, tensor in zip(_NAMES, rows.prepare(layer, scaled), strict=True):
+    for name, tensor in zip(_NAMES, small_batch_gemm.prepare(layer, scaled), strict=True):
         layer._parameters.pop(name, None)
         layer.register_parameter(name, Parameter(tensor, requires_grad=False))
 

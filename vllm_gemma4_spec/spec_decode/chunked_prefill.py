@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_gemma4_spec.drafting.proposer import RUNNER
+from vllm_gemma4_spec.spec_decode.proposer import RUNNER
 
 
 def prepare_next_token_ids_padded(

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.distributed import get_tp_group
 
-from vllm_gemma4_spec.ops import reports
+from vllm_gemma4_spec.metrics import reports
 
 
 def propose_draft_token_ids(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,8 +19,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_gemma4_spec import settings
-from vllm_gemma4_spec.drafting.check import check_pass
-from vllm_gemma4_spec.drafting.slots import PADDING_SLOT_ID, group_slot_mappings
+from vllm_gemma4_spec.spec_decode.invariants import check_pass
+from vllm_gemma4_spec.spec_decode.slot_mapping import PADDING_SLOT_ID, group_slot_mappings
 
 # Metadata of these backends depends on the group only through these two fields, so one build serves
 # every group of the same spec. FlashInfer's, for one, is derived from the block table and is rebuilt.
@@ -85,7 +85,7 @@ class DraftGroups:
         """
         if self._proposer.device.type != "cuda":
             return None
-        from vllm_gemma4_spec.graphs.slots import GroupSlotKernel
+        from vllm_gemma4_spec.kernels.slot_mapping import GroupSlotKernel
 
         return GroupSlotKernel(self._block_sizes, self._slots)
 

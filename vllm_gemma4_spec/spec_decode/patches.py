@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
-from vllm_gemma4_spec.patching.patch import Edit, Group, Patch
+from typing import TYPE_CHECKING
+
+from vllm_gemma4_spec.patching.patch import Edit, Group, Lazy, Patch
+
+if TYPE_CHECKING:
+    from vllm_gemma4_spec.spec_decode import (
+        acceptance,
+        block_tables,
+        chunked_prefill,
+        config_validation,
+        dropped_drafts,
+        kv_sharing,
+        max_length,
+        one_group,
+        proposer,
+        sleep,
+        text_only_drafter,
+    )
+else:  # a wrapper's module is imported only after the module of vLLM that it patches
+    acceptance = Lazy("vllm_gemma4_spec.spec_decode.acceptance")
+    block_tables = Lazy("vllm_gemma4_spec.spec_decode.block_tables")
+    chunked_prefill = Lazy("vllm_gemma4_spec.spec_decode.chunked_prefill")
+    config_validation = Lazy("vllm_gemma4_spec.spec_decode.config_validation")
+    dropped_drafts = Lazy("vllm_gemma4_spec.spec_decode.dropped_drafts")
+    kv_sharing = Lazy("vllm_gemma4_spec.spec_decode.kv_sharing")
+    max_length = Lazy("vllm_gemma4_spec.spec_decode.max_length")
+    one_group = Lazy("vllm_gemma4_spec.spec_decode.one_group")
+    proposer = Lazy("vllm_gemma4_spec.spec_decode.proposer")
+    sleep = Lazy("vllm_gemma4_spec.spec_decode.sleep")
+    text_only_drafter = Lazy("vllm_gemma4_spec.spec_decode.text_only_drafter")
 
 _PROPOSER = "vllm.v1.spec_decode.eagle:SpecDecodeBaseProposer"
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
-_OURS = "vllm_gemma4_spec.drafting"
 
 DRAFT_GROUPS = Patch(
     name="draft-groups",
@@ -19,9 +47,9 @@ DRAFT_GROUPS = Patch(
     "draft pass. Metadata is built once per distinct spec. A drafter in one group is left as it is.",
     retire="A release whose proposer builds attention metadata per KV cache group.",
     edits=(
-        Edit(f"{_PROPOSER}.__init__", f"{_OURS}.proposer:keep_runner"),
-        Edit(f"{_PROPOSER}.initialize_attn_backend", f"{_OURS}.proposer:initialize_attn_backend"),
-        Edit(f"{_PROPOSER}._get_slot_mapping", f"{_OURS}.proposer:get_slot_mapping"),
+        Edit(f"{_PROPOSER}.__init__", proposer.keep_runner),
+        Edit(f"{_PROPOSER}.initialize_attn_backend", proposer.initialize_attn_backend),
+        Edit(f"{_PROPOSER}._get_slot_mapping", proposer.get_slot_mapping),
     ),
     watches=(
         f"{_PROPOSER}.propose",
@@ -43,10 +71,10 @@ OWN_BLOCKS = Patch(
     "every entry that a row's request does not own.",
     retire="A release that allocates look-ahead slots in the first step and clears rows of the block table.",
     edits=(
-        Edit("vllm.v1.core.sched.scheduler:Scheduler.__init__", f"{_OURS}.blocks:scheduler_init"),
-        Edit("vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots", f"{_OURS}.blocks:allocate_slots"),
-        Edit("vllm.v1.worker.block_table:BlockTable.add_row", f"{_OURS}.blocks:add_row"),
-        Edit("vllm.v1.worker.block_table:BlockTable.move_row", f"{_OURS}.blocks:move_row"),
+        Edit("vllm.v1.core.sched.scheduler:Scheduler.__init__", block_tables.scheduler_init),
+        Edit("vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots", block_tables.allocate_slots),
+        Edit("vllm.v1.worker.block_table:BlockTable.add_row", block_tables.add_row),
+        Edit("vllm.v1.worker.block_table:BlockTable.move_row", block_tables.move_row),
     ),
     watches=(
         "vllm.v1.core.sched.scheduler:Scheduler.schedule",
@@ -66,10 +94,10 @@ KV_SHARED_LAYERS = Patch(
     "the layer whose KV they reuse.",
     retire="A release in which Gemma 4's KV-shared layers have no k_norm and per-layer specs include them.",
     edits=(
-        Edit("vllm.model_executor.models.gemma4:Gemma4Model.load_weights", f"{_OURS}.kv_sharing:load_weights"),
+        Edit("vllm.model_executor.models.gemma4:Gemma4Model.load_weights", kv_sharing.load_weights),
         Edit(
             f"{_RUNNER}:add_kv_sharing_layers_to_kv_cache_groups",
-            f"{_OURS}.kv_sharing:add_kv_sharing_layers",
+            kv_sharing.add_kv_sharing_layers,
             source="vllm.v1.worker.utils:add_kv_sharing_layers_to_kv_cache_groups",
         ),
     ),
@@ -83,9 +111,7 @@ ONE_GROUP_WINDOWS = Patch(
     "ends start-up: 'All attention layers in the same KV cache group must have the same window size'.",
     how="The test for equal specs answers no instead of raising; vLLM then makes one group with a spec per layer.",
     retire="A release whose is_kv_cache_spec_uniform returns False for different windows.",
-    edits=(
-        Edit("vllm.v1.core.kv_cache_utils:is_kv_cache_spec_uniform", f"{_OURS}.one_group:is_kv_cache_spec_uniform"),
-    ),
+    edits=(Edit("vllm.v1.core.kv_cache_utils:is_kv_cache_spec_uniform", one_group.is_kv_cache_spec_uniform),),
     watches=(
         "vllm.v1.core.kv_cache_utils:unify_hybrid_kv_cache_specs",
         "vllm.v1.core.kv_cache_utils:get_kv_cache_groups",
@@ -103,8 +129,8 @@ TEXT_DRAFTER = Patch(
     "Gemma4ForConditionalGeneration config becomes that of its language model, Gemma4ForCausalLM.",
     retire="A release that drafts from text for multimodal targets and loads a drafter's language model only.",
     edits=(
-        Edit(f"{_PROPOSER}._raise_if_multimodal", f"{_OURS}.text_only:raise_if_multimodal"),
-        Edit("vllm.config.speculative:SpeculativeConfig.hf_config_override", f"{_OURS}.text_only:hf_config_override"),
+        Edit(f"{_PROPOSER}._raise_if_multimodal", text_only_drafter.raise_if_multimodal),
+        Edit("vllm.config.speculative:SpeculativeConfig.hf_config_override", text_only_drafter.hf_config_override),
     ),
     watches=(
         f"{_PROPOSER}.load_model",
@@ -121,7 +147,7 @@ CHUNK_BOUNDARIES = Patch(
     "head keeps the KV of that wrong pair, once per chunk, and drafts from it. Draft models recompute it.",
     how="The token looked up for an unfinished prompt is the one after the tokens computed so far.",
     retire="A release whose prepare_next_token_ids_padded looks up the sequence length for unfinished prompts.",
-    edits=(Edit(f"{_PROPOSER}.prepare_next_token_ids_padded", f"{_OURS}.chunks:prepare_next_token_ids_padded"),),
+    edits=(Edit(f"{_PROPOSER}.prepare_next_token_ids_padded", chunked_prefill.prepare_next_token_ids_padded),),
     watches=(f"{_RUNNER}:GPUModelRunner._prepare_inputs", "vllm.v1.worker.gpu_input_batch:CachedRequestState"),
 )
 
@@ -135,12 +161,12 @@ LENGTH_LIMIT = Patch(
     "clamped and write nothing, in any pass; drafts there are rejected.",
     retire="A release that decides per request whether to draft.",
     edits=(
-        Edit(f"{_RUNNER}:GPUModelRunner.sample_tokens", f"{_OURS}.length_limit:sample_tokens"),
-        Edit(f"{_PROPOSER}.__init__", f"{_OURS}.length_limit:proposer_init"),
-        Edit(f"{_PROPOSER}.set_inputs_first_pass", f"{_OURS}.length_limit:set_inputs_first_pass"),
+        Edit(f"{_RUNNER}:GPUModelRunner.sample_tokens", max_length.sample_tokens),
+        Edit(f"{_PROPOSER}.__init__", max_length.proposer_init),
+        Edit(f"{_PROPOSER}.set_inputs_first_pass", max_length.set_inputs_first_pass),
         Edit(
             "vllm.v1.spec_decode.eagle:eagle_step_update_slot_mapping_and_metadata",
-            f"{_OURS}.length_limit:eagle_step_update",
+            max_length.eagle_step_update,
             source="vllm.v1.spec_decode.utils:eagle_step_update_slot_mapping_and_metadata",
         ),
     ),
@@ -163,9 +189,9 @@ DRAFTER_CHECKS = Patch(
     edits=(
         Edit(
             "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
-            f"{_OURS}.refusals:create_speculative_config",
+            config_validation.create_speculative_config,
         ),
-        Edit("vllm.v1.engine.core:EngineCore.sleep", f"{_OURS}.sleep:engine_sleep"),
+        Edit("vllm.v1.engine.core:EngineCore.sleep", sleep.engine_sleep),
     ),
     watches=("vllm.config.speculative:SpeculativeConfig.verify_equal_vocab_size_if_draft_model",),
 )
@@ -181,7 +207,7 @@ ACCEPTANCE_WATCH = Patch(
     edits=(
         Edit(
             "vllm.v1.core.sched.scheduler:Scheduler.make_spec_decoding_stats",
-            f"{_OURS}.acceptance:make_spec_decoding_stats",
+            acceptance.make_spec_decoding_stats,
         ),
     ),
     watches=("vllm.v1.core.sched.scheduler:Scheduler.update_from_output",),
@@ -196,8 +222,8 @@ SKIPPED_DRAFTS = Patch(
     "gemma4_spec_drafts_skipped_total at /metrics.",
     retire="A release that counts them.",
     edits=(
-        Edit(f"{_RUNNER}:GPUModelRunner.propose_draft_token_ids", f"{_OURS}.skipped:propose_draft_token_ids"),
-        Edit(f"{_RUNNER}:GPUModelRunner.sample_tokens", f"{_OURS}.skipped:sample_tokens"),
+        Edit(f"{_RUNNER}:GPUModelRunner.propose_draft_token_ids", dropped_drafts.propose_draft_token_ids),
+        Edit(f"{_RUNNER}:GPUModelRunner.sample_tokens", dropped_drafts.sample_tokens),
     ),
 )
 

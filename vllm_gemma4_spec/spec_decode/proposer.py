@@ -12,9 +12,9 @@ import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, UniformTypeKVCacheSpecs
 
 from vllm_gemma4_spec import settings
-from vllm_gemma4_spec.drafting.check import CheckedBuilder
-from vllm_gemma4_spec.drafting.groups import DraftGroups
 from vllm_gemma4_spec.errors import Gemma4SpecError
+from vllm_gemma4_spec.spec_decode.invariants import CheckedBuilder
+from vllm_gemma4_spec.spec_decode.kv_cache_groups import DraftGroups
 
 # Attributes that this package adds to a proposer.
 RUNNER = "_gemma4_spec_runner"

@@ -14,8 +14,8 @@ from vllm_gemma4_spec import settings
 from vllm_gemma4_spec.errors import Gemma4SpecError
 from vllm_gemma4_spec.ops.doctor.findings import Finding, State
 from vllm_gemma4_spec.patching import fingerprint
-from vllm_gemma4_spec.patching.engine import PATCHER
 from vllm_gemma4_spec.patching.version import SUPPORTED, vllm_version
+from vllm_gemma4_spec.registry import PATCHER
 
 # transformers: vLLM 0.19.1 excludes up to 5.5.0; 5.15 and later read Gemma 4's config differently.
 WANTED = {"torch": SpecifierSet("==2.10.*"), "transformers": SpecifierSet(">=5.5.1,<5.15")}
@@ -135,8 +135,8 @@ def patches() -> Iterator[Finding]:
     except Gemma4SpecError as error:  # an unreadable switch; environment() names it too
         yield Finding(section, "states", State.PROBLEM, "unknown", advice=str(error))
         return
-    installed = fingerprint.installed(s for patch in PATCHER.known() for s in patch.checked_symbols)
-    for status, patch in zip(statuses, PATCHER.known(), strict=True):
+    installed = fingerprint.installed(s for patch in PATCHER.known for s in patch.checked_symbols)
+    for status, patch in zip(statuses, PATCHER.known, strict=True):
         wrong = [
             f"{symbol} is {installed[symbol] or 'gone'}, wanted {mark}"
             for symbol, mark in patch.fingerprints.items()
@@ -157,7 +157,7 @@ def patches() -> Iterator[Finding]:
 
 def environment() -> Iterator[Finding]:
     section = "environment"
-    names = [p.name for p in PATCHER.known()]
+    names = [p.name for p in PATCHER.known]
     try:
         settings.check_environment(names)
     except Gemma4SpecError as error:

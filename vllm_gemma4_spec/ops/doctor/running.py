@@ -13,7 +13,7 @@ from vllm_gemma4_spec.patching.version import SUPPORTED
 
 
 def running(url: str, api_key: str | None = None, workers: int | None = None) -> Iterator[Finding]:
-    """Which processes of the server at ``url`` have which patches (see :mod:`vllm_gemma4_spec.ops.reports`).
+    """Which processes of the server at ``url`` have which patches (see :mod:`vllm_gemma4_spec.metrics.reports`).
 
     Raises:
         ServerError: nothing answers there, or not vLLM.
