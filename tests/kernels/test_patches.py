@@ -12,7 +12,8 @@ import vllm_gemma4_spec
 from tests.support import engine as _engine  # sets the environment
 from tests.support.stock import without
 from vllm_gemma4_spec.performance.argmax import HEAD
-from vllm_gemma4_spec.performance.patches import DRAFT_ARGMAX, DRAFT_PRODUCTS, SPLIT_ATTENTION
+from vllm_gemma4_spec.performance.patches import DRAFT_ARGMAX, SPLIT_ATTENTION
+from vllm_gemma4_spec.quantization.patches import DRAFT_PRODUCTS
 
 assert _engine
 

@@ -26,17 +26,17 @@ class Shown:
 
 
 _STOCK = "patching/test_stock"
-_GRAPHS = "graphs/test_draft_capture"
+_GRAPHS = "performance/test_draft_capture"
 _KERNELS = "kernels/test_patches"
 
 SHOWN = {
     "draft-groups": Shown(
         f"{_STOCK}::test_draft_layers_in_several_groups_are_refused",
-        "engine/test_draft_groups::test_a_model_as_its_own_drafter_accepts_every_draft[target-3-plain]",
+        "spec_decode/test_draft_groups::test_a_model_as_its_own_drafter_accepts_every_draft[target-3-plain]",
     ),
     "own-blocks": Shown(
-        "engine/test_own_blocks::test_stock_writes_drafts_where_the_request_owns_nothing",
-        "engine/test_own_blocks::test_first_step_looks_ahead",
+        "spec_decode/test_own_blocks::test_stock_writes_drafts_where_the_request_owns_nothing",
+        "spec_decode/test_own_blocks::test_first_step_looks_ahead",
     ),
     "kv-shared-layers": Shown(
         f"{_STOCK}::test_a_saved_e4b_lacks_weights_that_nothing_reads",
@@ -44,7 +44,7 @@ SHOWN = {
     ),
     "one-group-windows": Shown(
         f"{_STOCK}::test_one_group_takes_one_window",
-        "engine/test_draft_groups::test_another_drafter_changes_no_token[drafter-3-one-group]",
+        "spec_decode/test_draft_groups::test_another_drafter_changes_no_token[drafter-3-one-group]",
     ),
     "text-drafter": Shown(
         f"{_STOCK}::test_a_multimodal_target_is_refused_with_a_draft_model",
@@ -55,20 +55,20 @@ SHOWN = {
         "eagle/test_heads::test_a_head_drafts_as_its_reference[eagle3-two-groups-chunked-prefill]",
     ),
     "length-limit": Shown(
-        "engine/test_length_limit::test_without_the_patch_acceptance_decays",
-        "engine/test_length_limit::test_every_draft_is_accepted_beside_a_request_that_ends_at_the_limit",
+        "spec_decode/test_max_length::test_without_the_patch_acceptance_decays",
+        "spec_decode/test_max_length::test_every_draft_is_accepted_beside_a_request_that_ends_at_the_limit",
     ),
     "drafter-checks": Shown(
         f"{_STOCK}::test_a_drafter_that_does_not_fit_is_not_named_in_one_line",
-        "engine/test_refusals::test_folder_without_config",
+        "spec_decode/test_config_validation::test_folder_without_config",
     ),
     "acceptance-watch": Shown(
-        "engine/test_checks::test_stock_says_nothing_about_acceptance",
-        "engine/test_checks::test_a_drafter_that_knows_nothing_is_reported",
+        "spec_decode/test_invariants::test_stock_says_nothing_about_acceptance",
+        "spec_decode/test_invariants::test_a_drafter_that_knows_nothing_is_reported",
     ),
     "skipped-drafts": Shown(
-        "ops/test_counters::test_stock_counts_no_skipped_draft",
-        "ops/test_counters::test_drafts_skipped_are_the_requests_that_were_not_drafted_for",
+        "metrics/test_reports::test_stock_counts_no_skipped_draft",
+        "metrics/test_reports::test_drafts_skipped_are_the_requests_that_were_not_drafted_for",
     ),
     "embedder-norm": Shown(
         "multimodal/test_images::test_stock_projects_before_it_normalises",
@@ -79,8 +79,8 @@ SHOWN = {
         "multimodal/test_image_attention::test_logits_after_images_are_those_of_transformers[one-image]",
     ),
     "lora-aliases": Shown(
-        "engine/test_lora::test_stock_ignores_the_adapter",
-        "engine/test_lora::test_requests_with_and_without_an_adapter[target]",
+        "lora/test_lora::test_stock_ignores_the_adapter",
+        "lora/test_lora::test_requests_with_and_without_an_adapter[target]",
     ),
     "draft-graphs": Shown(
         f"{_GRAPHS}::test_stock_drafts_kernel_by_kernel", f"{_GRAPHS}::test_captured_drafts_are_replayed"
@@ -90,20 +90,20 @@ SHOWN = {
         f"{_GRAPHS}::test_vllms_own_method_gives_a_draft_model_pieces",
     ),
     "adaptive-k": Shown(
-        "engine/test_adaptive_k::test_stock_runs_every_pass_whatever_is_accepted",
-        "engine/test_adaptive_k::test_answers_are_those_of_plain_decoding[drafter]",
+        "performance/test_adaptive_k::test_stock_runs_every_pass_whatever_is_accepted",
+        "performance/test_adaptive_k::test_answers_are_those_of_plain_decoding[drafter]",
     ),
     "async-drafts": Shown(  # it asserts both
-        "graphs/test_async_drafts::test_the_window_of_the_real_length_keeps_its_blocks",
-        "graphs/test_async_drafts::test_the_window_of_the_real_length_keeps_its_blocks",
+        "performance/test_async_drafts::test_the_window_of_the_real_length_keeps_its_blocks",
+        "performance/test_async_drafts::test_the_window_of_the_real_length_keeps_its_blocks",
     ),
     "local-argmax": Shown(
         f"{_STOCK}::test_local_argmax_ends_the_engine",
-        "graphs/test_local_argmax::test_local_argmax_drafts_the_same_tokens",
+        "performance/test_local_argmax::test_local_argmax_drafts_the_same_tokens",
     ),
     "draft-compile": Shown(
-        "graphs/test_draft_compile::test_stock_compiles_a_drafter_as_the_target",
-        "graphs/test_draft_compile::test_a_drafter_has_compiler_settings_of_its_own",
+        "performance/test_draft_compile::test_stock_compiles_a_drafter_as_the_target",
+        "performance/test_draft_compile::test_a_drafter_has_compiler_settings_of_its_own",
     ),
     "draft-products": Shown(
         f"{_KERNELS}::test_stock_loads_a_drafter_as_any_model",
@@ -118,27 +118,27 @@ SHOWN = {
     ),
     "cpu-runner": Shown(
         f"{_STOCK}::test_the_cpu_refuses_speculation",
-        "engine/test_own_blocks::test_first_step_looks_ahead",
+        "spec_decode/test_own_blocks::test_first_step_looks_ahead",
     ),
     "cpu-kernels": Shown(
         f"{_STOCK}::test_triton_kernels_cannot_be_launched_on_a_cpu",
-        "engine/test_own_blocks::test_first_step_looks_ahead",
+        "spec_decode/test_own_blocks::test_first_step_looks_ahead",
     ),
     "modelopt-nvfp4": Shown(
-        "modelopt/test_nvfp4_config::test_undo_gives_vllm_its_class_back",
-        "modelopt/test_nvfp4_engine::test_logprobs_equal_the_reference",
+        "quantization/test_nvfp4_config::test_undo_gives_vllm_its_class_back",
+        "quantization/test_nvfp4_engine::test_logprobs_equal_the_reference",
     ),
     "kv-scales": Shown(
-        "modelopt/test_kv_scales::test_the_kernel_drops_the_scales_of_fp8_queries",
-        "modelopt/test_kv_scales::test_scales_are_loaded_and_applied[target-]",
+        "quantization/test_kv_scales::test_the_kernel_drops_the_scales_of_fp8_queries",
+        "quantization/test_kv_scales::test_scales_are_loaded_and_applied[target-]",
     ),
     "compressed-nvfp4": Shown(
-        "modelopt/test_nvfp4_compressed_tensors::test_stock_has_no_nvfp4_on_a_cpu",
-        "modelopt/test_nvfp4_compressed_tensors::test_logprobs_equal_the_reference[26b-True]",
+        "quantization/test_nvfp4_compressed_tensors::test_stock_has_no_nvfp4_on_a_cpu",
+        "quantization/test_nvfp4_compressed_tensors::test_logprobs_equal_the_reference[26b-True]",
     ),
     "cpu-moe-gelu": Shown(
         f"{_STOCK}::test_experts_on_a_cpu_do_not_know_gelu",
-        "modelopt/test_nvfp4_engine::test_experts_in_nvfp4",
+        "quantization/test_nvfp4_engine::test_experts_in_nvfp4",
     ),
     "chat-output": Shown(
         "chat/test_serving::test_stock_is_wrong",
@@ -149,8 +149,8 @@ SHOWN = {
         "chat/test_leaks::test_errors_carry_no_path_and_no_internals",
     ),
     "server-figures": Shown(
-        "ops/test_api_servers::test_stock_shows_what_the_files_hold_and_no_more",
-        "ops/test_api_servers::test_figures_beside_those_of_the_files",
+        "metrics/test_api_servers::test_stock_shows_what_the_files_hold_and_no_more",
+        "metrics/test_api_servers::test_figures_beside_those_of_the_files",
     ),
 }
 

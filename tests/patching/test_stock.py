@@ -12,9 +12,12 @@ from tests.quantization.comparison import FIXTURES, edited, engine_logprobs, per
 from tests.support import engine as _engine
 from tests.support.engine import engine, generate, random_prompts
 from tests.support.stock import without
+from vllm_gemma4_spec.cpu import patches as cpu
 from vllm_gemma4_spec.errors import DrafterError
 from vllm_gemma4_spec.patching.patch import Patch
-from vllm_gemma4_spec.registry import cpu, drafting, graphs, modelopt
+from vllm_gemma4_spec.performance import patches as performance
+from vllm_gemma4_spec.quantization import patches as quantization
+from vllm_gemma4_spec.spec_decode import patches as spec_decode
 
 assert _engine
 
@@ -27,30 +30,30 @@ def ends_start(patch: Patch, error: type[Exception], message: str, model: Path, 
 
 def test_draft_layers_in_several_groups_are_refused(tiny: dict[str, Path]) -> None:
     message = "All drafting layers should belong to the same kv cache group"
-    ends_start(drafting.DRAFT_GROUPS, AssertionError, message, tiny["target"], tiny["target"])
+    ends_start(spec_decode.DRAFT_GROUPS, AssertionError, message, tiny["target"], tiny["target"])
 
 
 def test_a_saved_e4b_lacks_weights_that_nothing_reads(tiny: dict[str, Path]) -> None:
     message = r"weights were not initialized from checkpoint.*k_norm"
-    ends_start(drafting.KV_SHARED_LAYERS, ValueError, message, tiny["drafter"])
+    ends_start(spec_decode.KV_SHARED_LAYERS, ValueError, message, tiny["drafter"])
 
 
 def test_one_group_takes_one_window(tiny: dict[str, Path]) -> None:
     message = "must have the same window size"
     options: dict[str, Any] = {"disable_hybrid_kv_cache_manager": True}
-    ends_start(drafting.ONE_GROUP_WINDOWS, ValueError, message, tiny["target"], tiny["drafter"], **options)
+    ends_start(spec_decode.ONE_GROUP_WINDOWS, ValueError, message, tiny["target"], tiny["drafter"], **options)
 
 
 def test_a_multimodal_target_is_refused_with_a_draft_model() -> None:
     from vllm.v1.spec_decode.eagle import SpecDecodeBaseProposer
 
-    with without(drafting.TEXT_DRAFTER), pytest.raises(NotImplementedError, match="multimodal"):
+    with without(spec_decode.TEXT_DRAFTER), pytest.raises(NotImplementedError, match="multimodal"):
         SpecDecodeBaseProposer._raise_if_multimodal(SimpleNamespace(supports_mm_inputs=True, method="draft_model"))
 
 
 def test_a_drafter_that_does_not_fit_is_not_named_in_one_line(tiny: dict[str, Path], tmp_path: Path) -> None:
     with (
-        without(drafting.DRAFTER_CHECKS),
+        without(spec_decode.DRAFTER_CHECKS),
         pytest.raises(ValueError, match="Invalid repository ID") as caught,
         engine(tiny["target"], tmp_path),
     ):
@@ -73,7 +76,7 @@ def test_triton_kernels_cannot_be_launched_on_a_cpu() -> None:
 def test_local_argmax_ends_the_engine(tiny: dict[str, Path]) -> None:
     options: dict[str, Any] = {"speculative": {"use_local_argmax_reduction": True}}
     with (
-        without(graphs.LOCAL_ARGMAX),
+        without(performance.LOCAL_ARGMAX),
         engine(tiny["target"], tiny["target"], **options) as llm,
         pytest.raises(AttributeError, match="get_top_tokens"),
     ):
@@ -81,7 +84,7 @@ def test_local_argmax_ends_the_engine(tiny: dict[str, Path]) -> None:
 
 
 def test_experts_on_a_cpu_do_not_know_gelu(tmp_path: Path) -> None:
-    (patch,) = [p for p in modelopt.PATCHES if p.name == "cpu-moe-gelu"]
+    (patch,) = [p for p in quantization.PATCHES if p.name == "cpu-moe-gelu"]
     folder = edited(FIXTURES / "26b-mm-awq-lite", tmp_path / "experts", per_expert)
     with without(patch), pytest.raises(AssertionError, match=r"MoEActivation\.GELU is not supported"):
         engine_logprobs(folder, **text_only(folder))

@@ -17,7 +17,7 @@ from tests.quantization.comparison import TOKENS, edited, engine_logprobs, swapp
 from tests.support.stock import without
 from vllm_gemma4_spec.checkpoints.files import Checkpoint
 from vllm_gemma4_spec.checkpoints.inspection import inspect
-from vllm_gemma4_spec.registry import modelopt
+from vllm_gemma4_spec.quantization import patches as quantization
 
 TOLERANCE = 1e-3  # as in test_nvfp4_engine.py
 _NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
@@ -126,7 +126,7 @@ def test_logprobs_equal_the_reference(kind: str, activations: bool, tmp_path: Pa
 
 @pytest.mark.slow
 def test_stock_has_no_nvfp4_on_a_cpu(tmp_path: Path) -> None:
-    (patch,) = (p for p in modelopt.PATCHES if p.name == "compressed-nvfp4")
+    (patch,) = (p for p in quantization.PATCHES if p.name == "compressed-nvfp4")
     folder = checkpoint("31b", tmp_path / "model", activations=True)
     with without(patch), pytest.raises(ValueError, match="NVFP4"):
         engine_logprobs(folder)

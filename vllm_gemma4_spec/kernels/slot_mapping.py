@@ -1,6 +1,6 @@
 """One Triton kernel that maps the slots of every KV cache group.
 
-The PyTorch form, which the CPU runs and the tests compare with, is ``drafting.slots.group_slot_mappings``.
+The PyTorch form, which the CPU runs and the tests compare with, is ``spec_decode.slot_mapping.group_slot_mappings``.
 """
 
 from __future__ import annotations
