@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -266,7 +267,8 @@ def test_declarations_are_complete() -> None:
     for patch in PATCHES:
         assert patch.edits
         assert isinstance(patch.group, Group)
-        assert all(len(text) > 20 for text in (patch.why, patch.how, patch.retire))
+        assert all(len(text) > 10 for text in (patch.why, patch.how, patch.retire, patch.scope))
+        assert re.search(r"#\d{5}|none found", patch.related), patch.name
 
 
 def test_fingerprints_are_those_of_the_installed_vllm() -> None:

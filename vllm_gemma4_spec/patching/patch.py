@@ -98,6 +98,9 @@ class Patch:
         why: what breaks without it.
         how: what it does instead.
         retire: the upstream change that makes it unnecessary.
+        scope: which engines, models or checkpoints it acts on (see :mod:`vllm_gemma4_spec.scope`); for all others the
+            original is called with the arguments that were given.
+        related: upstream changes about the same thing, with the number of an issue or pull request; or "none found".
         edits: what it replaces, in order.
         watches: symbols it relies on without replacing them; fingerprinted like targets.
     """
@@ -107,6 +110,8 @@ class Patch:
     why: str
     how: str
     retire: str
+    scope: str
+    related: str
     edits: tuple[Edit, ...]
     watches: tuple[str, ...] = field(default=())
 

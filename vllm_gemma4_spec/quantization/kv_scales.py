@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm.config import get_current_vllm_config
+from vllm_gemma4_spec import scope
 
 
 def process_weights_after_loading(original: Callable[..., None]) -> Callable[..., None]:
@@ -21,8 +21,11 @@ def process_weights_after_loading(original: Callable[..., None]) -> Callable[...
         original(self, *args, **kwargs)
         if not self.kv_cache_dtype.startswith("fp8"):
             return
+        config = scope.current_config()
+        if not scope.gemma4_engine(config):
+            return
         if self.kv_sharing_target_layer_name is not None:
-            layers = get_current_vllm_config().compilation_config.static_forward_context
+            layers = config.compilation_config.static_forward_context
             source = layers[self.kv_sharing_target_layer_name]
             for name in ("k", "v"):
                 getattr(self, f"_{name}_scale").copy_(getattr(source, f"_{name}_scale"))
@@ -40,6 +43,8 @@ def init_fp8_kv_scales(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def wrapper(self: Any) -> None:
         original(self)
+        if not scope.gemma4_engine(self.vllm_config):
+            return
         for layer in self.compilation_config.static_forward_context.values():
             for name in ("_k_scale", "_v_scale"):
                 scale = getattr(layer, f"{name}_float", None)

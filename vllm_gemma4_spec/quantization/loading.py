@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vllm_gemma4_spec import scope
 from vllm_gemma4_spec.checkpoints import files
 
 
@@ -22,7 +23,7 @@ def checked_weights(original: Callable[..., Iterator[tuple[str, Tensor]]]) -> Ca
     @functools.wraps(original)
     def get_all_weights(self: Any, model_config: Any, model: Any) -> Iterator[tuple[str, Tensor]]:
         stream = original(self, model_config, model)
-        if model_config.quantization != "modelopt_fp4":
+        if not scope.modelopt_nvfp4(model_config):
             return stream
         _, shards, safetensors = self._prepare_weights(model_config.model, None, model_config.revision, True, None)
         if safetensors:

@@ -43,6 +43,8 @@ KV_SCALES = Patch(
         "query stays in 16 bits, for which the kernel applies both. After sleep mode the scales are set again."
     ),
     retire="A release whose unified_attention multiplies by k_descale and v_descale for fp8 queries, too.",
+    scope="Engines with a Gemma 4 as target or drafter and an fp8 KV cache.",
+    related="#49262, open for the V1 runner: the same for MTP drafters",
     edits=(
         Edit(
             "vllm.model_executor.layers.attention.attention:Attention.process_weights_after_loading",
@@ -70,6 +72,8 @@ DRAFT_PRODUCTS = Patch(
     "rows, compiled by NVRTC; gelu(gate) * up is part of it. Larger batches stay on Marlin, and so do targets but for "
     "an o_proj with a pre_quant_scale (VLLM_GEMMA4_SPEC_SCALE_IN_PRODUCT).",
     retire="A vLLM kernel for NVFP4 products of few rows.",
+    scope="Draft models that are a Gemma 4; o_proj layers with a pre_quant_scale of a Gemma 4 target.",
+    related="none found",
     edits=(Edit(f"{_DRAFT_MODEL}._get_model", small_batch_layers.get_model),),
     watches=(
         "vllm.model_executor.models.gemma4:Gemma4MLP",
@@ -94,6 +98,9 @@ PATCHES: tuple[Patch, ...] = (
             "and the low-rank branch, mends what was loaded and emulates where vLLM has no kernel."
         ),
         retire="vLLM reads pre_quant_scale and svdquant_lora_*, and mends or refuses NaN scales itself.",
+        scope="Checkpoints in ModelOpt's NVFP4, NVFP4_AWQ and NVFP4_SVD, whatever the model.",
+        related="#35733 (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ "
+        "and NVFP4_SVD",
         edits=(
             Edit(f"{_QUANTIZATION}:ModelOptNvFp4Config", config.nvfp4_config),
             Edit(
@@ -139,6 +146,8 @@ PATCHES: tuple[Patch, ...] = (
             "where vLLM has no kernel."
         ),
         retire="vLLM emulates compressed-tensors NVFP4 on a CPU, and Marlin's scales keep their range.",
+        scope="Checkpoints in compressed-tensors' NVFP4, whatever the model.",
+        related="#35733 (emulation, in 0.20.0)",
         edits=(
             Edit(
                 f"{_COMPRESSED}.compressed_tensors:CompressedTensorsW4A4Fp4",
@@ -166,6 +175,8 @@ PATCHES: tuple[Patch, ...] = (
         why="On a CPU, 0.19.1's experts know silu and swigluoai only: 26B-A4B stops at an assertion.",
         how="Adds Gemma 4's gelu to the table of the path in torch and keeps it off the C++ kernel.",
         retire="vLLM's CPU experts support MoEActivation.GELU.",
+        scope="Experts with gelu on the CPU platform; 0.19.1 stops at an assertion for all of them.",
+        related="none found",
         edits=(
             Edit(f"{_CPU_MOE}:_CPU_MOE_ACT_FN", cpu_experts.with_gelu),
             Edit(
