@@ -264,19 +264,6 @@ def propose(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
     return wrapper
 
 
-def capture_model(original: Callable[..., int]) -> Callable[..., int]:
-    """``GPUModelRunner.capture_model``: then the drafter's graphs."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any) -> int:
-        used = original(self)
-        from vllm_gemma4_spec.performance.graph_capture import capture_drafts
-
-        return used + capture_drafts(self)
-
-    return wrapper
-
-
 def update_cudagraph_mode(original: Callable[..., None]) -> Callable[..., None]:
     """``GPUModelRunner._check_and_update_cudagraph_mode``: a draft model, too, gets piecewise graphs.
 

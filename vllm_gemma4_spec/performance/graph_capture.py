@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +16,17 @@ from vllm_gemma4_spec.performance.draft_graphs import GRAPHS, DraftGraphs, captu
 from vllm_gemma4_spec.spec_decode.proposer import GROUPS
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
+
+
+def capture_model(original: Callable[..., int]) -> Callable[..., int]:
+    """``GPUModelRunner.capture_model``: then the drafter's graphs."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any) -> int:
+        used = original(self)
+        return used + capture_drafts(self)
+
+    return wrapper
 
 
 def capture_drafts(runner: Any) -> int:

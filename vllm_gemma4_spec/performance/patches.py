@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         async_scheduling,
         compile_settings,
         draft_graphs,
+        graph_capture,
         split_attention,
     )
 else:  # a wrapper's module is imported only after the module of vLLM that it patches
@@ -21,6 +22,7 @@ else:  # a wrapper's module is imported only after the module of vLLM that it pa
     async_scheduling = Lazy("vllm_gemma4_spec.performance.async_scheduling")
     compile_settings = Lazy("vllm_gemma4_spec.performance.compile_settings")
     draft_graphs = Lazy("vllm_gemma4_spec.performance.draft_graphs")
+    graph_capture = Lazy("vllm_gemma4_spec.performance.graph_capture")
     split_attention = Lazy("vllm_gemma4_spec.performance.split_attention")
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
@@ -40,7 +42,7 @@ DRAFT_GRAPHS = Patch(
     related="#45258, open: the same lack for MTP drafters",
     edits=(
         Edit(f"{_PROPOSER}.propose", draft_graphs.propose),
-        Edit(f"{_RUNNER}.capture_model", draft_graphs.capture_model),
+        Edit(f"{_RUNNER}.capture_model", graph_capture.capture_model),
     ),
     watches=(
         f"{_PROPOSER}.set_inputs_first_pass",

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import vllm.model_executor.layers.quantization.modelopt  # noqa: F401  first and whole: our hook on it imports moe
 from torch import Tensor
 from torch.nn import Module, Parameter
 from vllm.config import get_current_vllm_config
