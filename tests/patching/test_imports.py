@@ -20,7 +20,7 @@ LAYERS = (
     ("patching",),
     ("checkpoints",),
     ("kernels", "metrics"),
-    ("chat", "cpu", "lora", "multimodal", "quantization", "spec_decode"),
+    ("chat", "cpu", "engine", "lora", "multimodal", "quantization", "spec_decode"),
     ("performance",),
     ("registry",),
     ("demo", "ops", "plugin"),

@@ -38,6 +38,7 @@ CPU_RUNNER = Patch(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync",
     ),
+    needs=("cpu-kernels",),
 )
 
 

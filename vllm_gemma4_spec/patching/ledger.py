@@ -51,6 +51,8 @@ def _section(patch: Patch) -> str:
     for edit in patch.edits:
         mark = f"`{marks[edit.checked_symbol]}`" if edit.checked_symbol else "not in 0.19.1"
         lines.append(f"| `{edit.target}` | `{edit.replacement}` | {mark} |")
+    if patch.needs:
+        lines += ["", f"Needs {', '.join(f'[{name}](#{name})' for name in patch.needs)}."]
     if patch.watches:
         lines += ["", "| relied on | fingerprint |", "|---|---|"]
         lines += [f"| `{symbol}` | `{marks[symbol]}` |" for symbol in patch.watches]

@@ -13,7 +13,7 @@ from vllm_gemma4_spec.patching import fingerprint
 
 
 class Group(str, Enum):
-    """Correctness patches are applied all or none; a convenience patch may be missing without harm."""
+    """Correctness patches are applied all or none; a convenience patch that does not fit is left out with a warning."""
 
     CORRECTNESS = "correctness"
     CONVENIENCE = "convenience"
@@ -103,6 +103,8 @@ class Patch:
         related: upstream changes about the same thing, with the number of an issue or pull request; or "none found".
         edits: what it replaces, in order.
         watches: symbols it relies on without replacing them; fingerprinted like targets.
+        needs: names of patches without which it would be wrong or without effect; a switch that leaves one of them out
+            is refused while this patch is on.
     """
 
     name: str
@@ -114,6 +116,7 @@ class Patch:
     related: str
     edits: tuple[Edit, ...]
     watches: tuple[str, ...] = field(default=())
+    needs: tuple[str, ...] = field(default=())
 
     @property
     def checked_symbols(self) -> tuple[str, ...]:

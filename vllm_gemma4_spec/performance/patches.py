@@ -54,6 +54,7 @@ DRAFT_GRAPHS = Patch(
         "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch",
         "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder",
     ),
+    needs=("draft-groups",),
 )
 
 DRAFT_PIECES = Patch(

@@ -80,6 +80,7 @@ DRAFT_PRODUCTS = Patch(
         "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4:apply_fp4_marlin_linear",
         "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4:prepare_fp4_layer_for_marlin",
     ),
+    needs=("modelopt-nvfp4",),
 )
 
 PATCHES: tuple[Patch, ...] = (

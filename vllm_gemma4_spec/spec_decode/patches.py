@@ -60,6 +60,7 @@ DRAFT_GROUPS = Patch(
         f"{_RUNNER}:GPUModelRunner._build_attention_metadata",
         "vllm.v1.worker.utils:AttentionGroup",
     ),
+    needs=("own-blocks",),
 )
 
 OWN_BLOCKS = Patch(
@@ -164,6 +165,7 @@ CHUNK_BOUNDARIES = Patch(
     related="none found",
     edits=(Edit(f"{_PROPOSER}.prepare_next_token_ids_padded", chunked_prefill.prepare_next_token_ids_padded),),
     watches=(f"{_RUNNER}:GPUModelRunner._prepare_inputs", "vllm.v1.worker.gpu_input_batch:CachedRequestState"),
+    needs=("draft-groups",),
 )
 
 LENGTH_LIMIT = Patch(
@@ -200,8 +202,8 @@ DRAFTER_CHECKS = Patch(
     why="A drafter folder without config.json, with another vocabulary or another tensor-parallel size ends in a "
     "traceback, for the last one in a worker after the target has been loaded. With pipeline parallelism a draft "
     "model would be cut into stages of which only the last is built. Sleep level 2 discards its weights for good.",
-    how="create_speculative_config looks at the drafter before and after the original and ends with one line; "
-    "EngineCore.sleep refuses level 2 before anything is discarded.",
+    how="create_speculative_config looks at the drafter, create_engine_config at the finished config, and either ends "
+    "with one line; EngineCore.sleep refuses level 2 before anything is discarded.",
     retire="One-line errors upstream; the checks are of use with any release.",
     scope="Engines with a Gemma 4 as target or drafter.",
     related="none found for the messages; #42516 repairs pipeline parallelism, without speculation",
@@ -210,6 +212,7 @@ DRAFTER_CHECKS = Patch(
             "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
             config_validation.create_speculative_config,
         ),
+        Edit("vllm.engine.arg_utils:EngineArgs.create_engine_config", config_validation.create_engine_config),
         Edit("vllm.v1.engine.core:EngineCore.sleep", sleep.engine_sleep),
     ),
     watches=("vllm.config.speculative:SpeculativeConfig.verify_equal_vocab_size_if_draft_model",),
