@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -326,3 +328,17 @@ def test_weights_that_do_not_fit_stay_packed(monkeypatch: pytest.MonkeyPatch) ->
     assert not emulation.fits(10 << 30, cpu)  # 20 - 10 - 1 of KV cache leaves less than a tenth of 100
     monkeypatch.setenv("VLLM_GEMMA4_SPEC_NVFP4_WEIGHTS", "dequantized")
     assert emulation.fits(10 << 30, cpu)
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("algorithm", ["NVFP4_AWQ", "NVFP4_SVD"])
+def test_a_layer_is_freed_with_its_model(algorithm: str) -> None:
+    """vLLM keeps what a reload needs by layer, in a table that forgets a layer once nothing else holds it."""
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+
+    layer = make("qkv", algorithm)
+    record_metadata_for_reloading(layer)
+    gone = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert gone() is None

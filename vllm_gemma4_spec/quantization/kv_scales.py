@@ -7,6 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_gemma4_spec import scope
+from vllm_gemma4_spec.errors import CheckpointError
+
+# Attribute of an attention layer: whether a scale of its first load was not 1.
+SCALED = "_gemma4_spec_scaled"
 
 
 def process_weights_after_loading(original: Callable[..., None]) -> Callable[..., None]:
@@ -30,9 +34,16 @@ def process_weights_after_loading(original: Callable[..., None]) -> Callable[...
             for name in ("k", "v"):
                 getattr(self, f"_{name}_scale").copy_(getattr(source, f"_{name}_scale"))
                 setattr(self, f"_{name}_scale_float", getattr(source, f"_{name}_scale_float"))
+        before = self.__dict__.get(SCALED)
         scaled = (self._k_scale_float, self._v_scale_float) != (1.0, 1.0)
         if scaled and self.attn_backend.get_name() == "TRITON_ATTN":
+            if before is False and self.query_quant is not None:
+                raise CheckpointError(
+                    f"{self.layer_name}: the scales of the KV cache were 1 when the engine was started, and its graphs "
+                    "were made for that; start an engine with the new checkpoint"
+                )
             self.query_quant = None
+        setattr(self, SCALED, scaled)
 
     return wrapper
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         kv_scales,
         loading,
         nan_scales,
+        reload,
         small_batch_layers,
     )
 else:  # a wrapper's module is imported only after the module of vLLM that it patches
@@ -21,6 +22,7 @@ else:  # a wrapper's module is imported only after the module of vLLM that it pa
     kv_scales = Lazy("vllm_gemma4_spec.quantization.kv_scales")
     loading = Lazy("vllm_gemma4_spec.quantization.loading")
     nan_scales = Lazy("vllm_gemma4_spec.quantization.nan_scales")
+    reload = Lazy("vllm_gemma4_spec.quantization.reload")
     small_batch_layers = Lazy("vllm_gemma4_spec.quantization.small_batch_layers")
 
 _QUANTIZATION = "vllm.model_executor.layers.quantization.modelopt"
@@ -96,7 +98,8 @@ PATCHES: tuple[Patch, ...] = (
         ),
         how=(
             "A subclass of the NVFP4 config chooses a subclass of the linear method, which adds pre_quant_scale "
-            "and the low-rank branch, mends what was loaded and emulates where vLLM has no kernel."
+            "and the low-rank branch, mends what was loaded and emulates where vLLM has no kernel; also when weights "
+            "are loaded again (reload_weights, update_weights), with the KV cache's scales."
         ),
         retire="vLLM reads pre_quant_scale and svdquant_lora_*, and mends or refuses NaN scales itself.",
         scope="Checkpoints in ModelOpt's NVFP4, NVFP4_AWQ and NVFP4_SVD, whatever the model.",
@@ -118,6 +121,9 @@ PATCHES: tuple[Patch, ...] = (
                 nan_scales.reported,
                 source=f"{_LOADER}.utils:process_weights_after_loading",
             ),
+            Edit("vllm.v1.worker.gpu_worker:Worker.reload_weights", reload.with_config),
+            Edit("vllm.v1.worker.gpu_worker:Worker.update_weights", reload.with_config),
+            Edit(f"{_LOADER}.reload.layerwise:finalize_layerwise_processing", reload.finalize),
         ),
         watches=(
             f"{_QUANTIZATION}:ModelOptQuantConfigBase",
@@ -132,6 +138,9 @@ PATCHES: tuple[Patch, ...] = (
             "vllm.model_executor.parameter:ModelWeightParameter",
             "vllm.model_executor.models.gemma4:Gemma4Model.load_weights",
             f"{_LOADER}.default_loader:DefaultModelLoader._prepare_weights",
+            f"{_LOADER}.reload.layerwise:initialize_layerwise_reload",
+            f"{_LOADER}.reload.layerwise:_layerwise_process",
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights",
         ),
     ),
     KV_SCALES,

@@ -69,11 +69,13 @@ def prepare(layer: Module) -> None:
     from vllm_gemma4_spec.kernels import small_batch_gemm
 
     scaled = _scale_would_stand_alone(layer)
-    target = scaled and scope.gemma4_engine(scope.current_config()) and _in_product(layer.weight.device)
-    wanted = _loading_drafter or target
-    if not (wanted and small_batch_gemm.suits(layer)):
+    if not hasattr(layer, "rows_wanted"):  # weights that are loaded again are treated as the first were
+        target = scaled and scope.gemma4_engine(scope.current_config()) and _in_product(layer.weight.device)
+        layer.rows_wanted = (_loading_drafter or target) and small_batch_gemm.suits(layer)
+        layer.rows_gelu = False
+    if not layer.rows_wanted:
         return
-    layer.rows_gelu, layer.rows_scaled = False, scaled
+    layer.rows_scaled = scaled
     for name, tensor in zip(_NAMES, small_batch_gemm.prepare(layer, scaled), strict=True):
         layer._parameters.pop(name, None)
         layer.register_parameter(name, Parameter(tensor, requires_grad=False))
