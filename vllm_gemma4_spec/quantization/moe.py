@@ -50,7 +50,7 @@ def narrow(layer: Module) -> None:
 
 
 class SameKernel:
-    """A mixin before a method whose processing makes a kernel: the one that graphs have captured stays, with new scales."""
+    """A mixin before a method whose processing makes a kernel: the one that graphs hold stays, with new scales."""
 
     moe_kernel: Any
     moe_quant_config: Any
