@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.configs import vllm_config
 from tests.support.interpreter import interpreted
 from tests.support.kv_scales import with_kv_scales
 
@@ -99,7 +100,8 @@ def test_waking_up_sets_the_scales_again() -> None:
             scale.fill_(1.0)
 
     context = {"attention": layer, "experts": SimpleNamespace()}
-    gemma4 = SimpleNamespace(model_config=SimpleNamespace(hf_config=SimpleNamespace(model_type="gemma4_text")))
-    runner = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=context), vllm_config=gemma4)
+    runner = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context=context), vllm_config=vllm_config()
+    )
     init_fp8_kv_scales(original)(runner)
     assert (layer._k_scale.item(), layer._v_scale.item()) == (4.0, 2.0)

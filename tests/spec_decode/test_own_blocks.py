@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 import vllm_gemma4_spec
+from tests.support.configs import vllm_config
 from tests.support.engine import acceptance, engine, generate, random_prompts
 from tests.support.stock import without
 from vllm_gemma4_spec import scope
@@ -57,8 +57,6 @@ def test_rows_keep_nothing_of_a_request_that_left(monkeypatch: pytest.MonkeyPatc
     stock = rows()  # no engine of Gemma 4 is being made
     assert stock[2] == [10, 6, 7, 8, 9, 0]
     assert stock[0] == [11, 12, 7, 8, 9, 0]
-    gemma4 = SimpleNamespace(hf_config=SimpleNamespace(model_type="gemma4"))
-    made = SimpleNamespace(model_config=gemma4, speculative_config=SimpleNamespace())
-    monkeypatch.setattr(scope, "current_config", lambda: made)
+    monkeypatch.setattr(scope, "current_config", vllm_config)
     assert rows()[2] == [10, 0, 0, 0, 0, 0]
     assert rows()[0] == [11, 12, 0, 0, 0, 0]
