@@ -22,6 +22,7 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 from vllm_gemma4_spec.checkpoints import files
 from vllm_gemma4_spec.checkpoints.nvfp4 import BLOCK
 from vllm_gemma4_spec.errors import CheckpointError, stop
+from vllm_gemma4_spec.quantization import loading
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config as Base
@@ -98,7 +99,7 @@ class Nvfp4Methods(Base):
                     stop(error)
                 self.float_modules = frozenset(files.float_modules(checkpoint.tensors))
             return
-        remote = get_safetensors_params_metadata(model_name)
+        remote = get_safetensors_params_metadata(model_name, revision=loading.asked.get()[0])
         floats = (n for n, i in remote.items() if i["dtype"] in ("BF16", "F16", "F32") and len(i["shape"]) >= 2)
         self.float_modules = frozenset(name.removesuffix(".weight") for name in floats)
 
@@ -156,7 +157,8 @@ def _local(model_name: str) -> Path | None:
     if Path(model_name).is_dir():
         return Path(model_name)
     try:
-        folder = Path(snapshot_download(model_name, local_files_only=True))
+        revision, cache = loading.asked.get()
+        folder = Path(snapshot_download(model_name, revision=revision, cache_dir=cache, local_files_only=True))
     except (OSError, ValueError):
         return None
     return folder if any(folder.glob("*.safetensors")) else None

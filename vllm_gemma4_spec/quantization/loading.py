@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,25 @@ from torch import Tensor
 
 from vllm_gemma4_spec import scope
 from vllm_gemma4_spec.checkpoints import files
+
+# Revision and cache folder of the model whose quantization config is being made; vLLM hands on its name alone.
+asked: contextvars.ContextVar[tuple[str | None, str | None]] = contextvars.ContextVar("asked", default=(None, None))
+
+
+def quantization_config(original: staticmethod[..., Any]) -> staticmethod[..., Any]:
+    """``VllmConfig._get_quantization_config`` for ``modelopt_fp4``: says which revision, and where downloads are."""
+
+    @functools.wraps(original.__func__)
+    def wrapper(model_config: Any, load_config: Any) -> Any:
+        if not scope.modelopt_nvfp4(model_config):
+            return original.__func__(model_config, load_config)
+        token = asked.set((model_config.revision, load_config.download_dir))
+        try:
+            return original.__func__(model_config, load_config)
+        finally:
+            asked.reset(token)
+
+    return staticmethod(wrapper)
 
 
 def checked_weights(original: Callable[..., Iterator[tuple[str, Tensor]]]) -> Callable[..., Any]:

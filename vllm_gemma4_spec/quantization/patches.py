@@ -112,6 +112,7 @@ PATCHES: tuple[Patch, ...] = (
                 "ModelArchConfigConvertorBase._normalize_quantization_config",
                 loading.known_algorithm,
             ),
+            Edit("vllm.config.vllm:VllmConfig._get_quantization_config", loading.quantization_config),
             Edit(
                 f"{_LOADER}.default_loader:DefaultModelLoader.get_all_weights",
                 loading.checked_weights,
