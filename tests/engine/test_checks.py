@@ -10,6 +10,8 @@ import torch
 import vllm_gemma4_spec
 from tests.support import tiny_models
 from tests.support.engine import engine
+from tests.support.stock import without
+from vllm_gemma4_spec.engine.patches import ENGINE_CHECKS
 from vllm_gemma4_spec.errors import EngineConfigError
 
 
@@ -38,6 +40,15 @@ def test_the_v2_model_runner(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     assert "VLLM_USE_V2_MODEL_RUNNER=1: the V2 model runner" in refusal(tiny["target"])
     assert "unset it" in refusal(tiny["target"], tiny["drafter"])
+
+
+def test_stock_takes_every_setting(tiny: dict[str, Path], wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    with without(ENGINE_CHECKS):
+        assert EngineArgs(str(wide), skip_tokenizer_init=True).create_engine_config() is not None
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+        assert EngineArgs(str(tiny["target"]), skip_tokenizer_init=True).create_engine_config() is not None
 
 
 def test_another_models_settings_are_left_to_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 
-from tests.support import engine as _engine
+import vllm_gemma4_spec
+from tests.support.engine import engine
+from tests.support.stock import without
+from vllm_gemma4_spec.engine.patches import PATCH_FAILURES
 from vllm_gemma4_spec.errors import SettingError, TargetError
 from vllm_gemma4_spec.patching import failure
 from vllm_gemma4_spec.patching.engine import Patcher
 from vllm_gemma4_spec.patching.failure import gate
 from vllm_gemma4_spec.patching.patch import Edit, Group, Patch
 from vllm_gemma4_spec.registry import PATCHES
-
-assert _engine
 
 
 def new(original: Any) -> Any:
@@ -119,14 +120,21 @@ def test_at_the_start_correctness_patches_are_all_or_none(modules: list[str]) ->
 
 def test_no_engine_is_made_once_a_patch_has_failed(tiny: dict[str, Path]) -> None:
     """The gates of the real package."""
-    import vllm_gemma4_spec
-    from tests.support.engine import engine
-
     vllm_gemma4_spec.apply()
     failure.keep(TargetError("something is gone"))
     try:
         with pytest.raises(TargetError, match="something is gone"), engine(tiny["target"]):
             pass
+    finally:
+        failure.forget()
+
+
+def test_stock_makes_an_engine_whatever_has_failed(tiny: dict[str, Path]) -> None:
+    """Without the gates nobody asks."""
+    failure.keep(TargetError("something is gone"))
+    try:
+        with without(PATCH_FAILURES), engine(tiny["target"]) as llm:
+            assert llm is not None
     finally:
         failure.forget()
 
