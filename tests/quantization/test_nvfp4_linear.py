@@ -189,15 +189,19 @@ def test_one_summary_line_and_the_strict_setting(monkeypatch: pytest.MonkeyPatch
     def break_one(shard: Any, parts: Tensors) -> None:
         parts["weight_scale"].view(torch.uint8)[0, 0] = 0x7F
 
-    model = torch.nn.ModuleList([loaded("row", break_one)[0], loaded("column")[0]])
+    def model() -> torch.nn.ModuleList:
+        return torch.nn.ModuleList([loaded("row", break_one)[0], loaded("column")[0]])
+
     lines: list[str] = []
     monkeypatch.setattr(nan_scales.logger, "warning", lambda text, *values: lines.append(text % values))
-    nan_scales.reported(lambda model: None)(model)
+    once = model()
+    nan_scales.reported(lambda model: None)(once)
+    nan_scales.report(once)  # weights were loaded again, and nothing was repaired
     assert len(lines) == 1
     assert "1 NaN block scales in 1 NVFP4 layers (layers.0.row): 1 set to 448" in lines[0]
     monkeypatch.setenv("VLLM_GEMMA4_SPEC_NAN_SCALES", "strict")
     with pytest.raises(CheckpointError, match=r"1 NaN block scales in 1 NVFP4 layers \(layers.0.row\); .*repair"):
-        nan_scales.reported(lambda model: None)(model)
+        nan_scales.reported(lambda model: None)(model())
 
 
 def replaced(name: str, value: Callable[[torch.Tensor], torch.Tensor], only: Any = ...) -> Callable[..., None]:
