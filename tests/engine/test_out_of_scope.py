@@ -99,40 +99,45 @@ def _watched() -> Iterator[Watch]:
 _EACH_RUN = {"instance_id", "static_forward_context", "static_all_moe_layers", "engine_id"}
 
 
-def _plain(value: Any) -> Any:
-    """A config as nested tuples."""
+def _flat(value: Any, where: str = "") -> dict[str, Any]:
+    """A config as values by their place in it."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = (f.name for f in dataclasses.fields(value) if f.name not in _EACH_RUN and "port" not in f.name)
-        return tuple((name, _plain(getattr(value, name, None))) for name in names)
-    if isinstance(value, dict):
-        return tuple(sorted((str(k), _plain(v)) for k, v in value.items()))
-    if isinstance(value, (list, tuple, set)):
-        return tuple(map(_plain, value))
-    if hasattr(value, "to_json_string"):
-        return value.to_json_string()
-    if value is None or isinstance(value, (str, int, float, Enum, torch.dtype)):
-        return value
-    return type(value).__qualname__
+        parts = {name: getattr(value, name, None) for name in names}
+    elif isinstance(value, dict):
+        parts = {str(name): part for name, part in value.items()}
+    elif isinstance(value, (list, tuple)):
+        parts = {str(number): part for number, part in enumerate(value)}
+    elif hasattr(value, "to_json_string"):
+        return {where: value.to_json_string()}
+    else:
+        plain = value is None or isinstance(value, (str, int, float, Enum, torch.dtype))
+        return {where: value if plain else type(value).__qualname__}
+    return {place: found for name, part in parts.items() for place, found in _flat(part, f"{where}.{name}").items()}
 
 
-def _settings(llm: Any) -> Any:
+def _settings(llm: Any) -> dict[str, Any]:
     """The finished config and what start-up made of it: KV cache groups and the scheduler's limits."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     limits = {k: v for k, v in vars(scheduler).items() if isinstance(v, (bool, int, float, str))}
-    return _plain(llm.llm_engine.vllm_config), _plain(scheduler.kv_cache_config), _plain(limits)
+    return {
+        **_flat(llm.llm_engine.vllm_config, "config"),
+        **_flat(scheduler.kv_cache_config, "groups"),
+        **_flat(limits, "scheduler"),
+    }
 
 
-def _config(model: Path, **options: Any) -> Any:
+def _config(model: Path, **options: Any) -> dict[str, Any]:
     """What stock or patched vLLM makes of the arguments, before any engine is started."""
     from vllm.engine.arg_utils import EngineArgs
 
-    return _plain(EngineArgs(model=str(model), dtype="float32", max_model_len=512, **options).create_engine_config())
+    return _flat(EngineArgs(model=str(model), dtype="float32", max_model_len=512, **options).create_engine_config())
 
 
-_stock: dict[str, tuple[Any, Any]] = {}
+_stock: dict[str, tuple[Any, dict[str, Any]]] = {}
 
 
-def stock(models: dict[str, Path], kind: str) -> tuple[Any, Any]:
+def stock(models: dict[str, Path], kind: str) -> tuple[Any, dict[str, Any]]:
     """Answers and settings of stock vLLM without speculation."""
     if kind not in _stock:
         with _patches(None), engine(models[kind]) as llm:
@@ -239,10 +244,11 @@ def test_nvfp4(models: dict[str, Path], kind: str, tmp_path: Path) -> None:
     what loads the format acts. Stock has no NVFP4 on a CPU."""
     _to_nvfp4(models[kind], tmp_path / "nvfp4", tmp_path / "plain")
     with _patches(None), engine(tmp_path / "plain") as llm:
-        want, (_, groups, limits) = generate(llm, PROMPTS, 12), _settings(llm)
+        want, settings = generate(llm, PROMPTS, 12), _settings(llm)
     watch = Watch()
     with _patches(Patcher(watch.patches(registry.PATCHER.known))), engine(tmp_path / "nvfp4") as llm:
         assert generate(llm, PROMPTS, 12) == want
-        assert _settings(llm)[1:] == (groups, limits)
+        made = {k: v for k, v in _settings(llm).items() if not k.startswith("config")}
+        assert made == {k: v for k, v in settings.items() if not k.startswith("config")}
         del llm
     assert {name.partition(":")[0] for name in watch.acted} == {"modelopt-nvfp4"}

@@ -77,6 +77,9 @@ class Watch:
 
         made = edit.wrapper(staticmethod(inner) if static else inner)
         wrapper: Callable[..., Any] = made.__func__ if static else made
+        if not inspect.isfunction(wrapper):  # a kernel's form for the CPU, which is launched by its own protocol
+            return edit.wrapper(original)
+        signature = inspect.signature(original)
 
         @functools.wraps(original, updated=())
         def outer(*args: Any, **kwargs: Any) -> Any:
@@ -89,7 +92,7 @@ class Watch:
                 raise
             finally:
                 open_calls.pop()
-                did = _deviation(args, kwargs, before, calls, result, raised)
+                did = _deviation(signature, args, kwargs, before, calls, result, raised)
                 if did is None:
                     self.straight[name] = self.straight.get(name, 0) + 1
                 else:
@@ -99,7 +102,22 @@ class Watch:
         return outer
 
 
+def _given(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name; those of `*args` and `**kwargs` one by one."""
+    out: dict[str, Any] = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            out |= {f"{name}[{n}]": v for n, v in enumerate(value)}
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            out |= value
+        else:
+            out[name] = value
+    return out
+
+
 def _deviation(
+    signature: inspect.Signature,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     before: dict[str, int],
@@ -111,8 +129,8 @@ def _deviation(
     if len(calls) != 1:
         return f"called the original {len(calls)} times"
     (call,) = calls
-    same = len(call.args) == len(args) and all(a is b for a, b in zip(call.args, args, strict=True))
-    if not same or call.kwargs.keys() != kwargs.keys() or any(call.kwargs[k] is not kwargs[k] for k in kwargs):
+    came, went = _given(signature, args, kwargs), _given(signature, call.args, call.kwargs)
+    if came.keys() != went.keys() or any(came[name] is not went[name] for name in came):
         return "changed the arguments"
     if call.before != before or call.after != _attributes(args):
         return "changed the object's attributes"
