@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from vllm_gemma4_spec.demo.server import VLLM_SERVE
+from vllm_gemma4_spec.demo.server import VLLM_SERVE, reserved_port
 from vllm_gemma4_spec.ops import output
 
 ROOT = Path(__file__).parents[2]
@@ -59,10 +59,13 @@ def printed(command: str, done: subprocess.CompletedProcess[str]) -> Any:
     return json.loads(done.stdout)
 
 
+_reserved: list[socket.socket] = []
+
+
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port that nobody else is given while this process runs: it stays bound, and nothing listens at it."""
+    _reserved.append(reserved_port())
+    return int(_reserved[-1].getsockname()[1])
 
 
 @contextlib.contextmanager

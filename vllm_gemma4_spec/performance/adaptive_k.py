@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vllm_gemma4_spec import settings
+from vllm_gemma4_spec import scope, settings
 from vllm_gemma4_spec.metrics import reports
 from vllm_gemma4_spec.performance.draft_graphs import at_depth
 
@@ -167,7 +167,7 @@ def adapts(speculative_config: Any) -> bool:
 def _state(runner: Any) -> AdaptiveK | None:
     if not hasattr(runner, STATE):
         made = None
-        if adapts(runner.speculative_config):
+        if scope.gemma4_speculation(runner.vllm_config) and adapts(runner.speculative_config):
             made = AdaptiveK(
                 runner.num_spec_tokens,
                 settings.ADAPTIVE_K.number(),
