@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 from vllm_gemma4_spec.patching.patch import Edit, Group, Lazy, Patch
 
 if TYPE_CHECKING:
-    from vllm_gemma4_spec.requests import stop_strings, structured_output, thinking_budget
+    from vllm_gemma4_spec.requests import responses_stream, stop_strings, structured_output, thinking_budget, validation
 else:  # a wrapper's module is imported only after the module of vLLM that it patches
+    responses_stream = Lazy("vllm_gemma4_spec.requests.responses_stream")
     stop_strings = Lazy("vllm_gemma4_spec.requests.stop_strings")
     structured_output = Lazy("vllm_gemma4_spec.requests.structured_output")
     thinking_budget = Lazy("vllm_gemma4_spec.requests.thinking_budget")
+    validation = Lazy("vllm_gemma4_spec.requests.validation")
 
 _MANAGER = "vllm.v1.structured_output:StructuredOutputManager"
 _RUNNER = "vllm.v1.worker.gpu_model_runner"
@@ -95,4 +97,36 @@ STOP_STRINGS = Patch(
     ),
 )
 
-PATCHES: tuple[Patch, ...] = (GRAMMAR_POSITIONS, THINKING_BUDGET, STOP_STRINGS)
+RESPONSES_SCHEMA = Patch(
+    name="responses-schema",
+    group=Group.CORRECTNESS,
+    why="A streamed `/v1/responses` whose text has a JSON schema dies before its first event, and a forced tool choice "
+    "is such a schema: ResponseCreatedEvent does not take the format as vLLM writes it.",
+    how="The stream is made without the format, which then goes into each event's response as the object that it is.",
+    retire="A release that writes the response of an event by alias.",
+    edits=(
+        Edit(
+            "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses.responses_stream_generator",
+            responses_stream.responses_stream_generator,
+        ),
+    ),
+    watches=("vllm.tool_parsers.abstract_tool_parser:ToolParser.adjust_request",),
+)
+
+REQUEST_ERRORS = Patch(
+    name="request-errors",
+    group=Group.CONVENIENCE,
+    why="A grammar that does not compile, or a budget without --reasoning-config, is refused without naming the field "
+    "as `param`, and in a stream only after HTTP 200. A negative thinking_token_budget is accepted.",
+    how="What the frontend's check raises gets the field; requests that it may refuse are checked before their stream "
+    "is made. A negative budget is refused.",
+    retire="A release that names the field in every refusal, before the stream.",
+    edits=(
+        Edit("vllm.sampling_params:SamplingParams.verify", validation.verify),
+        Edit("vllm.v1.engine.input_processor:InputProcessor._validate_params", validation.validate_params),
+        Edit("vllm.v1.engine.async_llm:AsyncLLM.generate", validation.generate),
+    ),
+    watches=("vllm.entrypoints.utils:create_error_response",),
+)
+
+PATCHES: tuple[Patch, ...] = (GRAMMAR_POSITIONS, THINKING_BUDGET, STOP_STRINGS, RESPONSES_SCHEMA, REQUEST_ERRORS)
