@@ -86,7 +86,9 @@ def sampling(request: Request) -> Any:
     ):
         if name in params:
             params[name] = kind(**params[name])
-    return SamplingParams(temperature=0.0, **params)
+    # vLLM samples several answers at random only: from the one likeliest token each is the greedy answer.
+    several = {"temperature": 1.0, "top_p": 1.0, "top_k": 1, "seed": 0} if params.get("n", 1) > 1 else {}
+    return SamplingParams(**({"temperature": 0.0} | params | several))
 
 
 def answers(llm: Any, asked: Sequence[Request]) -> list[dict[str, Any]]:

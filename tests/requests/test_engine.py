@@ -88,7 +88,8 @@ def cases(backend: str) -> dict[str, Callable[[], dict[str, Any]]]:
         if constraint is not None:
             out[kind] = lambda c=constraint: structured(c)
     choice = lambda **more: structured({"choice": CHOICES}) | more  # noqa: E731
-    out["several"] = lambda: choice(n=2)
+    # vLLM samples several answers at random only: from the one likeliest token each is the greedy answer.
+    out["several"] = lambda: choice(n=2, temperature=1.0, top_k=1, seed=3)
     out["ignore-eos"] = lambda: choice(ignore_eos=True, max_tokens=30)
     out["min-tokens"] = lambda: structured({"regex": "[0-9]{1,9}"}) | {"min_tokens": 6}
     out["logprobs"] = lambda: structured({"json": SCHEMA}) | {"logprobs": 3}

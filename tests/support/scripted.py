@@ -65,8 +65,6 @@ def save(folder: Path, changes: Mapping[int, int] | None = None) -> Path:
         vocab_size=VOCAB_SIZE,
         vocab_size_per_layer_input=VOCAB_SIZE,
         hidden_size=256,
-        num_hidden_layers=2,
-        layer_types=["sliding_attention", "full_attention"],
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ class Verdict(str, Enum):
 
 @dataclass(frozen=True)
 class Field:
-    """``shown`` is the test of SAME (``folder/file::test`` below ``tests``), the error of REFUSED, the why of UNTOUCHED."""
+    """``shown``: the test of SAME (``folder/file::test`` of ``tests``), the error of REFUSED, the why of UNTOUCHED."""
 
     verdict: Verdict
     shown: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 
@@ -18,16 +19,19 @@ class PositionedGrammar(StructuredOutputGrammar):
         inner: the backend's grammar, at its beginning.
         end_of_reasoning: id of the token after which it begins; None: it begins with the first token.
         eos: id of the token that ends the sequence, in every backend the tokenizer's.
+        words: int32 words of a bitmask.
     """
 
-    def __init__(self, inner: StructuredOutputGrammar, end_of_reasoning: int | None, eos: int) -> None:
+    def __init__(self, inner: StructuredOutputGrammar, end_of_reasoning: int | None, eos: int, words: int) -> None:
         self._inner = inner
         self._end_of_reasoning = end_of_reasoning
         self._eos = eos
+        self._words = words
         self._begun = end_of_reasoning is None
         self._taken = 0  # tokens that the backend's grammar has accepted
-        self._ended = False  # the last of them was the end of sequence
-        self._free = 0  # tokens after that
+        self._ended = False  # an end of sequence has come since
+        self._end_is_free = False  # the backend did not see the end itself
+        self._free = 0  # tokens that it did not see after them: those after the end, or from the end on
 
     def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
         """Advance by ``tokens``; False if the backend rejects one, which ends the advance before it."""
@@ -40,11 +44,21 @@ class PositionedGrammar(StructuredOutputGrammar):
         if self._ended:
             self._free += 1
             return True
-        if not self._inner.accept_tokens(request_id, [token]):
-            return False
-        self._taken += 1
-        self._ended = token == self._eos
-        return True
+        if self._inner.accept_tokens(request_id, [token]):
+            self._taken += 1
+            self._ended = token == self._eos
+            return True
+        # outlines puts the end of sequence into a mask and does not accept it.
+        if token == self._eos and self._allows(token):
+            self._free = 1
+            self._ended = self._end_is_free = True
+            return True
+        return False
+
+    def _allows(self, token: int) -> bool:
+        mask = torch.zeros(1, self._words, dtype=torch.int32)
+        self._inner.fill_bitmask(mask, 0)
+        return bool(mask[0, token // 32] >> token % 32 & 1)
 
     def validate_tokens(self, tokens: list[int]) -> list[int]:
         """The longest prefix of ``tokens`` that would be accepted; nothing is advanced."""
@@ -61,6 +75,8 @@ class PositionedGrammar(StructuredOutputGrammar):
         free = min(num_tokens, self._free)
         taken = min(num_tokens - free, self._taken)
         self._free -= free
+        if self._end_is_free and not self._free:
+            self._ended = self._end_is_free = False
         if taken:
             self._inner.rollback(taken)
             self._taken -= taken
@@ -84,4 +100,6 @@ class PositionedGrammar(StructuredOutputGrammar):
 
     def reset(self) -> None:
         self._inner.reset()
-        self._begun, self._taken, self._ended, self._free = self._end_of_reasoning is None, 0, False, 0
+        self._begun = self._end_of_reasoning is None
+        self._taken = self._free = 0
+        self._ended = self._end_is_free = False

@@ -65,6 +65,7 @@ def create_grammar(original: Callable[..., Any]) -> Callable[..., Any]:
         if not hasattr(self, READER):
             return grammar
         waits_for = getattr(request.structured_output_request, WAITS_FOR, None)
-        return PositionedGrammar(grammar, waits_for, self.tokenizer.eos_token_id)
+        words = self.backend.allocate_token_bitmask(1).shape[1]
+        return PositionedGrammar(grammar, waits_for, self.tokenizer.eos_token_id, words)
 
     return wrapper

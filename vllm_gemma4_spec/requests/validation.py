@@ -47,7 +47,7 @@ def verify(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def validate_params(original: Callable[..., None]) -> Callable[..., None]:
-    """``InputProcessor._validate_params``: the original refuses a budget without ``--reasoning-config`` by text alone."""
+    """``InputProcessor._validate_params``: the original names a budget without ``--reasoning-config`` in its text."""
 
     @functools.wraps(original)
     def wrapper(self: Any, params: Any, *args: Any, **kwargs: Any) -> None:
