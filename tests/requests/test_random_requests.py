@@ -16,7 +16,12 @@ from tests.support.engine import acceptance, engine
 REASONING = {"reasoning_start_str": "<|channel>", "reasoning_end_str": "<channel|>"}
 OPTIONS: dict[str, Any] = {
     "skip_tokenizer_init": False,
-    "structured_outputs_config": {"reasoning_parser": "gemma4"},
+    "structured_outputs_config": {
+        "reasoning_parser": "gemma4",
+        "backend": "xgrammar",
+        "disable_any_whitespace": True,  # a model of no judgement would write it without end
+    },
+    "max_num_seqs": 64,
     "reasoning_config": REASONING,
     "max_logprobs": 16,
     "generation_config": "auto",
