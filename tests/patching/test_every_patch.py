@@ -28,6 +28,7 @@ class Shown:
 _STOCK = "patching/test_stock"
 _GRAPHS = "performance/test_draft_capture"
 _KERNELS = "kernels/test_patches"
+_REQUESTS = "requests/test_engine"
 
 SHOWN = {
     "draft-groups": Shown(
@@ -139,6 +140,26 @@ SHOWN = {
     "cpu-moe-gelu": Shown(
         f"{_STOCK}::test_experts_on_a_cpu_do_not_know_gelu",
         "quantization/test_nvfp4_engine::test_experts_in_nvfp4",
+    ),
+    "grammar-positions": Shown(
+        f"{_REQUESTS}::test_stock_vllm_forgets_grammar_budget_and_stop_strings",
+        f"{_REQUESTS}::test_constrained_text_fits_its_constraint[near-3]",
+    ),
+    "thinking-budget": Shown(
+        f"{_REQUESTS}::test_stock_vllm_forgets_grammar_budget_and_stop_strings",
+        f"{_REQUESTS}::test_budgets_are_kept[near-3]",
+    ),
+    "stop-strings": Shown(
+        f"{_REQUESTS}::test_stock_vllm_forgets_grammar_budget_and_stop_strings",
+        f"{_REQUESTS}::test_the_stop_string_that_ends_first_ends_the_answer[near-3]",
+    ),
+    "responses-schema": Shown(
+        "requests/test_responses::test_stock_dies_before_the_first_event",
+        "requests/test_responses::test_a_stream_with_a_schema_is_the_whole_answer",
+    ),
+    "request-errors": Shown(
+        "requests/test_validation::test_stock_names_no_field",
+        "requests/test_validation::test_what_is_refused_is_named",
     ),
     "chat-output": Shown(
         "chat/test_serving::test_stock_is_wrong",

@@ -132,6 +132,7 @@ def runs(models: dict[str, Path]) -> Callable[[str], dict[str, Any]]:
 
 def ask_all(models: dict[str, Path], drafter: str | None, k: int, options: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
+    from vllm.sampling_params import BeamSearchParams
 
     settings = OPTIONS | {"max_model_len": 512} | options
     backend = settings["structured_outputs_config"]["backend"]
@@ -148,6 +149,8 @@ def ask_all(models: dict[str, Path], drafter: str | None, k: int, options: dict[
         for case, output in zip(places, llm.generate(asked, params, use_tqdm=False), strict=True):
             out.setdefault(case, []).append(output)
         out["counts"] = acceptance(llm) - before
+        beams = llm.beam_search(asked[:3], BeamSearchParams(beam_width=2, max_tokens=6))
+        out["beams"] = tuple([list(sequence.tokens) for sequence in output.sequences] for output in beams)
         out["preempted"] = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
     return out
 
@@ -166,7 +169,7 @@ def test_every_answer_is_that_of_plain_decoding(runs: Any, name: str) -> None:
     different = [
         (case, left)
         for case in speculating
-        if case not in ("counts", "preempted")
+        if isinstance(speculating[case], list)
         for left, (a, b) in enumerate(zip(plain[case], speculating[case], strict=True))
         if told(a) != told(b)
     ]
@@ -178,6 +181,14 @@ def test_every_answer_is_that_of_plain_decoding(runs: Any, name: str) -> None:
         for p, q in zip(a.outputs[0].logprobs, b.outputs[0].logprobs, strict=True):
             assert p.keys() == q.keys()
             assert max(abs(p[t].logprob - q[t].logprob) for t in p) < 1e-3
+
+
+@pytest.mark.parametrize("name", ALL_ENGINES)
+def test_beam_search_is_that_of_plain_decoding(runs: Any, name: str) -> None:
+    special = ENGINES[name][2]
+    plain = runs(f"plain {name}" if "structured_outputs_config" in special else "plain")
+    assert runs(name)["beams"] == plain["beams"]
+    assert len(plain["beams"]) == 3
 
 
 @pytest.mark.parametrize("name", [pytest.param("plain"), *ALL_ENGINES])

@@ -59,13 +59,14 @@ def prompt(left: int) -> list[int]:
     return [*tokenizer().encode(text), words()[THOUGHTS - 1 - left]]
 
 
-def save(folder: Path, changes: Mapping[int, int] | None = None) -> Path:
-    """Write a checkpoint that follows :func:`script`, but for ``changes``."""
+def save(folder: Path, changes: Mapping[int, int] | None = None, **shape: Any) -> Path:
+    """Write a checkpoint that follows :func:`script`, but for ``changes``; ``shape``: of its config."""
     config = tiny_models.target_config(
         vocab_size=VOCAB_SIZE,
         vocab_size_per_layer_input=VOCAB_SIZE,
         hidden_size=256,
         tie_word_embeddings=False,
+        **shape,
     )
     torch.manual_seed(0)
     model = Gemma4ForCausalLM(config).float()

@@ -6,8 +6,10 @@ A field of vLLM 0.19.1 that is not listed here, or one listed here that is gone,
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 
 class Verdict(str, Enum):
@@ -204,6 +206,9 @@ HEADINGS = dict(
 )
 
 
+START, END = "<!-- generated: make fields -->\n", "<!-- end of what is generated -->"
+
+
 def page() -> str:
     """The section of ``docs/compatibility.md``."""
     lines = []
@@ -218,3 +223,13 @@ def page() -> str:
             lines += [f"| {HEADINGS[model]} | {', '.join(names)} | {shown[r]} |" for r, names in by_reason.items()]
         lines.append("")
     return "\n".join(lines)
+
+
+def write(path: Path) -> None:
+    """Put :func:`page` between the marks of a page."""
+    before, _, rest = path.read_text().partition(START)
+    path.write_text(f"{before}{START}\n{page()}{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
