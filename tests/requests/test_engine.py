@@ -53,11 +53,10 @@ ENGINES: dict[str, tuple[str | None, int, dict[str, Any]]] = {
     ),
     **{
         backend: ("near", 3, {"structured_outputs_config": OPTIONS["structured_outputs_config"] | {"backend": backend}})
-        for backend in ("guidance", "outlines", "lm-format-enforcer")
+        for backend in ("guidance", "outlines")
     },
 }
-for _name in ("outlines", "lm-format-enforcer"):  # these do not offer it
-    ENGINES[_name][2]["structured_outputs_config"].pop("disable_any_whitespace")
+ENGINES["outlines"][2]["structured_outputs_config"].pop("disable_any_whitespace")  # it has no such option
 FAST = ("near-3", "self-5")
 
 
@@ -200,8 +199,6 @@ def test_constrained_text_fits_its_constraint(runs: Any, name: str) -> None:
             tokens = list(answer.token_ids)
             assert tokens.index(END) == left
             text = scripted.tokenizer().decode(tokens[left + 1 :], skip_special_tokens=True)
-            if name == "lm-format-enforcer" and answer.finish_reason == "length":
-                continue  # white space without end
             assert answer.finish_reason == "stop", (kind, left)
             assert fits(text), (kind, left, text)
     for case in [f"{n} grammar" for n in NO_CHANNEL]:

@@ -54,6 +54,7 @@ def test_every_claim_has_its_test() -> None:
             "vllm.entrypoints.openai.completion.serving",
             "vllm.entrypoints.openai.responses.protocol",
             "vllm.entrypoints.openai.responses.serving",
+            "vllm.entrypoints.serve.render.serving",
             "vllm.renderers.base",
         )
     ).replace('"\n                "', "")

@@ -6,6 +6,7 @@ steps of every length, drafts right and wrong, and the end of reasoning at every
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from vllm_gemma4_spec.demo.data import GET_WEATHER, SET_TIMER
 
 END_OF_REASONING = 101
 EOS = 1
-BACKENDS = ("xgrammar", "guidance", "outlines", "lm-format-enforcer")
+BACKENDS = ("xgrammar", "guidance", "outlines")
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -93,8 +94,8 @@ KINDS: dict[str, tuple[Callable[[str], dict[str, Any] | None], Callable[[str], b
 CASES = [
     pytest.param(backend, kind, id=f"{backend}-{kind}")
     for backend in BACKENDS
-    for kind, (constraint, _) in KINDS.items()
-    if kind in ("choice", "regex") or backend in ("xgrammar", "guidance") or (kind == "json" and backend != "outlines")
+    for kind in KINDS
+    if kind in ("choice", "regex") or backend != "outlines"
 ]
 
 
@@ -261,3 +262,9 @@ def test_steps_give_what_single_tokens_give(
                 assert fits(tokenizer.decode(made[before + 1 : -1])), tokenizer.decode(made)
                 crossed += 1
     assert not ends or crossed > 0
+
+
+def test_lm_format_enforcer_cannot_be_loaded() -> None:
+    """Its releases import a name that 0.19.1 has moved. Where this fails, the backend belongs into BACKENDS."""
+    with pytest.raises(ImportError, match="vllm is not installed"):
+        importlib.import_module("lmformatenforcer.integrations.vllm")
