@@ -9,7 +9,7 @@ STAMP   = $(VENV)/.installed
 export GEMMA4_ARTIFACTS ?=
 
 .PHONY: setup demo test test-slow soak test-load test-faults fuzz test-upstream lint types check fingerprints ledger \
-    schemas drift supply-chain audit wheel docs clean
+    fields schemas drift supply-chain audit wheel docs clean
 
 setup: $(STAMP)
 
@@ -66,6 +66,10 @@ fingerprints: setup
 
 ledger: setup
 	$(BIN)/python tools/patch_records.py ledger
+
+# After the list of a request's fields was changed.
+fields: setup
+	$(BIN)/python -m vllm_gemma4_spec.requests.fields docs/compatibility.md
 
 # After what a command prints with --json was changed.
 schemas: setup

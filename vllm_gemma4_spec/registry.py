@@ -15,6 +15,7 @@ from vllm_gemma4_spec.patching.engine import Patcher
 from vllm_gemma4_spec.patching.patch import Patch
 from vllm_gemma4_spec.performance import patches as performance
 from vllm_gemma4_spec.quantization import patches as quantization
+from vllm_gemma4_spec.requests import patches as requests
 from vllm_gemma4_spec.spec_decode import patches as spec_decode
 
 PATCHES: tuple[Patch, ...] = (
@@ -25,6 +26,7 @@ PATCHES: tuple[Patch, ...] = (
     *performance.PATCHES,
     *cpu.PATCHES,
     *quantization.PATCHES,
+    *requests.PATCHES,
     *chat.PATCHES,
     *metrics.PATCHES,
 )

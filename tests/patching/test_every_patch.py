@@ -34,6 +34,7 @@ class Shown:
 _STOCK = "patching/test_stock"
 _GRAPHS = "performance/test_draft_capture"
 _KERNELS = "kernels/test_patches"
+_REQUESTS = "requests/test_engine"
 
 SHOWN = {
     "patch-failures": Shown(
@@ -141,11 +142,6 @@ SHOWN = {
         "performance/test_draft_compile::test_a_drafter_has_compiler_settings_of_its_own",
         r"enable_pdl",
     ),
-    "draft-products": Shown(
-        f"{_KERNELS}::test_stock_loads_a_drafter_as_any_model",
-        f"{_KERNELS}::test_a_drafters_activation_is_part_of_its_product",
-        r"assert False",
-    ),
     "draft-argmax": Shown(
         f"{_KERNELS}::test_stock_computes_every_logit",
         f"{_KERNELS}::test_the_drafters_argmax_takes_two_passes",
@@ -166,6 +162,11 @@ SHOWN = {
         "spec_decode/test_own_blocks::test_first_step_looks_ahead",
         r"object is not subscriptable",
     ),
+    "draft-products": Shown(
+        f"{_KERNELS}::test_stock_loads_a_drafter_as_any_model",
+        f"{_KERNELS}::test_a_drafters_activation_is_part_of_its_product",
+        r"assert False",
+    ),
     "modelopt-nvfp4": Shown(
         "quantization/test_nvfp4_config::test_undo_gives_vllm_its_class_back",
         "quantization/test_nvfp4_engine::test_logprobs_equal_the_reference",
@@ -185,6 +186,31 @@ SHOWN = {
         f"{_STOCK}::test_experts_on_a_cpu_do_not_know_gelu",
         "quantization/test_nvfp4_engine::test_experts_in_nvfp4",
         r"MoEActivation\.GELU is not supported",
+    ),
+    "grammar-positions": Shown(
+        f"{_REQUESTS}::test_stock_vllm_forgets_grammar_budget_and_stop_strings",
+        f"{_REQUESTS}::test_constrained_text_fits_its_constraint[near-3]",
+        r"assert",
+    ),
+    "thinking-budget": Shown(
+        f"{_REQUESTS}::test_stock_vllm_forgets_grammar_budget_and_stop_strings",
+        f"{_REQUESTS}::test_budgets_are_kept[near-3]",
+        r"assert",
+    ),
+    "stop-strings": Shown(
+        f"{_REQUESTS}::test_stock_vllm_forgets_grammar_budget_and_stop_strings",
+        f"{_REQUESTS}::test_the_stop_string_that_ends_first_ends_the_answer[near-3]",
+        r"assert",
+    ),
+    "responses-schema": Shown(
+        "requests/test_responses::test_stock_dies_before_the_first_event",
+        "requests/test_responses::test_a_stream_with_a_schema_is_the_whole_answer",
+        r"assert",
+    ),
+    "request-errors": Shown(
+        "requests/test_validation::test_stock_names_no_field",
+        "requests/test_validation::test_what_is_refused_is_named",
+        r"assert",
     ),
     "chat-output": Shown(
         "chat/test_serving::test_stock_is_wrong",
