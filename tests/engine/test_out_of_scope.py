@@ -97,6 +97,8 @@ def _watched() -> Iterator[Watch]:
 
 # Names, times and addresses of this run.
 _EACH_RUN = {"instance_id", "static_forward_context", "static_all_moe_layers", "engine_id"}
+# How often layers were built; rotary embeddings of an earlier engine in this process are taken again.
+_EACH_RUN |= {"enabled_custom_ops", "disabled_custom_ops"}
 
 
 def _flat(value: Any, where: str = "") -> dict[str, Any]:

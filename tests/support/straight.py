@@ -105,7 +105,9 @@ class Watch:
 def _given(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments by name; those of `*args` and `**kwargs` one by one."""
     out: dict[str, Any] = {}
-    for name, value in signature.bind(*args, **kwargs).arguments.items():
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    for name, value in bound.arguments.items():
         kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
             out |= {f"{name}[{n}]": v for n, v in enumerate(value)}

@@ -28,7 +28,7 @@ class Row(Output):
     group: str
     """correctness or convenience"""
     state: str
-    """in this process: not applied, off, waiting or on"""
+    """in this process: not applied, off, waiting, on, left out or failed"""
     targets: list[str]
     switch: str
     """the variable that leaves it out with 0"""

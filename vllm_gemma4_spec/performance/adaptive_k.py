@@ -165,9 +165,11 @@ def adapts(speculative_config: Any) -> bool:
 
 
 def _state(runner: Any) -> AdaptiveK | None:
+    if not scope.gemma4_speculation(runner.vllm_config):
+        return None
     if not hasattr(runner, STATE):
         made = None
-        if scope.gemma4_speculation(runner.vllm_config) and adapts(runner.speculative_config):
+        if adapts(runner.speculative_config):
             made = AdaptiveK(
                 runner.num_spec_tokens,
                 settings.ADAPTIVE_K.number(),
