@@ -80,7 +80,10 @@ class Running:
 
     def __init__(self, part: Part, args: argparse.Namespace, logs: Path) -> None:
         self.part, self.found, self.log = part, logs / f"{part.name}.json", logs / f"{part.name}.log"
-        own = {"GEMMA4_GPU_RESULTS": str(self.found), "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO")}
+        own = {
+            "GEMMA4_GPU_RESULTS": str(self.found),
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO"),
+        }
         own["GEMMA4_GPU_REHEARSAL"] = "1" if args.rehearse else "0"
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", "-v", "-s", str(part.file)]
         command += ["-k", args.expression] if args.expression else []
@@ -114,7 +117,9 @@ def run(args: argparse.Namespace, parts: list[Part], logs: Path, at_a_time: int)
             running.append(Running(waiting.pop(0), args, logs))
         for one in [r for r in running if late or r.process.poll() is not None]:
             running.remove(one)
-            found[one.part.name] = one.end(f"longer than {args.limit:.0f} s in all" if one.process.poll() is None else None)
+            found[one.part.name] = one.end(
+                f"longer than {args.limit:.0f} s in all" if one.process.poll() is None else None
+            )
             show(one.part.name, found[one.part.name])
         if late:
             for part in waiting:
@@ -129,7 +134,9 @@ def show(name: str, row: dict[str, Any]) -> None:
     outcomes = [test.get("outcome", "?") for test in row["tests"].values()]
     counts = ", ".join(f"{outcomes.count(o)} {o}" for o in ("passed", "failed", "skipped", "?") if o in outcomes)
     word = "ok  " if not row["exit"] else "FAIL"
-    print(f"{word} {name:18s} {counts or 'no tests'} in {row.get('seconds', 0)} s  {row.get('stopped', '')}", flush=True)
+    print(
+        f"{word} {name:18s} {counts or 'no tests'} in {row.get('seconds', 0)} s  {row.get('stopped', '')}", flush=True
+    )
     for test, about in row["tests"].items():
         if about.get("outcome") in ("failed", "skipped"):
             lines = [line for line in about.get("why", "").splitlines() if line.strip()]
@@ -140,7 +147,9 @@ def show(name: str, row: dict[str, Any]) -> None:
 
 
 def results_file(folder: Path, about: dict[str, Any], cards: int) -> Path:
-    name = re.sub(r"[^a-z0-9]+", "-", about.get("card", "cpu").lower().replace("nvidia", "")).strip("-").split("-80gb")[0]
+    name = (
+        re.sub(r"[^a-z0-9]+", "-", about.get("card", "cpu").lower().replace("nvidia", "")).strip("-").split("-80gb")[0]
+    )
     many = "" if cards == 1 else f"{cards}x-"
     return folder / f"{many}{name}-{datetime.date.today().isoformat()}.json"
 
@@ -154,7 +163,9 @@ def main(argv: list[str]) -> int:
     about = machine()
     cards = args.cards or max((PARTS[p].cards for p in args.parts), default=1)
     if cards > about.get("cards", 0) and not args.rehearse:
-        print(f"{about.get('cards', 0)} of {cards} cards are here: the tests below skip what they cannot run", flush=True)
+        print(
+            f"{about.get('cards', 0)} of {cards} cards are here: the tests below skip what they cannot run", flush=True
+        )
     chosen = [PARTS[p] for p in args.parts] or [p for p in PARTS.values() if (p.cards > 1) == (cards > 1)]
     os.environ["GEMMA4_GPU_CARDS"] = str(cards)
     logs = args.logs or Path(tempfile.mkdtemp(prefix="gpu-tests-"))

@@ -39,7 +39,7 @@ def _runs_here(request: pytest.FixtureRequest) -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cuda() -> None:
     """For tests of what a CPU does not have: they are left out of a rehearsal."""
     if REHEARSAL:
