@@ -39,6 +39,8 @@ def force_acceptance(worker: Any, probabilities: list[float] | None) -> None:
     sampler = runner.rejection_sampler
     original = type(sampler).forward
     seen: dict[str, int] = {}  # request -> its number
+    # Every tensor-parallel rank must accept the same drafts: they draw from the same seed, in the same order.
+    generator = torch.Generator(device=runner.device).manual_seed(0)
 
     def forward(metadata: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(sampler, metadata, *args, **kwargs)
@@ -51,7 +53,7 @@ def force_acceptance(worker: Any, probabilities: list[float] | None) -> None:
         chances = torch.tensor([probabilities[number % len(probabilities)] for number in numbers], pin_memory=True)
         chance = chances.to(drafts.device, non_blocking=True)[:, None]
         made = drafts != 0
-        accepted = ((torch.rand(drafts.shape, device=drafts.device) < chance) & made).cumprod(1)
+        accepted = ((torch.rand(drafts.shape, device=drafts.device, generator=generator) < chance) & made).cumprod(1)
         # The token after the last accepted one: any valid id, here the draft before it or a constant.
         kept = torch.cat([torch.ones_like(accepted[:, :1]), accepted], dim=1).bool()
         values = torch.cat([torch.where(made, drafts, 1000), torch.full_like(drafts[:, :1], 1000)], dim=1)
