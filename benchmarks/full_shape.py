@@ -161,8 +161,6 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
             print(args.engine, row, flush=True)
             result["runs"].append(row)
     if speculative:
-        result["rows_against_marlin"] = {n: rpc(probes.rows_against_marlin, args=(n,))[0] for n in (1, 5, 20)}
-        print(args.engine, "few-row kernel against Marlin", result["rows_against_marlin"], flush=True)
         result["draft_parts"] = rpc(probes.draft_parts, args=(sizes, args.prompt + args.tokens))[0]
         print(args.engine, "draft parts", result["draft_parts"], flush=True)
         if args.profile:

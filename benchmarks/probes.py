@@ -226,28 +226,6 @@ def linear_times(worker: Any, tokens: int, bandwidth: float) -> list[dict[str, A
     return sorted(rows, key=lambda r: -r["us"] * r["layers"])
 
 
-def rows_against_marlin(worker: Any, tokens: int) -> dict[str, float]:
-    """Largest relative difference between the few-row kernel and Marlin on the drafter's own layers."""
-    from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import apply_fp4_marlin_linear
-
-    from vllm_gemma4_spec.quantization import small_batch_layers
-
-    runner, worst = worker.model_runner, 0.0
-    modules = [m for m in runner.drafter.model.modules() if getattr(m, "rows_codes", None) is not None]
-    for layer in modules:
-        n, k = layer.output_size_per_partition, layer.input_size_per_partition
-        x = torch.randn(tokens, k, device=runner.device).to(runner.dtype)
-        wanted = apply_fp4_marlin_linear(
-            x, layer.weight, layer.weight_scale, layer.weight_global_scale, layer.workspace, n, k
-        ).float()
-        if layer.rows_gelu:
-            gate, up = wanted.chunk(2, dim=-1)
-            wanted = torch.nn.functional.gelu(gate, approximate="tanh") * up
-        got = small_batch_layers.linear(layer, x).float()
-        worst = max(worst, float((got - wanted).norm() / wanted.norm()))
-    return {"layers": len(modules), "worst": round(worst, 5)}
-
-
 def bandwidth_and_bytes(worker: Any) -> dict[str, float]:
     """Copy bandwidth in GB/s (bytes read plus written) and the bytes a pass of each model must read, in GB."""
     from shapes import weight_bytes

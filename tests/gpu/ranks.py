@@ -12,24 +12,13 @@ from tests.gpu.device import Run
 from tests.gpu.parts import REHEARSAL
 from tests.support import engine, tiny_models
 
-# 31B-like: four KV heads in sliding layers and two in full ones (31B: 16 and 4). E4B-like: two (E4B: 2).
-TARGET = {"num_attention_heads": 8, "num_key_value_heads": 4, "num_global_key_value_heads": 2}
-DRAFTER = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 128}
-# 26B-A4B-like: two KV heads in full layers, as there.
-EXPERTS = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32}
 PROMPTS = engine.random_prompts((5, 17, 65, 200))
 TOKENS = 32
 
 
 def save(folder: Path) -> dict[str, Path]:
     """``target``, ``drafter``, ``close`` and ``experts``."""
-    target = tiny_models.save(tiny_models.target_config(**device.HEADS, **TARGET), folder / "target")
-    return {
-        "target": target,
-        "drafter": tiny_models.save(tiny_models.drafter_config(**device.HEADS, **DRAFTER), folder / "drafter", seed=1),
-        "close": tiny_models.perturbed(target, folder / "close"),
-        "experts": tiny_models.save(tiny_models.target_config(**device.HEADS, **TARGET, **EXPERTS), folder / "experts"),
-    }
+    return tiny_models.save_for_ranks(folder, **device.HEADS)
 
 
 def plain_answers(folders: dict[str, Path]) -> Callable[[str], list[list[int]]]:

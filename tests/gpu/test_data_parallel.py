@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.gpu import device, ranks
+from tests.gpu import device
 from tests.gpu.device import CARDS
 from tests.gpu.parts import REHEARSAL
 from tests.support import tiny_models, tiny_tokenizer
@@ -30,9 +30,11 @@ def complete(url: str, prompt: list[int]) -> list[int]:
     return list(post(f"{url}/v1/completions", body | {"return_token_ids": True})["choices"][0]["token_ids"])
 
 
-@pytest.mark.parametrize("experts", [{}, ranks.EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("experts", [{}, tiny_models.RANKS["experts"]], ids=["dense", "experts"])
 def test_every_engine_drafts(tmp_path: Path, measured: Any, experts: dict[str, Any]) -> None:
-    model = tiny_models.save(tiny_models.target_config(**device.HEADS, **ranks.TARGET, **experts), tmp_path / "model")
+    model = tiny_models.save(
+        tiny_models.target_config(**device.HEADS, **tiny_models.RANKS["target"], **experts), tmp_path / "model"
+    )
     tiny_tokenizer.save(model)
     with engine(model, **device.options(None, max_model_len=512)) as llm:
         want = generate(llm, PROMPTS, TOKENS)

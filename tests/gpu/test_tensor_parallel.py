@@ -16,6 +16,7 @@ from tests.gpu import device, ranks
 from tests.gpu.device import CARDS
 
 pytestmark = pytest.mark.gpu
+WHOLE = {"draft_tensor_parallel_size": 1}
 # name -> (target, drafter, what is unlike the default)
 CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "plain": ("target", None, {}),
@@ -25,6 +26,8 @@ CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "near copy": ("target", "close", {}),
     "E4B-like": ("target", "drafter", {}),
     "E4B-like by itself": ("drafter", "drafter", {}),
+    "self, a whole copy on each rank": ("target", "target", {"speculative": WHOLE}),
+    "E4B-like, a whole copy on each rank": ("target", "drafter", {"speculative": WHOLE}),
 }
 
 

@@ -67,10 +67,10 @@ def _check_parallel(asked: dict[str, Any], target_parallel_config: Any) -> None:
             f"none can leave one out: unset {adaptive.name}"
         )
     size, wanted = asked.get("draft_tensor_parallel_size"), target_parallel_config.tensor_parallel_size
-    if size is not None and size != wanted:
+    if size not in (None, 1, wanted):  # 1: the whole-copies patch
         raise DrafterError(
-            f"draft_tensor_parallel_size is {size} and the target's tensor-parallel size is {wanted}; "
-            "vLLM 0.19.1 drafts only with equal sizes: leave draft_tensor_parallel_size out"
+            f"draft_tensor_parallel_size is {size} and the target's tensor-parallel size is {wanted}; a drafter is "
+            "cut as its target is, or whole on each rank: leave draft_tensor_parallel_size out, or set it to 1"
         )
 
 
