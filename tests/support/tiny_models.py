@@ -35,8 +35,8 @@ _COMMON: dict[str, Any] = {
 }
 
 
-# Changes to the two below, so that four ranks divide heads and widths. KV heads are fewer than ranks, as E4B has 2, 31B's
-# full layers 4 and 26B-A4B's 2.
+# Changes to the two below, so that four ranks divide heads and widths. KV heads are fewer than ranks, as E4B has 2,
+# 31B's full layers 4 and 26B-A4B's 2.
 RANKS: dict[str, dict[str, Any]] = {
     "target": {"num_attention_heads": 8, "num_key_value_heads": 4, "num_global_key_value_heads": 2},
     "drafter": {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 128},
