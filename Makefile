@@ -40,6 +40,10 @@ test-gpu:
 test-gpus:
 	$(GPU_PYTHON) -m tests.gpu --cards $$($(GPU_PYTHON) -c 'import torch; print(max(2, torch.cuda.device_count()))') $(PART)
 
+# For a GPU machine without a package index: the checkout, this package's wheel and the test tools in one archive.
+offline-bundle: setup
+	$(BIN)/python tools/offline_bundle.py
+
 # Tens of thousands of engine steps; SOAK_STEPS changes how many.
 soak: setup
 	$(BIN)/python -m pytest -s -m slow tests/engine/test_soak.py
