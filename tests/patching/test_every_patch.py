@@ -112,6 +112,16 @@ SHOWN = {
         "lora/test_lora::test_requests_with_and_without_an_adapter[target]",
         r"\]\] != \[\[",
     ),
+    "draft-argmax": Shown(
+        f"{_KERNELS}::test_stock_computes_every_logit",
+        f"{_KERNELS}::test_the_drafters_argmax_takes_two_passes",
+        r"all logits",
+    ),
+    "whole-copies": Shown(
+        f"{_STOCK}::test_a_whole_drafter_beside_several_ranks_is_refused",
+        "engine/test_tensor_parallel::test_a_whole_drafter_on_each_rank[target]",
+        r"Error|exception",
+    ),
     "draft-graphs": Shown(
         f"{_GRAPHS}::test_stock_drafts_kernel_by_kernel",
         f"{_GRAPHS}::test_captured_drafts_are_replayed",
@@ -141,11 +151,6 @@ SHOWN = {
         "performance/test_draft_compile::test_stock_compiles_a_drafter_as_the_target",
         "performance/test_draft_compile::test_a_drafter_has_compiler_settings_of_its_own",
         r"enable_pdl",
-    ),
-    "draft-argmax": Shown(
-        f"{_KERNELS}::test_stock_computes_every_logit",
-        f"{_KERNELS}::test_the_drafters_argmax_takes_two_passes",
-        r"all logits",
     ),
     "split-attention": Shown(
         f"{_KERNELS}::test_stock_walks_the_context_in_one_piece",

@@ -1,7 +1,7 @@
 """``k_scale`` and ``v_scale`` of a checkpoint: loaded for target and drafter, and applied.
 
 A CPU has no fp8 cache, so the layers are the real ones with TRITON_ATTN's implementation, loaded but not run; the
-kernel runs in Triton's interpreter. ``benchmarks/gpu_exactness.py --kv-cache-dtype fp8`` runs both together on a GPU.
+kernel runs in Triton's interpreter. ``tests/gpu/test_fp8_cache.py`` runs both together.
 """
 
 from __future__ import annotations

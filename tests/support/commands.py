@@ -29,7 +29,8 @@ _MAIN = "from vllm_gemma4_spec.cli import main; main()"
 def environment(**changes: str) -> dict[str, str]:
     """This process's environment without the reports folder of engines that it runs itself."""
     env = {k: v for k, v in os.environ.items() if k != "GEMMA4_SPEC_REPORTS"}
-    return env | {"PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "NO_COLOR": "1"} | changes
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return env | {"PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "NO_COLOR": "1"} | changes
 
 
 def gemma4_spec(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -70,7 +71,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def vllm_server(model: Path, log: Path, *args: str, **env: str) -> Iterator[str]:
-    """A real ``vllm serve`` on the CPU; yields its address and ends it, children included."""
+    """A real ``vllm serve``, small and in float32; yields its address and ends it, children included."""
     port = free_port()
     command = [*VLLM_SERVE, str(model), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]

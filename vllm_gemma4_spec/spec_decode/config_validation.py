@@ -105,11 +105,11 @@ def _check_folder(drafter: str) -> None:
 
 
 def _check_tensor_parallel(size: int | None, parallel: Any) -> None:
-    if size is not None and size != parallel.tensor_parallel_size:
+    if size not in (None, 1, parallel.tensor_parallel_size):  # 1: the whole-copies patch
         raise DrafterError(
             f"draft_tensor_parallel_size is {size} and the target's tensor-parallel size is "
-            f"{parallel.tensor_parallel_size}; vLLM 0.19.1 drafts only with equal sizes: leave "
-            "draft_tensor_parallel_size out"
+            f"{parallel.tensor_parallel_size}; a drafter is cut as its target is, or whole on each rank: leave "
+            "draft_tensor_parallel_size out, or set it to 1"
         )
 
 
