@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from vllm_gemma4_spec.chat import patches as chat
 from vllm_gemma4_spec.cpu import patches as cpu
+from vllm_gemma4_spec.hf_config import patches as hf_config
 from vllm_gemma4_spec.lora import patches as lora
 from vllm_gemma4_spec.metrics import patches as metrics
 from vllm_gemma4_spec.multimodal import patches as multimodal
@@ -17,6 +18,7 @@ from vllm_gemma4_spec.quantization import patches as quantization
 from vllm_gemma4_spec.spec_decode import patches as spec_decode
 
 PATCHES: tuple[Patch, ...] = (
+    *hf_config.PATCHES,
     *spec_decode.PATCHES,
     *multimodal.PATCHES,
     *lora.PATCHES,

@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_gemma4_spec.checkpoints.nvfp4 import BLOCK
 from vllm_gemma4_spec.errors import CheckpointError
+from vllm_gemma4_spec.hf_config.normal_form import normalized
 from vllm_gemma4_spec.json_file import read_object
 
 INDEX = "model.safetensors.index.json"
@@ -198,7 +199,8 @@ class Checkpoint:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder; name a folder that holds a Hugging Face checkpoint")
-        self.config = _read_json(self.folder / "config.json")
+        file = self.folder / "config.json"
+        self.config = normalized(_read_json(file), str(file))
 
     @cached_property
     def _weight_map(self) -> dict[str, str]:

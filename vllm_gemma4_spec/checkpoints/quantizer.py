@@ -1,4 +1,4 @@
-"""Runs ModelOpt 0.42.0 on a Gemma 4 model, on GPU or CPU, and writes a checkpoint without NaN scales.
+"""Runs ModelOpt, 0.42.0 or newer, on a Gemma 4 model, on GPU or CPU, and writes a checkpoint without NaN scales.
 
 Also a program (``python -m vllm_gemma4_spec.checkpoints.quantizer SRC OUT RECIPE [CALIBRATION]``), so that the
 command line can run it with the interpreter of another environment.
@@ -25,13 +25,16 @@ from vllm_gemma4_spec.checkpoints.files import Checkpoint
 from vllm_gemma4_spec.checkpoints.repairing import new_folder
 from vllm_gemma4_spec.errors import CheckpointError
 
-# recipe -> attribute of modelopt.torch.quantization
+# recipe -> attribute of modelopt.torch.quantization. w4a16 leaves activations alone (ModelOpt 0.45 and later); mixed
+# has attention in FP8 and the rest in NVFP4.
 RECIPES = {
     "nvfp4": "NVFP4_DEFAULT_CFG",
     "awq-lite": "NVFP4_AWQ_LITE_CFG",
     "awq-clip": "NVFP4_AWQ_CLIP_CFG",
     "awq-full": "NVFP4_AWQ_FULL_CFG",
     "svdquant": "NVFP4_SVDQUANT_DEFAULT_CFG",
+    "w4a16": "W4A16_NVFP4_CFG",
+    "mixed": "NVFP4_DEFAULT_CFG",
 }
 
 # Kept in the model's own dtype, as vLLM builds them without quantization.
@@ -71,7 +74,7 @@ def _clamped(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tu
 
 @contextmanager
 def modelopt_mended(*, clamp: bool = True) -> Iterator[None]:
-    """ModelOpt 0.42.0 able to run without CUDA and, with ``clamp``, unable to write a NaN block scale."""
+    """ModelOpt able to run without CUDA and, with ``clamp``, unable to write a NaN block scale, as before 0.45."""
     from modelopt.torch.quantization import tensor_quant
     from modelopt.torch.quantization.qtensor import nvfp4_tensor
 
@@ -93,6 +96,17 @@ def modelopt_mended(*, clamp: bool = True) -> Iterator[None]:
             setattr(owner, name, value)
 
 
+def _add(rules: Any, pattern: str, numbers: dict[str, Any] | None) -> None:
+    """Quantizers that match ``pattern`` get ``numbers``, or are switched off; later rules win.
+
+    ModelOpt 0.42 has an object of patterns, 0.45 and later a list of rules.
+    """
+    if isinstance(rules, dict):
+        rules[pattern] = {"enable": False} if numbers is None else {**numbers, "enable": True}
+    else:
+        rules.append({"quantizer_name": pattern, **({"enable": False} if numbers is None else {"cfg": numbers})})
+
+
 def quantize(model: Any, recipe: str, forward: Callable[[Any], None], rank: int | None = None) -> Any:
     """Quantize ``model`` in place with ModelOpt's configuration for ``recipe`` and return it.
 
@@ -100,8 +114,14 @@ def quantize(model: Any, recipe: str, forward: Callable[[Any], None], rank: int 
     """
     import modelopt.torch.quantization as mtq
 
+    if not hasattr(mtq, RECIPES[recipe]):
+        raise CheckpointError(f"recipe {recipe}: this ModelOpt has no {RECIPES[recipe]}; install nvidia-modelopt 0.47.0")
     config = copy.deepcopy(getattr(mtq, RECIPES[recipe]))
-    config["quant_cfg"].update({pattern: {"enable": False} for pattern in _EXCLUDED})
+    if recipe == "mixed":
+        for quantizer in ("weight", "input"):
+            _add(config["quant_cfg"], f"*self_attn*{quantizer}_quantizer", {"num_bits": (4, 3), "axis": None})
+    for pattern in _EXCLUDED:
+        _add(config["quant_cfg"], pattern, None)
     if rank is not None and recipe == "svdquant":
         config["algorithm"]["lowrank"] = rank
     return mtq.quantize(model, config, forward)
