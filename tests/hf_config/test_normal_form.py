@@ -110,7 +110,10 @@ BAD: dict[str, tuple[Edit, str]] = {
     "no number": (_layer("x", head_dim=64), "names layer 'x', which"),
     "full layers differ": (_layer("3", head_dim=32, num_key_value_heads=1), "layers 1 and 3 different head_dims"),
     "a sliding layer differs": (_layer("2", head_dim=64), "sliding_attention layers 0 and 2 different head_dims"),
-    "another field": (_layer("1", head_dim=64, num_key_value_heads=1, intermediate_size=8), "its own intermediate_size"),
+    "another field": (
+        _layer("1", head_dim=64, num_key_value_heads=1, intermediate_size=8),
+        "its own intermediate_size",
+    ),
     "KV heads that are not read": (_set(attention_k_eq_v=False), "without attention_k_eq_v"),
     "no head_dim": (lambda c: c.pop("head_dim"), "head_dim is missing and would have to be guessed"),
     "no layer types": (lambda c: c.pop("layer_types"), "without one layer_types entry"),

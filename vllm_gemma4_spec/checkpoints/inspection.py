@@ -13,7 +13,9 @@ from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 
 from vllm_gemma4_spec.checkpoints import nvfp4
-from vllm_gemma4_spec.checkpoints.files import Checkpoint, Quantized, TensorInfo
+from vllm_gemma4_spec.checkpoints.files import Checkpoint
+from vllm_gemma4_spec.checkpoints.layers import MIXED, NVFP4, Quantized, canonical
+from vllm_gemma4_spec.checkpoints.tensor_info import TensorInfo
 from vllm_gemma4_spec.errors import CheckpointError
 
 _MATRIX = re.compile(r"(?:language_model\.|model\.)*layers\.\d+\.(?P<kind>.+)")
@@ -90,12 +92,14 @@ def scan(checkpoint: Checkpoint, step: Callable[[Path], None] = lambda file: Non
     checkpoint.check()
     by_file: dict[Path, list[Quantized]] = defaultdict(list)
     for module in checkpoint.quantized.values():
+        if not module.is_nvfp4:
+            continue
         by_file[module.parts["weight_scale"].file].append(module)
     for file in checkpoint.files:
         for module in by_file[file]:
-            for suffix in ("weight_scale_2", "input_scale"):
-                if not bool(torch.isfinite(read_tensor(module.parts[suffix])).all()):
-                    raise CheckpointError(f"{module.parts[suffix]}: NaN or infinity; quantize the model again")
+            for info in module.scalars:
+                if not bool(torch.isfinite(read_tensor(info)).all()):
+                    raise CheckpointError(f"{info}: NaN or infinity; quantize the model again")
             found = nan_blocks(module)
             if found is not None:
                 yield module, found
@@ -146,6 +150,7 @@ def _word(value: Any) -> str | None:
 def _kinds(checkpoint: Checkpoint) -> list[Kind]:
     kinds: dict[str, Kind] = {}
     for name, info in checkpoint.tensors.items():
+        name = canonical(name)
         module, _, suffix = name.rpartition(".")
         stacked = suffix in ("gate_up_proj", "down_proj")  # experts of transformers 5: no ".weight"
         if len(info.shape) < 2 or not (suffix in ("weight", "weight_packed") or stacked):
@@ -155,7 +160,11 @@ def _kinds(checkpoint: Checkpoint) -> list[Kind]:
         label = re.sub(r"experts\.\d+", "experts.*", found["kind"] if found else module.removeprefix("model."))
         kind = kinds.setdefault(label, Kind(kind=label))
         quantized = checkpoint.quantized.get(module)
-        form = "NVFP4" if quantized else ("NVFP4 (compressed-tensors)" if suffix == "weight_packed" else info.dtype)
+        form = (
+            quantized.algorithm
+            if quantized
+            else ("NVFP4 (compressed-tensors)" if suffix == "weight_packed" else info.dtype)
+        )
         kind.layers += 1
         kind.formats[form] = kind.formats.get(form, 0) + 1
         kind.bytes += sum(part.bytes for part in quantized.parts.values()) if quantized else info.bytes
@@ -180,17 +189,26 @@ def _compressed(checkpoint: Checkpoint) -> bool:
     return any(n.endswith(".weight_packed") and i.dtype == "U8" for n, i in checkpoint.tensors.items())
 
 
+def _renamed(checkpoint: Checkpoint) -> bool:
+    """Experts under names that 0.19.1's own loader does not map."""
+    return any(".moe.experts." in name for name in checkpoint.tensors)
+
+
 def _vllm_alone(checkpoint: Checkpoint, method: str | None, nan: bool) -> str:
     """What vLLM 0.19.1 does with it, first failure first."""
     algorithm = str(checkpoint.quantization.get("quant_algo", "")).upper()
+    if _renamed(checkpoint):
+        return "fails while loading: experts are named moe.experts"
     if method is None:
         return "loads it unquantized"
     if _compressed(checkpoint):
         return "loads it; refuses it on a CPU"
     if not checkpoint.quantized:
         return f"loads it as {method}, if it knows the format"
-    if algorithm in ("NVFP4_AWQ", "NVFP4_SVD"):
+    if algorithm in NVFP4 and algorithm != "NVFP4":
         return f"refuses it: quant_algo {algorithm} is unknown"
+    if algorithm == MIXED:
+        return "fails while loading, or loads NVFP4 layers without mending them; refuses it on a CPU"
     if _float_experts(checkpoint):
         return "fails while loading: it takes the bf16 experts for NVFP4, since they are not listed as excluded"
     if nan:

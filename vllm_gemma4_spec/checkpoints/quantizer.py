@@ -115,7 +115,9 @@ def quantize(model: Any, recipe: str, forward: Callable[[Any], None], rank: int 
     import modelopt.torch.quantization as mtq
 
     if not hasattr(mtq, RECIPES[recipe]):
-        raise CheckpointError(f"recipe {recipe}: this ModelOpt has no {RECIPES[recipe]}; install nvidia-modelopt 0.47.0")
+        raise CheckpointError(
+            f"recipe {recipe}: this ModelOpt has no {RECIPES[recipe]}; install nvidia-modelopt 0.47.0"
+        )
     config = copy.deepcopy(getattr(mtq, RECIPES[recipe]))
     if recipe == "mixed":
         for quantizer in ("weight", "input"):

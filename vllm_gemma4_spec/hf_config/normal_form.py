@@ -127,9 +127,7 @@ def _one_size(
     return first[1] if first else None
 
 
-def _set_sizes(
-    config: dict[str, Any], field: str, full_name: str, sizes: Mapping[str, int | None], where: str
-) -> None:
+def _set_sizes(config: dict[str, Any], field: str, full_name: str, sizes: Mapping[str, int | None], where: str) -> None:
     sliding, full = sizes[_SLIDING], sizes[_FULL]
     given = config.get(full_name)
     # Without attention_k_eq_v neither transformers nor vLLM reads num_global_key_value_heads.

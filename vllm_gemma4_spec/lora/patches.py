@@ -36,8 +36,9 @@ _MULTIMODAL = "vllm.model_executor.models.gemma4_mm:Gemma4ForConditionalGenerati
 LORA_ADAPTERS = Patch(
     name="lora-adapters",
     group=Group.CORRECTNESS,
-    why="Gemma4ForConditionalGeneration, the class of every published checkpoint, refuses LoRA. Adapters of k_proj leave "
-    "the values alone where V is K, so answers are wrong; tensors for a tower or another base are left out in silence.",
+    why="Gemma4ForConditionalGeneration, the class of every published checkpoint, refuses LoRA. Adapters of k_proj "
+    "leave the values alone where V is K, so answers are wrong; tensors for a tower or another base are left out in "
+    "silence.",
     how="The class says that it takes adapters; k_proj's are applied to V where V is K; a tensor that fits no layer of "
     "the language model is named.",
     retire="A release whose Gemma4ForConditionalGeneration has SupportsLoRA and whose K = V layers adapt both.",

@@ -201,8 +201,8 @@ DRAFTER_CHECKS = Patch(
 PREFIX_HITS = Patch(
     name="prefix-hits",
     group=Group.CONVENIENCE,
-    why="Beside an EAGLE head 0.19.1 drops the last block of a prefix cache hit once per KV cache group and aligns what "
-    "is left to the largest block: of Gemma 4's groups nothing is left, so every prompt is computed anew.",
+    why="Beside an EAGLE head 0.19.1 drops the last block of a prefix cache hit once per KV cache group and aligns "
+    "what is left to the largest block: of Gemma 4's groups nothing is left, so every prompt is computed anew.",
     how="Nothing is dropped, as in plain decoding. The head's last cached key may then be that of another next token, "
     "which can cost a draft and never an answer.",
     retire="vLLM 0.30.0, where the drop can be switched off; 0.20.0 (#40624) aligns after it and keeps most hits.",
