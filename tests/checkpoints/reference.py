@@ -75,7 +75,11 @@ def fold(folder: Path) -> dict[str, torch.Tensor]:
     out = {}
     tensors = {name.replace(".moe.experts.", ".experts."): tensor for name, tensor in tensors.items()}
     for name, (dtype, raw) in tensors.items():
-        if dtype == "U8":
+        if name.endswith(".weight_packed"):  # compressed-tensors: the global scale divides
+            base = name.removesuffix("weight_packed")
+            scale = 1 / tensors[base + "weight_global_scale"][1].astype(np.float32)
+            out[base + "weight"] = torch.from_numpy(decode(raw, tensors[base + "weight_scale"][1], scale))
+        elif dtype == "U8":
             base = name.removesuffix("weight")
             weight = decode(raw, tensors[base + "weight_scale"][1], tensors[base + "weight_scale_2"][1])
             for a_name in (base + "weight_quantizer._svdquant_lora_a", base + "svdquant_lora_a"):

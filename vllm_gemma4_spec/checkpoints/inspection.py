@@ -12,9 +12,9 @@ import torch
 from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 
-from vllm_gemma4_spec.checkpoints import nvfp4
+from vllm_gemma4_spec.checkpoints import nvfp4, outcome
 from vllm_gemma4_spec.checkpoints.files import Checkpoint
-from vllm_gemma4_spec.checkpoints.layers import MIXED, NVFP4, Quantized, canonical
+from vllm_gemma4_spec.checkpoints.layers import Quantized, canonical
 from vllm_gemma4_spec.checkpoints.tensor_info import TensorInfo
 from vllm_gemma4_spec.errors import CheckpointError
 
@@ -60,6 +60,7 @@ class Report(BaseModel):
     clean: bool
     vllm_alone: str
     with_overlay: str
+    machines: dict[str, str] = Field(description="kind of machine -> what happens there with the overlay")
 
 
 def read_tensor(info: TensorInfo) -> torch.Tensor:
@@ -137,8 +138,11 @@ def inspect(checkpoint: Checkpoint, step: Callable[[Path], None] = lambda file: 
         nan=nan,
         nan_blocks=sum(layer.blocks for layer in nan),
         clean=not nan,
-        vllm_alone=_vllm_alone(checkpoint, method, bool(nan)),
-        with_overlay=_with_overlay(checkpoint, method, nan),
+        vllm_alone=outcome.vllm_alone(checkpoint, method, bool(nan)),
+        with_overlay=outcome.with_overlay(
+            checkpoint, method, sum(n.destroyed for n in nan), sum(n.intact for n in nan)
+        ),
+        machines=outcome.machines(checkpoint, method),
     )
 
 
@@ -172,63 +176,3 @@ def _kinds(checkpoint: Checkpoint) -> list[Kind]:
             kind.pre_quant_scale += "pre_quant_scale" in quantized.parts
             kind.low_rank += "svdquant_lora_a" in quantized.parts
     return sorted(kinds.values(), key=lambda k: -k.bytes)
-
-
-def _float_experts(checkpoint: Checkpoint) -> bool:
-    return any(name.endswith("experts.gate_up_proj") for name in checkpoint.tensors)
-
-
-def _lone_queries(checkpoint: Checkpoint) -> bool:
-    """Layers with q_proj and no k_proj: they reuse another layer's KV."""
-    modules = checkpoint.quantized
-    return any(m.endswith(".q_proj") and m[:-6] + "k_proj" not in modules for m in modules)
-
-
-def _compressed(checkpoint: Checkpoint) -> bool:
-    """NVFP4 in compressed-tensors' form; its INT4 has 32-bit words."""
-    return any(n.endswith(".weight_packed") and i.dtype == "U8" for n, i in checkpoint.tensors.items())
-
-
-def _renamed(checkpoint: Checkpoint) -> bool:
-    """Experts under names that 0.19.1's own loader does not map."""
-    return any(".moe.experts." in name for name in checkpoint.tensors)
-
-
-def _vllm_alone(checkpoint: Checkpoint, method: str | None, nan: bool) -> str:
-    """What vLLM 0.19.1 does with it, first failure first."""
-    algorithm = str(checkpoint.quantization.get("quant_algo", "")).upper()
-    if _renamed(checkpoint):
-        return "fails while loading: experts are named moe.experts"
-    if method is None:
-        return "loads it unquantized"
-    if _compressed(checkpoint):
-        return "loads it; refuses it on a CPU"
-    if not checkpoint.quantized:
-        return f"loads it as {method}, if it knows the format"
-    if algorithm in NVFP4 and algorithm != "NVFP4":
-        return f"refuses it: quant_algo {algorithm} is unknown"
-    if algorithm == MIXED:
-        return "fails while loading, or loads NVFP4 layers without mending them; refuses it on a CPU"
-    if _float_experts(checkpoint):
-        return "fails while loading: it takes the bf16 experts for NVFP4, since they are not listed as excluded"
-    if nan:
-        return "loads it and answers from NaN weights"
-    if _lone_queries(checkpoint):
-        return "loads it; uninitialised scales of layers without k_proj may spoil q_proj; refuses it on a CPU"
-    return "loads it; refuses it on a CPU"
-
-
-def _with_overlay(checkpoint: Checkpoint, method: str | None, nan: list[NanLayer]) -> str:
-    if _compressed(checkpoint):
-        return "loads it on any backend"
-    if method is None or not checkpoint.quantized:
-        return "as vLLM alone"
-    extras = [
-        f"{what} in {count} layers"
-        for what, part in (("pre_quant_scale", "pre_quant_scale"), ("low-rank branch", "svdquant_lora_a"))
-        if (count := sum(part in m.parts for m in checkpoint.quantized.values()))
-    ]
-    if nan:
-        lost, intact = sum(n.destroyed for n in nan), sum(n.intact for n in nan)
-        extras.append(f"{lost} blocks zeroed and {intact} saturated at load; `repair --parent` restores them")
-    return "loads it on any backend" + (": " + "; ".join(extras) if extras else "")

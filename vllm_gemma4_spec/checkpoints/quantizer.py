@@ -1,7 +1,7 @@
 """Runs ModelOpt, 0.42.0 or newer, on a Gemma 4 model, on GPU or CPU, and writes a checkpoint without NaN scales.
 
-Also a program (``python -m vllm_gemma4_spec.checkpoints.quantizer SRC OUT RECIPE [CALIBRATION]``), so that the
-command line can run it with the interpreter of another environment.
+Also a program (``python -m vllm_gemma4_spec.checkpoints.quantizer SRC OUT RECIPE CALIBRATION [--no-towers]``), so that the
+command line can run it with the interpreter of another environment; CALIBRATION may be empty.
 """
 
 from __future__ import annotations
@@ -146,6 +146,7 @@ SAMPLE = (
     "Sum the first hundred odd numbers. Each partial sum is a square, so the answer is 100 * 100 = 10000.",
     "Berlin, 1932. Ein Reporter steigt aus dem Zug und merkt, dass niemand ihn erwartet.",
 )
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _LENGTH = 512  # tokens of a calibration text that are used
 
 
@@ -183,8 +184,11 @@ def _calibration_line(line: str, where: str) -> str | list[int]:
     return value
 
 
-def _load(folder: Path) -> Any:
-    """The model in the class its config names, in its own dtype, on the GPU if there is one."""
+def _load(folder: Path, towers: bool = True) -> Any:
+    """The model in the class its config names, in its own dtype, on the GPU if there is one.
+
+    Without ``towers`` it is the language model of a multimodal one, in the text class.
+    """
     import transformers
 
     checkpoint = Checkpoint(folder)
@@ -195,7 +199,21 @@ def _load(folder: Path) -> Any:
     if kind is None:
         raise CheckpointError(f"{folder}: architecture {name or 'missing'}; expected a Gemma 4 model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return kind.from_pretrained(folder, dtype="auto").eval().to(device)
+    model = kind.from_pretrained(folder, dtype="auto").eval().to(device)
+    return model if towers or not hasattr(model.config, "text_config") else _text_only(model)
+
+
+def _text_only(model: Any) -> Any:
+    """``Gemma4ForCausalLM`` around the language model and head of a ``Gemma4ForConditionalGeneration``."""
+    from transformers import Gemma4ForCausalLM
+
+    config = model.config.text_config
+    config.tie_word_embeddings, config.architectures = model.config.tie_word_embeddings, ["Gemma4ForCausalLM"]
+    with torch.device("meta"):
+        text = Gemma4ForCausalLM(config)
+    text.model, text.lm_head = model.model.language_model, model.lm_head
+    text.generation_config = model.generation_config
+    return text.eval()
 
 
 def _forward(folder: Path, texts: list[str | list[int]]) -> Callable[[Any], None]:
@@ -217,8 +235,10 @@ def _forward(folder: Path, texts: list[str | list[int]]) -> Callable[[Any], None
     return forward
 
 
-def run(source: Path, out: Path, recipe: str, calibration: Path | None = None) -> None:
+def run(source: Path, out: Path, recipe: str, calibration: Path | None = None, towers: bool = True) -> None:
     """Quantize ``source`` into ``out``, which appears when it is complete and free of NaN scales.
+
+    ``towers``: keep those of a multimodal model; without them the result answers text alone.
 
     Raises:
         CheckpointError: bad input, ModelOpt is not installed, no space, or the result is not clean.
@@ -232,14 +252,15 @@ def run(source: Path, out: Path, recipe: str, calibration: Path | None = None) -
         )
     texts: list[str | list[int]] = [*SAMPLE] if calibration is None else read_calibration(calibration)
     forward = _forward(source, texts)
-    model = _load(source)
+    model = _load(source, towers)
     with new_folder(out) as partial:
         with torch.no_grad(), modelopt_mended():
             quantize(model, recipe, forward)
             export(model, str(partial))
         for file in source.iterdir():  # tokenizer, chat template, processors
             wanted = file.suffix in (".json", ".jinja", ".model") and not file.name.endswith(".index.json")
-            if file.is_file() and wanted and not (partial / file.name).exists():
+            dropped = not towers and file.name in _PROCESSORS
+            if file.is_file() and wanted and not dropped and not (partial / file.name).exists():
                 shutil.copy2(file, partial / file.name)
         report = inspect(Checkpoint(partial))
         if not report.clean or report.algorithm is None:
@@ -248,6 +269,7 @@ def run(source: Path, out: Path, recipe: str, calibration: Path | None = None) -
 
 if __name__ == "__main__":
     try:
-        run(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]) if len(sys.argv) > 4 else None)
+        source, target, name, texts, *rest = sys.argv[1:]
+        run(Path(source), Path(target), name, Path(texts) if texts else None, towers="--no-towers" not in rest)
     except CheckpointError as error:
         sys.exit(f"vllm-gemma4-spec: {error}")

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from vllm.platforms import current_platform
 
-from vllm_gemma4_spec.checkpoints import files, layers
+from vllm_gemma4_spec.checkpoints import files, layers, outcome
+from vllm_gemma4_spec.errors import CheckpointError, stop
 
 _MODELOPT = ("modelopt", "modelopt_fp4", "modelopt_mixed")
 
@@ -56,3 +58,25 @@ def known_algorithm(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, config)
 
     return _normalize_quantization_config
+
+
+def refused_on_cpu(original: Any) -> Any:
+    """``from_config`` of a quantization config: formats without a CPU kernel end in one line, before weights load.
+
+    0.19.1 fails while it builds the first layer, in the kernel's own words.
+    """
+
+    def from_config(cls: Any, config: dict[str, Any]) -> Any:
+        section = config.get("quantization", config)
+        method = str(config.get("quant_method") or "modelopt")
+        found = outcome.fp8_without_kernel(section, method) if isinstance(section, dict) else None
+        if found and current_platform.is_cpu():
+            stop(
+                CheckpointError(
+                    f"{method} {found}: neither vLLM 0.19.1 nor this package multiplies with it on a CPU; serve it "
+                    "on a GPU, or take the checkpoint in NVFP4, ModelOpt's FP8 or bf16"
+                )
+            )
+        return original.__func__(cls, config)
+
+    return classmethod(from_config)

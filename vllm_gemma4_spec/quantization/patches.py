@@ -104,6 +104,11 @@ PATCHES: tuple[Patch, ...] = (
             Edit(f"{_QUANTIZATION}:ModelOptNvFp4Config", config.nvfp4_config),
             Edit(f"{_QUANTIZATION}:ModelOptMixedPrecisionConfig", mixed.mixed_config),
             Edit(f"{_QUANTIZATION}:ModelOptFp8LinearMethod", fp8.linear_method),
+            Edit(
+                f"{_QUANTIZATION}:ModelOptMxFp8Config.from_config",
+                loading.refused_on_cpu,
+                source=f"{_QUANTIZATION}:ModelOptQuantConfigBase.from_config",
+            ),
             Edit(f"{_QUANTIZATION}:ModelOptFp8Config.get_supported_act_dtypes", fp8.activation_dtypes),
             Edit(
                 "vllm.transformers_utils.model_arch_config_convertor:"
@@ -159,6 +164,7 @@ PATCHES: tuple[Patch, ...] = (
                 compressed_tensors.linear_scheme,
                 source=f"{_COMPRESSED}.schemes.compressed_tensors_w4a16_nvfp4:CompressedTensorsW4A16Fp4",
             ),
+            Edit(f"{_COMPRESSED}.compressed_tensors:CompressedTensorsConfig.from_config", loading.refused_on_cpu),
             Edit(
                 f"{_COMPRESSED}.compressed_tensors_moe:CompressedTensorsW4A4Nvfp4MoEMethod",
                 compressed_tensors.experts_method,
