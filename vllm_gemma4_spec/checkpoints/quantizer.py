@@ -1,7 +1,7 @@
 """Runs ModelOpt, 0.42.0 or newer, on a Gemma 4 model, on GPU or CPU, and writes a checkpoint without NaN scales.
 
-Also a program (``python -m vllm_gemma4_spec.checkpoints.quantizer SRC OUT RECIPE CALIBRATION [--no-towers]``), so that the
-command line can run it with the interpreter of another environment; CALIBRATION may be empty.
+Also a program (``python -m vllm_gemma4_spec.checkpoints.quantizer SRC OUT RECIPE CALIBRATION [--no-towers]``), so that
+the command line can run it with the interpreter of another environment; CALIBRATION may be empty.
 """
 
 from __future__ import annotations

@@ -104,8 +104,10 @@ class Nvfp4Config(ModelOptNvFp4Config):
 
     def _members(self, prefix: str) -> set[str]:
         """The checkpoint's modules behind a vLLM layer: ``…qkv_proj`` -> ``…q_proj``, ``…k_proj``, ``…v_proj``."""
-        base, _, name = prefix.rpartition(".")
-        found = {f"{base}.{member}" for member in self.packed_modules_mapping.get(name, [name])}
+        base, dot, name = prefix.rpartition(".")
+        found = {f"{base}{dot}{member}" for member in self.packed_modules_mapping.get(name, [name])}
+        if prefix.removeprefix("model.") in self.float_modules:  # an EAGLE head's fc has no prefix in its checkpoint
+            return {prefix.removeprefix("model.")}
         return found & self.float_modules or found  # E4B layers that reuse KV have q alone
 
     def _float_experts(self, prefix: str) -> bool:
