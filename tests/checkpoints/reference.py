@@ -118,8 +118,13 @@ def model(folder: Path) -> Any:
     config |= {"dtype": "float32"}
     multimodal = config["architectures"] == ["Gemma4ForConditionalGeneration"]
     kind = Gemma4ForConditionalGeneration if multimodal else Gemma4ForCausalLM
+    state = fold(folder)
+    if not multimodal and "text_config" in config:  # the text class beside a whole model's config
+        config = config["text_config"] | {"dtype": "float32"}
+        state = {name.replace("model.language_model.", "model."): tensor for name, tensor in state.items()}
+        state = {name: t for name, t in state.items() if not name.startswith(("model.vision", "model.embed_vision"))}
     made = kind((Gemma4Config if multimodal else Gemma4TextConfig)(**config)).float().eval()
-    missing, unexpected = made.load_state_dict(fold(folder), strict=False)
+    missing, unexpected = made.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     assert set(missing) <= {"lm_head.weight"}, missing
     made.tie_weights()

@@ -145,7 +145,8 @@ def test_prefix_hits_are_those_of_plain_decoding(tiny: dict[str, Path], tmp_path
             enable_prefix_caching=True,
         ) as llm:
             seen[name] = [_asked(llm, prompt) for prompt in prompts]
-    assert seen["head"] == seen["plain"]
+    # The head's KV heads are half as wide, so its blocks hold 32 tokens and a hit ends where both kinds of block do.
+    assert seen["head"] == [(answer, hit // 32 * 32) for answer, hit in seen["plain"]]
     assert [hit > 0 for _, hit in seen["plain"]] == [False, True, True, True]
 
 

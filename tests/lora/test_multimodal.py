@@ -24,7 +24,7 @@ RANK, TOKENS = 4, 16
 PROMPTS = random_prompts((5, 40, 100))
 PLACE = "model.language_model.layers"
 LORA = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
-OPTIONS: dict[str, Any] = {"limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0}}
+OPTIONS: dict[str, Any] = {"skip_tokenizer_init": False}
 MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 # What adapters call a layer: PEFT on transformers 5 (unsloth too), transformers 4.5x's order, the text class.
 NAMES = {

@@ -83,7 +83,7 @@ def modelopt_mended(*, clamp: bool = True) -> Iterator[None]:
     if not torch.cuda.is_available():
         changes += [(tensor_quant, "dynamic_block_quantize_op", fake_quantize)]
         changes += [(nvfp4_tensor, "fp4_compatible", lambda: False)]
-    if clamp:
+    if clamp and not hasattr(nvfp4_tensor, "_cast_per_block_scale_to_fp8"):  # 0.45 and later clamp themselves
         method = "get_weights_scaling_factor"
         changes += [(tensor_class, method, staticmethod(_clamped(getattr(tensor_class, method))))]
     kept = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]
