@@ -10,8 +10,8 @@ PART    ?=
 # Tests read the genuine tokenizer, templates and configs where this names them, and say what they skip.
 export GEMMA4_ARTIFACTS ?=
 
-.PHONY: setup demo test test-slow test-gpu test-gpus offline-bundle soak test-load test-faults fuzz test-upstream lint types \
-    check fingerprints ledger fields schemas drift supply-chain audit wheel docs clean
+.PHONY: setup demo test test-slow test-gpu test-gpus test-exporters offline-bundle soak test-load test-faults fuzz \
+    test-upstream lint types check fingerprints ledger fields schemas drift supply-chain audit wheel docs clean
 
 setup: $(STAMP)
 
@@ -64,6 +64,23 @@ test-faults: setup
 fuzz: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python 'atheris>=3'
 	$(BIN)/python -m tests.fuzz
+
+# Exporters in environments of their own (about 5 GB): the newest and the pinned release write tiny models, the engine
+# compares them with the float32 reference, and the table of docs/checkpoints.md is written anew.
+EXPORTERS ?= .exporters
+TORCH ?= torch==2.13.0
+test-exporters: setup
+	for each in "transformers transformers==5.24.0" \
+	    "modelopt-pinned nvidia-modelopt==0.42.0 transformers==5.5.4" \
+	    "modelopt-newest nvidia-modelopt==0.47.0 transformers==5.5.4" \
+	    "llm-compressor llmcompressor==0.14.0.1 transformers==5.17.0"; do \
+	    set -- $$each; name=$$1; shift; \
+	    test -x $(EXPORTERS)/$$name/bin/python || $(PYTHON) -m venv $(EXPORTERS)/$$name; \
+	    $(EXPORTERS)/$$name/bin/python -m pip install --quiet $(TORCH) && \
+	    $(EXPORTERS)/$$name/bin/python -m pip install --quiet accelerate requests "$$@" || exit 1; \
+	done
+	GEMMA4_EXPORTERS=$(abspath $(EXPORTERS)) GEMMA4_EXPORTERS_PAGE=docs/checkpoints.md \
+	    $(BIN)/python -m pytest -m slow tests/checkpoints/test_exporters.py
 
 lint: setup
 	$(BIN)/ruff check .

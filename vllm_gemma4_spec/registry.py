@@ -8,6 +8,7 @@ from __future__ import annotations
 from vllm_gemma4_spec.chat import patches as chat
 from vllm_gemma4_spec.cpu import patches as cpu
 from vllm_gemma4_spec.engine import patches as engine
+from vllm_gemma4_spec.hf_config import patches as hf_config
 from vllm_gemma4_spec.lora import patches as lora
 from vllm_gemma4_spec.metrics import patches as metrics
 from vllm_gemma4_spec.multimodal import patches as multimodal
@@ -20,6 +21,7 @@ from vllm_gemma4_spec.spec_decode import patches as spec_decode
 
 PATCHES: tuple[Patch, ...] = (
     *engine.PATCHES,
+    *hf_config.PATCHES,
     *spec_decode.PATCHES,
     *multimodal.PATCHES,
     *lora.PATCHES,

@@ -63,3 +63,5 @@ def _print(report: object) -> None:
         show(console, table)
     console.print(f"vLLM 0.19.1 alone: {report.vllm_alone}", highlight=False)
     console.print(f"with the overlay:  {report.with_overlay}", highlight=False)
+    for machine, text in report.machines.items():
+        console.print(f"  {machine}: {text}", highlight=False)

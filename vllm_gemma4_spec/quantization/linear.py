@@ -31,7 +31,7 @@ _EXTRA = tuple(_NEUTRAL)
 
 @register_weight_loader_v2_supported_method
 class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
-    """NVFP4, NVFP4_AWQ and NVFP4_SVD, for column-, merged-column-, qkv- and row-parallel and replicated layers.
+    """Every NVFP4 of ModelOpt, for column-, merged-column-, qkv- and row-parallel and replicated layers.
 
     ``quant_config`` is an :class:`~vllm_gemma4_spec.quantization.config.Nvfp4Config`.
     """
@@ -40,7 +40,7 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
         # Not super().__init__: it raises where vLLM has no FP4 kernel, as on a CPU.
         self.quant_config = quant_config
         self.marlin_input_dtype = None
-        self.backend = emulation.select_backend()
+        self.backend = emulation.select_backend(quant_config.weight_only)
 
     def create_weights(
         self,
@@ -105,9 +105,12 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
     def _settle(self, layer: Module) -> None:
         """Check what was loaded, drop what the checkpoint does not have, mend NaN scales."""
         ledger = layer.modelopt_ledger
+        needed = _NEEDED[:3] if self.quant_config.weight_only else _NEEDED
+        if self.quant_config.weight_only and not ledger.has("input_scale"):
+            layer.input_scale.data.fill_(1)  # no backend for weights alone reads it
         present = [i for i in range(ledger.members) if any(ledger.has(name, i) for name in _NEEDED)]
         for index in present or [0]:
-            for name in _NEEDED:
+            for name in needed:
                 if not ledger.has(name, index):
                     of = f" of member {index}" if ledger.members > 1 else ""
                     raise CheckpointError(f"{ledger.prefix}.{name}: the checkpoint has no such tensor{of}")
@@ -115,7 +118,10 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
         mend(layer, layer.prefix, layer.weight.data, layer.weight_scale.data)
         for name in ("weight_scale_2", "input_scale"):
             _check_scalar(getattr(layer, name).data, f"{ledger.prefix}.{name}")
-        if self.quant_config.quant_algo != "NVFP4":  # stock vLLM takes the larger one of plain NVFP4's
+        if self.quant_config.quant_algo in (
+            "NVFP4_AWQ",
+            "NVFP4_SVD",
+        ):  # stock vLLM takes the larger one of plain NVFP4's
             tensors.agreed(layer.weight_scale_2.data, present, f"{ledger.prefix}.weight_scale_2")
         for name in _EXTRA:
             self._settle_extra(layer, name, present)

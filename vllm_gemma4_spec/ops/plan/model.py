@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_gemma4_spec import settings
-from vllm_gemma4_spec.errors import Gemma4SpecError
+from vllm_gemma4_spec.errors import CheckpointError, Gemma4SpecError
+from vllm_gemma4_spec.hf_config.normal_form import normalized
 from vllm_gemma4_spec.json_file import read_object
 
 # Bytes per weight. NVFP4: 4 bits and one 8-bit scale for each block of 16.
@@ -219,6 +220,10 @@ def load(path: Path, weights: str | None = None) -> Model:
         raise PlanError(f"{file}: model_type is {raw.get('model_type')!r}; plan knows gemma4 and gemma4_text")
     from transformers import Gemma4Config, Gemma4TextConfig
 
+    try:
+        raw = normalized(raw, str(file))
+    except CheckpointError as error:
+        raise PlanError(str(error)) from None
     try:
         is_text = raw["model_type"] == "gemma4_text"
         text = Gemma4TextConfig.from_dict(raw) if is_text else Gemma4Config.from_dict(raw).text_config
