@@ -47,8 +47,10 @@ EXPORTERS = {
     "modelopt-newest": Exporter(
         "nvidia-modelopt",
         "export_with_modelopt.py",
-        ("31b-nvfp4", "31b-w4a16", "31b-mixed", "31b-svdquant", "e4b-awq-full", "e4b-mixed")
-        + ("26b-mm-nvfp4", "26b-mm-w4a16", "26b-mm-mixed"),
+        (
+            *("31b-nvfp4", "31b-w4a16", "31b-mixed", "31b-svdquant", "e4b-awq-full", "e4b-mixed"),
+            *("26b-mm-nvfp4", "26b-mm-w4a16", "26b-mm-mixed"),
+        ),
     ),
     "llm-compressor": Exporter(
         "llmcompressor",
