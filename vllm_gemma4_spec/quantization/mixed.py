@@ -8,13 +8,14 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe.layer import FusedMoE
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import modelopt
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.modelopt import ModelOptMixedPrecisionConfig
 from vllm.platforms import current_platform
 
 from vllm_gemma4_spec.checkpoints import layers
 from vllm_gemma4_spec.errors import CheckpointError, stop
-from vllm_gemma4_spec.quantization.config import Nvfp4Config, float_modules
+from vllm_gemma4_spec.quantization.config import Nvfp4Config, checkpoint_prefix, float_modules
 
 
 class MixedConfig(ModelOptMixedPrecisionConfig):
@@ -73,6 +74,7 @@ class MixedConfig(ModelOptMixedPrecisionConfig):
         Raises:
             CheckpointError: members of a fused layer differ.
         """
+        prefix = checkpoint_prefix(prefix)
         base, _, name = prefix.rpartition(".")
         members = [f"{base}.{m}" for m in self.packed_modules_mapping.get(name, [name])]
         found = {self.by_layer[m] for m in members if m in self.by_layer}
@@ -94,7 +96,8 @@ class MixedConfig(ModelOptMixedPrecisionConfig):
         if algorithm in self.nvfp4:
             return self.nvfp4[algorithm].get_quant_method(layer, prefix)
         if isinstance(layer, LinearBase):
-            return self.fp8_config.LinearMethodCls(self.fp8_config) if algorithm else UnquantizedLinearMethod()
+            # Not fp8_config.LinearMethodCls: a spawned worker may unpickle that before the patch is on.
+            return modelopt.ModelOptFp8LinearMethod(self.fp8_config) if algorithm else UnquantizedLinearMethod()
         if isinstance(layer, FusedMoE) and algorithm and current_platform.is_cpu():
             raise CheckpointError(f"{prefix}: experts in FP8; vLLM 0.19.1 has no kernel for them on a CPU")
         return super().get_quant_method(layer, prefix)
