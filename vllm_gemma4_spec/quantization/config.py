@@ -112,6 +112,7 @@ class Nvfp4Methods(Base):
 
     def _members(self, prefix: str) -> set[str]:
         """The checkpoint's modules behind a vLLM layer: ``…qkv_proj`` -> ``…q_proj``, ``…k_proj``, ``…v_proj``."""
+        prefix = checkpoint_prefix(prefix)
         base, dot, name = prefix.rpartition(".")
         found = {f"{base}{dot}{member}" for member in self.packed_modules_mapping.get(name, [name])}
         if prefix.removeprefix("model.") in self.float_modules:  # an EAGLE head's fc has no prefix in its checkpoint
@@ -120,8 +121,14 @@ class Nvfp4Methods(Base):
 
     def _float_experts(self, prefix: str) -> bool:
         """Gemma 4's experts are ``layers.N.experts.*`` in the checkpoint and ``layers.N.moe.experts`` in vLLM."""
+        prefix = checkpoint_prefix(prefix)
         places = (prefix, prefix.replace(".moe.experts", ".experts"))
         return any(f"{place}.gate_up_proj" in self.float_modules for place in places)
+
+
+def checkpoint_prefix(prefix: str) -> str:
+    """A vLLM layer's name without what vLLM puts before a draft model's: checkpoints know nothing of that."""
+    return prefix.removeprefix("draft_model.")
 
 
 def float_modules(model_name: str) -> frozenset[str]:

@@ -53,6 +53,7 @@ def linear_method(original: type) -> type:
             out: Tensor = super().apply(layer, x, bias)
             return out
 
+    Fp8LinearMethod.__module__ = original.__module__  # where it takes the original's place, and pickle finds it
     Fp8LinearMethod.__name__ = Fp8LinearMethod.__qualname__ = original.__name__  # vLLM chooses loaders by it
     return Fp8LinearMethod
 

@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 from vllm_gemma4_spec.checkpoints import layers
 from vllm_gemma4_spec.errors import CheckpointError, stop
 from vllm_gemma4_spec.quantization import config as nvfp4
-from vllm_gemma4_spec.quantization.config import float_modules
+from vllm_gemma4_spec.quantization.config import checkpoint_prefix, float_modules
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.quantization.modelopt import ModelOptMixedPrecisionConfig as Base
@@ -77,6 +77,7 @@ class MixedMethods(Base):
         Raises:
             CheckpointError: members of a fused layer differ.
         """
+        prefix = checkpoint_prefix(prefix)
         base, _, name = prefix.rpartition(".")
         members = [f"{base}.{m}" for m in self.packed_modules_mapping.get(name, [name])]
         found = {self.by_layer[m] for m in members if m in self.by_layer}
@@ -98,7 +99,10 @@ class MixedMethods(Base):
         if algorithm in self.nvfp4:
             return self.nvfp4[algorithm].get_quant_method(layer, prefix)
         if isinstance(layer, LinearBase):
-            return self.fp8_config.LinearMethodCls(self.fp8_config) if algorithm else UnquantizedLinearMethod()
+            from vllm.model_executor.layers.quantization import modelopt
+
+            # Not fp8_config.LinearMethodCls: a spawned worker may unpickle that before the patch is on.
+            return modelopt.ModelOptFp8LinearMethod(self.fp8_config) if algorithm else UnquantizedLinearMethod()
         if isinstance(layer, FusedMoE) and algorithm and current_platform.is_cpu():
             raise CheckpointError(f"{prefix}: experts in FP8; vLLM 0.19.1 has no kernel for them on a CPU")
         return super().get_quant_method(layer, prefix)
