@@ -38,7 +38,7 @@ soak: setup
 test-upstream: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --override constraints/cpu-overrides.txt \
 	    --constraint constraints/cpu.txt --editable '.[cpu,upstream]'
-	$(BIN)/python tools/upstream_tests.py --page docs/upstream-tests.md
+	$(BIN)/python tools/upstream_tests.py --page docs/evidence/upstream-tests.md
 
 # 64 clients on the CPU server, and the same on stock vLLM; faults on both; fuzzing of every parser (about an hour).
 test-load: setup
@@ -69,7 +69,7 @@ ledger: setup
 
 # After what a command prints with --json was changed.
 schemas: setup
-	$(BIN)/python -m vllm_gemma4_spec.ops.output docs/json.md
+	$(BIN)/python -m vllm_gemma4_spec.ops.output docs/reference/json.md
 
 # Every patch against every release of vLLM since 0.19.0: 0.8 GB of source distributions, two minutes.
 drift: setup

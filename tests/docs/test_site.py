@@ -19,7 +19,7 @@ def build(config: Path, site: Path) -> subprocess.CompletedProcess[str]:
 def test_site_builds_strictly(tmp_path: Path) -> None:
     done = build(ROOT / "mkdocs.yml", tmp_path / "site")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "site" / "plan" / "index.html").is_file()
+    assert (tmp_path / "site" / "how-to" / "choose-k" / "index.html").is_file()
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -22,7 +22,7 @@ def command(
     model: Annotated[str | None, typer.Option(help="Name to ask for. Default: the first of /v1/models.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="If the server wants one.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot to this file (PNG, SVG, PDF).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md has the schema.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/reference/json.md has the schema.")] = False,
 ) -> None:
     """Measure tok/s, latency and acceptance with vLLM's own `vllm bench serve`; prints Markdown.
 

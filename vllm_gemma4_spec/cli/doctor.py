@@ -23,7 +23,7 @@ def command(
         int | None, typer.Option(min=1, help="With --url: how many workers (GPUs) the server must have.")
     ] = None,
     api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="If the server wants one.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md has the schema.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/reference/json.md has the schema.")] = False,
 ) -> None:
     """Check versions, device, patches, environment and, with --url, every process of a running server.
 

@@ -47,7 +47,7 @@ class Report(Output):
 
 
 def command(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md has the schema.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/reference/json.md has the schema.")] = False,
 ) -> None:
     """List every patch: name, group, switch, and whether its targets are those of vLLM 0.19.1.
 

@@ -38,7 +38,7 @@ def command(
     draft_ms: Annotated[float | None, typer.Option(min=0, help="Measured pass of the drafter, for its floor.")] = None,
     overhead_ms: Annotated[float, typer.Option(min=0, help="Added to every step with drafts.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Write tok/s by k to this file (PNG, SVG, PDF).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md has the schema.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/reference/json.md has the schema.")] = False,
 ) -> None:
     """Compute groups, memory, bytes per step, floors and the best k. Needs no weights and no GPU.
 

@@ -28,7 +28,7 @@ def command(
     count: Annotated[int, typer.Option(min=0, help="Looks, then end; 0: until Ctrl-C (in a pipe: one).")] = 0,
     api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="If the server wants one.")] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object per look; docs/json.md has the schema.")
+        bool, typer.Option("--json", help="Print one JSON object per look; docs/reference/json.md has the schema.")
     ] = False,
 ) -> None:
     """Show requests, tok/s, acceptance by position, skipped drafts, NaN blocks and patches, again and again.

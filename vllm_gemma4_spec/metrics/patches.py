@@ -1,4 +1,4 @@
-"""What a running server shows: docs/live.md."""
+"""What a running server shows: docs/how-to/monitor.md."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def versions() -> Iterator[Finding]:
     yield Finding(section, "python", State.OK if fine else State.PROBLEM, python, str(PYTHON), advice)
     found = vllm_version()
     fine = found == SUPPORTED
-    advice = "" if fine else f"install vllm=={SUPPORTED}, or see docs/newer-vllm.md for a newer one"
+    advice = "" if fine else f"install vllm=={SUPPORTED}, or see docs/how-to/newer-vllm.md for a newer one"
     yield Finding(section, "vllm", State.OK if fine else State.PROBLEM, found or "not installed", SUPPORTED, advice)
     for name, wanted in WANTED.items():
         try:
