@@ -1,4 +1,4 @@
-"""`top` and the Grafana dashboard, from the figures of a real server."""
+"""`top` and the Grafana dashboard, from the metrics of a real server."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def test_rates_between_two_looks() -> None:
     two = live.look(samples(30, [26, 8], 150), 7.0)
     figures = live.between(one, two)
     assert figures.accepted_by_position == (0.9, 0.2)
-    assert figures.tokens_per_step == pytest.approx(2.1)
+    assert figures.acceptance_length == pytest.approx(2.1)
     assert figures.output_tok_s == 50  # both engines
-    assert live.between(two, two).tokens_per_step is None
+    assert live.between(two, two).acceptance_length is None
 
 
 def test_no_server_is_one_line() -> None:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vllm_gemma4_spec.checkpoints.nvfp4 import BLOCK
+from vllm_gemma4_spec.checkpoints import BLOCK
 from vllm_gemma4_spec.errors import CheckpointError
 from vllm_gemma4_spec.json_file import read_object
 

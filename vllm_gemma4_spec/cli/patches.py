@@ -54,8 +54,10 @@ def command(
     Example: vllm-gemma4-spec patches --json
     """
     from vllm_gemma4_spec.patching import fingerprint
+    from vllm_gemma4_spec.patching.version import require_installed
     from vllm_gemma4_spec.registry import PATCHER
 
+    require_installed()
     rows = []
     found = fingerprint.installed(s for patch in PATCHER.known for s in patch.checked_symbols)
     for status, patch in zip(PATCHER.status(), PATCHER.known, strict=True):

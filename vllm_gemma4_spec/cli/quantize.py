@@ -35,14 +35,13 @@ def command(
     """
     from vllm_gemma4_spec.checkpoints import quantizer
     from vllm_gemma4_spec.checkpoints.files import Checkpoint
-    from vllm_gemma4_spec.checkpoints.inspection import inspect
+    from vllm_gemma4_spec.cli import _checks
     from vllm_gemma4_spec.cli._progress import shards
 
     if recipe not in quantizer.RECIPES:
         raise SettingError(f"--recipe {recipe}: expected one of {', '.join(quantizer.RECIPES)}")
-    Checkpoint(src)  # a wrong folder is named before ModelOpt is imported
-    if out.exists():
-        raise CheckpointError(f"{out}: exists already; name a folder that does not")
+    _checks.checkpoint(src)  # a wrong folder is named before ModelOpt is imported
+    _checks.new_folder("OUT", out)
     interpreter = str(python or sys.executable)
     if shutil.which(interpreter) is None:
         raise SettingError(f"--python {interpreter}: no such program; name a Python that has nvidia-modelopt 0.42.0")
@@ -64,6 +63,8 @@ def command(
             sys.stderr.write(line)
     if process.wait():
         raise CheckpointError(last.removeprefix("vllm-gemma4-spec: "))
+    from vllm_gemma4_spec.checkpoints.inspection import inspect
+
     made = Checkpoint(out)
     with shards("checking", len(made.files), quiet=as_json) as step:
         report = inspect(made, step)
