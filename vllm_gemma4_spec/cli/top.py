@@ -137,4 +137,4 @@ def _positions(history: Sequence[Live]) -> Table:
 
 def curve(shares: Sequence[float]) -> str:
     """One character per share of 0 to 1."""
-    return "".join(_EIGHTHS[min(7, int(share * 8))] for share in shares)
+    return "".join(_EIGHTHS[max(0, min(7, int(share * 8)))] for share in shares)

@@ -93,7 +93,9 @@ class Live(Output):
 
 def between(one: Look, two: Look) -> Live:
     """After a restart of the server between the looks its counters begin anew: all of ``two`` counts."""
-    if two.values.get("vllm:prompt_tokens_total", 0.0) < one.values.get("vllm:prompt_tokens_total", 0.0):
+    counters = [(one.values.get(n, 0.0), v) for n, v in two.values.items() if n.endswith("_total")]
+    counters += [(n, two.accepted.get(p, 0.0)) for p, n in one.accepted.items()]
+    if any(after < before for before, after in counters):
         one = Look(one.seconds, {}, {})
     seconds = max(two.seconds - one.seconds, 1e-9)
 
