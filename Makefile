@@ -9,7 +9,7 @@ STAMP   = $(VENV)/.installed
 export GEMMA4_ARTIFACTS ?=
 
 .PHONY: setup demo test test-slow soak test-load test-faults fuzz test-upstream lint types check fingerprints ledger \
-    schemas drift supply-chain audit wheel docs clean
+    schemas plan-measured drift supply-chain audit wheel docs clean
 
 setup: $(STAMP)
 
@@ -70,6 +70,10 @@ ledger: setup
 # After what a command prints with --json was changed.
 schemas: setup
 	$(BIN)/python -m vllm_gemma4_spec.ops.output docs/reference/json.md
+
+# After a results file of benchmarks/full_shape.py was added: what `plan` predicts from.
+plan-measured: setup
+	$(BIN)/python tools/plan_measured.py
 
 # Every patch against every release of vLLM since 0.19.0: 0.8 GB of source distributions, two minutes.
 drift: setup

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import sys
 import time
@@ -30,11 +31,15 @@ def single_keys() -> Iterator[bool]:
 
 
 def wait(seconds: float, keys: bool) -> bool:
-    """True where ``q`` was pressed within ``seconds``; other keys are ignored."""
+    """True where ``q`` was pressed within ``seconds``, or the terminal has gone; other keys are ignored."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         if not keys:
             time.sleep(left)
-        elif select.select([sys.stdin], [], [], left)[0] and sys.stdin.read(1).lower() == "q":
-            return True
+        elif select.select([sys.stdin], [], [], left)[0]:
+            typed = os.read(sys.stdin.fileno(), 64)  # past Python's buffer, which select does not see
+            if b"q" in typed.lower():
+                return True
+            if not typed:  # the terminal is gone
+                return True
     return False
