@@ -11,7 +11,7 @@ PART    ?=
 export GEMMA4_ARTIFACTS ?=
 
 .PHONY: setup demo test test-slow test-gpu test-gpus test-exporters offline-bundle soak test-load test-faults fuzz \
-    test-upstream lint types check fingerprints ledger fields schemas drift supply-chain audit wheel docs clean
+    test-upstream lint types check fingerprints ledger fields schemas plan-measured drift supply-chain audit wheel docs clean
 
 setup: $(STAMP)
 
@@ -52,7 +52,7 @@ soak: setup
 test-upstream: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --override constraints/cpu-overrides.txt \
 	    --constraint constraints/cpu.txt --editable '.[cpu,upstream]'
-	$(BIN)/python tools/upstream_tests.py --page docs/upstream-tests.md
+	$(BIN)/python tools/upstream_tests.py --page docs/evidence/upstream-tests.md
 
 # 64 clients on the CPU server, and the same on stock vLLM; faults on both; fuzzing of every parser (about an hour).
 test-load: setup
@@ -66,7 +66,7 @@ fuzz: setup
 	$(BIN)/python -m tests.fuzz
 
 # Exporters in environments of their own (about 5 GB): the newest and the pinned release write tiny models, the engine
-# compares them with the float32 reference, and the table of docs/checkpoints.md is written anew.
+# compares them with the float32 reference, and the table of docs/how-to/checkpoints.md is written anew.
 EXPORTERS ?= .exporters
 TORCH ?= torch==2.13.0
 test-exporters: setup
@@ -79,7 +79,7 @@ test-exporters: setup
 	    $(EXPORTERS)/$$name/bin/python -m pip install --quiet $(TORCH) && \
 	    $(EXPORTERS)/$$name/bin/python -m pip install --quiet accelerate requests "$$@" || exit 1; \
 	done
-	GEMMA4_EXPORTERS=$(abspath $(EXPORTERS)) GEMMA4_EXPORTERS_PAGE=docs/checkpoints.md \
+	GEMMA4_EXPORTERS=$(abspath $(EXPORTERS)) GEMMA4_EXPORTERS_PAGE=docs/how-to/checkpoints.md \
 	    $(BIN)/python -m pytest -m slow tests/checkpoints/test_exporters.py
 
 lint: setup
@@ -100,11 +100,15 @@ ledger: setup
 
 # After the list of a request's fields was changed.
 fields: setup
-	$(BIN)/python -m vllm_gemma4_spec.requests.fields docs/compatibility.md
+	$(BIN)/python -m vllm_gemma4_spec.requests.fields docs/reference/compatibility.md
 
 # After what a command prints with --json was changed.
 schemas: setup
-	$(BIN)/python -m vllm_gemma4_spec.ops.output docs/json.md
+	$(BIN)/python -m vllm_gemma4_spec.ops.output docs/reference/json.md
+
+# After a results file of benchmarks/full_shape.py was added: what `plan` predicts from.
+plan-measured: setup
+	$(BIN)/python tools/plan_measured.py
 
 # Every patch against every release of vLLM since 0.19.0: 0.8 GB of source distributions, two minutes.
 drift: setup

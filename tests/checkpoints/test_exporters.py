@@ -1,7 +1,7 @@
 """Newest and pinned exporters write tiny models; the real engine gives the float32 reference's log-probabilities.
 
 ``GEMMA4_EXPORTERS`` names a folder of virtual environments (``make test-exporters`` makes it). The table of
-docs/checkpoints.md is written where ``GEMMA4_EXPORTERS_PAGE`` names the page.
+docs/how-to/checkpoints.md is written where ``GEMMA4_EXPORTERS_PAGE`` names the page.
 """
 
 from __future__ import annotations

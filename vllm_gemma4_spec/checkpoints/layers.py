@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_gemma4_spec.checkpoints.nvfp4 import BLOCK
+from vllm_gemma4_spec.checkpoints import BLOCK
 from vllm_gemma4_spec.checkpoints.tensor_info import TensorInfo
 from vllm_gemma4_spec.errors import CheckpointError
 

