@@ -9,7 +9,7 @@ STAMP   = $(VENV)/.installed
 export GEMMA4_ARTIFACTS ?=
 
 .PHONY: setup demo test test-slow soak test-load test-faults fuzz test-upstream lint types check fingerprints ledger \
-    schemas drift supply-chain audit wheel docs clean
+    constraints schemas drift supply-chain audit wheel docs clean
 
 setup: $(STAMP)
 
@@ -70,6 +70,12 @@ ledger: setup
 # After what a command prints with --json was changed.
 schemas: setup
 	$(BIN)/python -m vllm_gemma4_spec.ops.output docs/json.md
+
+# What `pip install '.[vllm]' -c constraints/cuda.txt` installs, in the versions that the tests ran with where it can be.
+constraints: setup
+	cp constraints/cpu-tested.txt constraints/cuda.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-emit-package vllm-gemma4-spec \
+	    --custom-compile-command "make constraints" --extra vllm pyproject.toml --output-file constraints/cuda.txt
 
 # Every patch against every release of vLLM since 0.19.0: 0.8 GB of source distributions, two minutes.
 drift: setup

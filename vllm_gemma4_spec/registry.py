@@ -14,10 +14,14 @@ from vllm_gemma4_spec.patching.engine import Patcher
 from vllm_gemma4_spec.patching.patch import Patch
 from vllm_gemma4_spec.performance import patches as performance
 from vllm_gemma4_spec.quantization import patches as quantization
+from vllm_gemma4_spec.scheduling import patches as scheduling
 from vllm_gemma4_spec.spec_decode import patches as spec_decode
+from vllm_gemma4_spec.startup import patches as startup
 
 PATCHES: tuple[Patch, ...] = (
+    *startup.PATCHES,
     *spec_decode.PATCHES,
+    *scheduling.PATCHES,
     *multimodal.PATCHES,
     *lora.PATCHES,
     *performance.PATCHES,

@@ -125,15 +125,15 @@ def _print(console: Console, made: Report) -> None:
         )
     show(console, table)
     rates = list(made.machines[0].acceptance)
-    fits = Table("machine", "target ms", "draft ms", "fit", "plain", *[f"a={r}" for r in rates])
+    fits = Table("machine", "target ms", "draft ms", "fit", "longest", "plain", *[f"a={r}" for r in rates])
     for m in made.machines:
         cells = [_best(m.acceptance[r]) if m.fits else "-" for r in rates]
         plain = f"{m.acceptance[rates[0]].tok_s[0]:.0f}" if m.fits else "-"
         count = f"{m.requests_that_fit:.0f}" if m.fits else "none"
-        fits.add_row(m.name, f"{m.target_ms:.2f}", f"{m.draft_ms:.2f}", count, plain, *cells)
+        fits.add_row(m.name, f"{m.target_ms:.2f}", f"{m.draft_ms:.2f}", count, str(m.longest_prompt), plain, *cells)
     show(console, fits)
     console.print(
-        f"fit: requests of {made.context} tokens that fit at once; plain: tok/s without drafts; a=…: best k at that "
+        f"fit: requests of {made.context} tokens that fit at once; longest: tokens of the longest prompt; plain: tok/s without drafts; a=…: best k at that "
         "acceptance and its tok/s. All times are floors (bytes / bandwidth) unless given, so tok/s are upper bounds."
     )
     copies = ", ".join(f"{m.name} {m.copies / 1e9:.1f} GB" for m in made.machines if m.copies)

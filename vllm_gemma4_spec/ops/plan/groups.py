@@ -47,6 +47,7 @@ class Cache:
         request_bytes: what vLLM reserves at most for one request of ``context`` tokens.
         blocks: of the pool that the memory given holds.
         requests: of ``context`` tokens that fit at once, as vLLM reports it at start-up.
+        longest_prompt: tokens of the longest prompt that the pool holds, alone, up to the target's own maximum.
     """
 
     groups: tuple[Group, ...]
@@ -54,6 +55,7 @@ class Cache:
     request_bytes: int
     blocks: int
     requests: float
+    longest_prompt: int
 
 
 def specs(model: Model, prefix: str, block_size: int, dtype: Any) -> dict[str, Any]:
@@ -90,8 +92,9 @@ def plan_cache(
     kv_dtype: str = "bf16",
     block_size: int = 16,
     batched_tokens: int = 8192,
+    drafts: int = 0,
 ) -> Cache:
-    """Group the layers of both models and fill ``memory_bytes`` with blocks.
+    """Group the layers of both models and fill ``memory_bytes`` with blocks; ``drafts`` a step at most.
 
     Raises:
         VersionError: vLLM 0.19.1 is not installed here.
@@ -102,6 +105,8 @@ def plan_cache(
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
     import torch
     from vllm.v1.core import kv_cache_utils
+
+    from vllm_gemma4_spec.scheduling.capacity import Step, longest_request
 
     dtype = {"bf16": torch.bfloat16, "fp8": torch.uint8, "float32": torch.float32}[kv_dtype]
     layers = specs(target, "model", block_size, dtype)
@@ -116,12 +121,19 @@ def plan_cache(
     size = max(g.size for g in groups)
     grows = sum(g.page_bytes * size / g.block_size for g in groups if not g.window)
     cache = kv_cache_utils.get_kv_cache_config_from_groups(config, found, max(0, memory_bytes))
+    longest = longest_request(
+        [g.kv_cache_spec for g in found],
+        cache.num_blocks,
+        Step(batched_tokens, lookahead=drafts, margin=drafts),
+        int(target.text.max_position_embeddings),
+    )
     return Cache(
         groups,
         grows,
         int(kv_cache_utils._max_memory_usage_bytes_from_groups(config, found)),
         cache.num_blocks,
         kv_cache_utils.get_max_concurrency_for_kv_cache_config(config, cache),
+        max(0, longest - 1),  # an answer has a token
     )
 
 

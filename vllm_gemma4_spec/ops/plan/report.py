@@ -50,6 +50,8 @@ class Machine(Output):
     """bytes left for the KV cache"""
     requests_that_fit: float
     tokens_that_fit: int
+    longest_prompt: int
+    """tokens of the longest prompt that the KV cache holds, up to the target's own maximum"""
     target_ms: float
     """a step of the target alone; a floor (bytes / bandwidth) unless --target-ms was given"""
     verify_ms: list[float]
@@ -121,7 +123,8 @@ def make(
         copies = target.copies(machine.marlin, machine.memory, drafter=False)
         copies += drafter.copies(machine.marlin, machine.memory, drafter=True) if drafter else 0.0
         free = int(machine.memory * utilization - weights - copies)
-        cache = groups.plan_cache(target, drafter, free, context, kv_dtype)
+        drafts = timing.MAX_K if drafter else 0
+        cache = groups.plan_cache(target, drafter, free, context, kv_dtype, drafts=drafts)
         floors = timing.Steps.floors(target, drafter, load, machine.bandwidth)
         steps = timing.Steps(
             floors.draft if measured.draft is None else measured.draft,
@@ -140,6 +143,7 @@ def make(
                 kv_memory=max(0, free),
                 requests_that_fit=round(cache.requests, 2),
                 tokens_that_fit=int(cache.requests * context),
+                longest_prompt=cache.longest_prompt,
                 target_ms=_ms(steps.target[0]),
                 verify_ms=[_ms(steps.target[k]) for k in ks],
                 draft_ms=_ms(steps.draft),
