@@ -125,9 +125,7 @@ class Simulation:
         self.hasher = get_request_block_hasher(BLOCK, hash_fn) if world.prefix_caching else None
         self.scheduler = (AsyncScheduler if world.asynchronous else Scheduler)(
             vllm_config=config,
-            kv_cache_config=KVCacheConfig(
-                num_blocks=world.num_blocks, kv_cache_tensors=[], kv_cache_groups=groups
-            ),
+            kv_cache_config=KVCacheConfig(num_blocks=world.num_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
             structured_output_manager=StructuredOutputManager(config),
             block_size=BLOCK,
         )
@@ -199,10 +197,12 @@ class Simulation:
         manager = self.scheduler.kv_cache_manager
         step = self.world.step()
         start = request.num_computed_tokens - scheduled
+        # Drafts of a step in flight may be rejected; what has been answered is computed but for its last token.
+        real = max(start - step.margin, min(start, request.num_tokens - 1))
         stop = min(request.num_computed_tokens + step.lookahead, self.longest)
         for group in manager.coordinator.single_type_managers:
             window = getattr(group, "sliding_window", 0)
-            first = max(0, start - step.margin - window + 1) if window else 0
+            first = max(0, real - window + 1) if window else 0
             blocks = group.req_to_blocks[request.request_id]
             needed = blocks[first // group.block_size : -(-stop // group.block_size)]
             assert len(needed) == -(-stop // group.block_size) - first // group.block_size

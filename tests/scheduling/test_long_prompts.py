@@ -90,9 +90,7 @@ def test_stock_never_runs_it_and_one_line_says_so(
     assert "of 900 tokens (WAITING)" in lines[0]
 
 
-def test_a_pool_too_small_lowers_the_maximum_length(
-    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pool_too_small_lowers_the_maximum_length(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with just_enough(monkeypatch, blocks=60) as made, engine(tiny["target"], tiny["drafter"], **OPTIONS) as llm:
         longest = llm.model_config.max_model_len
         core = llm.llm_engine.engine_core.engine_core

@@ -14,7 +14,9 @@ from vllm_gemma4_spec.multimodal import image_attention
 from vllm_gemma4_spec.registry import PATCHER
 from vllm_gemma4_spec.scheduling.patches import LONG_PROMPTS
 
-GROUPS = st.lists(st.tuples(st.sampled_from([0, 0, 3, 8, 13, 40]), st.sampled_from([1, 1, 2, 4])), min_size=1, max_size=5)
+GROUPS = st.lists(
+    st.tuples(st.sampled_from([0, 0, 3, 8, 13, 40]), st.sampled_from([1, 1, 2, 4])), min_size=1, max_size=5
+)
 
 
 @st.composite
@@ -60,7 +62,9 @@ def jobs(draw: st.DrawFn, world: World) -> list[Job]:
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 def test_every_request_ends(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch, data: st.DataObject) -> None:
     vllm_gemma4_spec.apply()
     world = data.draw(worlds().filter(lambda w: w.longest() >= 2))

@@ -133,7 +133,8 @@ def _print(console: Console, made: Report) -> None:
         fits.add_row(m.name, f"{m.target_ms:.2f}", f"{m.draft_ms:.2f}", count, str(m.longest_prompt), plain, *cells)
     show(console, fits)
     console.print(
-        f"fit: requests of {made.context} tokens that fit at once; longest: tokens of the longest prompt; plain: tok/s without drafts; a=…: best k at that "
+        f"fit: requests of {made.context} tokens that fit at once; longest: tokens of the longest prompt; plain: tok/s "
+        "without drafts; a=…: best k at that "
         "acceptance and its tok/s. All times are floors (bytes / bandwidth) unless given, so tok/s are upper bounds."
     )
     copies = ", ".join(f"{m.name} {m.copies / 1e9:.1f} GB" for m in made.machines if m.copies)

@@ -107,7 +107,7 @@ def update_max_model_len(original: Callable[..., None]) -> Callable[..., None]:
     def wrapper(self: Any, max_model_len: int) -> None:
         original(self, max_model_len)
         drafter = getattr(self, "drafter", None)
-        if in_scope(self.vllm_config) and hasattr(drafter, "max_model_len"):
+        if drafter is not None and hasattr(drafter, "max_model_len") and in_scope(self.vllm_config):
             drafter.max_model_len = min(drafter.max_model_len, max_model_len)
             self.effective_drafter_max_model_len = min(self.effective_drafter_max_model_len, max_model_len)
 
