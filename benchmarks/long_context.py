@@ -2,7 +2,7 @@
 
     GEMMA4_ARTIFACTS=… python benchmarks/long_context.py [--drafter E4B] [--kv-gib 20] [--context 131072]
 
-Weights are random, of full size, in NVFP4. A prompt of the context's length less 64 tokens is answered alone, then beside
+Weights are random, of full size, in NVFP4. A prompt of 64 tokens less than the context is answered alone, then beside
 three short requests; with ``VLLM_GEMMA4_SPEC_PATCH_LONG_PROMPTS=0`` it waits for ever, and the script ends after
 ``--patience`` seconds without a step. Exits 1 if anything is not answered in full.
 """

@@ -18,7 +18,7 @@ from vllm_gemma4_spec.multimodal.patches import IMAGE_TURNS
 
 # Six requests decode for 60 tokens; a step of 12 leaves 6 for an image of 10, and for the text behind it.
 DECODING = [Job(0, 2, 60) for _ in range(6)]
-IMAGE, TEXT = Job(0, 14, 4, images=((2, 10),)), Job(0, 3, 4)
+IMAGE, TEXT = Job(0, 14, 4, images=((0, 10),)), Job(0, 3, 4)
 
 
 @pytest.fixture
