@@ -11,7 +11,8 @@ PART    ?=
 export GEMMA4_ARTIFACTS ?=
 
 .PHONY: setup demo test test-slow test-gpu test-gpus test-exporters offline-bundle soak test-load test-faults fuzz \
-    test-upstream lint types check fingerprints ledger fields schemas plan-measured drift supply-chain audit wheel docs clean
+    test-upstream lint types check fingerprints ledger fields schemas plan-measured constraints drift supply-chain audit \
+    wheel docs clean
 
 setup: $(STAMP)
 
@@ -109,6 +110,12 @@ schemas: setup
 # After a results file of benchmarks/full_shape.py was added: what `plan` predicts from.
 plan-measured: setup
 	$(BIN)/python tools/plan_measured.py
+
+# What `pip install '.[vllm]' -c constraints/cuda.txt` installs, in the versions that the tests ran with where it can be.
+constraints: setup
+	cp constraints/cpu-tested.txt constraints/cuda.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-emit-package vllm-gemma4-spec \
+	    --custom-compile-command "make constraints" --extra vllm pyproject.toml --output-file constraints/cuda.txt
 
 # Every patch against every release of vLLM since 0.19.0: 0.8 GB of source distributions, two minutes.
 drift: setup

@@ -17,12 +17,16 @@ from vllm_gemma4_spec.patching.patch import Patch
 from vllm_gemma4_spec.performance import patches as performance
 from vllm_gemma4_spec.quantization import patches as quantization
 from vllm_gemma4_spec.requests import patches as requests
+from vllm_gemma4_spec.scheduling import patches as scheduling
 from vllm_gemma4_spec.spec_decode import patches as spec_decode
+from vllm_gemma4_spec.startup import patches as startup
 
 PATCHES: tuple[Patch, ...] = (
+    *startup.PATCHES,
     *engine.PATCHES,
     *hf_config.PATCHES,
     *spec_decode.PATCHES,
+    *scheduling.PATCHES,
     *multimodal.PATCHES,
     *lora.PATCHES,
     *performance.PATCHES,

@@ -124,16 +124,18 @@ def _print(console: Console, made: Report) -> None:
         )
     show(console, table)
     rates = list(made.machines[0].acceptance)
-    speeds = Table("card", "fit", "times", "target ms", "draft ms", "plain tok/s", *[f"a={r}" for r in rates])
+    heads = ("card", "fit", "longest", "times", "target ms", "draft ms", "plain tok/s", *[f"a={r}" for r in rates])
+    speeds = Table(*heads)
     for m in made.machines:
         cells = [_best(m.acceptance[r]) if m.fits else "-" for r in rates]
         plain = _range(m.acceptance[rates[0]], 0) if m.fits else "-"
         count = f"{m.requests_that_fit:.0f}" if m.fits else "none"
-        speeds.add_row(m.name, count, m.times, f"{m.target_ms:.2f}", f"{m.draft_ms:.2f}", plain, *cells)
+        times = (f"{m.target_ms:.2f}", f"{m.draft_ms:.2f}")
+        speeds.add_row(m.name, count, str(m.longest_prompt), m.times, *times, plain, *cells)
     show(console, speeds)
     console.print(
-        f"fit: requests of {made.context} tokens that fit at once; a=…: best k at that acceptance and its tok/s, all "
-        "requests together."
+        f"fit: requests of {made.context} tokens that fit at once; longest: tokens of the longest prompt; a=…: best k "
+        "at that acceptance and its tok/s, all requests together."
     )
     kinds = {m.times for m in made.machines}
     if "measured" in kinds:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from vllm_gemma4_spec.errors import VersionError
 
 SUPPORTED = "0.19.1"
+# vLLM 0.19.1 excludes up to 5.5.0; 5.15 and later have a config per layer, which it cannot read.
+TRANSFORMERS = SpecifierSet(">=5.5.1,<5.15")
 
 
 def vllm_version() -> str | None:
@@ -53,3 +56,16 @@ def require_supported() -> str:
             "or set VLLM_GEMMA4_SPEC=0 to run without the overlay"
         )
     return found
+
+
+def require_transformers() -> None:
+    """
+    Raises:
+        VersionError: transformers is one with which vLLM 0.19.1 cannot read a Gemma 4 config.
+    """
+    found = importlib.metadata.version("transformers")
+    if not TRANSFORMERS.contains(Version(found).public, prereleases=True):
+        raise VersionError(
+            f"transformers: {found} (wanted {TRANSFORMERS}); vLLM {SUPPORTED} cannot read Gemma 4's config with it: "
+            f"pip install 'transformers{TRANSFORMERS}'"
+        )

@@ -17,11 +17,10 @@ from vllm_gemma4_spec import settings
 from vllm_gemma4_spec.errors import Gemma4SpecError
 from vllm_gemma4_spec.ops.doctor.findings import Finding, State
 from vllm_gemma4_spec.patching import fingerprint
-from vllm_gemma4_spec.patching.version import SUPPORTED, vllm_version
+from vllm_gemma4_spec.patching.version import SUPPORTED, TRANSFORMERS, vllm_version
 from vllm_gemma4_spec.registry import PATCHER
 
-# transformers: vLLM 0.19.1 excludes up to 5.5.0; 5.15 and later read Gemma 4's config differently.
-WANTED = {"torch": SpecifierSet("==2.10.*"), "transformers": SpecifierSet(">=5.5.1,<5.15")}
+WANTED = {"torch": SpecifierSet("==2.10.*"), "transformers": TRANSFORMERS}
 PYTHON = SpecifierSet(">=3.10,<3.14")
 
 # vLLM's own variables that change what the overlay does; value -> why it is wrong (None: any value is a remark).

@@ -25,6 +25,7 @@ _DEFAULTS: dict[str, int | None] = {
     "head_dim": 256,
     "global_head_dim": 512,
     "sliding_window": 512,
+    "max_position_embeddings": 131_072,
     "num_kv_shared_layers": 0,
     "hidden_size_per_layer_input": 256,
     "vocab_size_per_layer_input": 262_144,

@@ -6,6 +6,7 @@ capacity to vLLM's own functions and to a real engine.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
@@ -46,6 +47,7 @@ class Cache:
         request_bytes: what vLLM reserves at most for one request of ``context`` tokens.
         blocks: of the pool that the memory given holds.
         requests: of ``context`` tokens that fit at once, as vLLM reports it at start-up.
+        longest_prompt: tokens of the longest prompt that the pool holds, alone, up to the target's own maximum.
     """
 
     groups: tuple[Group, ...]
@@ -53,6 +55,7 @@ class Cache:
     request_bytes: int
     blocks: int
     requests: float
+    longest_prompt: int
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,13 @@ class Spec:
         tokens = min(self.window - 1 + batched_tokens, context) if self.window else context
         # A window may begin inside a block, so it touches one more.
         return _blocks(tokens, self.block_size) + (1 if self.window else 0)
+
+    def held(self, tokens: int, batched_tokens: int, drafts: int) -> int:
+        """Blocks that a request of ``tokens`` holds at once with the patch ``long-prompts``."""
+        whole = _blocks(tokens, self.block_size)
+        if not self.window:
+            return whole
+        return min(whole, _blocks(self.window - 2 + 2 * drafts + batched_tokens, self.block_size) + 1)
 
 
 def _blocks(tokens: int, size: int) -> int:
@@ -98,8 +108,9 @@ def plan_cache(
     kv_dtype: str = "bf16",
     block_size: int = 16,
     batched_tokens: int = 8192,
+    drafts: int = 0,
 ) -> Cache:
-    """Group the layers of both models and fill ``memory_bytes`` with blocks.
+    """Group the layers of both models and fill ``memory_bytes`` with blocks; ``drafts`` a step at most.
 
     Raises:
         PlanError: the layers' page sizes cannot be unified.
@@ -129,7 +140,12 @@ def plan_cache(
     grows = sum(g.page_bytes * widest / g.block_size for g in groups if not g.window)
     pages = sum(spec.request_pages(context, batched_tokens) for spec, _ in found)
     blocks = max(0, memory_bytes) // page // widest
-    return Cache(groups, grows, pages * page * widest, blocks, blocks / pages)
+    longest = bisect_right(
+        range(1, int(target.text.max_position_embeddings) + 1),
+        blocks - 1,  # the null block is nobody's
+        key=lambda tokens: sum(spec.held(tokens, batched_tokens, drafts) for spec, _ in found),
+    )
+    return Cache(groups, grows, pages * page * widest, blocks, blocks / pages, max(0, longest - 1))  # an answer follows
 
 
 def _group(number: int, spec: Spec, layers: list[tuple[str, int]]) -> Group:

@@ -54,6 +54,8 @@ class Machine(Output):
     """bytes left for the KV cache"""
     requests_that_fit: float
     tokens_that_fit: int
+    longest_prompt: int
+    """tokens of the longest prompt that the KV cache holds, up to the target's own maximum"""
     times: str
     """measured, given (by options) or floors (bytes / bandwidth): what the milliseconds below are"""
     measured_by: str | None
@@ -136,7 +138,8 @@ def make(
         copies = target.copies(machine.marlin, machine.memory, drafter=False)
         copies += drafter.copies(machine.marlin, machine.memory, drafter=True) if drafter else 0.0
         free = int(machine.memory * utilization - weights - copies)
-        cache = groups.plan_cache(target, drafter, free, context, kv_dtype)
+        drafts = timing.MAX_K if drafter else 0
+        cache = groups.plan_cache(target, drafter, free, context, kv_dtype, drafts=drafts)
         floors = timing.Steps.floors(target, drafter, load, machine.bandwidth)
         steps, by = given.steps(floors), None
         times = "given"
@@ -163,6 +166,7 @@ def make(
                 kv_memory=max(0, free),
                 requests_that_fit=round(cache.requests, 2),
                 tokens_that_fit=int(cache.requests * context),
+                longest_prompt=cache.longest_prompt,
                 times=times,
                 measured_by=by,
                 target_ms=_ms(shown.target[0]),
