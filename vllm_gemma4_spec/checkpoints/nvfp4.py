@@ -145,6 +145,18 @@ def make_positive_(packed: Tensor, scale: Tensor) -> None:
     codes[where] = codes[where] & 0x7F
 
 
+def clear_zero_(packed: Tensor, scale: Tensor) -> None:
+    """Codes of blocks whose scale is zero become zero, in place: the same weights.
+
+    ``nvfp4_stream.cu`` reads a scale of zero as the smallest one.
+    """
+    codes = scale.view(torch.uint8)
+    if codes.numel() == 0 or int(codes.min()) > 0:
+        return
+    blocks = packed.unflatten(-1, (-1, BLOCK // 2))  # a view
+    blocks[tuple((codes == 0).nonzero().T)] = 0
+
+
 def narrow_(packed: Tensor, scale: Tensor) -> None:
     """Bring positive block scales into the range that Marlin's can have in bfloat16, in place.
 
