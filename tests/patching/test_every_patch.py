@@ -30,6 +30,10 @@ _GRAPHS = "performance/test_draft_capture"
 _KERNELS = "kernels/test_patches"
 
 SHOWN = {
+    "transformers-version": Shown(
+        "startup/test_transformers_version::test_stock_asks_for_no_release",
+        "startup/test_transformers_version::test_a_gemma_4_does_not_start[5.24.0]",
+    ),
     "draft-groups": Shown(
         f"{_STOCK}::test_draft_layers_in_several_groups_are_refused",
         "spec_decode/test_draft_groups::test_a_model_as_its_own_drafter_accepts_every_draft[target-3-plain]",
@@ -70,6 +74,14 @@ SHOWN = {
         "metrics/test_reports::test_stock_counts_no_skipped_draft",
         "metrics/test_reports::test_drafts_skipped_are_the_requests_that_were_not_drafted_for",
     ),
+    "long-prompts": Shown(
+        "scheduling/test_no_deadlock::test_stock_waits_for_ever",
+        "scheduling/test_no_deadlock::test_every_request_ends",
+    ),
+    "waiting-requests": Shown(
+        "scheduling/test_no_deadlock::test_stock_waits_in_silence",
+        "scheduling/test_no_deadlock::test_a_request_that_waits_is_named_once",
+    ),
     "embedder-norm": Shown(
         "multimodal/test_images::test_stock_projects_before_it_normalises",
         "multimodal/test_images::test_logits_after_images_are_those_of_transformers",
@@ -77,6 +89,14 @@ SHOWN = {
     "image-attention": Shown(
         "multimodal/test_image_attention::test_stock_attends_causally",
         "multimodal/test_image_attention::test_logits_after_images_are_those_of_transformers[one-image]",
+    ),
+    "image-turns": Shown(
+        "multimodal/test_image_turns::test_stock_lets_all_wait_behind_an_image",
+        "multimodal/test_image_turns::test_an_image_and_what_is_behind_it_wait_a_few_steps[False]",
+    ),
+    "image-sizes": Shown(
+        "multimodal/test_image_sizes::test_stock_takes_one_resolution",
+        "multimodal/test_image_sizes::test_several_resolutions_one_image_at_a_time",
     ),
     "lora-aliases": Shown(
         "lora/test_lora::test_stock_ignores_the_adapter",
