@@ -125,10 +125,6 @@ SHOWN = {
         "performance/test_draft_compile::test_stock_compiles_a_drafter_as_the_target",
         "performance/test_draft_compile::test_a_drafter_has_compiler_settings_of_its_own",
     ),
-    "draft-products": Shown(
-        f"{_KERNELS}::test_stock_loads_a_drafter_as_any_model",
-        f"{_KERNELS}::test_a_drafters_activation_is_part_of_its_product",
-    ),
     "draft-argmax": Shown(
         f"{_KERNELS}::test_stock_computes_every_logit", f"{_KERNELS}::test_the_drafters_argmax_takes_two_passes"
     ),
@@ -143,6 +139,10 @@ SHOWN = {
     "cpu-kernels": Shown(
         f"{_STOCK}::test_triton_kernels_cannot_be_launched_on_a_cpu",
         "spec_decode/test_own_blocks::test_first_step_looks_ahead",
+    ),
+    "draft-products": Shown(
+        f"{_KERNELS}::test_stock_loads_a_drafter_as_any_model",
+        f"{_KERNELS}::test_a_drafters_activation_is_part_of_its_product",
     ),
     "modelopt-nvfp4": Shown(
         "quantization/test_nvfp4_config::test_undo_gives_vllm_its_class_back",

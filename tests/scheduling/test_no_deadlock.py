@@ -95,18 +95,30 @@ def test_stock_waits_for_ever(tiny: dict[str, Path]) -> None:
         assert not Simulation(WORLD, tiny["target"]).run(LONG, limit=200)
 
 
+class Lines(logging.Handler):
+    """The log's lines, once each, wherever else they go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 def said(model: Path, caplog: pytest.LogCaptureFixture, *patches: Patch) -> list[str]:
     """Lines about a request that is never admitted, without ``patches``."""
     caplog.set_level(logging.WARNING, logger=waiting.logger.name)
-    waiting.logger.addHandler(caplog.handler)
+    handler = Lines()
+    waiting.logger.addHandler(handler)
     try:
         with contextlib.ExitStack() as stack:
             for patch in patches:
                 stack.enter_context(without(patch))
             assert not Simulation(WORLD, model).run(LONG, limit=200)
     finally:
-        waiting.logger.removeHandler(caplog.handler)
-    return [message for message in caplog.messages if "has waited" in message]
+        waiting.logger.removeHandler(handler)
+    return [line for line in handler.lines if "has waited" in line]
 
 
 def test_a_request_that_waits_is_named_once(
