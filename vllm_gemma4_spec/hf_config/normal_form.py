@@ -48,13 +48,17 @@ def normalized(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _text(config: dict[str, Any], where: str) -> dict[str, Any]:
     """A text config without ``per_layer_config``, its four sizes named."""
+    types, layers = config.get("layer_types"), config.get("num_hidden_layers")
+    if types is not None and not isinstance(types, list):
+        raise CheckpointError(f"{where}: layer_types must be a list")
+    if layers is not None and type(layers) is not int:
+        raise CheckpointError(f"{where}: num_hidden_layers is {layers!r}; it must be a whole number")
     overrides = _overrides(config, where)
-    shared = _FULL in (config.get("layer_types") or [_FULL])
+    shared = _FULL in (types or [_FULL])
     if overrides is None:
         _require(config, where, *(("head_dim", "global_head_dim") if shared else ("head_dim",)))
         return config
-    types = config.get("layer_types")
-    if not isinstance(types, list) or len(types) != config.get("num_hidden_layers"):
+    if types is None or len(types) != layers:
         raise CheckpointError(f"{where}: per_layer_config without one layer_types entry for each of num_hidden_layers")
     _reject_others(config, overrides, where)
     for field, full_name in _SIZES.items():
