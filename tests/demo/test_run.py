@@ -115,5 +115,5 @@ def test_right_means_every_part() -> None:
 
 def test_missing_vllm_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DemoError, match=r"vllm is not installed .* pip install"):
+    with pytest.raises(DemoError, match=r"vllm is not installed .* `make setup`"):
         run.require_vllm()

@@ -312,7 +312,7 @@ def lines(data: bytes) -> None:
     """Text files of the tools: prompts, calibration texts, a server's log, an address."""
     from vllm_gemma4_spec.checkpoints.quantizer import read_calibration
     from vllm_gemma4_spec.demo.server import last_error
-    from vllm_gemma4_spec.ops.bench.measure import prompts
+    from vllm_gemma4_spec.ops.bench.prompts import read as prompts
     from vllm_gemma4_spec.ops.server import base_url
 
     source = Source(data)

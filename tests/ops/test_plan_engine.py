@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import vllm_gemma4_spec
 from tests.support.engine import engine
 from vllm_gemma4_spec.ops.plan import groups, model
 
@@ -56,6 +57,7 @@ def test_every_group_and_member_is_the_engines(
 
     # Refused by the CPU's kernels only, which do not run here.
     monkeypatch.setattr(CPUAttentionBackend, "get_supported_head_sizes", classmethod(lambda cls: [256, 512]))
+    vllm_gemma4_spec.apply()
     original, seen = core.get_kv_cache_configs, []
 
     def stop(*args: Any) -> Any:

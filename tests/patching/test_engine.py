@@ -40,7 +40,7 @@ import vllm_gemma4_spec as ours
 from vllm_gemma4_spec.registry import PATCHES
 from vllm_gemma4_spec.registry import PATCHER
 modules = list(dict.fromkeys(e.module for p in PATCHES for e in p.edits))
-def load(): [importlib.import_module(m) for m in modules]
+def load(): [importlib.import_module(m) for m in ('vllm.config', *modules)]  # vLLM's own order for convertors
 def raw():
     import inspect, functools
     out = {}

@@ -19,13 +19,14 @@ def parse(original: Callable[..., tuple[dict[str, Any], Any]]) -> Callable[..., 
 
     @functools.wraps(original)
     def wrapper(self: Any, model: str | Path, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
-        written, config = original(self, model, *args, **kwargs)
+        found = original(self, model, *args, **kwargs)
+        written, config = found
         try:
             plain = normalized(written, str(Path(model) / "config.json"))
         except CheckpointError as error:
             stop(error)
         if plain == written:
-            return written, config
+            return found
         made = type(config).from_dict(plain)
         made.name_or_path = config.name_or_path
         return plain, made

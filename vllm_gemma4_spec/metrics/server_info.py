@@ -30,6 +30,13 @@ def labels() -> dict[str, str] | None:
     config, args = getattr(state, "vllm_config", None), getattr(state, "args", None)
     if config is None or args is None:
         return None
+    try:
+        return _labels(config, args)
+    except AttributeError:  # a server of another kind than vLLM's own: no reason for /metrics to end
+        return None
+
+
+def _labels(config: Any, args: Any) -> dict[str, str]:
     import vllm.envs as envs
 
     spec = config.speculative_config

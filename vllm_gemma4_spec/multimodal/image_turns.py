@@ -35,9 +35,10 @@ def schedule(original: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         short: WithoutRoom | None = self.__dict__.pop(SHORT, None)
         held = _to_hold_back(self, short) if short is not None and not self.__dict__.get(_HELD) else []
-        setattr(self, _HELD, bool(held))
         if not held:
+            self.__dict__.pop(_HELD, None)
             return original(self, *args, **kwargs)
+        setattr(self, _HELD, True)
         before, most = self.running, self.max_num_running_reqs
         self.running = [request for request in before if request not in held]
         self.max_num_running_reqs = most - len(held)
