@@ -9,6 +9,7 @@ from vllm_gemma4_spec.chat import patches as chat
 from vllm_gemma4_spec.cpu import patches as cpu
 from vllm_gemma4_spec.lora import patches as lora
 from vllm_gemma4_spec.metrics import patches as metrics
+from vllm_gemma4_spec.mtp import patches as mtp
 from vllm_gemma4_spec.multimodal import patches as multimodal
 from vllm_gemma4_spec.patching.engine import Patcher
 from vllm_gemma4_spec.patching.patch import Patch
@@ -19,6 +20,7 @@ from vllm_gemma4_spec.spec_decode import patches as spec_decode
 PATCHES: tuple[Patch, ...] = (
     *spec_decode.PATCHES,
     *multimodal.PATCHES,
+    *mtp.PATCHES,
     *lora.PATCHES,
     *performance.PATCHES,
     *cpu.PATCHES,

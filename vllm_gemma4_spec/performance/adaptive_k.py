@@ -17,6 +17,7 @@ import torch
 
 from vllm_gemma4_spec import settings
 from vllm_gemma4_spec.metrics import reports
+from vllm_gemma4_spec.mtp.config import is_assistant
 from vllm_gemma4_spec.performance.draft_graphs import at_depth
 
 # Attribute of a model runner: its AdaptiveK, or None where the setting is off or has no part.
@@ -153,11 +154,11 @@ def propose_draft_token_ids(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def adapts(speculative_config: Any) -> bool:
-    """Whether the setting is on and has a part: draft models, whose drafts stay on the GPU."""
+    """Whether the setting is on and has a part: draft models and assistants, whose drafts stay on the GPU."""
     return (
         settings.ADAPTIVE_K.number() > 0
         and speculative_config is not None
-        and speculative_config.uses_draft_model()
+        and (speculative_config.uses_draft_model() or is_assistant(speculative_config))
         and not speculative_config.disable_padded_drafter_batch
         and not speculative_config.parallel_drafting
         and speculative_config.num_speculative_tokens > 1

@@ -23,7 +23,7 @@ def create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any
             return original(self, target_model_config, target_parallel_config)
         drafter, target = str(asked["model"]), str(target_model_config.model)
         try:
-            _check_folder(drafter)
+            check_folder(drafter)
             _check_parallel(asked, target_parallel_config)
             _check_connector(self.kv_transfer_config)
             try:
@@ -42,7 +42,7 @@ def create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any
     return wrapper
 
 
-def _check_folder(drafter: str) -> None:
+def check_folder(drafter: str) -> None:
     """A path must be a folder with a readable config.json; anything else is a hub id, which vLLM resolves."""
     folder = Path(drafter)
     if not folder.exists():
