@@ -11,20 +11,10 @@ from vllm_gemma4_spec.errors import DrafterError
 
 _NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 # What belongs to a quantized matrix beside its weight, or stands in its weight's place.
-_QUANTIZED = frozenset(
-    [
-        "weight_packed",
-        "weight_scale",
-        "weight_scale_2",
-        "weight_global_scale",
-        "weight_shape",
-        "input_scale",
-        "input_global_scale",
-        "pre_quant_scale",
-        "svdquant_lora_a",
-        "svdquant_lora_b",
-    ]
-)
+_QUANTIZED = {
+    *("weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_shape"),
+    *("input_scale", "input_global_scale", "pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b"),
+}
 
 
 def expected(config: Any) -> dict[str, tuple[int, ...]]:

@@ -87,21 +87,27 @@ def _assistant_graphs(runner: Any) -> AssistantGraphs | None:
 
 def _draft_graphs(runner: Any) -> DraftGraphs | None:
     """Graphs to capture of a draft model; none where the original must stay in charge."""
-    spec, config = runner.speculative_config, runner.compilation_config
-    if not _wanted(runner) or not spec.uses_draft_model():
+    sizes = _batch_sizes(runner)
+    if not sizes:
         return None
-    drafter, groups = runner.drafter, getattr(runner.drafter, GROUPS, None)
+    drafter = runner.drafter
+    table, groups = runner.input_batch.block_table[drafter.kv_cache_gid], getattr(drafter, GROUPS)
+    return DraftGraphs(drafter, groups, table.get_device_tensor, type(drafter).propose, sizes, _depths(runner))
+
+
+def _batch_sizes(runner: Any) -> list[int]:
+    """Batch sizes to capture of a draft model."""
+    config = runner.compilation_config
+    if not _wanted(runner) or not runner.speculative_config.uses_draft_model():
+        return []
+    groups = getattr(runner.drafter, GROUPS, None)
     if (
         groups is None
         or groups.slot_kernel is None
         # Data parallel ranks agree on every pass's padding, and LoRA changes what a graph must hold.
         or runner.parallel_config.data_parallel_size > 1
         or runner.lora_config is not None
-        or not capturable(drafter, groups)
+        or not capturable(runner.drafter, groups)
     ):
-        return None
-    sizes = decode_batch_sizes(drafter, config.cudagraph_capture_sizes, runner.scheduler_config.max_num_seqs)
-    if not sizes:
-        return None
-    table = runner.input_batch.block_table[drafter.kv_cache_gid]
-    return DraftGraphs(drafter, groups, table.get_device_tensor, type(drafter).propose, sizes, _depths(runner))
+        return []
+    return decode_batch_sizes(runner.drafter, config.cudagraph_capture_sizes, runner.scheduler_config.max_num_seqs)
