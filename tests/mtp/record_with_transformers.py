@@ -1,7 +1,7 @@
 """Records what transformers' own assistant drafts; run where transformers 5.8 or later is, without vLLM.
 
     python -m tests.mtp.pairs FOLDER                                        # this project's environment
-    python tests/mtp/record_with_transformers.py FOLDER tests/mtp/recorded  # transformers 5.12.1 or 5.24.0
+    python -m tests.mtp.record_with_transformers FOLDER tests/mtp/recorded  # transformers 5.12.1 or 5.24.0
 
 The module itself is called, on the target's KV of the accepted text alone: ``generate()`` leaves rejected drafts' keys
 in the cache (seen in 5.12.1 and 5.24.0). The module's mask admits one key more than a sliding layer sees, so the keys
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, Gemma4AssistantForCausalLM
+
+from tests.mtp.digest import digest
 
 LENGTHS, TOKENS, K = (3, 33, 70, 200), 24, 8
 
@@ -53,7 +55,8 @@ def record(folder: Path) -> dict[str, Any]:
                 draft.append(int(out.logits[0, -1].argmax()))
             drafts.append(draft[1:])
         rows.append({"prompt": prompt, "answer": ids[n:], "drafts": drafts})
-    return {"transformers": transformers.__version__, "rows": rows}
+    weights = [digest(folder / name) for name in ("target", "assistant")]
+    return {"transformers": transformers.__version__, "weights": weights, "rows": rows}
 
 
 if __name__ == "__main__":

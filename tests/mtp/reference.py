@@ -78,7 +78,7 @@ class ReferenceAssistant:
 
     def _token(self, x: Tensor) -> int:
         head = self.w["model.embed_tokens.weight"]
-        if not self.config["use_ordered_embeddings"]:
+        if not self.config.get("use_ordered_embeddings"):
             return int((head @ x).argmax())
         chosen = (self.w["masked_embedding.centroids.weight"] @ x).topk(self.config["centroid_intermediate_top_k"])
         tokens = self.w["masked_embedding.token_ordering"].view(self.config["num_centroids"], -1)[chosen.indices]
