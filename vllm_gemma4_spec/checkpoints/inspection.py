@@ -183,6 +183,8 @@ def _compressed(checkpoint: Checkpoint) -> bool:
 def _vllm_alone(checkpoint: Checkpoint, method: str | None, nan: bool) -> str:
     """What vLLM 0.19.1 does with it, first failure first."""
     algorithm = str(checkpoint.quantization.get("quant_algo", "")).upper()
+    if checkpoint.config.get("model_type") == "gemma4_assistant":
+        return "refuses it: Gemma 4's MTP assistants came with 0.21.0"
     if method is None:
         return "loads it unquantized"
     if _compressed(checkpoint):
@@ -201,6 +203,8 @@ def _vllm_alone(checkpoint: Checkpoint, method: str | None, nan: bool) -> str:
 
 
 def _with_overlay(checkpoint: Checkpoint, method: str | None, nan: list[NanLayer]) -> str:
+    if checkpoint.config.get("model_type") == "gemma4_assistant":
+        return 'drafts with it for its own target: --speculative-config \'{"model": …, "num_speculative_tokens": 4}\''
     if _compressed(checkpoint):
         return "loads it on any backend"
     if method is None or not checkpoint.quantized:

@@ -215,17 +215,28 @@ def load(path: Path, weights: str | None = None) -> Model:
     """
     file = path / "config.json" if path.is_dir() else path
     raw = _read(file)
-    if raw.get("model_type") not in ("gemma4", "gemma4_text"):
-        raise PlanError(f"{file}: model_type is {raw.get('model_type')!r}; plan knows gemma4 and gemma4_text")
+    kinds = ("gemma4", "gemma4_text", "gemma4_assistant")
+    if raw.get("model_type") not in kinds:
+        raise PlanError(f"{file}: model_type is {raw.get('model_type')!r}; plan knows {', '.join(kinds)}")
     from transformers import Gemma4Config, Gemma4TextConfig
 
     try:
-        is_text = raw["model_type"] == "gemma4_text"
-        text = Gemma4TextConfig.from_dict(raw) if is_text else Gemma4Config.from_dict(raw).text_config
+        if raw["model_type"] == "gemma4_assistant":
+            from vllm_gemma4_spec.mtp.config import Gemma4AssistantConfig
+
+            text = Gemma4AssistantConfig.from_dict(raw).text_config
+            text.num_kv_shared_layers = text.num_hidden_layers  # all of them read the target's
+        else:
+            is_text = raw["model_type"] == "gemma4_text"
+            text = Gemma4TextConfig.from_dict(raw) if is_text else Gemma4Config.from_dict(raw).text_config
     except Exception as error:  # transformers raises many kinds for a malformed config
         raise PlanError(f"{file}: transformers cannot read it ({str(error).splitlines()[0]})") from None
     kind, left, scaled = (weights, (), False) if weights else _format(raw, file.parent)
     if kind not in WEIGHT_BYTES:
         raise PlanError(f"weights {kind!r}: choose from {', '.join(WEIGHT_BYTES)}")
     shards = sum(p.stat().st_size for p in file.parent.glob("*.safetensors")) or None
+    if raw["model_type"] == "gemma4_assistant":
+        from vllm_gemma4_spec.ops.plan.assistant import Assistant, fields
+
+        return Assistant(file.parent.name, text, kind, left, shards, scaled, **fields(raw, text))
     return Model(file.parent.name, text, kind, left, shards, scaled)
