@@ -13,6 +13,8 @@ from tests.mtp import pairs
 from tests.mtp.digest import digest
 from tests.mtp.drafts import Watched
 from tests.support.engine import Acceptance, acceptance, engine, generate, random_prompts
+from tests.support.stock import without
+from vllm_gemma4_spec.mtp.patches import MTP_SCHEDULING
 
 RECORDED = Path(__file__).parent / "recorded"
 K = 8
@@ -154,6 +156,20 @@ def check(pair: Any, kind: str, k: int, way: str) -> Acceptance:
 
 def test_prefix_hits_are_those_of_plain_decoding(pair: Any) -> None:
     check(pair, "31b", 3, "prefix-caching")
+
+
+def test_stock_scheduling_loses_prefix_hits(pair: Any) -> None:
+    target, assistant = pair("31b")
+    prompts, limits = work("prefix-caching")
+    with (
+        without(MTP_SCHEDULING),
+        engine(target, **speculative(assistant, 3), **WAYS["prefix-caching"]) as llm,
+    ):
+        before = counter(llm, "vllm:prefix_cache_hits")
+        for _ in range(2):
+            generate(llm, prompts, limits)
+        found = counter(llm, "vllm:prefix_cache_hits") - before
+    assert found < plain(target, "prefix-caching")[1]
 
 
 @pytest.mark.slow

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import vllm_gemma4_spec
 from tests.mtp import pairs
+from tests.support.stock import without
 from vllm_gemma4_spec.errors import CheckpointError, DrafterError
+from vllm_gemma4_spec.mtp.patches import MTP_ASSISTANT, MTP_CHECKS
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +23,15 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pairs.save(pairs.KINDS["31b"]().target, tmp_path_factory.mktemp("mtp") / "target")
 
 
+@pytest.fixture(autouse=True)
+def _applied() -> None:
+    vllm_gemma4_spec.apply()  # another test may have undone a patch
+
+
 def configure(target: Path, assistant: Path, *, engine: dict[str, Any] | None = None, **speculative: Any) -> Any:
     """The speculative config that the engine would start with."""
     from vllm.engine.arg_utils import EngineArgs
 
-    vllm_gemma4_spec.apply()
     asked = {"model": str(assistant), "num_speculative_tokens": 3} | speculative
     args = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 1024} | (engine or {})
     return EngineArgs(str(target), speculative_config=asked, **args).create_engine_config().speculative_config
@@ -144,3 +150,15 @@ def test_per_layer_configuration_of_later_transformers(tmp_path: Path) -> None:
     read = Gemma4AssistantConfig(**json.loads(json.dumps(values))).text_config
     assert (read.head_dim, read.global_head_dim) == (32, 64)
     assert (read.num_key_value_heads, read.num_global_key_value_heads) == (2, 1)
+
+
+def test_stock_does_not_know_assistants(target: Path, tmp_path: Path) -> None:
+    assistant = pairs.save_assistant(pairs.KINDS["31b"](), tmp_path)
+    with without(MTP_ASSISTANT), pytest.raises(Exception, match=r"gemma4_assistant|Gemma4Assistant"):
+        configure(target, assistant)
+
+
+def test_stock_takes_another_targets_assistant(target: Path, tmp_path: Path) -> None:
+    assistant = pairs.save_assistant(pairs.KINDS["31b"](), tmp_path, sliding_window=32)
+    with without(MTP_CHECKS):
+        assert configure(target, assistant).method == "mtp"

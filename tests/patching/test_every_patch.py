@@ -78,6 +78,18 @@ SHOWN = {
         "multimodal/test_image_attention::test_stock_attends_causally",
         "multimodal/test_image_attention::test_logits_after_images_are_those_of_transformers[one-image]",
     ),
+    "mtp-assistant": Shown(
+        "mtp/test_validation::test_stock_does_not_know_assistants",
+        "mtp/test_validation::test_the_method_is_mtp_given_or_not",
+    ),
+    "mtp-scheduling": Shown(
+        "mtp/test_drafts::test_stock_scheduling_loses_prefix_hits",
+        "mtp/test_drafts::test_prefix_hits_are_those_of_plain_decoding",
+    ),
+    "mtp-checks": Shown(
+        "mtp/test_validation::test_stock_takes_another_targets_assistant",
+        "mtp/test_validation::test_another_targets_assistant",
+    ),
     "lora-aliases": Shown(
         "lora/test_lora::test_stock_ignores_the_adapter",
         "lora/test_lora::test_requests_with_and_without_an_adapter[target]",
