@@ -105,7 +105,7 @@ class AssistantLayer(nn.Module):
         return hidden_states * self.layer_scalar
 
 
-@support_torch_compile
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "hidden_states": 0})
 class AssistantModel(nn.Module):
     """A pass up to the head."""
 
