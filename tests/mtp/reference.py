@@ -92,9 +92,19 @@ def stored(runner: Any, layer: str, row: int, length: int) -> tuple[Tensor, Tens
     """
     gid = next(i for i, g in enumerate(runner.kv_cache_config.kv_cache_groups) if layer in g.layer_names)
     cache = runner.compilation_config.static_forward_context[layer].kv_cache
-    if cache.shape[0] == 2 and runner.device.type == "cpu":
-        cache = cache.transpose(2, 3).transpose(0, 1)  # [blocks, 2, block size, kv heads, dim], as TRITON_ATTN has it
     table = runner.input_batch.block_table[gid]
     blocks = table.get_device_tensor(row + 1)[row, : -(-length // table.block_size)].long()
-    found = cache[blocks].float() * (blocks != 0)[:, None, None, None, None]
-    return tuple(found[:, i].flatten(0, 1)[:length] for i in (0, 1))  # type: ignore[return-value]
+    keys, values = (t[blocks] for t in cache.unbind(1)) if runner.device.type != "cpu" else of_cpu(cache, blocks)
+    held = (blocks != 0)[:, None, None, None]
+    return (keys.float() * held).flatten(0, 1)[:length], (values.float() * held).flatten(0, 1)[:length]
+
+
+def of_cpu(cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of some blocks of CPU_ATTN's cache, ``[blocks, block size, kv_heads, head_dim]``.
+
+    For blocks of 16 it keeps the keys of each 16 positions transposed (its instruction set ``vec16``).
+    """
+    keys, values = cache[0][blocks], cache[1][blocks]  # [blocks, kv_heads, block size, head_dim]
+    count, heads, size, dim = keys.shape
+    keys = keys.reshape(count, heads, size // 16, dim, 16).permute(0, 2, 4, 1, 3).reshape(count, size, heads, dim)
+    return keys, values.transpose(1, 2)
