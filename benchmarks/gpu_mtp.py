@@ -2,15 +2,14 @@
 
     TRITON_F32_DEFAULT=ieee python benchmarks/gpu_mtp.py [--kinds 31b,e4b] [--k 4]
 
-Tiny random pairs. Per kind, eager and with graphs and async scheduling: answers equal plain decoding, every draft equals
-that of the network in plain PyTorch on the keys and values that the engine's cache holds, and no byte of the cache
-changes while a draft is made. Exits 1 if anything differs.
+Tiny random pairs. Per kind, eager and with graphs and async scheduling: answers equal plain decoding, every draft
+equals that of the network in plain PyTorch on the keys and values that the engine's cache holds, and no byte of the
+cache changes while a draft is made. Exits 1 if anything differs.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -50,7 +49,7 @@ def main() -> int:
         kind = pairs.KINDS[name]()
         kind.target.head_dim, kind.target.global_head_dim = args.head_dim, 2 * args.head_dim
         target = tiny_models.save(kind.target, folder / name / "target")
-        assistant = pairs.save_assistant(dataclasses.replace(kind), folder / name / "assistant")
+        assistant = pairs.save_assistant(kind, folder / name / "assistant")
         answers: list[list[int]] | None = None
         for way in ("plain", "eager", "graphs", "async"):
             options: dict[str, Any] = {
