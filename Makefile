@@ -5,11 +5,13 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
+GPU_PYTHON ?= python3
+PART    ?=
 # Tests read the genuine tokenizer, templates and configs where this names them, and say what they skip.
 export GEMMA4_ARTIFACTS ?=
 
-.PHONY: setup demo test test-slow soak test-load test-faults fuzz test-upstream lint types check fingerprints ledger \
-    schemas drift supply-chain audit wheel docs clean
+.PHONY: setup demo test test-slow test-gpu test-gpus offline-bundle soak test-load test-faults fuzz test-upstream lint types \
+    check fingerprints ledger fields schemas drift supply-chain audit wheel docs clean
 
 setup: $(STAMP)
 
@@ -25,10 +27,22 @@ demo: setup
 	$(BIN)/vllm-gemma4-spec demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# On a machine with CUDA, with the Python that has vLLM 0.19.1 and this package: one card, and all cards of the machine.
+# PART=exactness runs a part alone; the results go to benchmarks/results.
+test-gpu:
+	$(GPU_PYTHON) -m tests.gpu --cards 1 $(PART)
+
+test-gpus:
+	$(GPU_PYTHON) -m tests.gpu --cards $$($(GPU_PYTHON) -c 'import torch; print(max(2, torch.cuda.device_count()))') $(PART)
+
+# For a GPU machine without a package index: the checkout, this package's wheel and the test tools in one archive.
+offline-bundle: setup
+	$(BIN)/python tools/offline_bundle.py
 
 # Tens of thousands of engine steps; SOAK_STEPS changes how many.
 soak: setup
@@ -66,6 +80,10 @@ fingerprints: setup
 
 ledger: setup
 	$(BIN)/python tools/patch_records.py ledger
+
+# After the list of a request's fields was changed.
+fields: setup
+	$(BIN)/python -m vllm_gemma4_spec.requests.fields docs/compatibility.md
 
 # After what a command prints with --json was changed.
 schemas: setup

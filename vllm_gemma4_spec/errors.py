@@ -42,6 +42,10 @@ class CheckpointError(Gemma4SpecError, ValueError):
     """A checkpoint, or a file or tensor of it, is not what it must be; the message names it."""
 
 
+class EngineConfigError(Gemma4SpecError, ValueError):
+    """An engine's settings under which Gemma 4 cannot run, or would answer wrongly."""
+
+
 class DrafterError(Gemma4SpecError, ValueError):
     """The drafter in the speculative config does not fit its target, or cannot be read."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from vllm_gemma4_spec.chat import patches as chat
 from vllm_gemma4_spec.cpu import patches as cpu
+from vllm_gemma4_spec.engine import patches as engine
 from vllm_gemma4_spec.lora import patches as lora
 from vllm_gemma4_spec.metrics import patches as metrics
 from vllm_gemma4_spec.mtp import patches as mtp
@@ -15,9 +16,11 @@ from vllm_gemma4_spec.patching.engine import Patcher
 from vllm_gemma4_spec.patching.patch import Patch
 from vllm_gemma4_spec.performance import patches as performance
 from vllm_gemma4_spec.quantization import patches as quantization
+from vllm_gemma4_spec.requests import patches as requests
 from vllm_gemma4_spec.spec_decode import patches as spec_decode
 
 PATCHES: tuple[Patch, ...] = (
+    *engine.PATCHES,
     *spec_decode.PATCHES,
     *multimodal.PATCHES,
     *mtp.PATCHES,
@@ -25,6 +28,7 @@ PATCHES: tuple[Patch, ...] = (
     *performance.PATCHES,
     *cpu.PATCHES,
     *quantization.PATCHES,
+    *requests.PATCHES,
     *chat.PATCHES,
     *metrics.PATCHES,
 )

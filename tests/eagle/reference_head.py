@@ -18,10 +18,16 @@ EPS, THETA, AUX_LAYERS = 1e-6, 10000.0, (1, 3, 5)
 
 
 def save_head(
-    folder: Path, method: str, layer_types: list[str], head_dims: list[int], architecture: str, seed: int = 5
+    folder: Path,
+    method: str,
+    layer_types: list[str],
+    head_dims: list[int],
+    architecture: str,
+    seed: int = 5,
+    heads: int = 2,
 ) -> Path:
     """Write a random head for the tiny target (hidden size 64, vocabulary 512)."""
-    hidden, inner, heads, kv_heads = 64, 96, 2, 1
+    hidden, inner, kv_heads = 64, 96, 1
     g = torch.Generator().manual_seed(seed)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:

@@ -88,3 +88,15 @@ def test_experts_on_a_cpu_do_not_know_gelu(tmp_path: Path) -> None:
     folder = edited(FIXTURES / "26b-mm-awq-lite", tmp_path / "experts", per_expert)
     with without(patch), pytest.raises(AssertionError, match=r"MoEActivation\.GELU is not supported"):
         engine_logprobs(folder, **text_only(folder))
+
+
+def test_a_whole_drafter_beside_several_ranks_is_refused() -> None:
+    from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+    sizes = [SimpleNamespace(tensor_parallel_size=size) for size in (1, 2)]
+    spec = SimpleNamespace(
+        draft_parallel_config=sizes[0], target_parallel_config=sizes[1], uses_draft_model=lambda: True
+    )
+    proposer = SimpleNamespace(speculative_config=spec)
+    with without(performance.WHOLE_COPIES), pytest.raises(ValueError, match="draft_tensor_parallel_size"):
+        DraftModelProposer._raise_if_draft_tp_mismatch(proposer)

@@ -28,10 +28,14 @@ class Row(Output):
     group: str
     """correctness or convenience"""
     state: str
-    """in this process: not applied, off, waiting or on"""
+    """in this process: not applied, off, waiting, on, left out or failed"""
     targets: list[str]
     switch: str
     """the variable that leaves it out with 0"""
+    scope: str
+    """which engines, models or checkpoints it acts on"""
+    related: str
+    """related upstream changes: numbers of issues and pull requests, or "none found" first"""
     fits: bool
     """every fingerprint is as wanted"""
     fingerprints: dict[str, Mark]
@@ -67,6 +71,8 @@ def command(
                 state=status.state,
                 targets=list(status.targets),
                 switch=status.switch,
+                scope=patch.scope,
+                related=patch.related,
                 fits=all(m.found == m.wanted for m in marks.values()),
                 fingerprints=marks,
             )

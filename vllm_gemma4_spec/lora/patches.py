@@ -21,6 +21,8 @@ LORA_ALIASES = Patch(
     "speculation.",
     how="A layer that is registered already is not registered under a second name.",
     retire="A release whose LoRA manager passes over aliases, or whose Gemma4Model has none.",
+    scope="Adapters of Gemma 4.",
+    related="none found",
     edits=(Edit(f"{_MANAGER}.register_module", aliases.register_module),),
     watches=(
         f"{_MANAGER}.activate_adapter",

@@ -20,6 +20,8 @@ SERVER_FIGURES = Patch(
     "multiprocess files hold and nothing else: a plugin's own figures are missing.",
     how="A route in front of vLLM's shows these files and the collector of this package's figures.",
     retire="A release whose /metrics shows what plugins register, whatever the number of API servers.",
+    scope="Every server that loads this package: it adds the package's own metrics to vLLM's and changes none of them.",
+    related="none found",
     edits=(Edit(f"{_METRICS}:attach_router", reports.attach_router),),
     watches=("vllm.v1.metrics.prometheus:get_prometheus_registry",),
 )

@@ -7,9 +7,10 @@ from typing import Any
 from transformers import Gemma4TextConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from vllm_gemma4_spec.scope import ASSISTANT
+
 MODEL_TYPE = "gemma4_assistant"
-# vLLM's later releases use the same two names.
-MTP_TYPE = "gemma4_mtp"
+# As in vLLM's later releases.
 ARCHITECTURE = "Gemma4MTPModel"
 
 
@@ -85,7 +86,7 @@ def hf_config_override(original: staticmethod[..., Any]) -> staticmethod[..., An
             return original.__func__(hf_config)
         # Of the shared layers none has its target among the assistant's own.
         hf_config.text_config.num_kv_shared_layers = 0
-        hf_config.update({"model_type": MTP_TYPE, "n_predict": 1, "architectures": [ARCHITECTURE]})
+        hf_config.update({"model_type": ASSISTANT, "n_predict": 1, "architectures": [ARCHITECTURE]})
         return hf_config
 
     return staticmethod(wrapper)
@@ -95,7 +96,7 @@ def mtp_model_types(original: Any) -> Any:
     """``MTPModelTypes``, whose members' method is ``mtp``: assistants are among them."""
     from typing import Literal, get_args
 
-    return Literal[(*get_args(original), MTP_TYPE)]
+    return Literal[(*get_args(original), ASSISTANT)]
 
 
 def convertors(original: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def convertors(original: dict[str, Any]) -> dict[str, Any]:
         def get_hidden_size(self) -> int:
             return int(self.hf_config.backbone_hidden_size)
 
-    return {**original, MTP_TYPE: AssistantArchConfigConvertor}
+    return {**original, ASSISTANT: AssistantArchConfigConvertor}
 
 
 def registry(original: Any) -> Any:
@@ -121,9 +122,3 @@ def registry(original: Any) -> Any:
 
     original.models[ARCHITECTURE] = Assistant("vllm_gemma4_spec.mtp.model", "Gemma4MTP")
     return original
-
-
-def is_assistant(speculative_config: Any) -> bool:
-    """Whether the drafter is an assistant."""
-    draft = getattr(speculative_config, "draft_model_config", None)
-    return getattr(getattr(draft, "hf_config", None), "model_type", None) == MTP_TYPE

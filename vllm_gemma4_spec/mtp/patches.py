@@ -28,6 +28,8 @@ MTP_ASSISTANT = Patch(
     "over the KV of the target's last sliding and last full layer, and writes nothing.",
     retire="vLLM #41745, in 0.21.0, once it drafts from the last accepted token alone, stores no KV for prefix caching "
     "to distrust (use_eagle) and takes the donor layers' scales of an fp8 cache (#49262).",
+    scope="Engines whose drafter is a Gemma 4 assistant; for others vLLM's tables have entries that nothing asks for.",
+    related="#41745 (assistants, in 0.21.0), #43982 and #43909 (in 0.23.0), #45258 and #49262 (open)",
     edits=(
         Edit("vllm.transformers_utils.config:_CONFIG_REGISTRY", config.config_registry),
         Edit(f"{_SPECULATIVE}:MTPModelTypes", config.mtp_model_types),
@@ -72,6 +74,8 @@ MTP_SCHEDULING = Patch(
     how="With an assistant, which stores nothing, prefix hits are those of plain decoding, no slot is kept beyond the "
     "verification's, and drafting goes on up to the maximum length.",
     retire="A release that asks a drafter whether it stores KV.",
+    scope="Engines whose drafter is a Gemma 4 assistant.",
+    related="#40624 (prefix hits of hybrid models with a drafter); since 0.30.0 disable_eagle_block_drop",
     edits=(
         Edit("vllm.v1.core.sched.scheduler:Scheduler.__init__", scheduling.scheduler_init),
         Edit(f"{_RUNNER}.sample_tokens", scheduling.sample_tokens),
@@ -82,6 +86,7 @@ MTP_SCHEDULING = Patch(
         "vllm.v1.core.kv_cache_coordinator:HybridKVCacheCoordinator.find_longest_cache_hit",
         "vllm.v1.core.kv_cache_coordinator:UnitaryKVCacheCoordinator.find_longest_cache_hit",
     ),
+    needs=("mtp-assistant",),
 )
 
 MTP_CHECKS = Patch(
@@ -92,7 +97,10 @@ MTP_CHECKS = Patch(
     how="create_speculative_config compares the assistant's configuration and the headers of its files with the target "
     "before anything is loaded, and ends with one line.",
     retire="One-line errors upstream; the checks are of use with any release.",
+    scope="Engines whose drafter is a Gemma 4 assistant.",
+    related="none found",
     edits=(Edit("vllm.engine.arg_utils:EngineArgs.create_speculative_config", validation.create_speculative_config),),
+    needs=("mtp-assistant",),
 )
 
 PATCHES: tuple[Patch, ...] = (MTP_ASSISTANT, MTP_SCHEDULING, MTP_CHECKS)

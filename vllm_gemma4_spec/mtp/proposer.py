@@ -24,8 +24,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, UniformTypeKV
 from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_gemma4_spec import settings
-from vllm_gemma4_spec.mtp.config import is_assistant
+from vllm_gemma4_spec import scope, settings
 from vllm_gemma4_spec.mtp.graphs import AssistantGraphs
 from vllm_gemma4_spec.mtp.invariants import check_draft
 from vllm_gemma4_spec.performance import compile_settings
@@ -44,7 +43,7 @@ class RunnerProposer(EagleProposer):
     """
 
     def __new__(cls, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> RunnerProposer:
-        assistant = cls is RunnerProposer and is_assistant(vllm_config.speculative_config)
+        assistant = cls is RunnerProposer and scope.is_assistant(vllm_config.speculative_config)
         return object.__new__(AssistantProposer if assistant else cls)
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from vllm_gemma4_spec.mtp.config import is_assistant
+from vllm_gemma4_spec import scope
 from vllm_gemma4_spec.spec_decode.block_tables import LOOKAHEAD
 
 
@@ -20,7 +20,7 @@ def scheduler_init(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if is_assistant(self.vllm_config.speculative_config):
+        if scope.is_assistant(self.vllm_config.speculative_config):
             self.use_eagle, self.num_lookahead_tokens = False, 0
             manager = self.kv_cache_manager
             manager.use_eagle = manager.coordinator.use_eagle = False
@@ -34,7 +34,7 @@ def sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_assistant(self.speculative_config):
+        if scope.is_assistant(self.speculative_config):
             self.effective_drafter_max_model_len = sys.maxsize  # the scheduler cuts drafts off at the maximum length
         return original(self, *args, **kwargs)
 

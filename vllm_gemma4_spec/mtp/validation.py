@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vllm_gemma4_spec import scope
 from vllm_gemma4_spec.errors import CheckpointError, DrafterError, stop
 from vllm_gemma4_spec.mtp import weights
-from vllm_gemma4_spec.mtp.config import MODEL_TYPE, is_assistant
+from vllm_gemma4_spec.mtp.config import MODEL_TYPE
 from vllm_gemma4_spec.spec_decode.config_validation import check_folder
 
 _LONGEST_DRAFT = 32  # beyond it a step verifies more tokens than any graph or acceptance pays for
@@ -26,7 +27,7 @@ def create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any
             if _names_assistant(asked):
                 _check_options(asked, target_parallel_config)
             config = original(self, target_model_config, target_parallel_config)
-            if config is not None and is_assistant(config):
+            if config is not None and scope.is_assistant(config):
                 _check_options(asked, target_parallel_config)
                 _check_pair(config.draft_model_config, target_model_config)
                 if self.load_format != "dummy" and Path(asked["model"]).is_dir():

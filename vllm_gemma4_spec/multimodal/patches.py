@@ -22,6 +22,8 @@ EMBEDDER_NORM = Patch(
     "checkpoints, normalise first. Embeddings are wrong by as much as they are large, with and without speculation.",
     how="The embedder normalises before its projection.",
     retire="vLLM #40411, merged after 0.19.1.",
+    scope="Gemma 4's own class.",
+    related="#40411; in 0.20.0",
     edits=(Edit(f"{_EMBEDDER}.__init__", embedder.embedder_init),),
     watches=(f"{_EMBEDDER}.forward",),
 )
@@ -36,6 +38,8 @@ IMAGE_ATTENTION = Patch(
     "positions of images the kernel walks a whole context. The scheduler never cuts an image. Other backends stay "
     "causal and say so.",
     retire="vLLM #40534 with #47217, merged after 0.19.1, and a scheduler that keeps cached images whole, too.",
+    scope="Targets whose config is a multimodal Gemma 4's and says use_bidirectional_attention: vision.",
+    related="#40106, #40534 (in 0.20.0), #47217 (in 0.26.0)",
     edits=(
         Edit(
             "vllm.v1.core.sched.scheduler:Scheduler._try_schedule_encoder_inputs",

@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from vllm_gemma4_spec import settings
+from vllm_gemma4_spec import scope, settings
 from vllm_gemma4_spec.metrics import reports
-from vllm_gemma4_spec.mtp.config import is_assistant
 from vllm_gemma4_spec.performance.draft_graphs import at_depth
 
 # Attribute of a model runner: its AdaptiveK, or None where the setting is off or has no part.
@@ -158,7 +157,7 @@ def adapts(speculative_config: Any) -> bool:
     return (
         settings.ADAPTIVE_K.number() > 0
         and speculative_config is not None
-        and (speculative_config.uses_draft_model() or is_assistant(speculative_config))
+        and (speculative_config.uses_draft_model() or scope.is_assistant(speculative_config))
         and not speculative_config.disable_padded_drafter_batch
         and not speculative_config.parallel_drafting
         and speculative_config.num_speculative_tokens > 1
@@ -166,6 +165,8 @@ def adapts(speculative_config: Any) -> bool:
 
 
 def _state(runner: Any) -> AdaptiveK | None:
+    if not scope.gemma4_speculation(runner.vllm_config):
+        return None
     if not hasattr(runner, STATE):
         made = None
         if adapts(runner.speculative_config):

@@ -15,6 +15,8 @@ import torch
 from torch._inductor import config
 from torch._inductor.choices import InductorChoices
 
+from vllm_gemma4_spec import scope
+
 # A row of this many values is kept in registers; Inductor's own limit is 1,024.
 _LONGEST_ROW = 8192
 _PDL = "triton.enable_pdl"
@@ -47,7 +49,8 @@ def get_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def wrapper(self: Any) -> Any:
-        use_choices()
+        if scope.gemma4_drafter(self.vllm_config):
+            use_choices()
         return original(self)
 
     return wrapper
@@ -68,7 +71,7 @@ def backend(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if self.prefix == TAG and _takes_pdl():
+        if self.prefix == TAG and scope.gemma4_model(self.vllm_config.model_config) and _takes_pdl():
             self.inductor_config.setdefault(_PDL, True)  # what a user set stays, for target and drafter
 
     return wrapper

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from vllm_gemma4_spec import settings
+from vllm_gemma4_spec import scope, settings
 from vllm_gemma4_spec.mtp import graphs as assistant
-from vllm_gemma4_spec.mtp.config import is_assistant
 from vllm_gemma4_spec.mtp.graphs import AssistantGraphs
 from vllm_gemma4_spec.performance import adaptive_k
 from vllm_gemma4_spec.performance.draft_graphs import GRAPHS, DraftGraphs, capturable, decode_batch_sizes
 from vllm_gemma4_spec.spec_decode.proposer import GROUPS
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
+
+
+def capture_model(original: Callable[..., int]) -> Callable[..., int]:
+    """``GPUModelRunner.capture_model``: then the drafter's graphs."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any) -> int:
+        used = original(self)
+        return used + capture_drafts(self)
+
+    return wrapper
 
 
 def capture_drafts(runner: Any) -> int:
@@ -31,19 +43,30 @@ def capture_drafts(runner: Any) -> int:
     """
     from vllm.compilation.monitor import set_cudagraph_capturing_enabled
     from vllm.distributed.parallel_state import graph_capture
-    from vllm.platforms import current_platform
 
-    graphs: Any = _assistant_graphs(runner) if is_assistant(runner.speculative_config) else _draft_graphs(runner)
+    graphs: Any = _assistant_graphs(runner) if scope.is_assistant(runner.speculative_config) else _draft_graphs(runner)
     if graphs is None:
         return 0
-    started, free = time.perf_counter(), torch.cuda.mem_get_info()[0]
+    started, free, lacking = time.perf_counter(), torch.cuda.mem_get_info()[0], ""
     set_cudagraph_capturing_enabled(True)
     try:
         # The target's pool: its graphs and these are never in flight together.
         with runner._freeze_gc(), graph_capture(device=runner.device):
-            graphs.capture(current_platform.get_global_graph_pool())
+            graphs.capture(_pool())
+    except torch.OutOfMemoryError as error:
+        lacking = str(error).splitlines()[0]
     finally:
         set_cudagraph_capturing_enabled(False)
+    if lacking:
+        del graphs  # after the handler: the error's frames hold what was captured
+        gc.collect()
+        torch.cuda.empty_cache()
+        logger.warning(
+            "Drafter: out of memory while its CUDA graphs were captured; it drafts kernel by kernel, several times "
+            "slower. Lower gpu_memory_utilization or max_num_seqs to make room (%s)",
+            lacking,
+        )
+        return 0
     torch.cuda.synchronize()
     used = max(0, free - torch.cuda.mem_get_info()[0])
     setattr(runner.drafter, GRAPHS, graphs)
@@ -55,6 +78,12 @@ def capture_drafts(runner: Any) -> int:
         used / 2**30,
     )
     return used
+
+
+def _pool() -> Any:
+    from vllm.platforms import current_platform
+
+    return current_platform.get_global_graph_pool()
 
 
 def _depths(runner: Any) -> Sequence[int]:

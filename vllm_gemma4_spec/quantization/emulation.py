@@ -66,7 +66,7 @@ def prepare(layer: Module) -> None:
     """
     packed, scale, dtype = layer.weight.data, layer.weight_scale.data, layer.params_dtype
     factor = layer.weight_scale_2.data
-    if bool((factor == factor[0]).all()):
+    if len(factor) == 1:  # the shape must not depend on the values: they may be loaded again
         factor = factor[0].clone()
     else:
         factor = factor.repeat_interleave(torch.tensor(layer.logical_widths, device=packed.device))
@@ -74,7 +74,8 @@ def prepare(layer: Module) -> None:
         if hasattr(layer, name):
             delattr(layer, name)
     layer.emulated_scale = Parameter(factor, requires_grad=False)
-    layer.emulated_packed = not fits(packed.numel() * 2 * dtype.itemsize, packed.device)
+    if not hasattr(layer, "emulated_packed"):
+        layer.emulated_packed = not fits(packed.numel() * 2 * dtype.itemsize, packed.device)
     if layer.emulated_packed:
         layer.weight = Parameter(packed, requires_grad=False)
         layer.weight_scale = Parameter(scale, requires_grad=False)

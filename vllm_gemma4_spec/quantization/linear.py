@@ -20,12 +20,13 @@ from vllm.model_executor.layers.quantization.utils.nvfp4_utils import NvFp4Linea
 
 from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.errors import CheckpointError
-from vllm_gemma4_spec.quantization import emulation, small_batch_layers, tensors
+from vllm_gemma4_spec.quantization import emulation, reload, small_batch_layers, tensors
 from vllm_gemma4_spec.quantization.nan_scales import mend
 
 _NEEDED = ("weight", "weight_scale", "weight_scale_2", "input_scale")
 _KEY = "vllm_gemma4_spec_nvfp4"
-_EXTRA = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
+_NEUTRAL = {"pre_quant_scale": 1.0, "svdquant_lora_a": 0.0, "svdquant_lora_b": 0.0}  # what changes no product
+_EXTRA = tuple(_NEUTRAL)
 
 
 @register_weight_loader_v2_supported_method
@@ -73,11 +74,17 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
             tensors.add_low_rank(layer, ledger, params_dtype, load)
 
     def process_weights_after_loading(self, layer: Module) -> None:
-        if layer.modelopt_dummy:
+        again = hasattr(layer, reload.MARK)
+        kept = reload.Kept(layer) if again else None
+        if layer.modelopt_dummy and not again:
             self._settle_dummy(layer)
         else:
             self._settle(layer)
-        del layer.modelopt_ledger
+        layer.modelopt_ledger.given.clear()  # weights may be loaded again
+        if again:
+            reload.same_shapes(layer, layer.modelopt_shapes, _NEUTRAL, layer.prefix)
+        else:
+            layer.modelopt_shapes = reload.shapes(layer, _EXTRA)
         layer.modelopt_checked = True
         layer.register_parameter("rows_codes", None)
         layer.rows_scaled = False  # whether the few-row kernel multiplies by pre_quant_scale
@@ -90,7 +97,10 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
             if marlin and not layer.modelopt_dummy:
                 nvfp4.narrow_(layer.weight.data, layer.weight_scale.data)
             super().process_weights_after_loading(layer)
-        _tell_compiler(layer)
+        if kept is None:
+            _tell_compiler(layer)
+        else:
+            kept.put_back()
 
     def _settle(self, layer: Module) -> None:
         """Check what was loaded, drop what the checkpoint does not have, mend NaN scales."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,27 @@ from typing import Any
 
 from torch import Tensor
 
+from vllm_gemma4_spec import scope
 from vllm_gemma4_spec.checkpoints import files
+
+# Revision and cache folder of the model whose quantization config is being made; vLLM hands on its name alone.
+asked: contextvars.ContextVar[tuple[str | None, str | None]] = contextvars.ContextVar("asked", default=(None, None))
+
+
+def quantization_config(original: staticmethod[..., Any]) -> staticmethod[..., Any]:
+    """``VllmConfig._get_quantization_config`` for ``modelopt_fp4``: says which revision, and where downloads are."""
+
+    @functools.wraps(original.__func__)
+    def wrapper(model_config: Any, load_config: Any) -> Any:
+        if not scope.modelopt_nvfp4(model_config):
+            return original.__func__(model_config, load_config)
+        token = asked.set((model_config.revision, load_config.download_dir))
+        try:
+            return original.__func__(model_config, load_config)
+        finally:
+            asked.reset(token)
+
+    return staticmethod(wrapper)
 
 
 def checked_weights(original: Callable[..., Iterator[tuple[str, Tensor]]]) -> Callable[..., Any]:
@@ -22,7 +43,7 @@ def checked_weights(original: Callable[..., Iterator[tuple[str, Tensor]]]) -> Ca
     @functools.wraps(original)
     def get_all_weights(self: Any, model_config: Any, model: Any) -> Iterator[tuple[str, Tensor]]:
         stream = original(self, model_config, model)
-        if model_config.quantization != "modelopt_fp4":
+        if not scope.modelopt_nvfp4(model_config):
             return stream
         _, shards, safetensors = self._prepare_weights(model_config.model, None, model_config.revision, True, None)
         if safetensors:

@@ -23,7 +23,7 @@ from vllm.platforms import current_platform
 
 from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.errors import CheckpointError
-from vllm_gemma4_spec.quantization import emulation
+from vllm_gemma4_spec.quantization import emulation, reload
 from vllm_gemma4_spec.quantization.nan_scales import mend
 
 
@@ -49,7 +49,22 @@ def narrow(layer: Module) -> None:
         nvfp4.narrow_(*(getattr(layer, f"{name}_{x}").data for x in ("weight", "weight_scale")))
 
 
-class ModelOptNvFp4MendedMoE(ModelOptNvFp4FusedMoE):
+class SameKernel:
+    """A mixin before a method whose processing makes a kernel: the one that graphs hold stays, with new scales."""
+
+    moe_kernel: Any
+    moe_quant_config: Any
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        kernel, config, kept = self.moe_kernel, self.moe_quant_config, reload.Kept(layer)
+        super().process_weights_after_loading(layer)  # type: ignore[misc]
+        if kernel is not None and config is not None:
+            reload.copy_tensors(self.moe_quant_config, config)
+            self.moe_kernel, self.moe_quant_config = kernel, config
+            kept.put_back()
+
+
+class ModelOptNvFp4MendedMoE(SameKernel, ModelOptNvFp4FusedMoE):
     """vLLM's method and kernels, with NaN block scales mended first."""
 
     def process_weights_after_loading(self, layer: Module) -> None:
@@ -80,7 +95,9 @@ class EmulatedExperts(FusedMoEMethodBase):
         scale_2 = {"w13": layer.w13_weight_scale_2.data, "w2": layer.w2_weight_scale_2.data}  # [E, 2], [E]
         scale_2["w13"] = scale_2["w13"].repeat_interleave(layer.w13_weight.shape[1] // scale_2["w13"].shape[1], 1)
         size = 2 * sum(getattr(layer, f"{name}_weight").numel() for name in scale_2)
-        packed = not emulation.fits(size * layer.params_dtype.itemsize, layer.w13_weight.device)
+        if not hasattr(layer, "emulated_packed"):
+            layer.emulated_packed = not emulation.fits(size * layer.params_dtype.itemsize, layer.w13_weight.device)
+        packed = layer.emulated_packed
         experts = {}
         for name, factor in scale_2.items():
             weight, scale = (getattr(layer, f"{name}_{x}").data for x in ("weight", "weight_scale"))

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         kv_scales,
         loading,
         nan_scales,
+        reload,
         small_batch_layers,
     )
 else:  # a wrapper's module is imported only after the module of vLLM that it patches
@@ -21,6 +22,7 @@ else:  # a wrapper's module is imported only after the module of vLLM that it pa
     kv_scales = Lazy("vllm_gemma4_spec.quantization.kv_scales")
     loading = Lazy("vllm_gemma4_spec.quantization.loading")
     nan_scales = Lazy("vllm_gemma4_spec.quantization.nan_scales")
+    reload = Lazy("vllm_gemma4_spec.quantization.reload")
     small_batch_layers = Lazy("vllm_gemma4_spec.quantization.small_batch_layers")
 
 _QUANTIZATION = "vllm.model_executor.layers.quantization.modelopt"
@@ -43,6 +45,8 @@ KV_SCALES = Patch(
         "query stays in 16 bits, for which the kernel applies both. After sleep mode the scales are set again."
     ),
     retire="A release whose unified_attention multiplies by k_descale and v_descale for fp8 queries, too.",
+    scope="Engines with a Gemma 4 as target or drafter and an fp8 KV cache.",
+    related="#49262, open for the V1 runner: the same for MTP drafters",
     edits=(
         Edit(
             "vllm.model_executor.layers.attention.attention:Attention.process_weights_after_loading",
@@ -70,12 +74,15 @@ DRAFT_PRODUCTS = Patch(
     "rows, compiled by NVRTC; gelu(gate) * up is part of it. Larger batches stay on Marlin, and so do targets but for "
     "an o_proj with a pre_quant_scale (VLLM_GEMMA4_SPEC_SCALE_IN_PRODUCT).",
     retire="A vLLM kernel for NVFP4 products of few rows.",
+    scope="Draft models that are a Gemma 4; o_proj layers with a pre_quant_scale of a Gemma 4 target.",
+    related="none found",
     edits=(Edit(f"{_DRAFT_MODEL}._get_model", small_batch_layers.get_model),),
     watches=(
         "vllm.model_executor.models.gemma4:Gemma4MLP",
         "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4:apply_fp4_marlin_linear",
         "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4:prepare_fp4_layer_for_marlin",
     ),
+    needs=("modelopt-nvfp4",),
 )
 
 PATCHES: tuple[Patch, ...] = (
@@ -91,9 +98,13 @@ PATCHES: tuple[Patch, ...] = (
         ),
         how=(
             "A subclass of the NVFP4 config chooses a subclass of the linear method, which adds pre_quant_scale "
-            "and the low-rank branch, mends what was loaded and emulates where vLLM has no kernel."
+            "and the low-rank branch, mends what was loaded and emulates where vLLM has no kernel; also when weights "
+            "are loaded again (reload_weights, update_weights), with the KV cache's scales."
         ),
         retire="vLLM reads pre_quant_scale and svdquant_lora_*, and mends or refuses NaN scales itself.",
+        scope="Checkpoints in ModelOpt's NVFP4, NVFP4_AWQ and NVFP4_SVD, whatever the model.",
+        related="#35733 (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ "
+        "and NVFP4_SVD",
         edits=(
             Edit(f"{_QUANTIZATION}:ModelOptNvFp4Config", config.nvfp4_config),
             Edit(
@@ -101,6 +112,7 @@ PATCHES: tuple[Patch, ...] = (
                 "ModelArchConfigConvertorBase._normalize_quantization_config",
                 loading.known_algorithm,
             ),
+            Edit("vllm.config.vllm:VllmConfig._get_quantization_config", loading.quantization_config),
             Edit(
                 f"{_LOADER}.default_loader:DefaultModelLoader.get_all_weights",
                 loading.checked_weights,
@@ -110,6 +122,9 @@ PATCHES: tuple[Patch, ...] = (
                 nan_scales.reported,
                 source=f"{_LOADER}.utils:process_weights_after_loading",
             ),
+            Edit("vllm.v1.worker.gpu_worker:Worker.reload_weights", reload.with_config),
+            Edit("vllm.v1.worker.gpu_worker:Worker.update_weights", reload.with_config),
+            Edit(f"{_LOADER}.reload.layerwise:finalize_layerwise_processing", reload.finalize),
         ),
         watches=(
             f"{_QUANTIZATION}:ModelOptQuantConfigBase",
@@ -124,6 +139,9 @@ PATCHES: tuple[Patch, ...] = (
             "vllm.model_executor.parameter:ModelWeightParameter",
             "vllm.model_executor.models.gemma4:Gemma4Model.load_weights",
             f"{_LOADER}.default_loader:DefaultModelLoader._prepare_weights",
+            f"{_LOADER}.reload.layerwise:initialize_layerwise_reload",
+            f"{_LOADER}.reload.layerwise:_layerwise_process",
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights",
         ),
     ),
     KV_SCALES,
@@ -139,6 +157,8 @@ PATCHES: tuple[Patch, ...] = (
             "where vLLM has no kernel."
         ),
         retire="vLLM emulates compressed-tensors NVFP4 on a CPU, and Marlin's scales keep their range.",
+        scope="Checkpoints in compressed-tensors' NVFP4, whatever the model.",
+        related="#35733 (emulation, in 0.20.0)",
         edits=(
             Edit(
                 f"{_COMPRESSED}.compressed_tensors:CompressedTensorsW4A4Fp4",
@@ -166,6 +186,8 @@ PATCHES: tuple[Patch, ...] = (
         why="On a CPU, 0.19.1's experts know silu and swigluoai only: 26B-A4B stops at an assertion.",
         how="Adds Gemma 4's gelu to the table of the path in torch and keeps it off the C++ kernel.",
         retire="vLLM's CPU experts support MoEActivation.GELU.",
+        scope="Experts with gelu on the CPU platform; 0.19.1 stops at an assertion for all of them.",
+        related="none found",
         edits=(
             Edit(f"{_CPU_MOE}:_CPU_MOE_ACT_FN", cpu_experts.with_gelu),
             Edit(

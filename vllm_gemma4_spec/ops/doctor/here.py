@@ -159,7 +159,7 @@ def environment() -> Iterator[Finding]:
     section = "environment"
     names = [p.name for p in PATCHER.known]
     try:
-        settings.check_environment(names)
+        PATCHER.check_environment()
     except Gemma4SpecError as error:
         yield Finding(section, settings.PREFIX, State.PROBLEM, "unknown or unreadable", advice=str(error))
     for setting in settings.all_settings(names):
