@@ -50,7 +50,7 @@ def test_one_held_out_question_of_each_kind() -> None:
 
 
 def test_the_usual_flags_are_given() -> None:
-    pair = Pair(Path("/p"), Path("/p/target"), Path("/p/drafter"), Path("/p/assistant"), {})
+    pair = Pair(Path("/p"), Path("/p/target"), Path("/p/drafter"), {})
     plain = run.serve_arguments(pair, speculate=False)
     whole = run.serve_arguments(pair, speculate=True)
     assert whole[: len(plain)] == plain

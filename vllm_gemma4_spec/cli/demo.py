@@ -54,9 +54,6 @@ class Report(Output):
     """drafts accepted up to each position"""
     acceptance_length: float
     """tokens per step, the target's own counted"""
-    assistant_accepted_by_position: list[int]
-    """the same of the MTP assistant in the drafter's place; its answers are compared with the drafter's"""
-    assistant_acceptance_length: float
     equal_to_plain: bool | None
     """answers equal those without speculation; null without --check"""
 
@@ -93,36 +90,25 @@ def command(
     # Removed only after success: every error names the log in it.
     logs = Path(tempfile.mkdtemp(prefix="vllm-gemma4-spec-demo-"))
     answers, drafting = _serve_and_ask(
-        console, pair, questions, logs / "server.log", "drafter" if speculation else None, timeout, show=not as_json
+        console, pair, questions, logs / "server.log", speculation, timeout, show=not as_json
     )
-    assisted = run.Drafting(0, 0, 0)
     if speculation:
         _require_drafts(drafting, logs / "server.log")
-        log = logs / "assistant-server.log"
-        others, assisted = _serve_and_ask(console, pair, questions, log, "assistant", timeout, show=False)
-        _require_drafts(assisted, log)
-        for question, answer, other in zip(questions, answers, others, strict=True):
-            run.check_same(question, answer, other, ("drafter's", "assistant's"), log)
         if not as_json:
-            _show_drafting(console, drafting, "E4B-like drafter")
-            _show_drafting(console, assisted, "MTP assistant")
+            _show_drafting(console, drafting)
     if check:
         log = logs / "plain-server.log"
-        plain, _ = _serve_and_ask(console, pair, questions, log, None, timeout, show=False)
+        plain, _ = _serve_and_ask(console, pair, questions, log, False, timeout, show=False)
         for question, answer, other in zip(questions, answers, plain, strict=True):
             run.check_same(question, answer, other, ("speculative", "plain"), log)
         console.print(f"{len(plain)} of {len(plain)} answers equal those of plain decoding")
     if as_json:
-        typer.echo(_report(questions, answers, drafting, assisted, True if check else None).model_dump_json(indent=2))
+        typer.echo(_report(questions, answers, drafting, True if check else None).model_dump_json(indent=2))
     shutil.rmtree(logs)
 
 
 def _report(
-    questions: list[Dialogue],
-    answers: list[Answer],
-    drafting: Drafting,
-    assisted: Drafting,
-    equal_to_plain: bool | None,
+    questions: list[Dialogue], answers: list[Answer], drafting: Drafting, equal_to_plain: bool | None
 ) -> Report:
     from vllm_gemma4_spec.demo import run
 
@@ -143,8 +129,6 @@ def _report(
         accepted=drafting.accepted,
         accepted_by_position=drafting.accepted_at,
         acceptance_length=drafting.acceptance_length,
-        assistant_accepted_by_position=assisted.accepted_at,
-        assistant_acceptance_length=assisted.acceptance_length,
         equal_to_plain=equal_to_plain,
     )
 
@@ -154,7 +138,7 @@ def _serve_and_ask(
     pair: Pair,
     questions: list[Dialogue],
     log: Path,
-    speculate: str | None,
+    speculate: bool,
     timeout: float,
     show: bool,
 ) -> tuple[list[Answer], Drafting]:
@@ -162,16 +146,14 @@ def _serve_and_ask(
     from vllm_gemma4_spec.demo import run
     from vllm_gemma4_spec.demo.server import Server
 
-    kind = f"with the {speculate}" if speculate else "without speculation"
+    kind = "with speculation" if speculate else "without speculation"
     answers = []
     with console.status(f"vllm serve {kind}: starting") as status:
 
         def waiting(seconds: float) -> None:
             status.update(f"vllm serve {kind}: starting, {seconds:.0f} s  (log: {log})")
 
-        with Server(
-            run.serve_arguments(pair, speculate is not None, speculate == "assistant"), log, timeout, waiting
-        ) as server:
+        with Server(run.serve_arguments(pair, speculate), log, timeout, waiting) as server:
             client = run.connect(server)
             for question in questions:
                 status.update(f"asking: {question.kind}")
@@ -216,8 +198,8 @@ def _require_drafts(drafting: Drafting, log: Path) -> None:
         raise DemoError(f"the server proposed no drafts: speculation was not on; its log: {log}")
 
 
-def _show_drafting(console: Console, drafting: Drafting, name: str) -> None:
-    table = Table("draft position", "proposed", "accepted", "share", title=f"{name}, from /metrics")
+def _show_drafting(console: Console, drafting: Drafting) -> None:
+    table = Table("draft position", "proposed", "accepted", "share", title="speculation, from /metrics")
     for position, accepted in enumerate(drafting.accepted_at, 1):
         table.add_row(str(position), str(drafting.drafts), str(accepted), f"{accepted / drafting.drafts:.1%}")
     table.add_row("all", str(drafting.proposed), str(drafting.accepted), f"{drafting.accepted / drafting.proposed:.1%}")

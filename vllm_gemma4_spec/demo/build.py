@@ -1,7 +1,6 @@
 """Making the demo pair and keeping it: a cache folder per recipe, checked by checksums before it is used.
 
-The folder holds ``target/`` and ``drafter/`` as transformers saves them, ``assistant/`` as MTP assistants are
-published, and ``manifest.json``. It appears under
+The folder holds ``target/`` and ``drafter/`` as transformers saves them, and ``manifest.json``. It appears under
 its name only when it is complete.
 """
 
@@ -23,7 +22,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_gemma4_spec.demo import assistant, data, measure, models, template, tokenizer, train
+from vllm_gemma4_spec.demo import data, measure, models, template, tokenizer, train
 from vllm_gemma4_spec.errors import Gemma4SpecError
 from vllm_gemma4_spec.settings import DEMO_DIR
 
@@ -60,14 +59,13 @@ class Pair:
     folder: Path
     target: Path
     drafter: Path
-    assistant: Path
     measured: dict[str, Any]
 
 
 def recipe_hash() -> str:
     """Names the cache folder: 12 hex digits over everything that decides what the models become."""
     digest = hashlib.sha256()
-    for module in (assistant, data, models, tokenizer, train):
+    for module in (data, models, tokenizer, train):
         digest.update(Path(str(module.__file__)).read_bytes())
     recipe = {
         "format": FORMAT,
@@ -110,7 +108,7 @@ def load(folder: Path) -> Pair:
             raise DemoModelsError(f"{file}: missing from the demo pair; {REMEDY}")
         if file.stat().st_size != size or _sha256(file) != checksum:
             raise DemoModelsError(f"{file}: differs from what was made (checksum); {REMEDY}")
-    return Pair(folder, folder / "target", folder / "drafter", folder / "assistant", measured)
+    return Pair(folder, folder / "target", folder / "drafter", measured)
 
 
 def ensure(folder: Path, force: bool = False, progress: Progress = lambda *_: None) -> tuple[Pair, bool]:
@@ -165,11 +163,6 @@ def _make(folder: Path, progress: Progress) -> None:
     cpu = _train_side_by_side(folder, progress)
     target, drafter = (AutoModelForCausalLM.from_pretrained(folder / n, dtype="float32") for n in ("target", "drafter"))
     measured = measure.pair(target, drafter, learned, ASKED, DRAFTS)
-    values, weights = assistant.train(
-        target, learned, progress=lambda step, loss: progress("assistant", step, assistant.RECIPE.steps, loss)
-    )
-    assistant.save(values, weights, folder / "assistant")
-    measured |= measure.assistant(target, values, weights, learned, ASKED, DRAFTS)
     if measured["right"] < LEAST_RIGHT or measured["acceptance_length"] < LEAST_ACCEPTANCE:
         raise DemoModelsError(
             f"the trained pair is not good enough: {measured['right']:.0%} of held-out answers right "

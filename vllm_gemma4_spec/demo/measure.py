@@ -74,25 +74,6 @@ def acceptance(drafter: Gemma4ForCausalLM, prompts: list[list[int]], answers: li
     return [n / steps for n in accepted]
 
 
-def assistant(
-    target: Gemma4ForCausalLM,
-    values: dict[str, Any],
-    weights: dict[str, Any],
-    tokenizer: PreTrainedTokenizerFast,
-    questions: int,
-    k: int,
-) -> dict[str, Any]:
-    """Acceptance of an MTP assistant's k drafts on half of the held-out questions, as :func:`pair` measures it."""
-    from vllm_gemma4_spec.demo.assistant import acceptance as accepted_of
-
-    prompts = [tokenizer(prompt_text(d))["input_ids"] for d in held_out(max(1, questions // 2))]
-    accepted = accepted_of(target, values, weights, prompts, greedy(target, prompts, LONGEST_ANSWER), k)
-    return {
-        "assistant_accepted_by_position": [round(share, 4) for share in accepted],
-        "assistant_acceptance_length": round(1 + sum(accepted), 3),
-    }
-
-
 def pair(
     target: Gemma4ForCausalLM,
     drafter: Gemma4ForCausalLM,

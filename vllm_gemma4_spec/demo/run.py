@@ -52,10 +52,8 @@ class Drafting:
         return 1 + self.accepted / self.drafts if self.drafts else 1.0
 
 
-def serve_arguments(pair: Pair, speculate: bool, assistant: bool = False) -> list[str]:
+def serve_arguments(pair: Pair, speculate: bool) -> list[str]:
     """What follows ``vllm serve``: the flags of the usual Gemma 4 deployment.
-
-    ``assistant``: it drafts in place of the E4B-like drafter.
 
     Eager, because compiling takes longer than all that the demo asks of models this small.
     """
@@ -63,11 +61,7 @@ def serve_arguments(pair: Pair, speculate: bool, assistant: bool = False) -> lis
     arguments += ["--enable-prefix-caching", "--enable-chunked-prefill", "--max-num-seqs", "8"]
     arguments += ["--reasoning-parser", "gemma4", "--tool-call-parser", "gemma4", "--enable-auto-tool-choice"]
     if speculate:
-        speculation: dict[str, Any] = {"num_speculative_tokens": DRAFTS}
-        if assistant:
-            speculation |= {"method": "mtp", "model": str(pair.assistant)}
-        else:
-            speculation |= {"method": "draft_model", "model": str(pair.drafter)}
+        speculation = {"method": "draft_model", "model": str(pair.drafter), "num_speculative_tokens": DRAFTS}
         arguments += ["--speculative-config", json.dumps(speculation)]
     return arguments
 
