@@ -90,7 +90,9 @@ class ReferenceHead:
 
         self.config = json.loads((folder / "config.json").read_text())
         self.w = load_file(folder / "model.safetensors")
-        self.embedding = embedding  # [vocabulary, hidden size]; also the output head
+        self.embedding = embedding  # [vocabulary, hidden size]; also the output head of a head without one
+        self.head = self.w.get("lm_head.weight", embedding)
+        self.d2t = self.w.get("d2t")  # offset from a draft token's number to the target's
         self.eagle3 = "layer_types" in self.config
         self.windows = [
             self.config["sliding_window"] if kind == "sliding_attention" else None
@@ -103,7 +105,8 @@ class ReferenceHead:
         tokens, drafted = context[1:], []
         for _ in range(k):
             out, following = self._forward(F.embedding(torch.tensor(tokens), self.embedding), states)
-            drafted.append(int((out[-1] @ self.embedding.T).argmax()))
+            token = int((out[-1] @ self.head.T).argmax())
+            drafted.append(token if self.d2t is None else token + int(self.d2t[token]))
             tokens, states = [*tokens, drafted[-1]], torch.cat([states, following[-1:]])
         return drafted
 

@@ -15,6 +15,7 @@ from tests.mtp.drafts import Watched
 from tests.support.engine import Acceptance, acceptance, engine, generate, random_prompts
 from tests.support.stock import without
 from vllm_gemma4_spec.mtp.patches import MTP_SCHEDULING
+from vllm_gemma4_spec.spec_decode.patches import PREFIX_HITS
 
 RECORDED = Path(__file__).parent / "recorded"
 K = 8
@@ -176,11 +177,13 @@ def test_prefix_hits_are_those_of_plain_decoding(pair: Any) -> None:
     check(pair, "31b", 3, "prefix-caching")
 
 
-def test_stock_scheduling_loses_prefix_hits(pair: Any) -> None:
+@pytest.mark.slow
+def test_stock_loses_prefix_hits(pair: Any) -> None:
     target, assistant = pair("31b")
     prompts, limits = work("prefix-caching")
     with (
         without(MTP_SCHEDULING),
+        without(PREFIX_HITS),
         engine(target, **speculative(assistant, 3), **WAYS["prefix-caching"]) as llm,
     ):
         before = counter(llm, "vllm:prefix_cache_hits")
@@ -188,6 +191,27 @@ def test_stock_scheduling_loses_prefix_hits(pair: Any) -> None:
             generate(llm, prompts, limits)
         found = counter(llm, "vllm:prefix_cache_hits") - before
     assert found < plain(target, "prefix-caching")[1]
+
+
+def longest_context(target: Path, assistant: Path) -> int:
+    """Tokens before the last draft of a request that ends at the maximum length of 256; its answer is plain's."""
+    prompts, options = random_prompts((224,)), {"max_model_len": 256, "num_gpu_blocks_override": 512}
+    with engine(target, **options) as llm:
+        want = generate(llm, prompts, 32)
+    with engine(target, **speculative(assistant, K), **options) as llm:
+        drafter = Watched(llm, assistant)
+        assert generate(llm, prompts, 32) == want
+    assert drafter.changed == 0
+    return max(len(d.context) for d in drafter.drafts)
+
+
+def test_drafts_go_on_to_the_maximum_length(pair: Any) -> None:
+    assert longest_context(*pair("31b")) > 256 - K + 1
+
+
+def test_stock_scheduling_stops_before_the_maximum_length(pair: Any) -> None:
+    with without(MTP_SCHEDULING):
+        assert longest_context(*pair("31b")) <= 256 - K + 1
 
 
 @pytest.mark.slow

@@ -280,4 +280,4 @@ def test_fingerprints_are_those_of_the_installed_vllm() -> None:
 
 
 def test_the_ledger_is_current() -> None:
-    assert (ROOT / "docs/patches.md").read_text() == ledger.render(PATCHES), "run `make ledger`"
+    assert (ROOT / "docs/reference/patches.md").read_text() == ledger.render(PATCHES), "run `make ledger`"

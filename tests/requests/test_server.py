@@ -104,6 +104,7 @@ BAD: dict[str, tuple[tuple[str, Body], str]] = {
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     pair, _ = build.ensure(build.default_folder())
     arguments = [*run.serve_arguments(pair, request.param), "--reasoning-config", json.dumps(REASONING)]
+    arguments += ["--structured-outputs-config", json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})]
     with Server(arguments, tmp_path_factory.mktemp("server") / "log") as started:
         yield started
 

@@ -24,6 +24,7 @@ from vllm_gemma4_spec.ops import output
 
 ROOT = Path(__file__).parents[2]
 _MAIN = "from vllm_gemma4_spec.cli import main; main()"
+MAIN = [sys.executable, "-c", _MAIN]
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -35,8 +36,9 @@ def environment(**changes: str) -> dict[str, str]:
 
 def gemma4_spec(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     """``vllm-gemma4-spec ARGS``."""
-    command = [sys.executable, "-c", _MAIN, *args]
-    return subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(
+        [*MAIN, *args], env=environment(**env), capture_output=True, text=True, timeout=600, check=False
+    )
 
 
 def in_process(*args: str, **env: str) -> subprocess.CompletedProcess[str]:

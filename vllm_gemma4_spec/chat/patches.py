@@ -1,4 +1,4 @@
-"""Chat output of Gemma 4. The reasons in full: docs/chat-output.md."""
+"""Chat output of Gemma 4. The reasons in full: docs/explanation/chat-output.md."""
 
 from __future__ import annotations
 

@@ -51,15 +51,17 @@ class Report(Output):
 
 
 def command(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md has the schema.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/reference/json.md has the schema.")] = False,
 ) -> None:
     """List every patch: name, group, switch, and whether its targets are those of vLLM 0.19.1.
 
     Example: vllm-gemma4-spec patches --json
     """
     from vllm_gemma4_spec.patching import fingerprint
+    from vllm_gemma4_spec.patching.version import require_installed
     from vllm_gemma4_spec.registry import PATCHER
 
+    require_installed()
     rows = []
     found = fingerprint.installed(s for patch in PATCHER.known for s in patch.checked_symbols)
     for status, patch in zip(PATCHER.status(), PATCHER.known, strict=True):

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_gemma4_spec._version import __version__
+from vllm_gemma4_spec.metrics import server_info
 
 # Not VLLM_…: vLLM would make a name that differs in every run part of its compile cache key.
 FOLDER = "GEMMA4_SPEC_REPORTS"
@@ -41,7 +42,7 @@ _patches_here: Callable[[], Sequence[Any]] = tuple  # the PatchStatus of every p
 # Counters beside vLLM's own: name -> help, its label (may be none) and the label's values. Others are never shown.
 COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "nan_blocks_repaired": (
-        "NaN block scales of NVFP4 weights mended at load: saturated (codes intact) or zeroed (codes destroyed).",
+        "NaN block scales of NVFP4 weights repaired at load: saturated (codes intact) or zeroed (codes destroyed).",
         "repair",
         ("saturated", "zeroed"),
     ),
@@ -154,6 +155,7 @@ def attach_router(original: Callable[[Any], None]) -> Callable[[Any], None]:
     @functools.wraps(original)
     def wrapper(app: Any) -> None:
         original(app)
+        server_info.remember(app)
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             return  # it serves the process's own registry, which has the collector
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -213,7 +215,8 @@ def living() -> Iterator[dict[str, Any]]:
 
 
 class Collector:
-    """``gemma4_spec_process``, ``gemma4_spec_patch_on`` and the :data:`COUNTERS`, labelled by process and pid.
+    """``gemma4_spec_process``, ``gemma4_spec_patch_on`` and the :data:`COUNTERS`, labelled by process and pid, and
+    ``gemma4_spec_server`` with the labels of :mod:`.server_info`.
 
     A patch whose modules a process has not imported is *waiting*: it will be in force as soon as they are,
     so it counts as on.
@@ -244,4 +247,8 @@ class Collector:
                 for label in labels:
                     value = report["counts"].get(name, {}).get(label, 0)
                     counters[name].add_metric([*process, label] if label else process, value)
-        return [info, on, *counters.values()]
+        server = GaugeMetricFamily("gemma4_spec_server", "What this server runs (always 1).", labels=server_info.LABELS)
+        runs = server_info.labels()
+        if runs is not None:
+            server.add_metric([runs[name] for name in server_info.LABELS], 1)
+        return [info, on, server, *counters.values()]

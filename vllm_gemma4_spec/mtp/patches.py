@@ -69,8 +69,8 @@ MTP_ASSISTANT = Patch(
 MTP_SCHEDULING = Patch(
     name="mtp-scheduling",
     group=Group.CONVENIENCE,
-    why="For every drafter with hidden states the scheduler drops the last block of a prefix hit, with Gemma 4's "
-    "groups nearly all of it (#40624), and keeps k slots for its KV; near the maximum length it drafts for none.",
+    why="For every drafter with hidden states the scheduler keeps k slots for its KV and drops the last block of a "
+    "prefix hit, which the patch prefix-hits mends, too; near the maximum length the runner drafts for none.",
     how="With an assistant, which stores nothing, prefix hits are those of plain decoding, no slot is kept beyond the "
     "verification's, and drafting goes on up to the maximum length.",
     retire="A release that asks a drafter whether it stores KV.",

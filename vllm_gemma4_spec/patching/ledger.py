@@ -1,4 +1,4 @@
-"""``docs/patches.md``, generated from the declarations by ``make ledger``."""
+"""``docs/reference/patches.md``, generated from the declarations by ``make ledger``."""
 
 from __future__ import annotations
 

@@ -19,8 +19,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from vllm_gemma4_spec.checkpoints import files
-from vllm_gemma4_spec.checkpoints.nvfp4 import BLOCK
+from vllm_gemma4_spec.checkpoints import files, layers
 from vllm_gemma4_spec.errors import CheckpointError, stop
 from vllm_gemma4_spec.quantization import loading
 
@@ -34,13 +33,18 @@ class Nvfp4Methods(Base):
     """What ``Nvfp4Config`` has before vLLM's class: ``modelopt_fp4`` with the algorithms that vLLM does not know.
 
     Attributes:
-        quant_algo: ``NVFP4``, ``NVFP4_AWQ`` or ``NVFP4_SVD``.
+        quant_algo: one of :data:`vllm_gemma4_spec.checkpoints.layers.NVFP4`.
         float_modules: modules whose weight the checkpoint holds unquantized, under vLLM's names once a
             model has applied its mapper. ModelOpt does not list all of them as excluded (experts).
     """
 
     quant_algo = "NVFP4"
     float_modules: frozenset[str] = frozenset()
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether the checkpoint has no scales for activations."""
+        return self.quant_algo in layers.WEIGHT_ONLY
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Nvfp4Methods:
@@ -61,15 +65,14 @@ class Nvfp4Methods(Base):
         section = config.get("quantization", config)
         if not isinstance(section, dict):
             raise CheckpointError("quantization config: 'quantization' must be an object")
-        algorithm = str(section.get("quant_algo", "")).upper()
-        if algorithm not in (*files.ALGORITHMS, *QUANT_ALGOS):
-            known = ", ".join(files.ALGORITHMS)
+        algorithm = layers.algorithm(section)
+        if algorithm not in (*layers.NVFP4, *QUANT_ALGOS):
+            known = ", ".join(layers.NVFP4)
             raise CheckpointError(f"quant_algo {algorithm or 'missing'}: not an NVFP4 format known here ({known})")
         for size in _group_sizes(section):
-            if algorithm in files.ALGORITHMS and size not in (None, BLOCK, str(BLOCK)):
-                raise CheckpointError(f"group_size {size}: NVFP4 has one scale per {BLOCK} columns")
+            layers.check_block({"quant_algo": algorithm, "group_size": size}, "quantization config")
         plain = copy.copy(config)
-        if algorithm in files.ALGORITHMS:
+        if algorithm in layers.NVFP4:
             # The formats differ in the linear method alone, so the base class may read them as plain NVFP4.
             plain |= {"quantization": section | {"quant_algo": "NVFP4"}} if section is not config else {}
             plain |= {"quant_algo": "NVFP4"} if section is config else {}
@@ -89,19 +92,7 @@ class Nvfp4Methods(Base):
             CheckpointError: a shard or a tensor is not what it must be. ``vllm serve`` ends with that line.
         """
         super().maybe_update_config(model_name)
-        folder = _local(model_name)
-        if folder is not None:
-            if any(folder.glob("*.safetensors")):  # none for dummy weights
-                try:
-                    checkpoint = files.Checkpoint(folder)
-                    checkpoint.check()
-                except CheckpointError as error:
-                    stop(error)
-                self.float_modules = frozenset(files.float_modules(checkpoint.tensors))
-            return
-        remote = get_safetensors_params_metadata(model_name, revision=loading.asked.get()[0])
-        floats = (n for n, i in remote.items() if i["dtype"] in ("BF16", "F16", "F32") and len(i["shape"]) >= 2)
-        self.float_modules = frozenset(name.removesuffix(".weight") for name in floats)
+        self.float_modules = float_modules(model_name)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         super().apply_vllm_mapper(hf_to_vllm_mapper)
@@ -121,14 +112,43 @@ class Nvfp4Methods(Base):
 
     def _members(self, prefix: str) -> set[str]:
         """The checkpoint's modules behind a vLLM layer: ``…qkv_proj`` -> ``…q_proj``, ``…k_proj``, ``…v_proj``."""
-        base, _, name = prefix.rpartition(".")
-        found = {f"{base}.{member}" for member in self.packed_modules_mapping.get(name, [name])}
+        prefix = checkpoint_prefix(prefix)
+        base, dot, name = prefix.rpartition(".")
+        found = {f"{base}{dot}{member}" for member in self.packed_modules_mapping.get(name, [name])}
+        if prefix.removeprefix("model.") in self.float_modules:  # an EAGLE head's fc has no prefix in its checkpoint
+            return {prefix.removeprefix("model.")}
         return found & self.float_modules or found  # E4B layers that reuse KV have q alone
 
     def _float_experts(self, prefix: str) -> bool:
         """Gemma 4's experts are ``layers.N.experts.*`` in the checkpoint and ``layers.N.moe.experts`` in vLLM."""
+        prefix = checkpoint_prefix(prefix)
         places = (prefix, prefix.replace(".moe.experts", ".experts"))
         return any(f"{place}.gate_up_proj" in self.float_modules for place in places)
+
+
+def checkpoint_prefix(prefix: str) -> str:
+    """A vLLM layer's name without what vLLM puts before a draft model's: checkpoints know nothing of that."""
+    return prefix.removeprefix("draft_model.")
+
+
+def float_modules(model_name: str) -> frozenset[str]:
+    """The modules that a checkpoint holds unquantized, after a look at all its headers if it lies here.
+
+    Raises:
+        CheckpointError: a shard or a tensor is not what it must be. ``vllm serve`` ends with that line.
+    """
+    folder = _local(model_name)
+    if folder is None:
+        remote = get_safetensors_params_metadata(model_name, revision=loading.asked.get()[0])
+        return frozenset(layers.float_modules((n, i["dtype"], tuple(i["shape"])) for n, i in remote.items()))
+    if not any(folder.glob("*.safetensors")):  # none for dummy weights
+        return frozenset()
+    try:
+        checkpoint = files.Checkpoint(folder)
+        checkpoint.check()
+    except CheckpointError as error:
+        stop(error)
+    return frozenset(layers.float_modules((t.name, t.dtype, t.shape) for t in checkpoint.tensors.values()))
 
 
 def _group_sizes(section: dict[str, Any]) -> list[Any]:

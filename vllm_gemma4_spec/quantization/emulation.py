@@ -16,6 +16,7 @@ from torch.nn import Module, Parameter
 from torch.nn import functional as F
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.utils import nvfp4_utils
+from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import is_fp4_marlin_supported
 from vllm.model_executor.layers.quantization.utils.nvfp4_utils import NvFp4LinearBackend
 from vllm.platforms import current_platform
 
@@ -28,10 +29,15 @@ _RESERVE = 0.1  # share of the machine's memory that dequantized weights leave a
 _UNQUANTIZED = UnquantizedLinearMethod()
 
 
-def select_backend() -> NvFp4LinearBackend:
-    """vLLM's choice; emulation where it has none: a CPU, or a GPU without a kernel that reads FP4."""
+def select_backend(weight_only: bool = False) -> NvFp4LinearBackend:
+    """vLLM's choice; emulation where it has none: a CPU, or a GPU without a kernel that reads FP4.
+
+    ``weight_only``: activations have no scale, so only Marlin can read the weights.
+    """
     if current_platform.is_cpu():
         return NvFp4LinearBackend.EMULATION
+    if weight_only and is_fp4_marlin_supported():
+        return NvFp4LinearBackend.MARLIN
     try:
         return nvfp4_utils.select_nvfp4_linear_backend()
     except ValueError as error:

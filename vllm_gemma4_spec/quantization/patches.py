@@ -9,8 +9,10 @@ if TYPE_CHECKING:
         compressed_tensors,
         config,
         cpu_experts,
+        fp8,
         kv_scales,
         loading,
+        mixed,
         nan_scales,
         reload,
         small_batch_layers,
@@ -19,8 +21,10 @@ else:  # a wrapper's module is imported only after the module of vLLM that it pa
     compressed_tensors = Lazy("vllm_gemma4_spec.quantization.compressed_tensors")
     config = Lazy("vllm_gemma4_spec.quantization.config")
     cpu_experts = Lazy("vllm_gemma4_spec.quantization.cpu_experts")
+    fp8 = Lazy("vllm_gemma4_spec.quantization.fp8")
     kv_scales = Lazy("vllm_gemma4_spec.quantization.kv_scales")
     loading = Lazy("vllm_gemma4_spec.quantization.loading")
+    mixed = Lazy("vllm_gemma4_spec.quantization.mixed")
     nan_scales = Lazy("vllm_gemma4_spec.quantization.nan_scales")
     reload = Lazy("vllm_gemma4_spec.quantization.reload")
     small_batch_layers = Lazy("vllm_gemma4_spec.quantization.small_batch_layers")
@@ -91,22 +95,32 @@ PATCHES: tuple[Patch, ...] = (
         name="modelopt-nvfp4",
         group=Group.CORRECTNESS,
         why=(
-            "0.19.1 refuses quant_algo NVFP4_AWQ and NVFP4_SVD, loads NaN block scales as they are, lets "
+            "0.19.1 refuses quant_algo NVFP4_AWQ, NVFP4_SVD and W4A16_NVFP4, does not find the experts of a Gemma 4 in "
+            "MIXED_PRECISION, loads NaN block scales as they are, lets "
             "uninitialised scales of E4B layers that reuse KV into a maximum, overflows Marlin's scales where a "
             "tensor's are far apart (448 beside 1/512), takes bf16 experts for quantized "
-            "ones, and has no NVFP4 on a CPU."
+            "ones, wants an input_scale of experts that calibration never reached, and has neither NVFP4 nor FP8 on a "
+            "CPU."
         ),
         how=(
-            "A subclass of the NVFP4 config chooses a subclass of the linear method, which adds pre_quant_scale "
-            "and the low-rank branch, mends what was loaded and emulates where vLLM has no kernel; also when weights "
-            "are loaded again (reload_weights, update_weights), with the KV cache's scales."
+            "Subclasses of the NVFP4 and mixed configs choose subclasses of the linear methods, which add "
+            "pre_quant_scale and the low-rank branch, mend what was loaded and emulate where vLLM has no kernel; also "
+            "when weights are loaded again (reload_weights, update_weights), with the KV cache's scales."
         ),
         retire="vLLM reads pre_quant_scale and svdquant_lora_*, and mends or refuses NaN scales itself.",
-        scope="Checkpoints in ModelOpt's NVFP4, NVFP4_AWQ and NVFP4_SVD, whatever the model.",
+        scope="Checkpoints in ModelOpt's NVFP4 forms, MIXED_PRECISION and FP8, whatever the model.",
         related="#35733 (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ "
         "and NVFP4_SVD",
         edits=(
             Edit(f"{_QUANTIZATION}:ModelOptNvFp4Config", config.nvfp4_config),
+            Edit(f"{_QUANTIZATION}:ModelOptMixedPrecisionConfig", mixed.mixed_config),
+            Edit(f"{_QUANTIZATION}:ModelOptFp8LinearMethod", fp8.linear_method),
+            Edit(
+                f"{_QUANTIZATION}:ModelOptMxFp8Config.from_config",
+                loading.refused_on_cpu,
+                source=f"{_QUANTIZATION}:ModelOptQuantConfigBase.from_config",
+            ),
+            Edit(f"{_QUANTIZATION}:ModelOptFp8Config.get_supported_act_dtypes", fp8.activation_dtypes),
             Edit(
                 "vllm.transformers_utils.model_arch_config_convertor:"
                 "ModelArchConfigConvertorBase._normalize_quantization_config",
@@ -170,6 +184,7 @@ PATCHES: tuple[Patch, ...] = (
                 compressed_tensors.linear_scheme,
                 source=f"{_COMPRESSED}.schemes.compressed_tensors_w4a16_nvfp4:CompressedTensorsW4A16Fp4",
             ),
+            Edit(f"{_COMPRESSED}.compressed_tensors:CompressedTensorsConfig.from_config", loading.refused_on_cpu),
             Edit(
                 f"{_COMPRESSED}.compressed_tensors_moe:CompressedTensorsW4A4Nvfp4MoEMethod",
                 compressed_tensors.experts_method,

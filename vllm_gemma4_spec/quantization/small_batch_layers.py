@@ -68,7 +68,7 @@ def prepare(layer: Module) -> None:
     """
     from vllm_gemma4_spec.kernels import small_batch_gemm
 
-    scaled = _scale_would_stand_alone(layer)
+    scaled = scale_stands_alone(layer)
     if not hasattr(layer, "rows_wanted"):  # weights that are loaded again are treated as the first were
         target = scaled and scope.gemma4_engine(scope.current_config()) and _in_product(layer.weight.device)
         layer.rows_wanted = (_loading_drafter or target) and small_batch_gemm.suits(layer)
@@ -88,7 +88,8 @@ def _in_product(device: torch.device) -> bool:
     return value == "1"
 
 
-def _scale_would_stand_alone(layer: Module) -> bool:
+def scale_stands_alone(layer: Module) -> bool:
+    """Whether ``pre_quant_scale`` would be a kernel of its own, and the product may take it in."""
     return (
         layer.prefix.endswith(".o_proj")
         and layer.pre_quant_scale is not None

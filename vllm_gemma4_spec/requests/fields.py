@@ -1,4 +1,4 @@
-"""What speculation does to every field of a request: the list that ``docs/compatibility.md`` is generated from.
+"""What speculation does to every field of a request; ``docs/reference/compatibility.md`` is generated from it.
 
 A field of vLLM 0.19.1 that is not listed here, or one listed here that is gone, fails
 ``tests/requests/test_fields.py``, which also follows each claim to its test.
@@ -210,7 +210,7 @@ START, END = "<!-- generated: make fields -->\n", "<!-- end of what is generated
 
 
 def page() -> str:
-    """The section of ``docs/compatibility.md``."""
+    """The section of ``docs/reference/compatibility.md``."""
     lines = []
     for verdict in Verdict:
         lines += [f"**{verdict.value.capitalize()}**", "", "| request | fields | shown by |", "|---|---|---|"]

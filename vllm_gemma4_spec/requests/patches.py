@@ -135,6 +135,10 @@ REQUEST_ERRORS = Patch(
         Edit("vllm.sampling_params:SamplingParams.verify", validation.verify),
         Edit("vllm.v1.engine.input_processor:InputProcessor._validate_params", validation.validate_params),
         Edit("vllm.v1.engine.async_llm:AsyncLLM.generate", validation.generate),
+        Edit(
+            "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses.responses_stream_generator",
+            validation.responses_stream_generator,
+        ),
     ),
     watches=("vllm.entrypoints.utils:create_error_response",),
 )

@@ -92,6 +92,22 @@ def generate(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def responses_stream_generator(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``OpenAIServingResponses.responses_stream_generator``, where ``generate`` is not called before the stream begins.
+
+    Unrefused, the error would break the stream off without a word.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, request: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        processor = getattr(self.engine_client, "input_processor", None)
+        if processor is not None and gemma4_model(self.model_config) and _may_be_refused(sampling_params):
+            processor._validate_params(sampling_params, ("generate",))
+        return original(self, request, sampling_params, *args, **kwargs)
+
+    return wrapper
+
+
 def _may_be_refused(params: Any) -> bool:
     fields = (params.structured_outputs, params.thinking_token_budget, params.logit_bias, params.min_p or None)
     return any(field is not None for field in fields)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         kv_sharing,
         max_length,
         one_group,
+        prefix_cache,
         proposer,
         sleep,
         text_only_drafter,
@@ -29,6 +30,7 @@ else:  # a wrapper's module is imported only after the module of vLLM that it pa
     kv_sharing = Lazy("vllm_gemma4_spec.spec_decode.kv_sharing")
     max_length = Lazy("vllm_gemma4_spec.spec_decode.max_length")
     one_group = Lazy("vllm_gemma4_spec.spec_decode.one_group")
+    prefix_cache = Lazy("vllm_gemma4_spec.spec_decode.prefix_cache")
     proposer = Lazy("vllm_gemma4_spec.spec_decode.proposer")
     sleep = Lazy("vllm_gemma4_spec.spec_decode.sleep")
     text_only_drafter = Lazy("vllm_gemma4_spec.spec_decode.text_only_drafter")
@@ -218,6 +220,23 @@ DRAFTER_CHECKS = Patch(
     watches=("vllm.config.speculative:SpeculativeConfig.verify_equal_vocab_size_if_draft_model",),
 )
 
+PREFIX_HITS = Patch(
+    name="prefix-hits",
+    group=Group.CONVENIENCE,
+    why="Beside an EAGLE head 0.19.1 drops the last block of a prefix cache hit once per KV cache group and aligns "
+    "what is left to the largest block: of Gemma 4's groups nothing is left, so every prompt is computed anew.",
+    how="Nothing is dropped, as in plain decoding. The head's last cached key may then be that of another next token, "
+    "which can cost a draft and never an answer.",
+    retire="vLLM 0.30.0, where the drop can be switched off; 0.20.0 (#40624) aligns after it and keeps most hits.",
+    scope="Engines with a Gemma 4 as target that speculate with an EAGLE head.",
+    related="#40624",
+    edits=(Edit("vllm.v1.core.sched.scheduler:Scheduler.__init__", prefix_cache.scheduler_init),),
+    watches=(
+        "vllm.v1.core.kv_cache_coordinator:HybridKVCacheCoordinator.find_longest_cache_hit",
+        "vllm.v1.core.single_type_kv_cache_manager:SlidingWindowManager.find_longest_cache_hit",
+    ),
+)
+
 ACCEPTANCE_WATCH = Patch(
     name="acceptance-watch",
     group=Group.CONVENIENCE,
@@ -262,6 +281,7 @@ PATCHES: tuple[Patch, ...] = (
     CHUNK_BOUNDARIES,
     LENGTH_LIMIT,
     DRAFTER_CHECKS,
+    PREFIX_HITS,
     ACCEPTANCE_WATCH,
     SKIPPED_DRAFTS,
 )
