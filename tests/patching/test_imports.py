@@ -22,6 +22,7 @@ LAYERS = (
     ("kernels", "metrics"),
     ("chat", "cpu", "engine", "lora", "multimodal", "quantization", "spec_decode"),
     ("performance",),
+    ("mtp",),
     ("registry",),
     ("demo", "ops", "plugin"),
     ("cli",),

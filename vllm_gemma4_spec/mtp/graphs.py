@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vllm_gemma4_spec.performance.draft_graphs import CAPTURABLE
-
-if TYPE_CHECKING:
-    from vllm_gemma4_spec.mtp.proposer import AssistantProposer
 
 
 class AssistantGraphs:
@@ -27,7 +24,7 @@ class AssistantGraphs:
         depths: numbers of passes to capture.
     """
 
-    def __init__(self, proposer: AssistantProposer, batch_sizes: Sequence[int], depths: Sequence[int]) -> None:
+    def __init__(self, proposer: Any, batch_sizes: Sequence[int], depths: Sequence[int]) -> None:
         self._proposer, self.batch_sizes, self.depths = proposer, sorted(batch_sizes), tuple(depths)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         # Batch size -> the captured one it is padded to.
@@ -37,7 +34,8 @@ class AssistantGraphs:
     def _run(self, num_reqs: int, depth: int) -> Tensor:
         # An upper bound of the lengths: what is captured must not depend on this step's.
         longest = self._proposer.vllm_config.model_config.max_model_len
-        return self._proposer._passes(num_reqs, depth, self._proposer.metadata(num_reqs, longest))
+        drafts: Tensor = self._proposer._passes(num_reqs, depth, self._proposer.metadata(num_reqs, longest))
+        return drafts
 
     @torch.inference_mode()
     def capture(self, pool: Any, warmups: int = 2) -> None:
@@ -71,7 +69,7 @@ class AssistantGraphs:
         return drafts[:num_reqs].clone()
 
 
-def capturable(proposer: AssistantProposer) -> bool:
+def capturable(proposer: Any) -> bool:
     """Whether every metadata builder depends on nothing but device tensors."""
     return {type(group.get_metadata_builder()).__name__ for group in proposer.draft_attn_groups} <= CAPTURABLE
 

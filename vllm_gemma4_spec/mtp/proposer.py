@@ -9,6 +9,7 @@ decode steps, mixed batches and the last chunk of a prompt alike.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from vllm.v1.spec_decode.eagle import EagleProposer
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_gemma4_spec import scope, settings
-from vllm_gemma4_spec.mtp.graphs import AssistantGraphs
+from vllm_gemma4_spec.mtp.graphs import AssistantGraphs, batch_sizes, capturable
 from vllm_gemma4_spec.mtp.invariants import check_draft
 from vllm_gemma4_spec.performance import compile_settings
 from vllm_gemma4_spec.performance.argmax import HEAD, head_of
@@ -127,6 +128,15 @@ class AssistantProposer(RunnerProposer):
         """One pass without attention: compiles the model, and shows the memory profile what a draft takes."""
         num_reqs = max(2, min(num_tokens, self.most_requests))
         self._passes(num_reqs, 1, None)
+
+    def graphs_to_capture(self, depths: Sequence[int]) -> AssistantGraphs | None:
+        """Graphs of whole drafts; None where a metadata builder depends on more than device tensors."""
+        config = self.vllm_config
+        if not capturable(self):
+            return None
+        sizes, query_len = config.compilation_config.cudagraph_capture_sizes, self.num_speculative_tokens + 1
+        counts = batch_sizes(sizes or (), query_len, config.scheduler_config.max_num_seqs)
+        return AssistantGraphs(self, counts, depths) if counts else None
 
     # Drafting.
 

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 
 from vllm_gemma4_spec import scope, settings
-from vllm_gemma4_spec.mtp import graphs as assistant
-from vllm_gemma4_spec.mtp.graphs import AssistantGraphs
 from vllm_gemma4_spec.performance import adaptive_k
 from vllm_gemma4_spec.performance.draft_graphs import GRAPHS, DraftGraphs, capturable, decode_batch_sizes
 from vllm_gemma4_spec.spec_decode.proposer import GROUPS
@@ -104,14 +102,9 @@ def _wanted(runner: Any) -> bool:
     )
 
 
-def _assistant_graphs(runner: Any) -> AssistantGraphs | None:
+def _assistant_graphs(runner: Any) -> Any:
     """Graphs to capture of an assistant; none where it must stay eager."""
-    drafter, sizes = runner.drafter, runner.compilation_config.cudagraph_capture_sizes
-    if not _wanted(runner) or not assistant.capturable(drafter):
-        return None
-    query_len = drafter.num_speculative_tokens + 1
-    counts = assistant.batch_sizes(sizes, query_len, runner.scheduler_config.max_num_seqs)
-    return AssistantGraphs(drafter, counts, _depths(runner)) if counts else None
+    return runner.drafter.graphs_to_capture(_depths(runner)) if _wanted(runner) else None
 
 
 def _draft_graphs(runner: Any) -> DraftGraphs | None:
