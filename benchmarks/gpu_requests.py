@@ -2,7 +2,7 @@
 
     TRITON_F32_DEFAULT=ieee python benchmarks/gpu_requests.py [--out requests.json]
 
-Every case of ``tests/requests/test_engine.py`` (the end of reasoning at every place of a step, each kind of
+Every case of ``tests/requests/test_requests_engine.py`` (the end of reasoning at every place of a step, each kind of
 constraint, budgets, stop strings) on a tiny model with head_dim 256 / 512 in float32, with CUDA graphs. With async
 scheduling drafts and bitmasks travel another way: a step is scheduled with placeholders, and drafts are validated
 before it is sampled. Exits 1 if an answer differs.
@@ -42,7 +42,7 @@ def main() -> int:
     ap.add_argument("--out", type=Path)
     args = ap.parse_args()
 
-    from tests.requests.test_engine import ask_all, told
+    from tests.requests.test_requests_engine import ask_all, told
     from tests.support import scripted
 
     heads = {"head_dim": 256, "global_head_dim": 512}

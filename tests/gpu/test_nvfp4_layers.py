@@ -180,7 +180,7 @@ def test_experts(measured: Any) -> None:
     worst, nearest = 0.0, float("inf")
     for tokens in (1, 4, 16, 64):
         x = torch.randn(tokens, hidden, generator=generator, device=DEVICE).bfloat16()
-        logits = torch.randn(tokens, count, generator=generator, device=DEVICE)
+        logits = torch.randn(tokens, count, generator=generator, device=DEVICE, dtype=torch.float32)
         chosen = torch.topk(logits.softmax(-1), top)
         routed["weights"] = chosen.values / chosen.values.sum(-1, keepdim=True)
         routed["ids"] = chosen.indices.int()

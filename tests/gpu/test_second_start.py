@@ -6,7 +6,6 @@ the second start compiles layers that share a shape again, as the target's, and 
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import vllm_gemma4_spec
 from tests.gpu import device
 from tests.gpu.parts import ROOT
 from tests.support import engine, tiny_models
@@ -29,15 +29,21 @@ def start(target: Path, drafter: Path) -> dict[str, Any]:
     from vllm.compilation.backends import VllmBackend
     from vllm.compilation.counter import compilation_counter
 
+    vllm_gemma4_spec.apply()
+    made, original = [], VllmBackend.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        made.append((self.prefix, bool(self.inductor_config.get("triton.enable_pdl", False))))
+
+    VllmBackend.__init__ = init
     prompts = engine.random_prompts(device.LENGTHS[:4])
     with engine.engine(target, drafter, device.K, **device.options(mode=3)) as llm:
         found = device.ask(llm, prompts, 32)
-        alive = [o for o in gc.get_objects() if type(o) is VllmBackend]
-        backends = [(o.prefix, bool(o.inductor_config.get("triton.enable_pdl", False))) for o in alive]
     return {
         "saved": compilation_counter.num_compiled_artifacts_saved,
         "loaded": compilation_counter.num_compiled_artifacts_loaded,
-        "backends": backends,
+        "backends": made,
         "capability": torch.cuda.get_device_capability(),
         "tokens": found.tokens,
         "accepted": found.accepted,

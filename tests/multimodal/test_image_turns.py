@@ -55,9 +55,14 @@ def test_an_image_and_what_is_behind_it_wait_a_few_steps(tiny: dict[str, Path], 
     assert max(waited[name] for name in ("6", "7", "8")) <= 6
     assert not {"0", "1"} & set(left_out)  # the latest sit out, and only as many as are in the way
     assert max(left_out.values()) <= 2
+
+
+@pytest.mark.usefixtures("uncut")
+def test_stock_lets_all_wait_behind_an_image(tiny: dict[str, Path]) -> None:
     with without(IMAGE_TURNS):
-        waited, _ = wait(tiny["target"], asynchronous)
-    assert min(waited[name] for name in ("6", "7", "8")) > 50
+        waited, left_out = wait(tiny["target"], False)
+    assert min(waited[name] for name in ("6", "7", "8")) > 50  # until the others have ended
+    assert not left_out
 
 
 @pytest.mark.slow

@@ -14,20 +14,16 @@ import vllm_gemma4_spec
 from tests.hf_config.test_normal_form import as_written_later
 from tests.quantization.comparison import FIXTURES, edited, engine_logprobs, per_expert, text_only
 from tests.support import engine as _engine
-from tests.support import tiny_multimodal
 from tests.support.engine import engine, generate, random_prompts
-from tests.support.images import picture
 from tests.support.stock import without
 from vllm_gemma4_spec.cpu import patches as cpu
 from vllm_gemma4_spec.errors import DrafterError
 from vllm_gemma4_spec.hf_config import patches as hf_config
 from vllm_gemma4_spec.lora import patches as lora
-from vllm_gemma4_spec.multimodal import patches as multimodal
 from vllm_gemma4_spec.patching.patch import Patch
 from vllm_gemma4_spec.performance import patches as performance
 from vllm_gemma4_spec.quantization import patches as quantization
 from vllm_gemma4_spec.spec_decode import patches as spec_decode
-from vllm_gemma4_spec.startup import patches as startup
 
 assert _engine
 
@@ -112,19 +108,6 @@ def test_a_whole_drafter_beside_several_ranks_is_refused() -> None:
         DraftModelProposer._raise_if_draft_tp_mismatch(proposer)
 
 
-def test_a_release_of_transformers_that_is_too_new_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import vllm.config  # noqa: F401  first: the convertors' module imports it back
-    from vllm.transformers_utils.model_arch_config_convertor import Gemma4ModelArchConfigConvertor
-
-    from vllm_gemma4_spec.patching import version
-
-    monkeypatch.setattr(version.importlib.metadata, "version", lambda name: "5.24.0")
-    text = SimpleNamespace(head_dim=32, global_head_dim=64)
-    convertor = SimpleNamespace(hf_config=text, hf_text_config=text)
-    with without(startup.TRANSFORMERS_VERSION):
-        assert Gemma4ModelArchConfigConvertor.get_head_size(convertor) == 64
-
-
 def test_sizes_by_layer_are_not_read(tmp_path: Path) -> None:
     """What transformers 5.15 and later writes: 0.19.1 goes on with the default size of full layers."""
     from vllm.transformers_utils.config import get_config
@@ -143,17 +126,6 @@ def test_a_block_of_every_hit_is_dropped_beside_an_eagle_head() -> None:
 
     source = inspect.getsource(inspect.unwrap(Scheduler.__init__))
     assert "use_eagle=self.use_eagle" in source  # KVCacheManager hands it on to the coordinator, which drops the block
-
-
-def test_an_image_of_extreme_shape_is_given_tokens_that_the_tower_does_not_make() -> None:
-    from vllm.model_executor.models.gemma4_mm import Gemma4ProcessingInfo
-
-    vision = SimpleNamespace(**tiny_multimodal.VISION)
-    info = SimpleNamespace(get_hf_config=lambda: SimpleNamespace(vision_config=vision))
-    made = tiny_multimodal.processor().image_processor([picture(0, 2, 400)], return_tensors="pt")
-    tokens = int((made["image_position_ids"] >= 0).all(-1).sum()) // 9
-    with without(multimodal.IMAGE_SIZES):
-        assert Gemma4ProcessingInfo._compute_num_soft_tokens(info, 2, 400) != tokens
 
 
 def test_the_class_of_published_checkpoints_takes_no_adapter() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.engine import engine, generate, random_prompts
-from vllm_gemma4_spec.registry import PATCHER
+from tests.support.stock import without
 from vllm_gemma4_spec.scheduling.patches import LONG_PROMPTS
 
 PROMPT = random_prompts([900])[0]
@@ -68,28 +67,9 @@ def test_what_start_up_accepts_is_answered(
         assert generate(llm, [PROMPT, *others], 20) == wanted
 
 
-def test_stock_never_runs_it_and_one_line_says_so(
-    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    from vllm_gemma4_spec.scheduling import waiting
-
-    PATCHER.apply()
-    monkeypatch.setenv("VLLM_GEMMA4_SPEC_PATCH_LONG_PROMPTS", "0")
-    PATCHER.undo([LONG_PROMPTS])
-    monkeypatch.setattr(waiting.logger, "level", logging.WARNING)
-    waiting.logger.addHandler(caplog.handler)
-    try:
-        with just_enough(monkeypatch), engine(tiny["target"], **OPTIONS) as llm:
-            assert steps_until_done(llm, [PROMPT], 4, limit=100) is None
-            assert not caplog.records
-            monkeypatch.setattr(waiting, "PATIENCE", 0.0)
-            assert steps_until_done(llm, [PROMPT], 4, limit=100) is None
-    finally:
-        waiting.logger.removeHandler(caplog.handler)
-        PATCHER.apply([LONG_PROMPTS])
-    lines = [r.getMessage() for r in caplog.records if "has waited" in r.getMessage()]
-    assert len(lines) == 1
-    assert "of 900 tokens (WAITING)" in lines[0]
+def test_stock_never_runs_it(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with without(LONG_PROMPTS), just_enough(monkeypatch), engine(tiny["target"], **OPTIONS) as llm:
+        assert steps_until_done(llm, [PROMPT], 4, limit=100) is None
 
 
 def test_a_pool_too_small_lowers_the_maximum_length(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,11 @@ from hypothesis import strategies as st
 
 import vllm_gemma4_spec
 from tests.scheduling.simulation import Job, Simulation, World
+from tests.support.stock import without
 from vllm_gemma4_spec.multimodal import image_attention
-from vllm_gemma4_spec.registry import PATCHER
-from vllm_gemma4_spec.scheduling.patches import LONG_PROMPTS
+from vllm_gemma4_spec.patching.patch import Patch
+from vllm_gemma4_spec.scheduling import waiting
+from vllm_gemma4_spec.scheduling.patches import LONG_PROMPTS, WAITING_REQUESTS
 
 GROUPS = st.lists(
     st.tuples(st.sampled_from([0, 0, 3, 8, 13, 40]), st.sampled_from([1, 1, 2, 4])), min_size=1, max_size=5
@@ -78,18 +82,59 @@ def test_every_request_ends(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPat
         assert simulation.answers[str(number)] == min(job.output, simulation.longest - job.prompt)
 
 
+WORLD = World(groups=((0, 1), (8, 1), (8, 1)), num_blocks=50, batched_tokens=8, max_num_seqs=2)
+LONG = [Job(0, 100, 4)]
+
+
 def test_stock_waits_for_ever(tiny: dict[str, Path]) -> None:
     """The property can fail: 0.19.1 admits no prompt that does not fit in sliding-window groups whole."""
-    world = World(groups=((0, 1), (8, 1), (8, 1)), num_blocks=50, batched_tokens=8, max_num_seqs=2)
-    work = [Job(0, 100, 4)]
     vllm_gemma4_spec.apply()
-    assert world.longest() > 104
-    assert Simulation(world, tiny["target"]).run(work, limit=200)
-    PATCHER.undo([LONG_PROMPTS])
+    assert WORLD.longest() > 104
+    assert Simulation(WORLD, tiny["target"]).run(LONG, limit=200)
+    with without(LONG_PROMPTS):
+        assert not Simulation(WORLD, tiny["target"]).run(LONG, limit=200)
+
+
+class Lines(logging.Handler):
+    """The log's lines, once each, wherever else they go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def said(model: Path, caplog: pytest.LogCaptureFixture, *patches: Patch) -> list[str]:
+    """Lines about a request that is never admitted, without ``patches``."""
+    caplog.set_level(logging.WARNING, logger=waiting.logger.name)
+    handler = Lines()
+    waiting.logger.addHandler(handler)
     try:
-        assert not Simulation(world, tiny["target"]).run(work, limit=200)
+        with contextlib.ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(without(patch))
+            assert not Simulation(WORLD, model).run(LONG, limit=200)
     finally:
-        PATCHER.apply([LONG_PROMPTS])
+        waiting.logger.removeHandler(handler)
+    return [line for line in handler.lines if "has waited" in line]
+
+
+def test_a_request_that_waits_is_named_once(
+    tiny: dict[str, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not said(tiny["target"], caplog, LONG_PROMPTS)  # not before a minute
+    monkeypatch.setattr(waiting, "PATIENCE", 0.0)
+    (line,) = said(tiny["target"], caplog, LONG_PROMPTS)
+    assert line.startswith("Request 0 of 100 tokens (WAITING) has waited for 0 s although 49 of 50 ")
+
+
+def test_stock_waits_in_silence(
+    tiny: dict[str, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "PATIENCE", 0.0)
+    assert not said(tiny["target"], caplog, LONG_PROMPTS, WAITING_REQUESTS)
 
 
 def test_what_is_longer_never_ends(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,11 @@ from packaging.version import Version
 import vllm_gemma4_spec
 from tests.support import tiny_models
 from tests.support.commands import ROOT
+from tests.support.stock import without
 from vllm_gemma4_spec.errors import VersionError
 from vllm_gemma4_spec.patching import version
 from vllm_gemma4_spec.patching.version import TRANSFORMERS
+from vllm_gemma4_spec.startup.patches import TRANSFORMERS_VERSION
 
 
 @pytest.fixture
@@ -43,6 +45,15 @@ def test_a_gemma_4_does_not_start(installed: Callable[[str], None], found: str, 
         ModelConfig(str(tmp_path), **options)
     assert str(error.value).startswith(f"transformers: {found} (wanted {TRANSFORMERS}); ")
     assert str(error.value).endswith(f"pip install 'transformers{TRANSFORMERS}'")
+
+
+def test_stock_asks_for_no_release(installed: Callable[[str], None], tmp_path: Path) -> None:
+    from vllm.config import ModelConfig
+
+    tiny_models.target_config(architectures=["Gemma4ForCausalLM"], dtype="float32").save_pretrained(tmp_path)
+    with without(TRANSFORMERS_VERSION):
+        installed("5.24.0")
+        assert ModelConfig(str(tmp_path), dtype="float32", skip_tokenizer_init=True).get_head_size() == 64
 
 
 def test_the_extras_and_the_constraints_take_none_of_those() -> None:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from vllm.config import set_current_vllm_config
-from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from vllm_gemma4_spec import scope
 from vllm_gemma4_spec.errors import CheckpointError
@@ -64,6 +63,7 @@ def _load_kv_scales(layer: Module) -> None:
     """Put an attention layer's tensors back and its new scales into them, if the checkpoint has some."""
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.model_loader.reload import layerwise
+    from vllm.model_executor.model_loader.weight_utils import default_weight_loader  # whose package imports layerwise
 
     if not isinstance(layer, Attention):
         return

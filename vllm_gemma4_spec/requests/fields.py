@@ -43,8 +43,8 @@ def _untouched(why: str) -> Field:
 RANDOM = _same("requests/test_random_requests::test_answers_are_those_of_plain_decoding")
 FEATURES = _same("engine/test_request_features::test_an_answer_is_that_of_plain_decoding")
 DISTRIBUTION = _same("engine/test_sampling::test_speculative_sampling_has_the_targets_distribution")
-POSITIONS = _same("requests/test_engine::test_every_answer_is_that_of_plain_decoding")
-SERVER = _same("requests/test_server::test_every_endpoint_answers_as_without_speculation")
+POSITIONS = _same("requests/test_requests_engine::test_every_answer_is_that_of_plain_decoding")
+SERVER = _same("requests/test_requests_server::test_every_endpoint_answers_as_without_speculation")
 DEMO = _same("chat/test_demo_server::test_streamed_is_whole_and_speculation_changes_nothing")
 NO_BIAS = _refused("min_p and logit_bias sampling parameters are not yet supported with speculative decoding")
 NO_STORE = _refused("VLLM_ENABLE_RESPONSES_API_STORE")
@@ -111,8 +111,8 @@ _COMMON = {
     "user": IGNORED,
     "stream": SERVER,
     "stream_options": SERVER,
-    "use_beam_search": _same("requests/test_engine::test_beam_search_is_that_of_plain_decoding"),
-    "length_penalty": _same("requests/test_engine::test_beam_search_is_that_of_plain_decoding"),
+    "use_beam_search": _same("requests/test_requests_engine::test_beam_search_is_that_of_plain_decoding"),
+    "length_penalty": _same("requests/test_requests_engine::test_beam_search_is_that_of_plain_decoding"),
     "truncate_prompt_tokens": PROMPT,
     "echo": SHAPE,
     "add_special_tokens": PROMPT,
