@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -54,23 +55,27 @@ def expected(tokenizer: Any, scenario: Scenario, tokens: list[int], prompt: list
     used = tokens[:ends] if stopped else tokens[:limit]
     text_tokens = used[:-1] if stopped and not request.get("include_stop_str_in_output") else used
     stops = request.get("stop", [])
-    special = vocabulary(tokenizer).special
-    runs = tokenizer.decode([t for t in text_tokens if t not in special])
-    stop = next((s for s in stops if s in runs), None)
-    meaning = reference.understand(
+    understood = functools.partial(
+        reference.understand,
         text_tokens,
         lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
-        special,
+        vocabulary(tokenizer).special,
         prompt=prompt,
         tools=scenario.tools,
         shown=request.get("skip_special_tokens") is False,
-        stop=stop,
         include_stop=bool(request.get("include_stop_str_in_output")),
+        include_reasoning=request.get("include_reasoning", True),
+        parallel=request.get("parallel_tool_calls", True) is not False,
         cut=not stopped,
+        byte=lambda t: reference.byte_of(tokenizer.convert_ids_to_tokens(t)),
     )
+    meaning = understood()
+    stop = next((s for s in stops if any(s in text for _, text in meaning.seen())), None)
+    if stop:
+        meaning = understood(stop=stop)
     engine = "stop" if stopped or stop else "length"
     return {
-        "reasoning": meaning.reasoning if request.get("include_reasoning", True) else "",
+        "reasoning": meaning.reasoning,
         "content": meaning.content,
         "calls": meaning.calls,
         "finish_reason": meaning.finish(engine),

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING
 from vllm_gemma4_spec.patching.patch import Edit, Group, Lazy, Patch
 
 if TYPE_CHECKING:
-    from vllm_gemma4_spec.chat import completions, errors, responses, startup
+    from vllm_gemma4_spec.chat import completions, errors, responses, seen, startup
 else:  # a wrapper's module is imported only after the module of vLLM that it patches
     completions = Lazy("vllm_gemma4_spec.chat.completions")
     errors = Lazy("vllm_gemma4_spec.chat.errors")
     responses = Lazy("vllm_gemma4_spec.chat.responses")
+    seen = Lazy("vllm_gemma4_spec.chat.seen")
     startup = Lazy("vllm_gemma4_spec.chat.startup")
 
 _CHAT = "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"
 _BATCH = "vllm.entrypoints.openai.chat_completion.batch_serving:OpenAIServingChatBatch"
+_PROTOCOL = "vllm.entrypoints.openai.chat_completion.protocol"
 _SERVING = "vllm.entrypoints.openai.engine.serving:OpenAIServing"
 _RENDER = "vllm.entrypoints.serve.render.serving:OpenAIServingRender"
 _SERVING_RESPONSES = "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"
@@ -39,6 +41,9 @@ CHAT_OUTPUT = Patch(
         Edit(f"{_CHAT}.chat_completion_stream_generator", completions.stream_generator),
         Edit(f"{_CHAT}.chat_completion_full_generator", completions.full_generator),
         Edit(f"{_BATCH}.chat_completion_full_generator_batch", completions.batch_full_generator),
+        Edit(f"{_BATCH}.render_batch_chat_request", seen.render_batch),
+        Edit(f"{_PROTOCOL}:BatchChatCompletionRequest.to_chat_completion_request", seen.single_request),
+        Edit("vllm.v1.engine.detokenizer:IncrementalDetokenizer.from_new_request", seen.from_new_request),
         Edit(f"{_SERVING_RESPONSES}._process_simple_streaming_events", responses.streaming_events),
         Edit(f"{_SERVING_RESPONSES}.responses_full_generator", responses.full_generator),
         Edit(f"{_SERVING_RESPONSES}._make_response_output_items", responses.output_items),
@@ -47,6 +52,7 @@ CHAT_OUTPUT = Patch(
         "vllm.reasoning.gemma4_reasoning_parser:Gemma4ReasoningParser",
         "vllm.tool_parsers.gemma4_tool_parser:Gemma4ToolParser",
         "vllm.entrypoints.openai.responses.context:SimpleContext",
+        "vllm.v1.engine.detokenizer:BaseIncrementalDetokenizer",
     ),
 )
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from vllm import envs
 
-from vllm_gemma4_spec.chat.requests import Parsers
+from vllm_gemma4_spec.chat.requests import Parsers, Plan
+from vllm_gemma4_spec.chat.seen import SeenStops
 from vllm_gemma4_spec.chat.tokens import TokenizerError, vocabulary
 
 
@@ -52,6 +53,9 @@ def preprocess_chat(original: Callable[..., Any]) -> Callable[..., Any]:
         # The experimental context of /v1/responses still parses text.
         if own is not None and parsers is not None and not envs.VLLM_USE_EXPERIMENTAL_PARSER_CONTEXT:
             request.skip_special_tokens = own
+            plan = Plan.of(parsers, request, self.renderer.tokenizer)
+            if plan.options.stop:
+                request.stop = SeenStops.of(plan.options.stop, plan)
         return result
 
     return wrapper
