@@ -102,8 +102,10 @@ async def one(served: Server, scenario: Scenario, tokens: list[int], cut: server
 def wrong(served: Server, scenario: Scenario, encode: Any, plain: Any) -> dict[str, Any]:
     """Cut -> what differs from the reference."""
 
+    tokens = scenario.tokens(encode, plain)
+    scenario = scenario.cut_at(len(tokens))
+
     async def every_cut() -> dict[str, Any]:
-        tokens = scenario.tokens(encode, plain)
         bad = {}
         for stream in (False, True):
             for name, cut in cuts(len(tokens), not stream):
