@@ -172,8 +172,8 @@ SCENARIOS = [
     _("content cut inside a character", ("bytes", "Hi ", "🫠", 2), max_tokens=ALL),
     _("reasoning cut inside a character", T, ("bytes", "Hi ", "🫠", 3), max_tokens=ALL, **THINK),
     _("an argument cut inside a character", C + "get{city:" + Q, ("bytes", "Hi ", "🫠", 1), max_tokens=ALL, **WITH),
-    _("half a character, then the turn's end", ("bytes", "Hi ", "🫠", 2), TURN),
-    _("half a character inside", ("bytes", "Hi ", "🫠", 2), " there" + TURN),
+    _("half a character, then the turn's end", ("bytes", "Hi ", "🫠", 1), TURN),
+    _("half a character inside", ("bytes", "Hi ", "🫠", 1), " there" + TURN),
     # One call only: whatever comes behind it.
     _("one call only, of two", C + "get{n:1}" + Z + C + "get{n:2}" + Z + RESPONSE, parallel_tool_calls=False, **WITH),
     _(

@@ -250,7 +250,7 @@ async def messages(served: Server, scenario: Scenario, stream: bool) -> dict[str
         request["tool_choice"] = {"type": scenario.request.get("tool_choice", "auto")}
     if "stop" in scenario.request:
         request["stop_sequences"] = scenario.request["stop"]
-    body = {"model": MODEL, "max_tokens": 900, "messages": USER, "stream": stream, **request}
+    body = {"model": MODEL, "max_tokens": 9000, "messages": USER, "stream": stream, **request}
     async with http(served) as client:
         reply = await client.post("/v1/messages", json=body)
     assert reply.status_code == 200, reply.text

@@ -7,20 +7,27 @@ from typing import TYPE_CHECKING
 from vllm_gemma4_spec.patching.patch import Edit, Group, Lazy, Patch
 
 if TYPE_CHECKING:
-    from vllm_gemma4_spec.chat import completions, errors, messages, responses, responses_input, seen, startup
+    from vllm_gemma4_spec.chat import (
+        completions,
+        errors,
+        messages,
+        responses,
+        responses_input,
+        seen_detokenizer,
+        startup,
+    )
 else:  # a wrapper's module is imported only after the module of vLLM that it patches
     completions = Lazy("vllm_gemma4_spec.chat.completions")
     errors = Lazy("vllm_gemma4_spec.chat.errors")
     messages = Lazy("vllm_gemma4_spec.chat.messages")
     responses = Lazy("vllm_gemma4_spec.chat.responses")
     responses_input = Lazy("vllm_gemma4_spec.chat.responses_input")
-    seen = Lazy("vllm_gemma4_spec.chat.seen")
+    seen_detokenizer = Lazy("vllm_gemma4_spec.chat.seen_detokenizer")
     startup = Lazy("vllm_gemma4_spec.chat.startup")
 
 _CHAT = "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat"
 _BATCH = "vllm.entrypoints.openai.chat_completion.batch_serving:OpenAIServingChatBatch"
 _MESSAGES = "vllm.entrypoints.anthropic.serving:AnthropicServingMessages"
-_PROTOCOL = "vllm.entrypoints.openai.chat_completion.protocol"
 _SERVING = "vllm.entrypoints.openai.engine.serving:OpenAIServing"
 _RENDER = "vllm.entrypoints.serve.render.serving:OpenAIServingRender"
 _SERVING_RESPONSES = "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"
@@ -46,9 +53,7 @@ CHAT_OUTPUT = Patch(
         Edit(f"{_CHAT}.chat_completion_stream_generator", completions.stream_generator),
         Edit(f"{_CHAT}.chat_completion_full_generator", completions.full_generator),
         Edit(f"{_BATCH}.chat_completion_full_generator_batch", completions.batch_full_generator),
-        Edit(f"{_BATCH}.render_batch_chat_request", seen.render_batch),
-        Edit(f"{_PROTOCOL}:BatchChatCompletionRequest.to_chat_completion_request", seen.single_request),
-        Edit("vllm.v1.engine.detokenizer:IncrementalDetokenizer.from_new_request", seen.from_new_request),
+        Edit("vllm.v1.engine.detokenizer:IncrementalDetokenizer.from_new_request", seen_detokenizer.from_new_request),
         Edit("vllm.entrypoints.openai.api_server:build_app", responses_input.build_app),
         Edit(f"{_SERVING_RESPONSES}._make_request", responses_input.make_request),
         Edit(f"{_MESSAGES}.create_messages", messages.create_messages),

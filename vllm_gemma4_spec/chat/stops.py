@@ -1,6 +1,6 @@
 """Stop strings are searched in what a user sees: reasoning and content, no mark, no label, nothing of a call.
 
-The engine decides when one has matched. :class:`SeenDetokenizer` (``detokenize.py``) has it search the text that a
+The engine decides when one has matched. ``seen_detokenizer.py`` has it search the text that a
 :class:`~vllm_gemma4_spec.chat.events.SeenText` makes of the output; it does not say at which token, so the newest
 characters are held back here until they cannot be part of a match any more.
 """
