@@ -287,6 +287,7 @@ def stop_strings(data: bytes) -> None:
     cuts = source.cuts(600)
     prompt = w.tokens(bytes(source.byte() for _ in range(source.below(4))))
     tokens = w.tokens(source.rest())
+    tokens = [t for t in tokens if t in w.special or w.vocabulary.texts[t]]  # a token at a time, no bytes
     options = Options(
         include_stop=include,
         special_text=shown,

@@ -119,13 +119,13 @@ class OutputParser:
         self._options = options
         self._stream = TextStream(vocabulary)
         self._events: list[Event] = []
-        if options.stop:
-            self._guard = StopGuard(options.stop, options.include_stop)
         if options.tools is Tools.NAMED:
             self._forced = NamedCall(self, options.tool_name)
         elif options.tools is Tools.REQUIRED:
             self._forced = RequiredCalls(self)
         self._enter(prompt)
+        if options.stop:  # only now: a prompt's text is none of the output's
+            self._guard = StopGuard(options.stop, options.include_stop)
         self._plain = self._takes_plain()
 
     @property
