@@ -8,7 +8,7 @@ STAMP   = $(VENV)/.installed
 # Tests read the genuine tokenizer, templates and configs where this names them, and say what they skip.
 export GEMMA4_ARTIFACTS ?=
 
-.PHONY: setup demo test test-slow soak test-load test-faults fuzz test-upstream lint types check fingerprints ledger \
+.PHONY: setup demo test test-slow soak test-clients test-load test-faults fuzz test-upstream lint types check fingerprints ledger \
     schemas drift supply-chain audit wheel docs clean
 
 setup: $(STAMP)
@@ -39,6 +39,12 @@ test-upstream: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --override constraints/cpu-overrides.txt \
 	    --constraint constraints/cpu.txt --editable '.[cpu,upstream]'
 	$(BIN)/python tools/upstream_tests.py --page docs/upstream-tests.md
+
+# The field's client libraries in pinned releases, in an environment of their own, against the demo server.
+test-clients: setup
+	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
+	$(BIN)/uv pip install --quiet --python .venv-clients/bin/python --editable '.[clients]'
+	$(BIN)/python -m pytest -m slow tests/clients -s
 
 # 64 clients on the CPU server, and the same on stock vLLM; faults on both; fuzzing of every parser (about an hour).
 test-load: setup
