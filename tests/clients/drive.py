@@ -151,7 +151,7 @@ def anthropic_messages(url: str) -> Seen:
     thinking: Any = {"type": "enabled", "budget_tokens": 1024}
 
     def ask(stream: bool, messages: Any, **more: Any) -> Any:
-        request: Any = {"model": MODEL, "max_tokens": 2000, "messages": messages, **more}
+        request: Any = {"model": MODEL, "max_tokens": 1200, "messages": messages, **more}
         request.setdefault("extra_body", {"temperature": 0})
         if not stream:
             return client.messages.create(**request)
@@ -247,7 +247,7 @@ def langchain_openai(url: str) -> Seen:
 def langchain_anthropic(url: str) -> Seen:
     from langchain_anthropic import ChatAnthropic
 
-    how: dict[str, Any] = {"model": MODEL, "base_url": url, "api_key": "-", "max_tokens": 2000}
+    how: dict[str, Any] = {"model": MODEL, "base_url": url, "api_key": "-", "max_tokens": 1200}
     thinks = ChatAnthropic(
         **how, thinking={"type": "enabled", "budget_tokens": 1024}, model_kwargs={"extra_body": {"temperature": 0}}
     )

@@ -36,7 +36,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def seen_by(client: str, url: str) -> dict[str, Any]:
     command = [str(PYTHON), "-m", "tests.clients.drive", client, url]
-    environment = {**os.environ, "NO_PROXY": "*", "no_proxy": "*"}
+    environment = {**os.environ, "NO_PROXY": "*", "no_proxy": "*", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
