@@ -17,7 +17,7 @@ from vllm_gemma4_spec.demo.server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = Path(os.environ.get("GEMMA4_CLIENTS_PYTHON") or ROOT / ".venv-clients" / "bin" / "python")
-# LangChain's and LlamaIndex's classes for chat completions know no field of reasoning.
+# Their classes have no field for reasoning.
 WITHOUT_REASONING = {"instructor", "llama_index"}
 
 pytestmark = [
