@@ -5,11 +5,14 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
+GPU_PYTHON ?= python3
+PART    ?=
 # Tests read the genuine tokenizer, templates and configs where this names them, and say what they skip.
 export GEMMA4_ARTIFACTS ?=
 
-.PHONY: setup demo test test-slow soak test-clients test-load test-faults fuzz test-upstream lint types check fingerprints ledger \
-    schemas drift supply-chain audit wheel docs clean
+.PHONY: setup demo test test-slow test-gpu test-gpus test-exporters offline-bundle soak test-load test-faults fuzz \
+    test-upstream lint types check fingerprints ledger fields schemas plan-measured constraints drift supply-chain audit \
+    wheel docs clean
 
 setup: $(STAMP)
 
@@ -25,10 +28,22 @@ demo: setup
 	$(BIN)/vllm-gemma4-spec demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# On a machine with CUDA, with the Python that has vLLM 0.19.1 and this package: one card, and all cards of the machine.
+# PART=exactness runs a part alone; the results go to benchmarks/results.
+test-gpu:
+	$(GPU_PYTHON) -m tests.gpu --cards 1 $(PART)
+
+test-gpus:
+	$(GPU_PYTHON) -m tests.gpu --cards $$($(GPU_PYTHON) -c 'import torch; print(max(2, torch.cuda.device_count()))') $(PART)
+
+# For a GPU machine without a package index: the checkout, this package's wheel and the test tools in one archive.
+offline-bundle: setup
+	$(BIN)/python tools/offline_bundle.py
 
 # Tens of thousands of engine steps; SOAK_STEPS changes how many.
 soak: setup
@@ -38,13 +53,7 @@ soak: setup
 test-upstream: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --override constraints/cpu-overrides.txt \
 	    --constraint constraints/cpu.txt --editable '.[cpu,upstream]'
-	$(BIN)/python tools/upstream_tests.py --page docs/upstream-tests.md
-
-# The field's client libraries in pinned releases, in an environment of their own, against the demo server.
-test-clients: setup
-	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
-	$(BIN)/uv pip install --quiet --python .venv-clients/bin/python --editable '.[clients]'
-	$(BIN)/python -m pytest -m slow tests/clients -s
+	$(BIN)/python tools/upstream_tests.py --page docs/evidence/upstream-tests.md
 
 # 64 clients on the CPU server, and the same on stock vLLM; faults on both; fuzzing of every parser (about an hour).
 test-load: setup
@@ -56,6 +65,23 @@ test-faults: setup
 fuzz: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python 'atheris>=3'
 	$(BIN)/python -m tests.fuzz
+
+# Exporters in environments of their own (about 5 GB): the newest and the pinned release write tiny models, the engine
+# compares them with the float32 reference, and the table of docs/how-to/checkpoints.md is written anew.
+EXPORTERS ?= .exporters
+TORCH ?= torch==2.13.0
+test-exporters: setup
+	for each in "transformers transformers==5.24.0" \
+	    "modelopt-pinned nvidia-modelopt==0.42.0 transformers==5.5.4" \
+	    "modelopt-newest nvidia-modelopt==0.47.0 transformers==5.5.4" \
+	    "llm-compressor llmcompressor==0.14.0.1 transformers==5.17.0"; do \
+	    set -- $$each; name=$$1; shift; \
+	    test -x $(EXPORTERS)/$$name/bin/python || $(PYTHON) -m venv $(EXPORTERS)/$$name; \
+	    $(EXPORTERS)/$$name/bin/python -m pip install --quiet $(TORCH) && \
+	    $(EXPORTERS)/$$name/bin/python -m pip install --quiet accelerate requests "$$@" || exit 1; \
+	done
+	GEMMA4_EXPORTERS=$(abspath $(EXPORTERS)) GEMMA4_EXPORTERS_PAGE=docs/how-to/checkpoints.md \
+	    $(BIN)/python -m pytest -m slow tests/checkpoints/test_exporters.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -73,9 +99,23 @@ fingerprints: setup
 ledger: setup
 	$(BIN)/python tools/patch_records.py ledger
 
+# After the list of a request's fields was changed.
+fields: setup
+	$(BIN)/python -m vllm_gemma4_spec.requests.fields docs/reference/compatibility.md
+
 # After what a command prints with --json was changed.
 schemas: setup
-	$(BIN)/python -m vllm_gemma4_spec.ops.output docs/json.md
+	$(BIN)/python -m vllm_gemma4_spec.ops.output docs/reference/json.md
+
+# After a results file of benchmarks/full_shape.py was added: what `plan` predicts from.
+plan-measured: setup
+	$(BIN)/python tools/plan_measured.py
+
+# What `pip install '.[vllm]' -c constraints/cuda.txt` installs, in the versions that the tests ran with where it can be.
+constraints: setup
+	cp constraints/cpu-tested.txt constraints/cuda.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-annotate --no-emit-package vllm-gemma4-spec \
+	    --custom-compile-command "make constraints" --extra vllm pyproject.toml --output-file constraints/cuda.txt
 
 # Every patch against every release of vLLM since 0.19.0: 0.8 GB of source distributions, two minutes.
 drift: setup

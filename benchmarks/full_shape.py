@@ -1,12 +1,13 @@
-"""Full-size Gemma 4 on one GPU, with and without speculation, in one run.
+"""Full-size Gemma 4 on one GPU or several, with and without speculation, in one run.
 
     GEMMA4_ARTIFACTS=… python benchmarks/full_shape.py --target 31B --drafter E4B --out results.json
 
 Every engine is a process of its own: ``stock`` (plain decoding without this package), ``plain`` (with it),
 ``spec`` (speculation) and, on request, ``spec-adaptive`` (adaptive k) and what a part is worth: ``spec-eager``
 (without the graphs), ``spec-sync`` (without async scheduling), ``spec-plain-compile`` (without the drafter's own
-compiler settings); ``spec@5`` is ``spec`` with k = 5. Times exclude prompts and a warm-up of every batch size;
-figures are medians of ``--repeats``.
+compiler settings), ``spec-whole`` (a whole drafter on each rank of ``--tp``); ``spec@5`` is ``spec`` with k = 5.
+Times exclude prompts and a warm-up of every batch size; figures are medians of ``--repeats``. With ``--tp 2`` every
+engine has two ranks, one card each; times and bytes are the first rank's.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ ENGINES: dict[str, dict[str, str]] = {
     "spec-adaptive": {"VLLM_GEMMA4_SPEC_ADAPTIVE_K": "0.16"},
     "spec-plain-compile": {"VLLM_GEMMA4_SPEC_PATCH_DRAFT_COMPILE": "0"},
     "spec-sync": {},
+    "spec-whole": {},
     "spec-eager": {"VLLM_GEMMA4_SPEC_PATCH_DRAFT_GRAPHS": "0"},
 }
 
@@ -52,6 +54,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ap.add_argument("--target-layers", type=int, help="cut the target, for a quick look at the drafter")
     ap.add_argument("--compile", type=int, default=3, choices=(0, 3), help="vLLM's compilation mode")
     ap.add_argument("--kv-gib", type=float, default=6.0, help="KV cache of every engine, in GiB")
+    ap.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks, one card each")
     ap.add_argument("--together", action="store_true", help="start all engines at once; they are measured in turn")
     ap.add_argument("--profile", action="store_true", help="list the kernels of one draft")
     ap.add_argument("--out", type=Path, default=Path("full_shape.json"))
@@ -88,6 +91,10 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
             "model": str(shapes.write_model(args.drafter, work / "drafter")),
             "num_speculative_tokens": k,
         }
+        if args.engine.startswith("spec-whole"):
+            options["speculative_config"]["draft_tensor_parallel_size"] = 1
+    if args.tp > 1:
+        options |= {"tensor_parallel_size": args.tp, "distributed_executor_backend": "mp"}
     if args.engine.startswith("spec-sync"):
         options["async_scheduling"] = False
     began = time.perf_counter()
@@ -154,8 +161,6 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
             print(args.engine, row, flush=True)
             result["runs"].append(row)
     if speculative:
-        result["rows_against_marlin"] = {n: rpc(probes.rows_against_marlin, args=(n,))[0] for n in (1, 5, 20)}
-        print(args.engine, "few-row kernel against Marlin", result["rows_against_marlin"], flush=True)
         result["draft_parts"] = rpc(probes.draft_parts, args=(sizes, args.prompt + args.tokens))[0]
         print(args.engine, "draft parts", result["draft_parts"], flush=True)
         if args.profile:

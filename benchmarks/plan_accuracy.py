@@ -18,7 +18,7 @@ import shapes
 from vllm_gemma4_spec.ops.plan import model, report, timing
 
 
-def plan(args: dict[str, Any], requests: int, bandwidth: float, rate: float, measured: report.Measured) -> Any:
+def plan(args: dict[str, Any], requests: int, bandwidth: float, rate: float, given: report.Given) -> Any:
     """The plan for the pair of a results file when half of each answer is written; ``bandwidth`` in GB/s."""
     pair = [
         model.load(shapes.artifacts() / "gemma4/models" / shapes.MODELS[args[role]], "nvfp4")
@@ -32,7 +32,7 @@ def plan(args: dict[str, Any], requests: int, bandwidth: float, rate: float, mea
         context=args["prompt"] + args["tokens"] // 2,
         kv_dtype="bf16",
         utilization=0.8,
-        measured=measured,
+        given=given,
     )
 
 
@@ -48,7 +48,7 @@ def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]], list[list
         runs = [r for r in spec["runs"] if r["concurrency"] == n]
         if not runs:
             continue
-        floor = plan(args, n, spec["bandwidth"], 1.0, report.Measured())
+        floor = plan(args, n, spec["bandwidth"], 1.0, report.Given())
         if not lines:
             for role, key in (("target", "target_step"), ("drafter", "draft_step")):
                 read = (getattr(floor, f"bytes_per_{key}") - getattr(floor, f"kv_bytes_per_{key}")) / 1e9
@@ -68,9 +68,9 @@ def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]], list[list
                 passes.append([str(n), name, f"{low:.2f}", f"{seen:.2f}", f"{seen / low:.1f}"])
         for run in runs:
             other = (run["sampling"] + run["gap"]) / 1e3
-            given = report.Measured(one["verify"] / 1e3, draft / 1e3, other)
+            given = report.Given(one["verify"] / 1e3, draft / 1e3, other)
             (speed,) = plan(args, n, spec["bandwidth"], run["acceptance"], given).machines[0].acceptance.values()
-            said, seen = speed.tok_s[k], run["tokens_per_s"]
+            said, seen = (speed.tok_s or speed.tok_s_at_most)[k], run["tokens_per_s"]
             speeds.append([str(n), f"{run['acceptance']}", f"{said:.0f}", f"{seen:.0f}", f"{seen / said:.2f}"])
     return lines, passes, speeds
 

@@ -39,6 +39,8 @@ def force_acceptance(worker: Any, probabilities: list[float] | None) -> None:
     sampler = runner.rejection_sampler
     original = type(sampler).forward
     seen: dict[str, int] = {}  # request -> its number
+    # Every tensor-parallel rank must accept the same drafts: they draw from the same seed, in the same order.
+    generator = torch.Generator(device=runner.device).manual_seed(0)
 
     def forward(metadata: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(sampler, metadata, *args, **kwargs)
@@ -51,7 +53,7 @@ def force_acceptance(worker: Any, probabilities: list[float] | None) -> None:
         chances = torch.tensor([probabilities[number % len(probabilities)] for number in numbers], pin_memory=True)
         chance = chances.to(drafts.device, non_blocking=True)[:, None]
         made = drafts != 0
-        accepted = ((torch.rand(drafts.shape, device=drafts.device) < chance) & made).cumprod(1)
+        accepted = ((torch.rand(drafts.shape, device=drafts.device, generator=generator) < chance) & made).cumprod(1)
         # The token after the last accepted one: any valid id, here the draft before it or a constant.
         kept = torch.cat([torch.ones_like(accepted[:, :1]), accepted], dim=1).bool()
         values = torch.cat([torch.where(made, drafts, 1000), torch.full_like(drafts[:, :1], 1000)], dim=1)
@@ -222,28 +224,6 @@ def linear_times(worker: Any, tokens: int, bandwidth: float) -> list[dict[str, A
             }
         )
     return sorted(rows, key=lambda r: -r["us"] * r["layers"])
-
-
-def rows_against_marlin(worker: Any, tokens: int) -> dict[str, float]:
-    """Largest relative difference between the few-row kernel and Marlin on the drafter's own layers."""
-    from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import apply_fp4_marlin_linear
-
-    from vllm_gemma4_spec.quantization import small_batch_layers
-
-    runner, worst = worker.model_runner, 0.0
-    modules = [m for m in runner.drafter.model.modules() if getattr(m, "rows_codes", None) is not None]
-    for layer in modules:
-        n, k = layer.output_size_per_partition, layer.input_size_per_partition
-        x = torch.randn(tokens, k, device=runner.device).to(runner.dtype)
-        wanted = apply_fp4_marlin_linear(
-            x, layer.weight, layer.weight_scale, layer.weight_global_scale, layer.workspace, n, k
-        ).float()
-        if layer.rows_gelu:
-            gate, up = wanted.chunk(2, dim=-1)
-            wanted = torch.nn.functional.gelu(gate, approximate="tanh") * up
-        got = small_batch_layers.linear(layer, x).float()
-        worst = max(worst, float((got - wanted).norm() / wanted.norm()))
-    return {"layers": len(modules), "worst": round(worst, 5)}
 
 
 def bandwidth_and_bytes(worker: Any) -> dict[str, float]:

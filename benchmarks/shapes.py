@@ -20,8 +20,8 @@ def artifacts() -> Path:
     return Path(folder)
 
 
-def write_model(name: str, folder: Path, layers: int | None = None) -> Path:
-    """A folder with the config of ``Gemma4ForCausalLM`` in ModelOpt NVFP4; there are no weights in it.
+def text_config(name: str, layers: int | None = None) -> dict[str, Any]:
+    """The published config of the language model.
 
     Args:
         layers: keep this many layers only (for a quick look; figures of such a model mean little).
@@ -32,6 +32,12 @@ def write_model(name: str, folder: Path, layers: int | None = None) -> Path:
         config["num_hidden_layers"] = layers
         config["layer_types"] = config["layer_types"][:layers]
         config["num_kv_shared_layers"] = min(config["num_kv_shared_layers"], layers // 2)
+    return config
+
+
+def write_model(name: str, folder: Path, layers: int | None = None) -> Path:
+    """A folder with the config of ``Gemma4ForCausalLM`` in ModelOpt NVFP4; there are no weights in it."""
+    config = text_config(name, layers)
     config |= {
         "architectures": ["Gemma4ForCausalLM"],
         "tie_word_embeddings": True,

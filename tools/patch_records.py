@@ -8,7 +8,7 @@ from pathlib import Path
 from vllm_gemma4_spec.patching import fingerprint, ledger
 from vllm_gemma4_spec.registry import PATCHES
 
-LEDGER = Path(__file__).parents[1] / "docs" / "patches.md"
+LEDGER = Path(__file__).parents[1] / "docs" / "reference" / "patches.md"
 
 if __name__ == "__main__":
     if sys.argv[1] == "fingerprints":

@@ -1,7 +1,7 @@
 """Every package that an installation brings: versions as constraints, licences as a page.
 
-``make supply-chain`` writes ``constraints/cpu-tested.txt`` and ``docs/licenses.md`` from the environment of ``make
-setup``; pip-licenses reads the licences.
+``make supply-chain`` writes ``constraints/cpu-tested.txt`` and ``docs/contributing/licenses.md`` from the environment
+of ``make setup``; pip-licenses reads the licences.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ The nvidia-* packages come with PyPI's build of PyTorch, which `make setup` inst
 
 def main(
     constraints: Annotated[Path, typer.Option()] = ROOT / "constraints/cpu-tested.txt",
-    out: Annotated[Path, typer.Option(help="The page.")] = ROOT / "docs/licenses.md",
+    out: Annotated[Path, typer.Option(help="The page.")] = ROOT / "docs/contributing/licenses.md",
 ) -> None:
     """Write the constraint file and the page of licences for this environment."""
     everything = closure(PACKAGE, EXTRAS)

@@ -26,6 +26,16 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.unfreeze = lambda: None
 
 
+# Module of vLLM's tests -> patch -> how many of its targets were replaced when the module's last test had run.
+_in_force: dict[str, dict[str, list[int]]] = {}
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is None or nextitem.path != item.path:
+        name = str(item.path.relative_to(item.config.rootpath))
+        _in_force[name] = {s.name: [len(s.replaced), len(s.targets)] for s in vllm_gemma4_spec.status()}
+
+
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     states = {s.name: s.state for s in vllm_gemma4_spec.status()}
-    Path(os.environ["UPSTREAM_STATES"]).write_text(json.dumps(states))
+    Path(os.environ["UPSTREAM_STATES"]).write_text(json.dumps({"states": states, "in_force": _in_force}))

@@ -121,6 +121,32 @@ class Outcome:
 Outcomes = dict[str, Outcome]
 
 
+@dataclass(frozen=True)
+class Patches:
+    """What of the overlay was there in a run of pytest.
+
+    Attributes:
+        states: patch -> its state at the end.
+        in_force: module of vLLM's tests -> patch -> (targets replaced, targets) after the module's last test.
+    """
+
+    states: dict[str, str]
+    in_force: dict[str, dict[str, list[int]]]
+
+    def of_group(self, group: str) -> str:
+        """The patches that had replaced something in the test process, and how much of each if not all.
+
+        A target is replaced once its module has been imported, and a process has imported what earlier groups needed.
+        """
+        most: dict[str, list[int]] = {}
+        for module, patches in self.in_force.items():
+            if any(module == path or module.startswith(f"{path}/") for path in GROUPS[group]):
+                for name, (replaced, targets) in patches.items():
+                    most[name] = [max(replaced, most.get(name, [0])[0]), targets]
+        shown = (f"{n}" if r == t else f"{n} ({r} of {t})" for n, (r, t) in most.items() if r)
+        return ", ".join(shown) or "none"
+
+
 def stand_in_hub(folder: Path, artifacts: Path | None) -> Path:
     """A Hugging Face cache with what these tests ask for and can be had without a download.
 
@@ -170,11 +196,11 @@ def read_junit(path: Path) -> Outcomes:
 
 def run_pytest(
     work: Path, selection: list[str], way: str, limit: float, timeout: int, tag: str
-) -> tuple[Outcomes, dict[str, str]]:
+) -> tuple[Outcomes, Patches]:
     """Run ``selection`` in a process group of its own, and end all of it when the results are there.
 
     Returns:
-        The outcomes (none if the run ended without), and the state of each patch at the end.
+        The outcomes and the patches (both empty if the run ended without results).
     """
     results = work / "results"
     results.mkdir(exist_ok=True)
@@ -226,7 +252,7 @@ def run_pytest(
             process.wait()
     outcomes = read_junit(junit) if junit.exists() else {}
     typer.echo(f"{tag} [{way}] {time.monotonic() - started:.0f} s: {counts(outcomes) or 'NO RESULTS; see ' + str(log)}")
-    return outcomes, json.loads(states.read_text()) if states.exists() else {}
+    return outcomes, Patches(**json.loads(states.read_text())) if states.exists() else Patches({}, {})
 
 
 @dataclass(frozen=True)
@@ -348,13 +374,15 @@ def main(
     for way in WAYS if chosen else ():
         # One process a way: importing vLLM and its conftest takes longer than most of these tests.
         outcomes, patches = run_pytest(work, paths, way, limit, timeout, "all")
-        if not outcomes or not patches:
+        if not outcomes or not patches.states:
             problems.append(f"no results [{way}]")
-        if any((state == "off") != (way == "stock") for state in patches.values()):
-            problems.append(f"[{way}] patches were {patches}")
+        wanted = ("off",) if way == "stock" else ("on", "waiting")
+        if any(state not in wanted for state in patches.states.values()):
+            problems.append(f"[{way}] patches were {patches.states}")
         for test, outcome in outcomes.items():
             found.setdefault(_group(work, test, chosen), {w: {} for w in WAYS})[way][test] = outcome
-        typer.echo(f"patches in force [{way}]: {', '.join(n for n, s in patches.items() if s == 'on') or 'none'}")
+        for group in chosen:
+            typer.echo(f"patches in force [{way}], {group}: {patches.of_group(group)}")
     worse = {p.test: p for ways in found.values() for p in differences(ways["stock"], ways["overlay"]) if p.worse}
     if worse:
         # Their modules run again, both ways: what is worse only once is the machine's doing.

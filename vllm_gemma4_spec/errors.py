@@ -14,7 +14,8 @@ from typing import NoReturn
 class Gemma4SpecError(Exception):
     """Base of all errors raised for something a user can mend.
 
-    The message stays one line, and draws nothing on a terminal, whatever names it quotes.
+    No ``ValueError`` while a checkpoint or a drafter is read: pydantic would wrap that in lines of its own. The message
+    stays one line, and draws nothing on a terminal, whatever names it quotes.
     """
 
     def __str__(self) -> str:
@@ -38,16 +39,24 @@ class PatchStateError(Gemma4SpecError):
     """Patches were applied or undone in an order that cannot work."""
 
 
-class CheckpointError(Gemma4SpecError, ValueError):
+class CheckpointError(Gemma4SpecError):
     """A checkpoint, or a file or tensor of it, is not what it must be; the message names it."""
 
 
-class DrafterError(Gemma4SpecError, ValueError):
+class EngineConfigError(Gemma4SpecError, ValueError):
+    """An engine's settings under which Gemma 4 cannot run, or would answer wrongly."""
+
+
+class DrafterError(Gemma4SpecError):
     """The drafter in the speculative config does not fit its target, or cannot be read."""
 
 
+# What starts a server or a batch run: the `vllm` command, or its modules by `python -m`.
+_PROGRAMS = ("vllm", "api_server.py", "run_batch.py", "launcher.py")
+
+
 def stop(error: Gemma4SpecError) -> NoReturn:
-    """End with ``error``: one line and exit code 1 in the ``vllm`` command, an exception everywhere else."""
-    if os.path.basename(sys.argv[0]) == "vllm":
+    """End with ``error``: one line and exit code 1 in vLLM's own programs, an exception in anybody else's."""
+    if os.path.basename(sys.argv[0]) in _PROGRAMS:
         raise SystemExit(f"vllm-gemma4-spec: {error}") from None
     raise error from None

@@ -96,6 +96,10 @@ SCALE_IN_PRODUCT = Setting(
     "inside on cards of 64 GiB or more",
     ("auto", "1", "0"),
 )
+STREAM_GEMM = switch(
+    f"{PREFIX}_STREAM_GEMM",
+    "0 leaves a target's NVFP4 layers to Marlin in small batches, too, instead of the kernel that streams its weights",
+)
 ADAPTIVE_K = Setting(
     f"{PREFIX}_ADAPTIVE_K",
     "0",
@@ -105,7 +109,16 @@ ADAPTIVE_K = Setting(
 )
 
 # Settings other than the switches of single patches; a module that reads one imports it from here.
-SETTINGS: tuple[Setting, ...] = (ALL, ADAPTIVE_K, CHECK, NAN_SCALES, NVFP4_WEIGHTS, SCALE_IN_PRODUCT, DEMO_DIR)
+SETTINGS: tuple[Setting, ...] = (
+    ALL,
+    ADAPTIVE_K,
+    CHECK,
+    NAN_SCALES,
+    NVFP4_WEIGHTS,
+    SCALE_IN_PRODUCT,
+    STREAM_GEMM,
+    DEMO_DIR,
+)
 
 
 def patch_switch(patch_name: str) -> Setting:

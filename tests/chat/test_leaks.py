@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.configs import GEMMA4, LLAMA, vllm_config
 from tests.support.stock import without
 from vllm_gemma4_spec.chat.patches import ERROR_PATHS
 from vllm_gemma4_spec.registry import PATCHER
@@ -119,14 +120,14 @@ def test_errors_carry_no_path_and_no_internals(served: Server, encode: Any, fold
     assert refused >= len(BAD) - 2
 
 
-def told(path: str) -> str:
+def told(path: str, model: Any = GEMMA4) -> str:
     """What the server's handler says of an invalid request to an endpoint that stands in ``path``."""
     from fastapi.exceptions import RequestValidationError
     from vllm.entrypoints.openai import api_server
 
     where: Any = {"file": path, "line": 7, "function": "create", "path": "POST /v1"}
     error = RequestValidationError([{"msg": "no"}], endpoint_ctx=where)
-    state = SimpleNamespace(args=SimpleNamespace(log_error_stack=False))
+    state = SimpleNamespace(args=SimpleNamespace(log_error_stack=False), vllm_config=vllm_config(model, LLAMA))
     answer = asyncio.run(
         api_server.validation_exception_handler(SimpleNamespace(app=SimpleNamespace(state=state)), error)
     )
@@ -136,6 +137,7 @@ def told(path: str) -> str:
 def test_stock_tells_clients_where_it_is_installed() -> None:
     with without(ERROR_PATHS):
         assert "/somewhere/server.py" in told("/somewhere/server.py")
+    assert "/somewhere/server.py" in told("/somewhere/server.py", LLAMA)
     ours = told("/somewhere/server.py")
     assert "/somewhere" not in ours
     assert "no" in ours

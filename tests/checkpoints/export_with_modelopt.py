@@ -1,4 +1,4 @@
-"""Exports tiny Gemma 4 models with ModelOpt 0.42.0; run by its own interpreter, see docs/checkpoints.md.
+"""Exports tiny Gemma 4 models with ModelOpt; run by its own interpreter, see docs/how-to/checkpoints.md.
 
     python tests/checkpoints/export_with_modelopt.py OUT [NAME ...]
 

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_gemma4_spec.hf_config.normal_form import normalized
+
 _BITS = {"BF16": np.uint16, "U8": np.uint8, "F8_E4M3": np.uint8, "F32": np.float32}
 
 
@@ -71,8 +73,13 @@ def fold(folder: Path) -> dict[str, torch.Tensor]:
     """A state dict for transformers, float32."""
     tensors = read(folder)
     out = {}
+    tensors = {name.replace(".moe.experts.", ".experts."): tensor for name, tensor in tensors.items()}
     for name, (dtype, raw) in tensors.items():
-        if dtype == "U8":
+        if name.endswith(".weight_packed"):  # compressed-tensors: the global scale divides
+            base = name.removesuffix("weight_packed")
+            scale = 1 / tensors[base + "weight_global_scale"][1].astype(np.float32)
+            out[base + "weight"] = torch.from_numpy(decode(raw, tensors[base + "weight_scale"][1], scale))
+        elif dtype == "U8":
             base = name.removesuffix("weight")
             weight = decode(raw, tensors[base + "weight_scale"][1], tensors[base + "weight_scale_2"][1])
             for a_name in (base + "weight_quantizer._svdquant_lora_a", base + "svdquant_lora_a"):
@@ -82,6 +89,8 @@ def fold(folder: Path) -> dict[str, torch.Tensor]:
             if base + "pre_quant_scale" in tensors:
                 weight = weight * _float(*tensors[base + "pre_quant_scale"])
             out[name] = torch.from_numpy(np.ascontiguousarray(weight, np.float32))
+        elif dtype == "F8_E4M3" and name.endswith(".weight"):  # FP8: one scale for the whole weight
+            out[name] = torch.from_numpy(np.ascontiguousarray(e4m3(raw) * tensors[f"{name}_scale"][1], np.float32))
         elif dtype == "BF16" and not any(s in name for s in ("pre_quant_scale", "svdquant")):
             out[name] = torch.from_numpy(np.ascontiguousarray(_float(dtype, raw)))
     return _stack_experts(out)
@@ -104,12 +113,18 @@ def model(folder: Path) -> Any:
     from transformers import Gemma4Config, Gemma4ForCausalLM, Gemma4ForConditionalGeneration, Gemma4TextConfig
 
     config = json.loads((folder / "config.json").read_text())
+    config = normalized(config, "config.json")
     config.pop("quantization_config", None)
     config |= {"dtype": "float32"}
     multimodal = config["architectures"] == ["Gemma4ForConditionalGeneration"]
     kind = Gemma4ForConditionalGeneration if multimodal else Gemma4ForCausalLM
+    state = fold(folder)
+    if not multimodal and "text_config" in config:  # the text class beside a whole model's config
+        config = config["text_config"] | {"dtype": "float32"}
+        state = {name.replace("model.language_model.", "model."): tensor for name, tensor in state.items()}
+        state = {name: t for name, t in state.items() if not name.startswith(("model.vision", "model.embed_vision"))}
     made = kind((Gemma4Config if multimodal else Gemma4TextConfig)(**config)).float().eval()
-    missing, unexpected = made.load_state_dict(fold(folder), strict=False)
+    missing, unexpected = made.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     assert set(missing) <= {"lm_head.weight"}, missing
     made.tie_weights()

@@ -25,7 +25,7 @@ def test_every_command_has_json_and_a_schema() -> None:
 
 
 def test_the_page_is_current() -> None:
-    assert (ROOT / "docs" / "json.md").read_text() == output.page(), "run `make schemas`"
+    assert (ROOT / "docs" / "reference" / "json.md").read_text() == output.page(), "run `make schemas`"
 
 
 @pytest.mark.parametrize("command", output.OUTPUTS)

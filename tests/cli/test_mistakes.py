@@ -125,7 +125,7 @@ def test_no_permission(tmp_path: Path) -> None:
     closed.chmod(0)
     prompts.write_text('{"prompt": "hello"}\n')
     prompts.chmod(0)
-    one_line(without_privilege("plan", "--target", str(closed)), str(closed), "not readable")
+    one_line(without_privilege("plan", "--target", str(closed)), str(closed), "Permission denied")
     one_line(without_privilege("demo-models", "--out", str(folder / "pair")), str(folder), "Permission denied")
     bench = ["bench", "--url", "http://127.0.0.1:1"]
     one_line(without_privilege(*bench, "--prompts", str(prompts)), str(prompts), "not readable")

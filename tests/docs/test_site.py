@@ -19,7 +19,12 @@ def build(config: Path, site: Path) -> subprocess.CompletedProcess[str]:
 def test_site_builds_strictly(tmp_path: Path) -> None:
     done = build(ROOT / "mkdocs.yml", tmp_path / "site")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "site" / "plan" / "index.html").is_file()
+    assert (tmp_path / "site" / "how-to" / "choose-k" / "index.html").is_file()
+    for page in (tmp_path / "site").rglob("index.html"):
+        text = page.read_text()
+        assert "![" not in text, f"{page}: a figure is raw Markdown"
+        assert "&lt;\\|" not in text, f"{page}: a control token with a backslash"
+    assert "<img" in (tmp_path / "site" / "explanation" / "how-it-works" / "index.html").read_text()
 
 
 def test_every_page_is_in_the_navigation() -> None:

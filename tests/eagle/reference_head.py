@@ -18,10 +18,16 @@ EPS, THETA, AUX_LAYERS = 1e-6, 10000.0, (1, 3, 5)
 
 
 def save_head(
-    folder: Path, method: str, layer_types: list[str], head_dims: list[int], architecture: str, seed: int = 5
+    folder: Path,
+    method: str,
+    layer_types: list[str],
+    head_dims: list[int],
+    architecture: str,
+    seed: int = 5,
+    heads: int = 2,
 ) -> Path:
     """Write a random head for the tiny target (hidden size 64, vocabulary 512)."""
-    hidden, inner, heads, kv_heads = 64, 96, 2, 1
+    hidden, inner, kv_heads = 64, 96, 1
     g = torch.Generator().manual_seed(seed)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
@@ -84,7 +90,9 @@ class ReferenceHead:
 
         self.config = json.loads((folder / "config.json").read_text())
         self.w = load_file(folder / "model.safetensors")
-        self.embedding = embedding  # [vocabulary, hidden size]; also the output head
+        self.embedding = embedding  # [vocabulary, hidden size]; also the output head of a head without one
+        self.head = self.w.get("lm_head.weight", embedding)
+        self.d2t = self.w.get("d2t")  # offset from a draft token's number to the target's
         self.eagle3 = "layer_types" in self.config
         self.windows = [
             self.config["sliding_window"] if kind == "sliding_attention" else None
@@ -97,7 +105,8 @@ class ReferenceHead:
         tokens, drafted = context[1:], []
         for _ in range(k):
             out, following = self._forward(F.embedding(torch.tensor(tokens), self.embedding), states)
-            drafted.append(int((out[-1] @ self.embedding.T).argmax()))
+            token = int((out[-1] @ self.head.T).argmax())
+            drafted.append(token if self.d2t is None else token + int(self.d2t[token]))
             tokens, states = [*tokens, drafted[-1]], torch.cat([states, following[-1:]])
         return drafted
 

@@ -126,3 +126,34 @@ def test_stock_follows_a_chunk_with_the_prompts_last_token(tiny: dict[str, Path]
     assert len(chunk) < len(prompt)
     assert chunk[:-1] == prompt[: len(chunk) - 1]
     assert chunk[-1] == prompt[-1] != prompt[len(chunk) - 1]
+
+
+@pytest.mark.parametrize("head", ["eagle3-two-groups", pytest.param("eagle", marks=pytest.mark.slow)])
+def test_prefix_hits_are_those_of_plain_decoding(tiny: dict[str, Path], tmp_path: Path, head: str) -> None:
+    """Prompts that share most of their tokens, and one asked again; vLLM reports each request's hit."""
+    kind = HEADS[head]
+    folder = save_head(tmp_path / "head", kind.method, kind.layer_types, kind.head_dims, kind.architecture)
+    first, other = random_prompts((400, 60), seed=9)
+    prompts = [first, first, first[:333] + other, first[:150] + other]
+    seen = {}
+    for name, drafter in (("plain", None), ("head", folder)):
+        with engine(
+            tiny["target"],
+            drafter,
+            K,
+            **({"speculative": {"method": kind.method}} if drafter else {}),
+            enable_prefix_caching=True,
+        ) as llm:
+            seen[name] = [_asked(llm, prompt) for prompt in prompts]
+    # The head's KV heads are half as wide, so its blocks hold 32 tokens and a hit ends where both kinds of block do.
+    assert seen["head"] == [(answer, hit // 32 * 32) for answer, hit in seen["plain"]]
+    assert [hit > 0 for _, hit in seen["plain"]] == [False, True, True, True]
+
+
+def _asked(llm: Any, prompt: list[int]) -> tuple[list[int], int]:
+    """Answer and tokens of the prompt that came from the cache."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, detokenize=False)
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    return list(output.outputs[0].token_ids), output.num_cached_tokens

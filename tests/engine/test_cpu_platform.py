@@ -1,4 +1,4 @@
-"""What 0.19.1's CPU platform makes of options that are a GPU's: docs/compatibility.md says it, these show it."""
+"""What 0.19.1's CPU platform makes of options that are a GPU's: as docs/reference/compatibility.md says."""
 
 from __future__ import annotations
 

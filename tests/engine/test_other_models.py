@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.support import tiny_models
 from tests.support.engine import acceptance, engine, generate, random_prompts
 from tests.support.stock import without
 from vllm_gemma4_spec.spec_decode.patches import OWN_BLOCKS
@@ -47,20 +48,28 @@ def test_a_single_group_drafter_is_left_alone(llama: Path) -> None:
         counts = acceptance(llm) - before
         assert counts.accepted == counts.proposed > 0
         drafter = drafter_of(llm)
-        assert drafter._gemma4_spec_groups is None
+        assert not [name for name in vars(drafter) if "gemma4_spec" in name]
         assert not any(isinstance(g.get_metadata_builder(), GroupBuilder) for g in drafter.draft_attn_groups)
 
 
-def test_a_single_group_drafter_is_checked_too(llama: Path) -> None:
+@pytest.fixture(scope="module")
+def one_group(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Gemma 4 of full layers alone; as its own drafter it has one KV cache group."""
+    config = tiny_models.target_config(num_hidden_layers=2)
+    config.layer_types = ["full_attention"] * 2
+    return tiny_models.save(config, tmp_path_factory.mktemp("full") / "model")
+
+
+def test_a_single_group_drafter_is_checked_too(one_group: Path) -> None:
     from vllm_gemma4_spec.spec_decode.invariants import CheckedBuilder, InvariantError
 
     prompts = random_prompts((16, 32, 48))  # each ends with its block
-    with engine(llama, llama, 3) as llm:
+    with engine(one_group, one_group, 3) as llm:
         assert all(isinstance(g.get_metadata_builder(), CheckedBuilder) for g in drafter_of(llm).draft_attn_groups)
         generate(llm, prompts, 4)
     with (
         without(OWN_BLOCKS),
-        engine(llama, llama, 3) as llm,
+        engine(one_group, one_group, 3) as llm,
         pytest.raises(InvariantError, match=r"position \d+ of KV cache group 0 .*does not own"),
     ):
         generate(llm, prompts, 4)

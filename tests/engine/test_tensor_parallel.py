@@ -83,3 +83,17 @@ def test_local_argmax_drafts_the_same(tiny: dict[str, Path]) -> None:
     got, counts = answers(tiny["target"], tiny["target"], speculative=speculative, **TWO_RANKS)
     assert got == want
     assert counts.accepted == counts.proposed > 0
+
+
+@pytest.mark.parametrize("drafter", ["target", "drafter"])
+def test_a_whole_drafter_on_each_rank(tiny: dict[str, Path], drafter: str) -> None:
+    """``draft_tensor_parallel_size`` 1: the drafts of one rank, without an all-reduce."""
+    want = plain(tiny["target"])
+    with engine(tiny["target"], tiny[drafter], 3, max_num_seqs=4) as llm:
+        before = acceptance(llm)
+        assert generate(llm, PROMPTS[512], 24) == want
+        on_one = acceptance(llm) - before
+    speculative = {"draft_tensor_parallel_size": 1}
+    got, counts = answers(tiny["target"], tiny[drafter], speculative=speculative, **TWO_RANKS)
+    assert got == want
+    assert counts == on_one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 
 import vllm_gemma4_spec
 from tests.support import engine as _engine  # sets the environment
+from tests.support.configs import GEMMA4, LLAMA, vllm_config
 from tests.support.stock import without
+from vllm_gemma4_spec.performance import argmax
 from vllm_gemma4_spec.performance.argmax import HEAD
 from vllm_gemma4_spec.performance.patches import DRAFT_ARGMAX, SPLIT_ATTENTION
+from vllm_gemma4_spec.performance.split_attention import builder_init
 from vllm_gemma4_spec.quantization.patches import DRAFT_PRODUCTS
 
 assert _engine
@@ -23,7 +27,7 @@ def patched() -> None:
     vllm_gemma4_spec.apply()
 
 
-def kernel_for_four_tokens(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def kernel_for_four_tokens(monkeypatch: pytest.MonkeyPatch, target: Any = GEMMA4) -> list[str]:
     """The kernels that the attention backend launches for a verification of one request."""
     from vllm.v1.attention.backends import triton_attn
     from vllm.v1.attention.ops import triton_unified_attention as ops
@@ -36,6 +40,13 @@ def kernel_for_four_tokens(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("kernel_unified_attention_2d", "kernel_unified_attention_3d", "reduce_segments"):
         monkeypatch.setattr(ops, name, {key: launcher(name) for key in GRIDS})
     q = torch.empty(4, 32, 256, device="meta")
+
+    def init(self: Any) -> None:
+        self.vllm_config = vllm_config(target, LLAMA)
+        self.softmax_segm_output = torch.empty(8, 32, 16, 512, device="meta")
+
+    builder = SimpleNamespace()
+    builder_init(init)(builder)
     triton_attn.unified_attention(
         q=q,
         k=torch.empty(9, 16, 16, 256, device="meta"),
@@ -55,7 +66,7 @@ def kernel_for_four_tokens(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         v_descale=None,
         seq_threshold_3D=8,
         num_par_softmax_segments=16,
-        softmax_segm_output=torch.empty(8, 32, 16, 512, device="meta"),
+        softmax_segm_output=builder.softmax_segm_output,
         softmax_segm_max=torch.empty(8, 32, 16, device="meta"),
         softmax_segm_expsum=torch.empty(8, 32, 16, device="meta"),
     )
@@ -68,6 +79,10 @@ GRIDS = [(1, 16), (1, 16, 16), (4, 32)]
 
 def test_a_verification_splits_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernel_for_four_tokens(monkeypatch) == ["kernel_unified_attention_3d", "reduce_segments"]
+
+
+def test_another_models_verification_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernel_for_four_tokens(monkeypatch, LLAMA) == ["kernel_unified_attention_2d"]
 
 
 def test_stock_walks_the_context_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +99,7 @@ class Gemma4MLP(torch.nn.Module):
         self.act_fn = torch.nn.GELU()
 
 
-def loaded_drafter(monkeypatch: pytest.MonkeyPatch) -> tuple[Gemma4MLP, bool]:
+def loaded_drafter(monkeypatch: pytest.MonkeyPatch, drafter: Any = GEMMA4) -> tuple[Gemma4MLP, bool]:
     """The model that the proposer loads, and whether its layers were known as the drafter's meanwhile."""
     from vllm.v1.spec_decode import draft_model
 
@@ -97,7 +112,9 @@ def loaded_drafter(monkeypatch: pytest.MonkeyPatch) -> tuple[Gemma4MLP, bool]:
         return Gemma4MLP()
 
     monkeypatch.setattr(draft_model, "get_model", get_model)
-    proposer = SimpleNamespace(_create_draft_vllm_config=lambda: None, device=torch.device("cpu"))
+    proposer = SimpleNamespace(
+        _create_draft_vllm_config=lambda: None, device=torch.device("cpu"), vllm_config=vllm_config(GEMMA4, drafter)
+    )
     model = draft_model.DraftModelProposer._get_model(proposer)
     assert not small_batch_layers._loading_drafter
     return model, known[0]
@@ -110,9 +127,10 @@ def test_a_drafters_activation_is_part_of_its_product(monkeypatch: pytest.Monkey
     assert isinstance(mlp.act_fn, torch.nn.Identity)
 
 
-def test_stock_loads_a_drafter_as_any_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    with without(DRAFT_PRODUCTS):
-        mlp, known = loaded_drafter(monkeypatch)
+@pytest.mark.parametrize("drafter", [LLAMA, GEMMA4], ids=["another drafter", "without the patch"])
+def test_stock_loads_a_drafter_as_any_model(monkeypatch: pytest.MonkeyPatch, drafter: Any) -> None:
+    with without(DRAFT_PRODUCTS) if drafter is GEMMA4 else nullcontext():
+        mlp, known = loaded_drafter(monkeypatch, drafter)
     assert not known
     assert not mlp.gate_up_proj.rows_gelu
     assert isinstance(mlp.act_fn, torch.nn.GELU)
@@ -124,7 +142,7 @@ def sampled(requests: int) -> tuple[torch.Tensor, list[str]]:
 
     ways: list[str] = []
 
-    def argmax(hidden: torch.Tensor) -> torch.Tensor:
+    def two_passes(hidden: torch.Tensor) -> torch.Tensor:
         ways.append("two passes")
         return hidden.argmax(-1)
 
@@ -133,7 +151,7 @@ def sampled(requests: int) -> tuple[torch.Tensor, list[str]]:
         return hidden
 
     proposer = SimpleNamespace(use_local_argmax_reduction=False, model=SimpleNamespace(compute_logits=compute_logits))
-    setattr(proposer, HEAD, SimpleNamespace(argmax=argmax, most_requests=16))
+    setattr(proposer, HEAD, SimpleNamespace(argmax=two_passes, most_requests=16))
     return SpecDecodeBaseProposer._greedy_sample(proposer, torch.eye(32)[:requests]), ways
 
 
@@ -142,6 +160,34 @@ def test_the_drafters_argmax_takes_two_passes() -> None:
     drafts, ways = sampled(17)
     assert ways == ["all logits"]
     assert drafts.tolist() == list(range(17))
+
+
+@pytest.mark.parametrize(
+    ("drafter", "device", "wanted"), [(GEMMA4, "cuda", True), (LLAMA, "cuda", False), (GEMMA4, "cpu", False)]
+)
+def test_a_drafter_gets_its_head_when_it_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, drafter: Any, device: str, wanted: bool
+) -> None:
+    """Which the argmax then finds: the head is made of the model that was loaded."""
+    made: list[Any] = []
+
+    def head_of(model: Any) -> Any:
+        made.append(model)
+        return SimpleNamespace(argmax=lambda hidden: torch.full((len(hidden),), 7), most_requests=16)
+
+    def load(self: Any, target: Any) -> None:
+        self.model = "loaded"
+
+    monkeypatch.setattr(argmax, "_head_of", head_of)
+    logits = SimpleNamespace(compute_logits=lambda hidden: hidden)
+    proposer = SimpleNamespace(vllm_config=vllm_config(GEMMA4, drafter), device=torch.device(device))
+    argmax.load_model(load)(proposer, None)
+    assert made == (["loaded"] if wanted else [])
+    proposer.use_local_argmax_reduction, proposer.model = False, logits
+    from vllm.v1.spec_decode.eagle import SpecDecodeBaseProposer
+
+    drafts = SpecDecodeBaseProposer._greedy_sample(proposer, torch.eye(3))
+    assert drafts.tolist() == ([7, 7, 7] if wanted else [0, 1, 2])
 
 
 def test_stock_computes_every_logit() -> None:

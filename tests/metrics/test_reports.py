@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.support.engine import engine, generate, random_prompts
@@ -44,6 +51,97 @@ def test_every_counter_is_there_from_the_start() -> None:
         ("gemma4_spec_drafts_skipped_total",),
         ("gemma4_spec_drafts_left_out_total",),
     }
+
+
+def others(tmp_path: Path, **changes: Any) -> None:
+    """A report as another process of this server would have written it."""
+    ours = json.loads((tmp_path / f"{os.getpid()}.json").read_text())
+    (tmp_path / f"{changes.get('pid', ours['pid'])}.json").write_text(json.dumps(ours | changes))
+
+
+def processes() -> list[str]:
+    return [report["process"] for report in reports.living()]
+
+
+def test_a_removed_folder_is_made_again_for_all(tmp_path: Path) -> None:
+    """One folder under the name that all processes know; what they counted before is not lost."""
+    reports.count("drafts_skipped", 2)
+    before = shown()
+    shutil.rmtree(tmp_path)
+    assert shown() == before  # the process that shows its own
+    assert os.environ[reports.FOLDER] == str(tmp_path)
+    shutil.rmtree(tmp_path)
+    reports.count("drafts_skipped", 1)  # any other process, at its next count
+    assert [file.name for file in tmp_path.iterdir()] == [f"{os.getpid()}.json"]
+    assert (shown() - before)["gemma4_spec_drafts_skipped_total",] == 1
+
+
+def test_a_folder_that_cannot_be_made_stops_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(reports.FOLDER, str(tmp_path / "file" / "folder"))
+    reports.write()
+    reports.count("drafts_skipped", 1)
+    assert not shown()
+
+
+def test_a_folder_of_another_user_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: os.stat(__file__).st_uid + 1)
+    assert processes() == []
+
+
+def test_unknown_and_broken_reports_are_left_out(tmp_path: Path) -> None:
+    """Of another version, cut off, or of a process that has ended (whose id another may have by now)."""
+    before = shown()
+    others(tmp_path, counts={"of_a_later_version": {"": 3}})  # lacks ours, has another
+    assert set(shown()) == set(before)
+    reports.write()
+    for number, text in enumerate(("", "{", "[]", "{}", '{"pid": "x"}', '{"pid": 1}')):
+        (tmp_path / f"9999{number}.json").write_text(text)
+    others(tmp_path, pid=os.getppid(), started=0.0)
+    assert processes() == [reports.process_name()]
+    assert shown() == before
+
+
+def test_an_unknown_counter_neither_ends_an_engine_nor_is_shown() -> None:
+    before = shown()
+    reports.count("no_such_counter", 1)
+    try:
+        assert shown() == before
+    finally:
+        del reports._counts["no_such_counter"]
+
+
+def test_a_starter_that_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An API server whose parent was killed still shows all processes that report to its folder."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    monkeypatch.setattr(reports.multiprocessing, "parent_process", lambda: SimpleNamespace(pid=gone.pid))
+    others(tmp_path, pid=os.getppid(), process="EngineCore", started=psutil.Process(os.getppid()).create_time())
+    assert sorted(processes()) == sorted(["EngineCore", reports.process_name()])
+
+
+def test_why_not_the_files_of_prometheus_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its variable is vLLM's switch, too; and what is counted after the folder was removed is never seen."""
+    from prometheus_client import REGISTRY, CollectorRegistry
+    from prometheus_client.multiprocess import MultiProcessCollector
+    from prometheus_client.values import MultiProcessValue
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    assert "process_start_time_seconds" in {family.name for family in get_prometheus_registry().collect()}
+    folder = tmp_path / "files"
+    folder.mkdir()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(folder))
+    assert get_prometheus_registry() is not REGISTRY
+    assert not list(get_prometheus_registry().collect())
+
+    value = MultiProcessValue(lambda: 7)("counter", "seen", "seen_total", (), (), "in a file")
+    value.inc(3)
+    collector = MultiProcessCollector(CollectorRegistry())
+    assert [sample.value for family in collector.collect() for sample in family.samples] == [3]
+    shutil.rmtree(folder)
+    folder.mkdir()
+    value.inc(3)
+    assert not list(collector.collect())
 
 
 def test_drafts_skipped_are_the_requests_that_were_not_drafted_for(tiny: dict[str, Path]) -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.commands import environment, free_port, gemma4_spec, printed
-from vllm_gemma4_spec.ops.bench import measure, report
+from tests.support.commands import environment, free_port, gemma4_spec, in_process, printed
+from tests.support.fake_server import State, fake_server
+from vllm_gemma4_spec.ops.bench import measure, prompts, report
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def prompt_file(tmp_path: Path) -> Path:
 
 
 def test_prompts_of_every_kind(prompt_file: Path) -> None:
-    assert measure.prompts(prompt_file, 3) == ["w5 w6 w7", "w8 w9 w10 w11", "w5 w6 w7"]
+    assert prompts.read(prompt_file, 3) == ["w5 w6 w7", "w8 w9 w10 w11", "w5 w6 w7"]
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_unreadable_prompts_are_one_line(tmp_path: Path, content: str | None, wo
     if content is not None:
         file.write_text(content)
     with pytest.raises(report.BenchError, match=word) as error:
-        measure.prompts(file, 1)
+        prompts.read(file, 1)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -105,6 +106,51 @@ def made_run(url: str, speed: float, latency: float, accepted: tuple[float, ...]
     )
 
 
+def test_a_wrong_model_is_said_before_anything_runs() -> None:
+    with fake_server(State()) as url:
+        done = in_process("bench", "--url", url, "--model", "nobody")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert f"--model nobody: {url} serves gemma-4" in done.stderr
+
+
+def test_two_addresses_of_one_server_are_noticed() -> None:
+    with fake_server(State()) as url:
+        other = url.replace("127.0.0.1", "localhost")
+        done = in_process("bench", "--url", url, "--against", other)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "is the same server as" in done.stderr
+
+
+def test_an_empty_answer_is_no_tokens_and_an_error() -> None:
+    """As ``vllm bench serve`` writes them: answered, refused, stopped at once, thoughts alone."""
+    result = {
+        "duration": 2.0,
+        "output_lens": [10, 0, 1, 20],
+        "ttfts": [0.1, 0.0, 0.1, 0.1],
+        "itls": [[0.1] * 9, [], [], [0.1] * 19],
+        "errors": ["", "Bad Request", "", ""],
+        "generated_texts": ["words", "", "", ""],
+    }
+    run, failed = measure.read_result(report.Server(url="a", model="m"), 2, result)
+    assert failed == [(1, "Bad Request"), (2, measure.EMPTY)]
+    assert (run.requests, run.errors, run.output_tokens, run.aggregate_tok_s) == (4, 2, 30, 15.0)
+    assert run.latency_percentiles
+    assert list(run.latency_percentiles.model_dump().values()) == pytest.approx([1000, 2000, 2000])
+
+
+def test_every_output_says_what_was_measured() -> None:
+    a = report.Server(url="a", model="m", vllm="0.19.1", plugin="0.1.0", method="draft_model", drafter="E4B", k=3)
+    run = made_run("a", 30, 100)
+    failure = report.Failure(url="a", count=2, message="HTTP 400; too long (prompt 3)")
+    made = report.Report(
+        date="2026-11-28", servers=[a], tokens=9, failures=[failure], summary=[run], ratios=[], runs=[run]
+    )
+    shown = report.markdown(made)
+    assert "- A: a, m, vLLM 0.19.1, vllm-gemma4-spec 0.1.0, draft_model with E4B, k = 3" in shown
+    assert "2026-11-28" in shown
+    assert "2 failed on A: HTTP 400; too long (prompt 3)" in shown
+
+
 def test_summary_has_medians_and_sums() -> None:
     runs = [made_run("a", 30, 100), made_run("a", 50, 300, (1.0, 0.6)), made_run("a", 90, 200, ())]
     (row,) = report.summary(runs)
@@ -161,15 +207,21 @@ def test_two_real_servers(speculating_server: str, plain_server: str, prompt_fil
     assert ratio["aggregate_tok_s"]["highest"] == pytest.approx(max(pairs))
     done = gemma4_spec("bench", *options)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"- A: {speculating_server}\n- B: {plain_server}\n")
-    assert "| A over B, at once |" in done.stdout
+    assert done.stdout.startswith(f"- A: {speculating_server}, ")
+    assert f"- B: {plain_server}, " in done.stdout
+    assert "| A over B, concurrency |" in done.stdout
     assert "\x1b[" not in done.stdout
     assert done.stderr == ""  # no progress bar where nobody watches
 
 
 @pytest.mark.slow
-def test_failed_requests_are_counted(speculating_server: str, prompt_file: Path) -> None:
-    options = ["--concurrency", "1", "--requests", "2", "--model", "nobody"]
-    done = gemma4_spec("bench", "--url", speculating_server, "--prompts", str(prompt_file), *options)
+def test_one_bad_prompt_is_named_and_the_others_are_measured(speculating_server: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    rows = ["w5 w6 w7", "w5 " * 2000, "w8 w9"]
+    file.write_text("".join(json.dumps({"prompt": r}) + "\n" for r in rows))
+    options = ["--concurrency", "1", "--requests", "3", "--tokens", "12"]
+    done = gemma4_spec("bench", "--url", speculating_server, "--prompts", str(file), *options)
     assert done.returncode == 1, done.stderr
-    assert "2 of 2" in done.stdout
+    assert "1 of 3" in done.stdout
+    assert "1 failed on A: HTTP 400; " in done.stdout
+    assert "(prompt 2)" in done.stdout

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.commands import free_port, gemma4_spec, in_process, printed
+from tests.support.fake_server import ALL_ON, INFO, State, fake_server
 
 
 def findings(done: subprocess.CompletedProcess[str]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -46,6 +47,102 @@ def test_each_fault_is_a_problem_with_advice(env: dict[str, str], where: tuple[s
     assert finding["advice"]
 
 
+def off(*names: str) -> dict[str, int]:
+    return ALL_ON | dict.fromkeys(names, 0)
+
+
+def test_a_server_as_it_must_be() -> None:
+    with fake_server(State()) as url:
+        done = in_process("doctor", "--url", url, "--json")
+        shown = in_process("doctor", "--url", url).stdout
+    assert done.returncode == 0, done.stdout
+    found = findings(done)["server", "speculation"]["found"]
+    assert found == (
+        "draft_model with /models/gemma-4-E4B-it, k = 3, 1000 drafts verified, acceptance length 2.80, "
+        "accepted by position 80% 60% 40%"
+    )
+    assert shown.rstrip().endswith("0 problems")
+
+
+_BOTH_OFF = {"APIServer": off("draft-groups"), "EngineCore": off("draft-groups")}
+_ALL_OFF = {name: dict.fromkeys(ALL_ON, 0) for name in ("APIServer", "EngineCore")}
+
+
+@pytest.mark.parametrize(
+    ("state", "name", "words"),
+    [
+        (State(processes=_ALL_OFF), "APIServer (100)", ["answers may be wrong", "VLLM_GEMMA4_SPEC"]),
+        (State(processes=_BOTH_OFF), "EngineCore (101)", ["draft-groups", "VLLM_GEMMA4_SPEC_PATCH_DRAFT_GROUPS"]),
+        (State(processes={"APIServer": ALL_ON, "EngineCore": off("adaptive-k")}), "EngineCore (101)", ["environment"]),
+        (State(processes={"APIServer": ALL_ON}), "EngineCore", ["unpatched"]),
+        (State(processes={}), "plugin", ["patches on"]),
+        (State(accepted=(), info=INFO | {"method": "", "k": "", "drafter": ""}), "speculation", ["--no-speculation"]),
+        (State(accepted=(10, 1, 0)), "speculation", ["does not fit"]),
+        (State(info=INFO | {"runner": "V2"}), "model runner", ["VLLM_USE_V2_MODEL_RUNNER"]),
+        (State(info=INFO | {"reasoning_parser": ""}), "reasoning parser", ["--reasoning-parser gemma4"]),
+        (State(info=INFO | {"tool_call_parser": "hermes"}), "tool call parser", ["--enable-auto-tool-choice"]),
+    ],
+)
+def test_what_is_wrong_with_a_server_is_said(state: State, name: str, words: list[str]) -> None:
+    with fake_server(state) as url:
+        done = in_process("doctor", "--url", url, "--json")
+    assert done.returncode == 1, done.stdout
+    problems = {k[1]: f for k, f in findings(done).items() if f["state"] == "problem"}
+    assert name in problems, problems
+    assert all(word in problems[name]["advice"] for word in words), problems[name]
+
+
+def test_patches_that_a_server_does_not_need_may_be_off() -> None:
+    """A plain bf16 server: neither drafting nor ModelOpt; the same patches off beside a drafter are a problem."""
+    names = off("draft-groups", "own-blocks", "modelopt-nvfp4")
+    plain = INFO | {"method": "", "k": "", "drafter": "", "quantization": ""}
+    processes = {"APIServer": names, "EngineCore": names}
+    with fake_server(State(processes=processes, accepted=(), info=plain)) as url:
+        done = in_process("doctor", "--url", url, "--no-speculation", "--json")
+    assert done.returncode == 0, done.stdout
+    with fake_server(State(processes=processes)) as url:
+        assert in_process("doctor", "--url", url).returncode == 1
+
+
+def test_problems_come_last_and_patches_take_one_line() -> None:
+    with fake_server(State(accepted=())) as url:
+        lines = in_process("doctor", "--url", url).stdout.splitlines()
+    place = lines.index("1 problem")
+    assert lines[place + 1].split() == ["problem", "server,", "speculation:", "off", "(wanted", "on)"]
+    assert not any("problem" in line for line in lines[:place])
+    assert len([line for line in lines if "draft-groups" in line]) == 0
+    assert len([line for line in in_process("doctor", "-v").stdout.splitlines() if "fingerprints match" in line]) > 20
+
+
+@pytest.fixture
+def no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where only this package and what it depends on are installed."""
+    from vllm_gemma4_spec.ops import doctor
+    from vllm_gemma4_spec.patching import version
+
+    for module in (version, doctor, doctor.here):
+        monkeypatch.setattr(module, "vllm_version", lambda: None)
+
+
+@pytest.mark.usefixtures("no_vllm")
+def test_without_vllm_there_is_one_problem() -> None:
+    done = in_process("doctor", "--json")
+    assert [f["name"] for f in json.loads(done.stdout)["findings"] if f["state"] == "problem"] == ["vllm"]
+    done = in_process("patches")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "vLLM is not installed here" in done.stderr
+
+
+@pytest.mark.usefixtures("no_vllm")
+def test_a_laptop_without_vllm_examines_a_server() -> None:
+    with fake_server(State()) as url:
+        assert in_process("doctor", "--url", url).returncode == 0
+        assert in_process("top", "--url", url, "--interval", "0.1").returncode == 0
+        done = in_process("bench", "--url", url)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "vLLM is not installed here" in done.stderr
+
+
 def test_no_server_is_one_line() -> None:
     done = gemma4_spec("doctor", "--url", f"http://127.0.0.1:{free_port()}")
     assert done.returncode == 2
@@ -58,8 +155,18 @@ def test_processes_of_a_real_server(speculating_server: str) -> None:
     done = gemma4_spec("doctor", "--url", speculating_server, "--workers", "1", "--json")
     assert done.returncode == 0, done.stdout
     server = {name: f for (section, name), f in findings(done).items() if section == "server"}
-    assert sorted(name.split(" ")[0] for name in server) == ["APIServer", "EngineCore", "vllm", "workers"]
-    assert all("draft-groups" in f["found"] for name, f in server.items() if name.startswith(("API", "Engine")))
+    assert sorted(name.split(" (")[0] for name in server) == [
+        "APIServer", "EngineCore", "model", "speculation", "vllm", "workers"
+    ]  # fmt: skip
+    assert all(f["found"].startswith("31 patches on") for name, f in server.items() if name.startswith("API"))
+    assert server["speculation"]["found"].startswith("draft_model with ")
+    assert "k = 3" in server["speculation"]["found"]
+
+
+@pytest.mark.slow
+def test_a_real_server_that_does_not_speculate(plain_server: str) -> None:
+    assert gemma4_spec("doctor", "--url", plain_server).returncode == 1
+    assert gemma4_spec("doctor", "--url", plain_server, "--no-speculation").returncode == 0
 
 
 @pytest.mark.slow

@@ -1,16 +1,25 @@
-"""`top` and the Grafana dashboard, from the figures of a real server."""
+"""`top` and the Grafana dashboard, from the metrics of a real server."""
 
 from __future__ import annotations
 
+import http.server
 import json
+import os
+import pty
 import re
+import select
+import subprocess
+import threading
+import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import promql_parser
 import pytest
 
-from tests.support.commands import free_port, gemma4_spec, printed
+from tests.support.commands import MAIN, environment, free_port, gemma4_spec, in_process, printed
+from tests.support.fake_server import State, fake_server
 from vllm_gemma4_spec.ops import live, server
 from vllm_gemma4_spec.ops.server import Sample
 
@@ -35,9 +44,113 @@ def test_rates_between_two_looks() -> None:
     two = live.look(samples(30, [26, 8], 150), 7.0)
     figures = live.between(one, two)
     assert figures.accepted_by_position == (0.9, 0.2)
-    assert figures.tokens_per_step == pytest.approx(2.1)
+    assert figures.acceptance_length == pytest.approx(2.1)
     assert figures.output_tok_s == 50  # both engines
-    assert live.between(two, two).tokens_per_step is None
+    assert live.between(two, two).acceptance_length is None
+
+
+def test_latencies_and_prefix_hits_are_those_of_the_interval() -> None:
+    names = ("vllm:time_to_first_token_seconds", "vllm:inter_token_latency_seconds")
+
+    def at(scale: float) -> list[Sample]:
+        out = [Sample(f"{n}_{end}", {}, v * scale) for n in names for end, v in (("sum", 0.5), ("count", 10))]
+        out += [Sample("vllm:prefix_cache_queries_total", {}, 100 * scale)]
+        return [*out, Sample("vllm:prefix_cache_hits_total", {}, 25 * scale), *samples(10, [8], 100 * scale)]
+
+    now = live.between(live.look(at(1), 0.0), live.look(at(3), 1.0))
+    assert (now.ttft_ms, now.itl_ms, now.prefix_hits, now.k) == (pytest.approx(50), pytest.approx(50), 0.25, 1)
+    restarted = live.between(live.look([*at(9), Sample("vllm:prompt_tokens_total", {}, 9)], 0.0), live.look(at(1), 1.0))
+    assert restarted.output_tok_s == 200
+
+
+def test_a_server_that_is_not_vllm_is_said() -> None:
+    with fake_server(State()) as url:
+        shown = in_process("top", "--url", url, "--interval", "0.1").stdout
+    assert "gemma-4, draft_model, k = 3" in shown
+
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"go_goroutines 7\n")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    done = in_process("top", "--url", f"http://127.0.0.1:{httpd.server_port}", "--interval", "0.1")
+    httpd.shutdown()
+    httpd.server_close()
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "not vLLM" in done.stderr
+
+
+Play = Callable[[Callable[[], str], Callable[[bytes], object]], None]
+
+
+def _terminal(command: list[str], play: Play) -> tuple[int, str]:
+    """Runs ``command`` in a terminal of its own; ``play`` gets what was shown so far, and a way to type."""
+    ours, theirs = pty.openpty()
+    env = environment() | {"TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(command, env=env, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    shown = bytearray()
+
+    def read() -> str:
+        while select.select([ours], [], [], 0.1)[0]:
+            try:
+                shown.extend(os.read(ours, 65536))
+            except OSError:  # the terminal's other end is closed
+                break
+        return shown.decode(errors="replace")
+
+    try:
+        play(read, lambda data: os.write(ours, data))
+        end = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < end:
+            read()
+        return process.wait(1), read()
+    finally:
+        process.kill()
+        os.close(ours)
+
+
+def until(read: Callable[[], str], word: str) -> None:
+    end = time.monotonic() + 60
+    while word not in read():
+        assert time.monotonic() < end, read()[-2000:]
+
+
+def test_top_survives_a_restart_and_q_ends_it() -> None:
+    state, stop = State(), threading.Event()
+
+    def play(read: Callable[[], str], write: Callable[[bytes], object]) -> None:
+        until(read, "position 2")
+        state.up = False
+        until(read, "waiting for it")
+        state.up, state.accepted = True, (9, 8, 7, 6, 5)
+        until(read, "position 4")
+        write(b"x")
+        write(b"q")
+
+    with fake_server(state) as url:
+        counting = threading.Thread(target=_count_up, args=(state, stop), daemon=True)
+        counting.start()
+        try:
+            code, shown = _terminal([*MAIN, "top", "--url", url, "--interval", "0.1"], play)
+        finally:
+            stop.set()
+            counting.join()
+    assert code == 0
+    assert "Traceback" not in shown
+
+
+def _count_up(state: State, stop: threading.Event) -> None:
+    """Drafts go on being verified, so that there is something to show in each interval."""
+    while not stop.wait(0.02):
+        state.drafts += 10
+        state.accepted = tuple(n + 9 - i for i, n in enumerate(state.accepted))
 
 
 def test_no_server_is_one_line() -> None:

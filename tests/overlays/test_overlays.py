@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support.commands import in_process, printed
+
 ROOT = Path(__file__).parents[2]
 OVERLAYS = ROOT / "overlays"
-NAMES = ["blackwell", "cpu", "dgx-spark", "hopper"]
+NAMES = ["blackwell", "cpu", "deckard-spark", "dgx-spark", "hopper"]
+CARDS = {"blackwell": "B200", "deckard-spark": "GB10", "dgx-spark": "GB10", "hopper": "H100"}
 
 
 def test_all_overlays_are_here() -> None:
@@ -35,7 +38,7 @@ def test_vllm_reads_the_settings(parser: Any, name: str) -> None:
     args = parser.parse_args(["--config", str(OVERLAYS / name / "serve.yaml")])
     validate_parsed_serve_args(args)
     assert args.speculative_config["method"] == "draft_model"
-    assert args.speculative_config["num_speculative_tokens"] == 3
+    assert args.speculative_config["num_speculative_tokens"] == (5 if name == "deckard-spark" else 3)
     assert args.host == "127.0.0.1"
     in_container = yaml.safe_load((OVERLAYS / name / "compose.yaml").read_text())["services"]["vllm"]["command"][2:]
     given = ["--config", str(OVERLAYS / name / "serve.yaml"), *in_container]
@@ -118,3 +121,22 @@ def test_readme_names_every_setting_that_is_a_choice(name: str) -> None:
     chosen = yaml.safe_load((OVERLAYS / name / "serve.yaml").read_text())
     for key in set(chosen) - {"model", "port", "max-num-batched-tokens"}:
         assert key in readme, key
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_plan_says_that_each_overlay_fits_and_pays(name: str) -> None:
+    """Its models in NVFP4, its k, context, KV cache and memory, on its card: faster than without drafts at 70 %."""
+    chosen = yaml.safe_load((OVERLAYS / name / "serve.yaml").read_text())
+    models = ("--target", "google/gemma-4-31B-it", "--drafter", "google/gemma-4-E4B-it")
+    formats = ("--target-weights", "nvfp4", "--drafter-weights", "nvfp4")
+    context, utilization = str(chosen["max-model-len"]), str(chosen["gpu-memory-utilization"])
+    options = ("--hardware", CARDS[name], "--context", context, "--utilization", utilization, "--acceptance", "0.7")
+    done = in_process("plan", *models, *formats, *options, "--kv-dtype", chosen.get("kv-cache-dtype", "bf16"), "--json")
+    (machine,) = printed("plan", done)["machines"]
+    speed = machine["acceptance"]["0.7"]
+    k = chosen["speculative-config"]["num_speculative_tokens"]
+    assert machine["fits"]
+    for bound in (speed["tok_s"] or speed["tok_s_at_most"], speed["tok_s_at_least"]):
+        assert bound[k] > bound[0]
+    drafter = chosen["speculative-config"]
+    assert "NVFP4" in drafter["model"] or drafter.get("quantization") == "modelopt"

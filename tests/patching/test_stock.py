@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import vllm_gemma4_spec
+from tests.hf_config.test_normal_form import as_written_later
 from tests.quantization.comparison import FIXTURES, edited, engine_logprobs, per_expert, text_only
 from tests.support import engine as _engine
 from tests.support.engine import engine, generate, random_prompts
 from tests.support.stock import without
 from vllm_gemma4_spec.cpu import patches as cpu
 from vllm_gemma4_spec.errors import DrafterError
+from vllm_gemma4_spec.hf_config import patches as hf_config
+from vllm_gemma4_spec.lora import patches as lora
 from vllm_gemma4_spec.patching.patch import Patch
 from vllm_gemma4_spec.performance import patches as performance
 from vllm_gemma4_spec.quantization import patches as quantization
@@ -88,3 +94,42 @@ def test_experts_on_a_cpu_do_not_know_gelu(tmp_path: Path) -> None:
     folder = edited(FIXTURES / "26b-mm-awq-lite", tmp_path / "experts", per_expert)
     with without(patch), pytest.raises(AssertionError, match=r"MoEActivation\.GELU is not supported"):
         engine_logprobs(folder, **text_only(folder))
+
+
+def test_a_whole_drafter_beside_several_ranks_is_refused() -> None:
+    from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+    sizes = [SimpleNamespace(tensor_parallel_size=size) for size in (1, 2)]
+    spec = SimpleNamespace(
+        draft_parallel_config=sizes[0], target_parallel_config=sizes[1], uses_draft_model=lambda: True
+    )
+    proposer = SimpleNamespace(speculative_config=spec)
+    with without(performance.WHOLE_COPIES), pytest.raises(ValueError, match="draft_tensor_parallel_size"):
+        DraftModelProposer._raise_if_draft_tp_mismatch(proposer)
+
+
+def test_sizes_by_layer_are_not_read(tmp_path: Path) -> None:
+    """What transformers 5.15 and later writes: 0.19.1 goes on with the default size of full layers."""
+    from vllm.transformers_utils.config import get_config
+
+    written = as_written_later(json.loads((FIXTURES / "31b-nvfp4" / "config.json").read_text()))
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with without(hf_config.CONFIG_FORM):
+        stock = get_config(tmp_path, trust_remote_code=False)
+    vllm_gemma4_spec.apply()
+    ours = get_config(tmp_path, trust_remote_code=False)
+    assert stock.get_text_config().global_head_dim != ours.get_text_config().global_head_dim
+
+
+def test_a_block_of_every_hit_is_dropped_beside_an_eagle_head() -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    source = inspect.getsource(inspect.unwrap(Scheduler.__init__))
+    assert "use_eagle=self.use_eagle" in source  # KVCacheManager hands it on to the coordinator, which drops the block
+
+
+def test_the_class_of_published_checkpoints_takes_no_adapter() -> None:
+    from vllm.model_executor.models.gemma4_mm import Gemma4ForConditionalGeneration
+
+    with without(lora.LORA_ADAPTERS):
+        assert not getattr(Gemma4ForConditionalGeneration, "supports_lora", False)

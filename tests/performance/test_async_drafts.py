@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.support import engine as _engine  # sets the environment
+from tests.support.configs import GEMMA4, LLAMA, vllm_config
 from vllm_gemma4_spec.performance import async_scheduling
 from vllm_gemma4_spec.performance.async_scheduling import MARGIN
 from vllm_gemma4_spec.performance.patches import ASYNC_DRAFTS
@@ -70,9 +71,10 @@ def test_the_margin_is_there_with_async_scheduling_only(asynchronous: bool, marg
         self.scheduler_config = SimpleNamespace(async_scheduling=asynchronous)
         self.kv_cache_manager = SimpleNamespace(coordinator=SimpleNamespace())
 
-    scheduler = SimpleNamespace()
-    async_scheduling.scheduler_init(init)(scheduler)
-    assert getattr(scheduler.kv_cache_manager.coordinator, MARGIN) == margin
+    for model, wanted in ((GEMMA4, margin), (LLAMA, 0)):
+        scheduler = SimpleNamespace(vllm_config=vllm_config(model, model))
+        async_scheduling.scheduler_init(init)(scheduler)
+        assert getattr(scheduler.kv_cache_manager.coordinator, MARGIN, 0) == wanted
 
 
 def config(**changes: Any) -> Any:
@@ -82,7 +84,9 @@ def config(**changes: Any) -> Any:
     return SimpleNamespace(
         scheduler_config=SimpleNamespace(async_scheduling=changes.get("asked")),
         speculative_config=changes.get("speculative", DRAFT_MODEL),
+        model_config=changes.get("model", GEMMA4),
         kv_transfer_config=changes.get("connector"),
+        cache_config=SimpleNamespace(kv_offloading_size=changes.get("offloading")),
         parallel_config=SimpleNamespace(
             distributed_executor_backend=type("Given", (Executor,), {"supports_async_scheduling": supports})
         ),
@@ -104,6 +108,8 @@ UNPADDED = SimpleNamespace(method="draft_model", disable_padded_drafter_batch=Tr
         (True, {"speculative": EAGLE}, None),  # vLLM's own default decides
         (True, {"speculative": UNPADDED}, None),
         (True, {"connector": object()}, None),
+        (True, {"offloading": 4.0}, None),  # vLLM makes a connector of it, later
+        (True, {"model": LLAMA}, None),
         (True, {"executor": False}, None),
     ],
 )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.support import engine as _engine  # sets the environment
+from tests.support.configs import GEMMA4, LLAMA, vllm_config
 from tests.support.stock import without
 from vllm_gemma4_spec import settings
+from vllm_gemma4_spec.performance import graph_capture
 from vllm_gemma4_spec.performance.draft_graphs import GRAPHS, update_cudagraph_mode
 from vllm_gemma4_spec.performance.graph_capture import _batch_sizes, capture_drafts
 from vllm_gemma4_spec.performance.patches import DRAFT_GRAPHS, DRAFT_PIECES
@@ -40,7 +43,9 @@ def runner(**changes: Any) -> Any:
         enforce_eager=changes.get("eager", False),
         disable_padded_drafter_batch=False,
     )
+    model = changes.get("model", GEMMA4)
     return SimpleNamespace(
+        vllm_config=vllm_config(model, model),
         speculative_config=changes.get("speculative", spec),
         compilation_config=SimpleNamespace(
             cudagraph_mode=CUDAGraphMode[changes.get("mode", "FULL_AND_PIECEWISE")],
@@ -111,6 +116,53 @@ def test_pieces_where_the_target_has_them(mode: str, device: str, draft_model: b
     assert given == ([self.compilation_config.cudagraph_mode] if wanted else [])
 
 
+def test_pieces_of_another_models_drafter_are_left_to_vllm() -> None:
+    given: list[Any] = []
+    self = runner(model=LLAMA)
+    self.device, self.drafter.initialize_cudagraph_keys = SimpleNamespace(type="cuda"), given.append
+    update_cudagraph_mode(lambda self: None)(self)
+    assert not given
+
+
+def test_out_of_memory_while_graphs_are_captured_leaves_the_drafter_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The engine starts, and drafts kernel by kernel; any other error still ends the start."""
+    import torch
+    from vllm.distributed import parallel_state
+
+    freed: list[str] = []
+
+    class Failing:
+        def __init__(self, *args: Any) -> None: ...
+
+        def capture(self, pool: Any) -> None:
+            raise error
+
+    monkeypatch.setattr(graph_capture, "DraftGraphs", Failing)
+    monkeypatch.setattr(parallel_state, "graph_capture", lambda device: nullcontext())
+    for name, value in {"mem_get_info": lambda: (1, 2), "synchronize": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("cache"))
+    self = runner()
+    self.device, self._freeze_gc = SimpleNamespace(type="cuda"), nullcontext
+    self.drafter.kv_cache_gid = 0
+    self.input_batch = SimpleNamespace(block_table=[SimpleNamespace(get_device_tensor=None)])
+    monkeypatch.setattr(graph_capture, "_pool", lambda: None)
+
+    error: Exception = torch.OutOfMemoryError("no memory left")
+    said: list[str] = []
+    monkeypatch.setattr(graph_capture.logger, "warning", lambda text, *values: said.append(text % values))
+    assert capture_drafts(self) == 0
+    assert len(said) == 1
+    assert "out of memory while its CUDA graphs were captured" in said[0]
+    assert not hasattr(self.drafter, GRAPHS)
+    assert freed == ["cache"]
+    error = RuntimeError("a launch failed")
+    with pytest.raises(RuntimeError, match="a launch failed"):
+        capture_drafts(self)
+
+
 def dispatched(self: Any) -> list[Any]:
     """What vLLM's own method gives the drafter's dispatcher for a draft model on CUDA."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -149,7 +201,7 @@ def drafted() -> Any:
     """What vLLM's ``propose`` does for a drafter that has graphs; the original fails on this bare one."""
     from vllm.v1.spec_decode.eagle import SpecDecodeBaseProposer
 
-    drafter = SimpleNamespace(**{GRAPHS: Captured()})
+    drafter = SimpleNamespace(**{GRAPHS: Captured()}, vllm_config=vllm_config())
     names = ("target_token_ids", "target_positions", "target_hidden_states", "next_token_ids")
     names += ("token_indices_to_sample", "common_attn_metadata", "sampling_metadata", "num_rejected_tokens_gpu")
     return SpecDecodeBaseProposer.propose(drafter, **dict.fromkeys(names))

@@ -21,6 +21,7 @@ from torch._inductor.virtualized import V
 
 import vllm_gemma4_spec
 from tests.support import engine as _engine  # sets the environment
+from tests.support.configs import GEMMA4, LLAMA, vllm_config
 from tests.support.stock import without
 from vllm_gemma4_spec.performance import compile_settings
 from vllm_gemma4_spec.performance.compile_settings import Choices
@@ -40,10 +41,11 @@ def _patched() -> Iterator[None]:
 class Backends:
     """Compiler settings that vLLM's backends keep, of a model named so or made under a tag."""
 
-    def __init__(self, **own: Any) -> None:
+    def __init__(self, model: Any = GEMMA4, **own: Any) -> None:
         from vllm.config import VllmConfig
 
         self.config = VllmConfig()
+        self.config.model_config = model  # the drafter's, where one is made
         self.config.compilation_config.inductor_compile_config = {"size_asserts": False, **own}
 
     def settings(self, prefix: str = "", tag: str | None = None) -> dict[str, Any]:
@@ -73,6 +75,11 @@ def test_stock_compiles_a_drafter_as_the_target() -> None:
         assert Backends().settings(tag="draft_model") == {"size_asserts": False}
 
 
+@pytest.mark.usefixtures("hopper")
+def test_another_models_drafter_is_compiled_as_in_stock() -> None:
+    assert Backends(LLAMA).settings(tag="draft_model") == {"size_asserts": False}
+
+
 @pytest.mark.parametrize("capability", [(8, 9), None])
 def test_before_hopper_nothing_changes(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
@@ -88,7 +95,10 @@ def test_what_a_user_sets_stays(value: bool) -> None:
 
 
 @pytest.mark.usefixtures("hopper")
-def test_the_choices_are_there_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("drafter", "choices"), [(GEMMA4, Choices), (LLAMA, None)], ids=["gemma4", "llama"])
+def test_the_choices_are_there_before_anything_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, drafter: Any, choices: Any
+) -> None:
     from vllm.v1.spec_decode import draft_model
 
     seen: list[Any] = []
@@ -98,8 +108,9 @@ def test_the_choices_are_there_before_anything_is_compiled(monkeypatch: pytest.M
         return torch.nn.Module()
 
     monkeypatch.setattr(draft_model, "get_model", get_model)
-    draft_model.DraftModelProposer._get_model(SimpleNamespace(_create_draft_vllm_config=lambda: None))
-    assert seen == [Choices]
+    proposer = SimpleNamespace(_create_draft_vllm_config=lambda: None, vllm_config=vllm_config(GEMMA4, drafter))
+    draft_model.DraftModelProposer._get_model(proposer)
+    assert seen == [choices]
 
 
 @pytest.mark.slow  # starts Python and a C++ compiler three times

@@ -1,7 +1,7 @@
 """What a replay does around the graph, in the real engine: staging, padding and the live count.
 
 A CPU has no CUDA graphs. Here a replay runs the captured function again on the same buffers, so everything
-else is the real thing; ``benchmarks/gpu_exactness.py`` compares the graphs themselves on a GPU.
+else is the real thing; ``tests/gpu/test_exactness.py`` compares the graphs themselves.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""An exported checkpoint in the real engine beside the float32 reference: on a CPU for the tests, on a GPU for
-``benchmarks/nvfp4_linear.py``. No pytest here: a bare GPU machine may lack it."""
+"""An exported checkpoint in the real engine beside the float32 reference: on a CPU for most tests, on a GPU for
+``tests/gpu/test_checkpoints.py``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """``k_scale`` and ``v_scale`` of a checkpoint: loaded for target and drafter, and applied.
 
 A CPU has no fp8 cache, so the layers are the real ones with TRITON_ATTN's implementation, loaded but not run; the
-kernel runs in Triton's interpreter. ``benchmarks/gpu_exactness.py --kv-cache-dtype fp8`` runs both together on a GPU.
+kernel runs in Triton's interpreter. ``tests/gpu/test_fp8_cache.py`` runs both together.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.commands import free_port
+from tests.support.configs import vllm_config
 from tests.support.interpreter import interpreted
 from tests.support.kv_scales import with_kv_scales
 
@@ -57,7 +57,7 @@ def attention_layers(folder: Path, prefix: str, monkeypatch: pytest.MonkeyPatch)
     config.cache_config.cache_dtype = "fp8"  # the CPU platform has put "auto" there
     try:
         with set_current_vllm_config(config):
-            init_distributed_environment(1, 0, f"tcp://127.0.0.1:{free_port()}", 0, "gloo")
+            init_distributed_environment(1, 0, f"file://{folder}.store", 0, "gloo")
             initialize_model_parallel(1, 1)
             get_model(vllm_config=config, prefix=prefix)
     finally:
@@ -100,6 +100,8 @@ def test_waking_up_sets_the_scales_again() -> None:
             scale.fill_(1.0)
 
     context = {"attention": layer, "experts": SimpleNamespace()}
-    runner = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=context))
+    runner = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context=context), vllm_config=vllm_config()
+    )
     init_fp8_kv_scales(original)(runner)
     assert (layer._k_scale.item(), layer._v_scale.item()) == (4.0, 2.0)

@@ -9,9 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support import engine as _engine
@@ -184,3 +186,33 @@ def test_a_drafter_with_its_own_quantization() -> None:
     assert draft.quantization == "modelopt_fp4"
     made = type(config).get_quantization_config(draft, config.load_config)
     assert (config.quant_config.quant_algo, made.quant_algo) == ("NVFP4_SVD", "NVFP4_AWQ")
+
+
+def test_the_revision_that_was_asked_for_is_read(tmp_path: Path) -> None:
+    """Of a model in the Hub's cache: which weights are quantized may differ from one revision to the next."""
+    from vllm.config import LoadConfig
+    from vllm.config.vllm import VllmConfig
+
+    import vllm_gemma4_spec
+
+    vllm_gemma4_spec.apply()
+    root, fixture = tmp_path / "models--org--model", FIXTURES / "31b-awq-full"
+    tensors = load_file(fixture / "model.safetensors")
+    floats = {}
+    for revision, extra in (("a" * 40, {}), ("b" * 40, {"model.layers.0.more.weight": torch.zeros(2, 2).bfloat16()})):
+        snapshot = root / "snapshots" / revision
+        shutil.copytree(fixture, snapshot)
+        save_file(tensors | extra, snapshot / "model.safetensors")
+        (root / "refs").mkdir(exist_ok=True)
+        (root / "refs" / "main").write_text("a" * 40)
+        section = json.loads((fixture / "config.json").read_text())["quantization_config"]
+        model = SimpleNamespace(
+            model="org/model",
+            revision=revision,
+            quantization="modelopt_fp4",
+            dtype=torch.bfloat16,
+            hf_config=SimpleNamespace(quantization_config=section),
+        )
+        made = VllmConfig._get_quantization_config(model, LoadConfig(download_dir=str(tmp_path)))
+        floats[revision] = made.float_modules
+    assert floats["b" * 40] - floats["a" * 40] == {"model.layers.0.more"}

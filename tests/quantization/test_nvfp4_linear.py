@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -187,15 +189,19 @@ def test_one_summary_line_and_the_strict_setting(monkeypatch: pytest.MonkeyPatch
     def break_one(shard: Any, parts: Tensors) -> None:
         parts["weight_scale"].view(torch.uint8)[0, 0] = 0x7F
 
-    model = torch.nn.ModuleList([loaded("row", break_one)[0], loaded("column")[0]])
+    def model() -> torch.nn.ModuleList:
+        return torch.nn.ModuleList([loaded("row", break_one)[0], loaded("column")[0]])
+
     lines: list[str] = []
     monkeypatch.setattr(nan_scales.logger, "warning", lambda text, *values: lines.append(text % values))
-    nan_scales.reported(lambda model: None)(model)
+    once = model()
+    nan_scales.reported(lambda model: None)(once)
+    nan_scales.report(once)  # weights were loaded again, and nothing was repaired
     assert len(lines) == 1
     assert "1 NaN block scales in 1 NVFP4 layers (layers.0.row): 1 set to 448" in lines[0]
     monkeypatch.setenv("VLLM_GEMMA4_SPEC_NAN_SCALES", "strict")
     with pytest.raises(CheckpointError, match=r"1 NaN block scales in 1 NVFP4 layers \(layers.0.row\); .*repair"):
-        nan_scales.reported(lambda model: None)(model)
+        nan_scales.reported(lambda model: None)(model())
 
 
 def replaced(name: str, value: Callable[[torch.Tensor], torch.Tensor], only: Any = ...) -> Callable[..., None]:
@@ -326,3 +332,17 @@ def test_weights_that_do_not_fit_stay_packed(monkeypatch: pytest.MonkeyPatch) ->
     assert not emulation.fits(10 << 30, cpu)  # 20 - 10 - 1 of KV cache leaves less than a tenth of 100
     monkeypatch.setenv("VLLM_GEMMA4_SPEC_NVFP4_WEIGHTS", "dequantized")
     assert emulation.fits(10 << 30, cpu)
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("algorithm", ["NVFP4_AWQ", "NVFP4_SVD"])
+def test_a_layer_is_freed_with_its_model(algorithm: str) -> None:
+    """vLLM keeps what a reload needs by layer, in a table that forgets a layer once nothing else holds it."""
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+
+    layer = make("qkv", algorithm)
+    record_metadata_for_reloading(layer)
+    gone = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert gone() is None

@@ -1,6 +1,6 @@
 """Block scales as vLLM stores them for Marlin: what it cannot hold is brought into range first, weights kept.
 
-Run on vLLM's own conversion, which is plain torch; the kernel itself: ``benchmarks/nvfp4_linear.py``.
+Run on vLLM's own conversion, which is plain torch; the kernel itself: ``tests/gpu/test_nvfp4_layers.py``.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.configs import LLAMA, vllm_config
+from vllm_gemma4_spec import scope
 from vllm_gemma4_spec.kernels import small_batch_gemm
 from vllm_gemma4_spec.quantization import small_batch_layers
 
@@ -59,9 +61,30 @@ def test_a_drafters_layers_all_take_it(
 def test_a_targets_on_request(
     prepared: list[bool], monkeypatch: pytest.MonkeyPatch, value: str, name: str, copies: int
 ) -> None:
+    monkeypatch.setattr(scope, "current_config", vllm_config)
     monkeypatch.setenv(SETTING, value)
     small_batch_layers.prepare(loaded(name))
     assert prepared == [True] * copies
+
+
+def test_another_models_layers_keep_their_kernel(prepared: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scope, "current_config", lambda: vllm_config(LLAMA, LLAMA))
+    monkeypatch.setenv(SETTING, "1")
+    small_batch_layers.prepare(loaded("o_proj"))
+    assert prepared == []
+
+
+def test_weights_that_are_loaded_again_are_treated_as_the_first_were(
+    prepared: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is current then: the drafter's layers are not being loaded any more, the config may be unknown."""
+    layer = loaded("down_proj")
+    with small_batch_layers._drafter():
+        small_batch_layers.prepare(layer)
+    layer.rows_gelu = True  # fused since
+    small_batch_layers.prepare(layer)
+    assert prepared == [False, False]
+    assert layer.rows_gelu
 
 
 @pytest.mark.parametrize(
@@ -71,6 +94,7 @@ def test_a_targets_on_request(
 def test_a_targets_where_the_card_has_room(
     prepared: list[bool], monkeypatch: pytest.MonkeyPatch, device: str, gib: int, name: str, copies: int
 ) -> None:
+    monkeypatch.setattr(scope, "current_config", vllm_config)
     monkeypatch.delenv(SETTING, raising=False)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gib * 2**30 - 2**28)

@@ -77,6 +77,74 @@ def test_kv_connector(tiny: dict[str, Path]) -> None:
         pass
 
 
+def config_of(target: Path, speculative: dict[str, Any], **options: Any) -> Any:
+    """What the arguments become; no engine is started."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    vllm_gemma4_spec.apply()
+    common = {"dtype": "float32", "max_model_len": 256, "skip_tokenizer_init": True}
+    args = EngineArgs(str(target), speculative_config={"num_speculative_tokens": 2} | speculative, **common | options)
+    return args.create_engine_config()
+
+
+CONNECTOR = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "pipeline_parallel_size is 2"),
+        ({"data_parallel_size": 2}, "ADAPTIVE_K is set and data_parallel_size is 2"),
+        ({"kv_transfer_config": CONNECTOR}, "KV connector ExampleConnector beside a draft model"),
+        (
+            {"kv_offloading_size": 1.0, "disable_hybrid_kv_cache_manager": True},
+            r"KV connector OffloadingConnector \(of kv_offloading_size 1.0\) beside",
+        ),
+    ],
+    ids=["pipeline", "data parallel", "connector", "offloading"],
+)
+@pytest.mark.parametrize("method", [{"method": "draft_model"}, {}], ids=["draft_model", "method left out"])
+def test_the_finished_config_decides(
+    tiny: dict[str, Path],
+    method: dict[str, str],
+    options: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM fills in the method, and makes a connector of an option, after the arguments have been read."""
+    monkeypatch.setenv("VLLM_GEMMA4_SPEC_ADAPTIVE_K", "0.2")
+    with pytest.raises(DrafterError, match=message):
+        config_of(tiny["target"], method | {"model": str(tiny["drafter"])}, **options)
+
+
+def test_what_vllm_reads_itself_is_left_to_it(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """A file (GGUF) and a folder in Mistral's format have no config.json and are not refused for that."""
+    gguf, mistral = tmp_path / "drafter.gguf", tmp_path / "mistral"
+    gguf.touch()
+    mistral.mkdir()
+    (mistral / "params.json").write_text("{}")
+    for drafter in (gguf, mistral):
+        with pytest.raises(Exception) as caught:  # noqa: PT011  vLLM's own, of whatever kind: neither holds a model
+            config_of(tiny["target"], {"method": "draft_model", "model": str(drafter)})
+        assert not isinstance(caught.value, DrafterError)
+
+
+def test_other_models_are_not_refused(tmp_path: Path) -> None:
+    """A Llama that drafts for a Llama, with a connector."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "num_hidden_layers": 1}
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, max_position_embeddings=256, **shape)
+    ).save_pretrained(tmp_path)
+    for method in ({"method": "draft_model"}, {}):
+        made = config_of(tmp_path, method | {"model": str(tmp_path)}, kv_transfer_config=CONNECTOR)
+        assert (made.speculative_config.method, made.kv_transfer_config.kv_connector) == (
+            "draft_model",
+            "ExampleConnector",
+        )
+
+
 def test_sleep_that_would_lose_the_drafter(tiny: dict[str, Path]) -> None:
     """Refused before anything is paused or discarded; level 1 is the GPU worker's to do (a CPU ignores it)."""
     with engine(tiny["target"], tiny["drafter"], 2) as llm:

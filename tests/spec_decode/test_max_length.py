@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import tiny_models
 from tests.support.engine import acceptance, engine, generate, random_prompts
-from vllm_gemma4_spec.registry import PATCHER
+from tests.support.stock import without
 
 K = 3
 LONGEST = 128
@@ -64,22 +64,13 @@ def test_a_drafter_that_ends_before_the_target(tiny: dict[str, Path], plain: lis
     assert within.accepted <= counts.accepted < counts.proposed
 
 
-def test_without_the_patch_acceptance_decays(
-    tiny: dict[str, Path], plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_patch_acceptance_decays(tiny: dict[str, Path], plain: list[list[int]]) -> None:
     from vllm_gemma4_spec.spec_decode.patches import LENGTH_LIMIT
 
-    with engine(tiny["target"], **OPTIONS):  # applies all patches
-        pass
-    monkeypatch.setenv("VLLM_GEMMA4_SPEC_PATCH_LENGTH_LIMIT", "0")
-    PATCHER.undo([LENGTH_LIMIT])
-    try:
-        with engine(tiny["target"], tiny["target"], K, **OPTIONS) as llm:
-            before = acceptance(llm)
-            assert generate(llm, PROMPTS, 90) == plain
-            counts = acceptance(llm) - before
-    finally:
-        PATCHER.apply([LENGTH_LIMIT])
+    with without(LENGTH_LIMIT), engine(tiny["target"], tiny["target"], K, **OPTIONS) as llm:
+        before = acceptance(llm)
+        assert generate(llm, PROMPTS, 90) == plain
+        counts = acceptance(llm) - before
     assert counts.accepted < counts.proposed
 
 

@@ -6,31 +6,28 @@ from pathlib import Path
 
 import pytest
 
+import vllm_gemma4_spec
+from tests.support.configs import vllm_config
 from tests.support.engine import acceptance, engine, generate, random_prompts
-from vllm_gemma4_spec.registry import PATCHER
+from tests.support.stock import without
+from vllm_gemma4_spec import scope
 
 # A prompt that ends with its block: the first draft already needs a block the prompt did not.
 PROMPTS = random_prompts((16, 32, 48, 16, 32, 64))
 
 
-def test_stock_writes_drafts_where_the_request_owns_nothing(
-    tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stock_writes_drafts_where_the_request_owns_nothing(tiny: dict[str, Path]) -> None:
     from vllm_gemma4_spec.spec_decode.invariants import InvariantError
     from vllm_gemma4_spec.spec_decode.patches import OWN_BLOCKS
 
     with engine(tiny["target"], tiny["target"], 3) as llm:  # also applies all patches
         generate(llm, PROMPTS, 4)
-    monkeypatch.setenv("VLLM_GEMMA4_SPEC_PATCH_OWN_BLOCKS", "0")
-    PATCHER.undo([OWN_BLOCKS])
-    try:
-        with (
-            engine(tiny["target"], tiny["target"], 3) as llm,
-            pytest.raises(InvariantError, match=r"position \d+ of KV cache group \d+ .*does not own"),
-        ):
-            generate(llm, PROMPTS, 4)
-    finally:
-        PATCHER.apply([OWN_BLOCKS])
+    with (
+        without(OWN_BLOCKS),
+        engine(tiny["target"], tiny["target"], 3) as llm,
+        pytest.raises(InvariantError, match=r"position \d+ of KV cache group \d+ .*does not own"),
+    ):
+        generate(llm, PROMPTS, 4)
 
 
 def test_first_step_looks_ahead(tiny: dict[str, Path]) -> None:
@@ -42,11 +39,9 @@ def test_first_step_looks_ahead(tiny: dict[str, Path]) -> None:
     assert counts.accepted == counts.proposed > 0
 
 
-def test_rows_keep_nothing_of_a_request_that_left() -> None:
+def test_rows_keep_nothing_of_a_request_that_left(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from vllm.v1.worker.block_table import BlockTable
-
-    from vllm_gemma4_spec.spec_decode.patches import OWN_BLOCKS
 
     def rows() -> list[list[int]]:
         table = BlockTable(16, 3, 6, 64, False, torch.device("cpu"), 16, 1)
@@ -58,12 +53,10 @@ def test_rows_keep_nothing_of_a_request_that_left() -> None:
         table.add_row([11, 12], 0)  # the row's request left and another came
         return table.block_table.np.tolist()
 
-    PATCHER.undo([OWN_BLOCKS])
-    try:
-        stock = rows()
-    finally:
-        PATCHER.apply([OWN_BLOCKS])
+    vllm_gemma4_spec.apply()
+    stock = rows()  # no engine of Gemma 4 is being made
     assert stock[2] == [10, 6, 7, 8, 9, 0]
     assert stock[0] == [11, 12, 7, 8, 9, 0]
+    monkeypatch.setattr(scope, "current_config", vllm_config)
     assert rows()[2] == [10, 0, 0, 0, 0, 0]
     assert rows()[0] == [11, 12, 0, 0, 0, 0]

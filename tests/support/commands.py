@@ -19,23 +19,26 @@ from typing import Any
 
 import pytest
 
-from vllm_gemma4_spec.demo.server import VLLM_SERVE
+from vllm_gemma4_spec.demo.server import VLLM_SERVE, reserved_port
 from vllm_gemma4_spec.ops import output
 
 ROOT = Path(__file__).parents[2]
 _MAIN = "from vllm_gemma4_spec.cli import main; main()"
+MAIN = [sys.executable, "-c", _MAIN]
 
 
 def environment(**changes: str) -> dict[str, str]:
     """This process's environment without the reports folder of engines that it runs itself."""
     env = {k: v for k, v in os.environ.items() if k != "GEMMA4_SPEC_REPORTS"}
-    return env | {"PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "NO_COLOR": "1"} | changes
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return env | {"PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "NO_COLOR": "1"} | changes
 
 
 def gemma4_spec(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     """``vllm-gemma4-spec ARGS``."""
-    command = [sys.executable, "-c", _MAIN, *args]
-    return subprocess.run(command, env=environment(**env), capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(
+        [*MAIN, *args], env=environment(**env), capture_output=True, text=True, timeout=600, check=False
+    )
 
 
 def in_process(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -59,15 +62,18 @@ def printed(command: str, done: subprocess.CompletedProcess[str]) -> Any:
     return json.loads(done.stdout)
 
 
+_reserved: list[socket.socket] = []
+
+
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port that nobody else is given while this process runs: it stays bound, and nothing listens at it."""
+    _reserved.append(reserved_port())
+    return int(_reserved[-1].getsockname()[1])
 
 
 @contextlib.contextmanager
 def vllm_server(model: Path, log: Path, *args: str, **env: str) -> Iterator[str]:
-    """A real ``vllm serve`` on the CPU; yields its address and ends it, children included."""
+    """A real ``vllm serve``, small and in float32; yields its address and ends it, children included."""
     port = free_port()
     command = [*VLLM_SERVE, str(model), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]

@@ -21,13 +21,12 @@ def without(patch: Patch) -> Iterator[None]:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     vllm_gemma4_spec.apply()
-    switch = settings.patch_switch(patch.name).name
-    os.environ[switch] = "0"
+    PATCHER.passed_over.add(patch.name)  # not its switch: other patches may need it
     PATCHER.undo([patch])
     try:
         yield
     finally:
-        del os.environ[switch]
+        PATCHER.passed_over.discard(patch.name)
         cleanup_dist_env_and_memory()  # of an engine that never came up
         vllm_gemma4_spec.apply()
 

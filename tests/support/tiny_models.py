@@ -35,6 +35,15 @@ _COMMON: dict[str, Any] = {
 }
 
 
+# Changes to the two below, so that four ranks divide heads and widths. KV heads are fewer than ranks, as E4B has 2,
+# 31B's full layers 4 and 26B-A4B's 2.
+RANKS: dict[str, dict[str, Any]] = {
+    "target": {"num_attention_heads": 8, "num_key_value_heads": 4, "num_global_key_value_heads": 2},
+    "drafter": {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 128},
+    "experts": {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32},
+}
+
+
 def target_config(**changes: Any) -> Gemma4TextConfig:
     """Shaped like 31B: K = V and fewer KV heads in full layers, no per-layer embeddings."""
     values = _COMMON | {
@@ -88,6 +97,17 @@ def save(config: Gemma4TextConfig, folder: Path, seed: int = 0) -> Path:
     generation = {"eos_token_id": [1], "bos_token_id": 2, "pad_token_id": 0}
     (folder / "generation_config.json").write_text(json.dumps(generation))
     return folder
+
+
+def save_for_ranks(folder: Path, **changes: Any) -> dict[str, Path]:
+    """Checkpoints that one to four ranks divide: ``target``, ``drafter``, ``close`` and, like 26B-A4B, ``experts``."""
+    target = save(target_config(**RANKS["target"] | changes), folder / "target")
+    return {
+        "target": target,
+        "drafter": save(drafter_config(**RANKS["drafter"] | changes), folder / "drafter", seed=1),
+        "close": perturbed(target, folder / "close"),
+        "experts": save(target_config(**RANKS["target"] | RANKS["experts"] | changes), folder / "experts"),
+    }
 
 
 def perturbed(model: Path, folder: Path, noise: float = 0.02, seed: int = 3) -> Path:

@@ -86,6 +86,6 @@ def test_releases_in_a_row_share_a_line() -> None:
 
 def test_the_page_is_current_in_its_patches() -> None:
     """Which releases there are changes by itself; which patches there are does not."""
-    page = (ROOT / "docs/drift.md").read_text()
+    page = (ROOT / "docs/evidence/drift.md").read_text()
     assert re.findall(r"^\| \[([\w-]+)\]", page, re.MULTILINE) == list(PATCH), "run `make drift`"
     assert "| 0.19.1 | " + str(len(PATCHES)) in page

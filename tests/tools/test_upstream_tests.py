@@ -95,3 +95,16 @@ def test_every_excluded_module_is_below_a_group() -> None:
     paths = [p for ps in upstream_tests.GROUPS.values() for p in ps]
     for excluded in upstream_tests.EXCLUDED:
         assert any(excluded.startswith(p + "/") for p in paths), excluded
+
+
+def test_patches_in_force_are_those_of_the_groups_own_modules() -> None:
+    patches = upstream_tests.Patches(
+        states={},
+        in_force={
+            "tests/v1/spec_decode/test_eagle.py": {"draft-groups": [3, 3], "own-blocks": [3, 5], "chat-output": [0, 9]},
+            "tests/v1/spec_decode/test_ngram.py": {"draft-groups": [0, 3], "own-blocks": [4, 5], "chat-output": [0, 9]},
+            "tests/v1/worker/test_gpu_model_runner.py": {"draft-groups": [0, 3], "own-blocks": [0, 5]},
+        },
+    )
+    assert patches.of_group("speculation") == "draft-groups, own-blocks (4 of 5)"
+    assert patches.of_group("model runner") == "none"

@@ -1,6 +1,6 @@
 """Right chat output for Gemma 4: one parser on token ids behind every endpoint.
 
-:func:`parse_output` does for ``LLM.chat`` what the servers do. See ``docs/chat-output.md``.
+:func:`parse_output` does for ``LLM.chat`` what the servers do. See ``docs/explanation/chat-output.md``.
 """
 
 from __future__ import annotations

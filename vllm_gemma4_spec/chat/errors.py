@@ -6,13 +6,16 @@ import functools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from vllm_gemma4_spec import scope
+
 
 def validation_exception_handler(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
     """``validation_exception_handler``: without the file of the endpoint, which FastAPI puts into its message."""
 
     @functools.wraps(original)
     async def wrapper(req: Any, exc: Any) -> Any:
-        exc.endpoint_file = None
+        if scope.gemma4_engine(getattr(req.app.state, "vllm_config", None)):
+            exc.endpoint_file = None
         return await original(req, exc)
 
     return wrapper

@@ -1,4 +1,4 @@
-"""Chat output of Gemma 4. The reasons in full: docs/chat-output.md."""
+"""Chat output of Gemma 4. The reasons in full: docs/explanation/chat-output.md."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ CHAT_OUTPUT = Patch(
         "see them. Active only where the parsers of the server are gemma4 (either or both)."
     ),
     retire="vLLM's own parsers on token ids (vllm/parser/gemma4.py), released after 0.19.",
+    scope="Servers whose reasoning or tool parser is gemma4.",
+    related="#41991, #52430; a parser on token ids is in 0.24.0",
     edits=(
         Edit(f"{_RENDER}.__init__", startup.render_init),
         Edit(f"{_RENDER}.preprocess_chat", startup.preprocess_chat),
@@ -80,6 +82,8 @@ ERROR_PATHS = Patch(
     "endpoint stands: where Python is installed, and what.",
     how="The handler of validation errors drops the file from the error before it is written; the rest stays.",
     retire="A release that writes its own message for validation errors.",
+    scope="Servers of engines with a Gemma 4 as target or drafter.",
+    related="none found",
     edits=(
         Edit(
             "vllm.entrypoints.openai.api_server:validation_exception_handler",

@@ -12,8 +12,10 @@ import torch
 from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 
-from vllm_gemma4_spec.checkpoints import nvfp4
-from vllm_gemma4_spec.checkpoints.files import Checkpoint, Quantized, TensorInfo
+from vllm_gemma4_spec.checkpoints import nvfp4, outcome
+from vllm_gemma4_spec.checkpoints.files import Checkpoint
+from vllm_gemma4_spec.checkpoints.layers import Quantized, canonical
+from vllm_gemma4_spec.checkpoints.tensor_info import TensorInfo
 from vllm_gemma4_spec.errors import CheckpointError
 
 _MATRIX = re.compile(r"(?:language_model\.|model\.)*layers\.\d+\.(?P<kind>.+)")
@@ -58,6 +60,7 @@ class Report(BaseModel):
     clean: bool
     vllm_alone: str
     with_overlay: str
+    machines: dict[str, str] = Field(description="kind of machine -> what happens there with the overlay")
 
 
 def read_tensor(info: TensorInfo) -> torch.Tensor:
@@ -90,12 +93,14 @@ def scan(checkpoint: Checkpoint, step: Callable[[Path], None] = lambda file: Non
     checkpoint.check()
     by_file: dict[Path, list[Quantized]] = defaultdict(list)
     for module in checkpoint.quantized.values():
+        if not module.is_nvfp4:
+            continue
         by_file[module.parts["weight_scale"].file].append(module)
     for file in checkpoint.files:
         for module in by_file[file]:
-            for suffix in ("weight_scale_2", "input_scale"):
-                if not bool(torch.isfinite(read_tensor(module.parts[suffix])).all()):
-                    raise CheckpointError(f"{module.parts[suffix]}: NaN or infinity; quantize the model again")
+            for info in module.scalars:
+                if not bool(torch.isfinite(read_tensor(info)).all()):
+                    raise CheckpointError(f"{info}: NaN or infinity; quantize the model again")
             found = nan_blocks(module)
             if found is not None:
                 yield module, found
@@ -133,8 +138,11 @@ def inspect(checkpoint: Checkpoint, step: Callable[[Path], None] = lambda file: 
         nan=nan,
         nan_blocks=sum(layer.blocks for layer in nan),
         clean=not nan,
-        vllm_alone=_vllm_alone(checkpoint, method, bool(nan)),
-        with_overlay=_with_overlay(checkpoint, method, nan),
+        vllm_alone=outcome.vllm_alone(checkpoint, method, bool(nan)),
+        with_overlay=outcome.with_overlay(
+            checkpoint, method, sum(n.destroyed for n in nan), sum(n.intact for n in nan)
+        ),
+        machines=outcome.machines(checkpoint, method),
     )
 
 
@@ -146,6 +154,7 @@ def _word(value: Any) -> str | None:
 def _kinds(checkpoint: Checkpoint) -> list[Kind]:
     kinds: dict[str, Kind] = {}
     for name, info in checkpoint.tensors.items():
+        name = canonical(name)
         module, _, suffix = name.rpartition(".")
         stacked = suffix in ("gate_up_proj", "down_proj")  # experts of transformers 5: no ".weight"
         if len(info.shape) < 2 or not (suffix in ("weight", "weight_packed") or stacked):
@@ -155,7 +164,11 @@ def _kinds(checkpoint: Checkpoint) -> list[Kind]:
         label = re.sub(r"experts\.\d+", "experts.*", found["kind"] if found else module.removeprefix("model."))
         kind = kinds.setdefault(label, Kind(kind=label))
         quantized = checkpoint.quantized.get(module)
-        form = "NVFP4" if quantized else ("NVFP4 (compressed-tensors)" if suffix == "weight_packed" else info.dtype)
+        form = (
+            quantized.algorithm
+            if quantized
+            else ("NVFP4 (compressed-tensors)" if suffix == "weight_packed" else info.dtype)
+        )
         kind.layers += 1
         kind.formats[form] = kind.formats.get(form, 0) + 1
         kind.bytes += sum(part.bytes for part in quantized.parts.values()) if quantized else info.bytes
@@ -163,54 +176,3 @@ def _kinds(checkpoint: Checkpoint) -> list[Kind]:
             kind.pre_quant_scale += "pre_quant_scale" in quantized.parts
             kind.low_rank += "svdquant_lora_a" in quantized.parts
     return sorted(kinds.values(), key=lambda k: -k.bytes)
-
-
-def _float_experts(checkpoint: Checkpoint) -> bool:
-    return any(name.endswith("experts.gate_up_proj") for name in checkpoint.tensors)
-
-
-def _lone_queries(checkpoint: Checkpoint) -> bool:
-    """Layers with q_proj and no k_proj: they reuse another layer's KV."""
-    modules = checkpoint.quantized
-    return any(m.endswith(".q_proj") and m[:-6] + "k_proj" not in modules for m in modules)
-
-
-def _compressed(checkpoint: Checkpoint) -> bool:
-    """NVFP4 in compressed-tensors' form; its INT4 has 32-bit words."""
-    return any(n.endswith(".weight_packed") and i.dtype == "U8" for n, i in checkpoint.tensors.items())
-
-
-def _vllm_alone(checkpoint: Checkpoint, method: str | None, nan: bool) -> str:
-    """What vLLM 0.19.1 does with it, first failure first."""
-    algorithm = str(checkpoint.quantization.get("quant_algo", "")).upper()
-    if method is None:
-        return "loads it unquantized"
-    if _compressed(checkpoint):
-        return "loads it; refuses it on a CPU"
-    if not checkpoint.quantized:
-        return f"loads it as {method}, if it knows the format"
-    if algorithm in ("NVFP4_AWQ", "NVFP4_SVD"):
-        return f"refuses it: quant_algo {algorithm} is unknown"
-    if _float_experts(checkpoint):
-        return "fails while loading: it takes the bf16 experts for NVFP4, since they are not listed as excluded"
-    if nan:
-        return "loads it and answers from NaN weights"
-    if _lone_queries(checkpoint):
-        return "loads it; uninitialised scales of layers without k_proj may spoil q_proj; refuses it on a CPU"
-    return "loads it; refuses it on a CPU"
-
-
-def _with_overlay(checkpoint: Checkpoint, method: str | None, nan: list[NanLayer]) -> str:
-    if _compressed(checkpoint):
-        return "loads it on any backend"
-    if method is None or not checkpoint.quantized:
-        return "as vLLM alone"
-    extras = [
-        f"{what} in {count} layers"
-        for what, part in (("pre_quant_scale", "pre_quant_scale"), ("low-rank branch", "svdquant_lora_a"))
-        if (count := sum(part in m.parts for m in checkpoint.quantized.values()))
-    ]
-    if nan:
-        lost, intact = sum(n.destroyed for n in nan), sum(n.intact for n in nan)
-        extras.append(f"{lost} blocks zeroed and {intact} saturated at load; `repair --parent` restores them")
-    return "loads it on any backend" + (": " + "; ".join(extras) if extras else "")

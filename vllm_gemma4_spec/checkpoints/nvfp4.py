@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 16  # columns that share a block scale
+from vllm_gemma4_spec.checkpoints import BLOCK as BLOCK
+
 SCALE_MAX = 448.0  # largest finite float8_e4m3fn
 CODE_MAX = 6.0  # largest E2M1 value
 
@@ -142,6 +143,18 @@ def make_positive_(packed: Tensor, scale: Tensor) -> None:
     blocks = packed.unflatten(-1, (-1, BLOCK // 2))  # a view
     blocks[where] = blocks[where] ^ 0x88
     codes[where] = codes[where] & 0x7F
+
+
+def clear_zero_(packed: Tensor, scale: Tensor) -> None:
+    """Codes of blocks whose scale is zero become zero, in place: the same weights.
+
+    ``nvfp4_stream.cu`` reads a scale of zero as the smallest one.
+    """
+    codes = scale.view(torch.uint8)
+    if codes.numel() == 0 or int(codes.min()) > 0:
+        return
+    blocks = packed.unflatten(-1, (-1, BLOCK // 2))  # a view
+    blocks[tuple((codes == 0).nonzero().T)] = 0
 
 
 def narrow_(packed: Tensor, scale: Tensor) -> None:

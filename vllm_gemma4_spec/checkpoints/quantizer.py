@@ -1,7 +1,7 @@
-"""Runs ModelOpt 0.42.0 on a Gemma 4 model, on GPU or CPU, and writes a checkpoint without NaN scales.
+"""Runs ModelOpt, 0.42.0 or newer, on a Gemma 4 model, on GPU or CPU, and writes a checkpoint without NaN scales.
 
-Also a program (``python -m vllm_gemma4_spec.checkpoints.quantizer SRC OUT RECIPE [CALIBRATION]``), so that the
-command line can run it with the interpreter of another environment.
+Also a program (``python -m vllm_gemma4_spec.checkpoints.quantizer SRC OUT RECIPE CALIBRATION [--no-towers]``), so that
+the command line can run it with the interpreter of another environment; CALIBRATION may be empty.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ from vllm_gemma4_spec.checkpoints.files import Checkpoint
 from vllm_gemma4_spec.checkpoints.repairing import new_folder
 from vllm_gemma4_spec.errors import CheckpointError
 
-# recipe -> attribute of modelopt.torch.quantization
+# recipe -> attribute of modelopt.torch.quantization. w4a16 leaves activations alone (ModelOpt 0.45 and later); mixed
+# has attention in FP8 and the rest in NVFP4.
 RECIPES = {
     "nvfp4": "NVFP4_DEFAULT_CFG",
     "awq-lite": "NVFP4_AWQ_LITE_CFG",
     "awq-clip": "NVFP4_AWQ_CLIP_CFG",
     "awq-full": "NVFP4_AWQ_FULL_CFG",
     "svdquant": "NVFP4_SVDQUANT_DEFAULT_CFG",
+    "w4a16": "W4A16_NVFP4_CFG",
+    "mixed": "NVFP4_DEFAULT_CFG",
 }
 
 # Kept in the model's own dtype, as vLLM builds them without quantization.
@@ -71,7 +74,7 @@ def _clamped(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tu
 
 @contextmanager
 def modelopt_mended(*, clamp: bool = True) -> Iterator[None]:
-    """ModelOpt 0.42.0 able to run without CUDA and, with ``clamp``, unable to write a NaN block scale."""
+    """ModelOpt able to run without CUDA and, with ``clamp``, unable to write a NaN block scale, as before 0.45."""
     from modelopt.torch.quantization import tensor_quant
     from modelopt.torch.quantization.qtensor import nvfp4_tensor
 
@@ -80,7 +83,7 @@ def modelopt_mended(*, clamp: bool = True) -> Iterator[None]:
     if not torch.cuda.is_available():
         changes += [(tensor_quant, "dynamic_block_quantize_op", fake_quantize)]
         changes += [(nvfp4_tensor, "fp4_compatible", lambda: False)]
-    if clamp:
+    if clamp and not hasattr(nvfp4_tensor, "_cast_per_block_scale_to_fp8"):  # 0.45 and later clamp themselves
         method = "get_weights_scaling_factor"
         changes += [(tensor_class, method, staticmethod(_clamped(getattr(tensor_class, method))))]
     kept = [(owner, name, vars(owner)[name]) for owner, name, _ in changes]
@@ -93,6 +96,17 @@ def modelopt_mended(*, clamp: bool = True) -> Iterator[None]:
             setattr(owner, name, value)
 
 
+def _add(rules: Any, pattern: str, numbers: dict[str, Any] | None) -> None:
+    """Quantizers that match ``pattern`` get ``numbers``, or are switched off; later rules win.
+
+    ModelOpt 0.42 has an object of patterns, 0.45 and later a list of rules.
+    """
+    if isinstance(rules, dict):
+        rules[pattern] = {"enable": False} if numbers is None else {**numbers, "enable": True}
+    else:
+        rules.append({"quantizer_name": pattern, **({"enable": False} if numbers is None else {"cfg": numbers})})
+
+
 def quantize(model: Any, recipe: str, forward: Callable[[Any], None], rank: int | None = None) -> Any:
     """Quantize ``model`` in place with ModelOpt's configuration for ``recipe`` and return it.
 
@@ -100,8 +114,16 @@ def quantize(model: Any, recipe: str, forward: Callable[[Any], None], rank: int 
     """
     import modelopt.torch.quantization as mtq
 
+    if not hasattr(mtq, RECIPES[recipe]):
+        raise CheckpointError(
+            f"recipe {recipe}: this ModelOpt has no {RECIPES[recipe]}; install nvidia-modelopt 0.47.0"
+        )
     config = copy.deepcopy(getattr(mtq, RECIPES[recipe]))
-    config["quant_cfg"].update({pattern: {"enable": False} for pattern in _EXCLUDED})
+    if recipe == "mixed":
+        for quantizer in ("weight", "input"):
+            _add(config["quant_cfg"], f"*self_attn*{quantizer}_quantizer", {"num_bits": (4, 3), "axis": None})
+    for pattern in _EXCLUDED:
+        _add(config["quant_cfg"], pattern, None)
     if rank is not None and recipe == "svdquant":
         config["algorithm"]["lowrank"] = rank
     return mtq.quantize(model, config, forward)
@@ -124,6 +146,7 @@ SAMPLE = (
     "Sum the first hundred odd numbers. Each partial sum is a square, so the answer is 100 * 100 = 10000.",
     "Berlin, 1932. Ein Reporter steigt aus dem Zug und merkt, dass niemand ihn erwartet.",
 )
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _LENGTH = 512  # tokens of a calibration text that are used
 
 
@@ -161,8 +184,11 @@ def _calibration_line(line: str, where: str) -> str | list[int]:
     return value
 
 
-def _load(folder: Path) -> Any:
-    """The model in the class its config names, in its own dtype, on the GPU if there is one."""
+def _load(folder: Path, towers: bool = True) -> Any:
+    """The model in the class its config names, in its own dtype, on the GPU if there is one.
+
+    Without ``towers`` it is the language model of a multimodal one, in the text class.
+    """
     import transformers
 
     checkpoint = Checkpoint(folder)
@@ -173,7 +199,21 @@ def _load(folder: Path) -> Any:
     if kind is None:
         raise CheckpointError(f"{folder}: architecture {name or 'missing'}; expected a Gemma 4 model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return kind.from_pretrained(folder, dtype="auto").eval().to(device)
+    model = kind.from_pretrained(folder, dtype="auto").eval().to(device)
+    return model if towers or not hasattr(model.config, "text_config") else _text_only(model)
+
+
+def _text_only(model: Any) -> Any:
+    """``Gemma4ForCausalLM`` around the language model and head of a ``Gemma4ForConditionalGeneration``."""
+    from transformers import Gemma4ForCausalLM
+
+    config = model.config.text_config
+    config.tie_word_embeddings, config.architectures = model.config.tie_word_embeddings, ["Gemma4ForCausalLM"]
+    with torch.device("meta"):
+        text = Gemma4ForCausalLM(config)
+    text.model, text.lm_head = model.model.language_model, model.lm_head
+    text.generation_config = model.generation_config
+    return text.eval()
 
 
 def _forward(folder: Path, texts: list[str | list[int]]) -> Callable[[Any], None]:
@@ -195,8 +235,10 @@ def _forward(folder: Path, texts: list[str | list[int]]) -> Callable[[Any], None
     return forward
 
 
-def run(source: Path, out: Path, recipe: str, calibration: Path | None = None) -> None:
+def run(source: Path, out: Path, recipe: str, calibration: Path | None = None, towers: bool = True) -> None:
     """Quantize ``source`` into ``out``, which appears when it is complete and free of NaN scales.
+
+    ``towers``: keep those of a multimodal model; without them the result answers text alone.
 
     Raises:
         CheckpointError: bad input, ModelOpt is not installed, no space, or the result is not clean.
@@ -205,19 +247,20 @@ def run(source: Path, out: Path, recipe: str, calibration: Path | None = None) -
 
     if importlib.util.find_spec("modelopt") is None:
         raise CheckpointError(
-            "nvidia-modelopt is not installed here; pip install 'vllm-gemma4-spec[quantize]', "
+            "nvidia-modelopt is not installed here; pip install nvidia-modelopt==0.42.0, "
             "or name the interpreter of an environment that has it with --python"
         )
     texts: list[str | list[int]] = [*SAMPLE] if calibration is None else read_calibration(calibration)
     forward = _forward(source, texts)
-    model = _load(source)
+    model = _load(source, towers)
     with new_folder(out) as partial:
         with torch.no_grad(), modelopt_mended():
             quantize(model, recipe, forward)
             export(model, str(partial))
         for file in source.iterdir():  # tokenizer, chat template, processors
             wanted = file.suffix in (".json", ".jinja", ".model") and not file.name.endswith(".index.json")
-            if file.is_file() and wanted and not (partial / file.name).exists():
+            dropped = not towers and file.name in _PROCESSORS
+            if file.is_file() and wanted and not dropped and not (partial / file.name).exists():
                 shutil.copy2(file, partial / file.name)
         report = inspect(Checkpoint(partial))
         if not report.clean or report.algorithm is None:
@@ -226,6 +269,7 @@ def run(source: Path, out: Path, recipe: str, calibration: Path | None = None) -
 
 if __name__ == "__main__":
     try:
-        run(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4]) if len(sys.argv) > 4 else None)
+        source, target, name, texts, *rest = sys.argv[1:]
+        run(Path(source), Path(target), name, Path(texts) if texts else None, towers="--no-towers" not in rest)
     except CheckpointError as error:
         sys.exit(f"vllm-gemma4-spec: {error}")

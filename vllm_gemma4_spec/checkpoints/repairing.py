@@ -19,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vllm_gemma4_spec.checkpoints import nvfp4
-from vllm_gemma4_spec.checkpoints.files import Checkpoint, Quantized, TensorInfo
+from vllm_gemma4_spec.checkpoints.files import Checkpoint
 from vllm_gemma4_spec.checkpoints.inspection import read_tensor, scan
+from vllm_gemma4_spec.checkpoints.layers import Quantized
+from vllm_gemma4_spec.checkpoints.tensor_info import TensorInfo
 from vllm_gemma4_spec.errors import CheckpointError
 
 # Relative error of 4-bit weights against their parent is about 0.1; of unrelated weights, above 1.

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 def command(
     url: Annotated[str, typer.Option(help="An OpenAI-compatible server, e.g. http://127.0.0.1:8000")],
-    prompts: Annotated[Path, typer.Option(help="JSONL: MT-bench, Spec-Bench, or lines of {'prompt': …}.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="JSONL: MT-bench, Spec-Bench, or lines of {'prompt': …}. Default: eight built in."),
+    ] = None,
     against: Annotated[str | None, typer.Option(help="A second server, run in turn; prints ratios.")] = None,
-    concurrency: Annotated[str, typer.Option(help="Requests at once, by commas.")] = "1,2,4",
+    concurrency: Annotated[str, typer.Option(help="How many requests run at once: one number per run.")] = "1,2,4",
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 300,
+    input_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Cut or repeat each prompt to so many tokens.")
+    ] = None,
     requests: Annotated[int, typer.Option(min=1, help="Requests of each run.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each kind; medians are printed.")] = 1,
+    warmups: Annotated[int, typer.Option(min=0, help="Requests before each run that are not measured.")] = 1,
+    rate: Annotated[
+        float | None, typer.Option(min=0.001, help="Requests per second (Poisson). Default: at once.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Name to ask for. Default: the first of /v1/models.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="If the server wants one.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a plot to this file (PNG, SVG, PDF).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md has the schema.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; `schema bench` describes it.")] = False,
 ) -> None:
     """Measure tok/s, latency and acceptance with vLLM's own `vllm bench serve`; prints Markdown.
 
-    The exit code is 1 if any request failed.
+    vLLM 0.19.1 must be installed where this runs. The exit code is 1 if any request failed.
 
     Example: vllm-gemma4-spec bench --url http://127.0.0.1:8000 --prompts mt_bench.jsonl
     """
-    from vllm_gemma4_spec.ops import plots
-    from vllm_gemma4_spec.ops.bench import measure, report
+    from vllm_gemma4_spec.ops import plots, server
+    from vllm_gemma4_spec.ops.bench import measure, report, servers
+    from vllm_gemma4_spec.ops.bench import prompts as asked
     from vllm_gemma4_spec.ops.bench.plot import save
 
     try:
@@ -40,36 +52,45 @@ def command(
         counts = []
     if not counts or min(counts) < 1:
         raise report.BenchError(f"--concurrency {concurrency}: write whole numbers above 0 by commas, e.g. 1,2,4")
-    texts = measure.prompts(prompts, requests)
-    urls = [url] + ([against] if against else [])
-    if against == url:
-        raise report.BenchError("--against is the same server as --url; give the address of another")
+    texts = asked.read(prompts, requests) if prompts else asked.repeated(asked.BUILT_IN, requests)
     if plot:
         plots.check(plot)
-    progress_console = Console(stderr=True)
+    measured = [servers.identify(one, model, api_key) for one in (url, *([against] if against else []))]
+    servers.different(measured)
+    measure.check_environment()
+    if input_tokens:
+        texts = asked.of_length(texts, input_tokens, server.base_url(url), measured[0].model, api_key)
+    load = measure.Load(tuple(texts), tokens, warmups, rate)
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(
-        *columns, console=progress_console, disable=not progress_console.is_terminal, transient=True
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True
     ) as progress:
-        task = progress.add_task("starting", total=len(counts) * repeats * len(urls))
-        started = 0
+        task = progress.add_task("starting vLLM's benchmark", total=len(counts) * repeats * len(measured) * requests)
 
-        def step(what: str) -> None:
-            nonlocal started
-            progress.update(task, completed=started, description=what)
-            started += 1
+        def step(what: str, ended: int) -> None:
+            progress.update(task, completed=ended, description=what)
 
-        runs = measure.measure(urls, texts, counts, tokens, repeats, model, api_key, step)
+        runs, failures = measure.measure(measured, load, counts, repeats, api_key, step)
     found = report.Report(
-        summary=report.summary(runs), ratios=report.ratios(runs, url, against) if against else [], runs=runs
+        date=date,
+        servers=measured,
+        tokens=tokens,
+        failures=failures,
+        summary=report.summary(runs),
+        ratios=report.ratios(runs, url, against) if against else [],
+        runs=runs,
     )
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
     else:
-        _print(report.markdown(found.summary, found.ratios))
+        _print(report.markdown(found))
     if plot:
-        save(found.summary, plot)
-    if any(r.errors for r in runs):
+        save(found, plot)
+    for failure in failures if as_json else ():
+        typer.echo(f"{failure.count} failed on {failure.url}: {failure.message}", err=True)
+    if failures:
         raise typer.Exit(1)
 
 

@@ -69,7 +69,7 @@ def command(
         bool, typer.Option("--check", help="Serve once more without speculation and compare the answers.")
     ] = False,
     timeout: Annotated[float, typer.Option(help="Seconds until a server must be ready.")] = 600.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md has the schema.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/reference/json.md has the schema.")] = False,
     speculation: Annotated[bool, typer.Option("--speculation/--no-speculation", hidden=True)] = True,
 ) -> None:
     """Serve a small trained Gemma 4 pair with `vllm serve`, ask it, and show what speculation did.

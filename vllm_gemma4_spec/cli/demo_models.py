@@ -36,7 +36,7 @@ def command(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Make the pair again, also where one is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md has the schema.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/reference/json.md has the schema.")] = False,
 ) -> None:
     """Train the demo's target and drafter on this machine's CPU (about two minutes on 2 cores), once.
 

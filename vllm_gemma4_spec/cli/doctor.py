@@ -22,10 +22,15 @@ def command(
     workers: Annotated[
         int | None, typer.Option(min=1, help="With --url: how many workers (GPUs) the server must have.")
     ] = None,
+    no_speculation: Annotated[
+        bool, typer.Option("--no-speculation", help="With --url: the server is meant to decode plainly.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every patch on a line of its own.")] = False,
     api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="If the server wants one.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md has the schema.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/reference/json.md has the schema.")] = False,
 ) -> None:
-    """Check versions, device, patches, environment and, with --url, every process of a running server.
+    """Check versions, device, patches, environment and, with --url, a running server: its patches in every process,
+    whether it speculates and how much is accepted, its model runner and parsers. Problems are printed last.
 
     The exit code is 0 only when there is no problem, 1 with problems, 2 when the server cannot be asked.
 
@@ -33,37 +38,52 @@ def command(
     """
     from vllm_gemma4_spec.ops import doctor
 
-    report = doctor.examine(url, api_key, workers)
+    report = doctor.examine(url, api_key, workers, not no_speculation)
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
     else:
-        _print(Console(highlight=False), report.findings)
+        _print(Console(highlight=False), report.findings, verbose)
     if not report.healthy:
         raise typer.Exit(1)
 
 
-def _print(console: Console, findings: Sequence[Finding]) -> None:
-    """In a terminal lines are wrapped and indented; in a pipe or a file they stay whole."""
-    for section, found in itertools.groupby(findings, lambda f: f.section):
+def _print(console: Console, findings: Sequence[Finding], verbose: bool) -> None:
+    """In a terminal lines are wrapped and indented; in a pipe or a file they stay whole. Problems come last."""
+    problems = [f for f in findings if f.state.value == "problem"]
+    fine = [f for f in findings if f.state.value != "problem"]
+    for section, found in itertools.groupby(fine, lambda f: f.section):
+        rows = list(found)
+        if section == "patches" and not verbose:
+            console.print(Text("\npatches", "bold"))
+            off = [f.name for f in rows if f.state.value == "note"]
+            text = f"{len(rows) - len(off)} switched on, fingerprints match" + f"; off: {', '.join(off)}" * bool(off)
+            _rows(console, [("note" if off else "ok", f"{text} (-v lists them)")])
+            continue
         console.print(Text(f"\n{section}", "bold"))
-        grid = Table.grid(padding=(0, 1))
-        grid.add_column(width=9)
-        grid.add_column(overflow="fold")
-        for state, text in _lines(found):
-            if console.is_terminal:
-                grid.add_row(Text(f"  {state}", _STYLE.get(state, "")), text)
-            else:
-                typer.echo(f"  {state:<7} {text}")
-        console.print(grid if console.is_terminal else "", end="")
-    problems = sum(f.state.value == "problem" for f in findings)
-    console.print(f"\n{problems} problem{'s' if problems != 1 else ''}" if problems else "\nall well")
+        _rows(console, _lines(rows))
+    many = "s" if len(problems) != 1 else ""
+    console.print(Text(f"\n{len(problems)} problem{many}", "bold red" if problems else "bold green"))
+    _rows(console, _lines(problems, named=True))
 
 
-def _lines(findings: Iterable[Finding]) -> Iterator[tuple[str, str]]:
-    """State, empty for advice, and text."""
+def _rows(console: Console, lines: Iterable[tuple[str, str]]) -> None:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(width=9)
+    grid.add_column(overflow="fold")
+    for state, text in lines:
+        if console.is_terminal:
+            grid.add_row(Text(f"  {state}", _STYLE.get(state, "")), text)
+        else:
+            typer.echo(f"  {state:<7} {text}")
+    if console.is_terminal and grid.row_count:
+        console.print(grid)
+
+
+def _lines(findings: Iterable[Finding], named: bool = False) -> Iterator[tuple[str, str]]:
+    """State, empty for advice, and text; ``named``: the section before it."""
     for finding in findings:
         state = finding.state.value
         wanted = f" (wanted {finding.wanted})" if finding.wanted and state != "ok" else ""
-        yield state, f"{finding.name}: {finding.found}{wanted}"
+        yield state, f"{finding.section + ', ' if named else ''}{finding.name}: {finding.found}{wanted}"
         if finding.advice:
             yield "", f"-> {finding.advice}"

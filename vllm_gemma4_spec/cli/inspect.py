@@ -22,11 +22,13 @@ def command(
 
     Example: vllm-gemma4-spec inspect ./gemma-4-31B-NVFP4
     """
-    from vllm_gemma4_spec.checkpoints.files import Checkpoint
-    from vllm_gemma4_spec.checkpoints.inspection import Report, inspect
+    from vllm_gemma4_spec.cli import _checks
     from vllm_gemma4_spec.cli._progress import shards
 
-    checkpoint = Checkpoint(path)
+    checkpoint = _checks.checkpoint(path)
+    _checks.say("importing torch", as_json)
+    from vllm_gemma4_spec.checkpoints.inspection import Report, inspect
+
     with shards("reading", len(checkpoint.files), quiet=as_json) as step:
         report: Report = inspect(checkpoint, step)
     if as_json:
@@ -63,3 +65,5 @@ def _print(report: object) -> None:
         show(console, table)
     console.print(f"vLLM 0.19.1 alone: {report.vllm_alone}", highlight=False)
     console.print(f"with the overlay:  {report.with_overlay}", highlight=False)
+    for machine, text in report.machines.items():
+        console.print(f"  {machine}: {text}", highlight=False)

@@ -28,10 +28,14 @@ class Row(Output):
     group: str
     """correctness or convenience"""
     state: str
-    """in this process: not applied, off, waiting or on"""
+    """in this process: not applied, off, waiting, on, left out or failed"""
     targets: list[str]
     switch: str
     """the variable that leaves it out with 0"""
+    scope: str
+    """which engines, models or checkpoints it acts on"""
+    related: str
+    """related upstream changes: numbers of issues and pull requests, or "none found" first"""
     fits: bool
     """every fingerprint is as wanted"""
     fingerprints: dict[str, Mark]
@@ -47,15 +51,17 @@ class Report(Output):
 
 
 def command(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md has the schema.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/reference/json.md has the schema.")] = False,
 ) -> None:
     """List every patch: name, group, switch, and whether its targets are those of vLLM 0.19.1.
 
     Example: vllm-gemma4-spec patches --json
     """
     from vllm_gemma4_spec.patching import fingerprint
+    from vllm_gemma4_spec.patching.version import require_installed
     from vllm_gemma4_spec.registry import PATCHER
 
+    require_installed()
     rows = []
     found = fingerprint.installed(s for patch in PATCHER.known for s in patch.checked_symbols)
     for status, patch in zip(PATCHER.status(), PATCHER.known, strict=True):
@@ -67,6 +73,8 @@ def command(
                 state=status.state,
                 targets=list(status.targets),
                 switch=status.switch,
+                scope=patch.scope,
+                related=patch.related,
                 fits=all(m.found == m.wanted for m in marks.values()),
                 fingerprints=marks,
             )

@@ -14,20 +14,22 @@ from vllm_gemma4_spec.cli._tables import show
 
 if TYPE_CHECKING:
     from vllm_gemma4_spec.ops.plan.groups import Group
-    from vllm_gemma4_spec.ops.plan.report import Report, Speed
+    from vllm_gemma4_spec.ops.plan.report import Machine, Report, Speed
 
 _RATES = "0.5 0.7 0.9"
 
 
 def command(
-    target: Annotated[Path, typer.Option(help="Folder or config.json of the model that answers.")],
-    drafter: Annotated[Path | None, typer.Option(help="Folder or config.json of the drafter.")] = None,
+    target: Annotated[str, typer.Option(help="The model that answers: folder, config.json or Hub id.")],
+    drafter: Annotated[str | None, typer.Option(help="The drafter: folder, config.json or Hub id.")] = None,
     target_weights: Annotated[str | None, typer.Option(help="bf16, fp8 or nvfp4; default: the checkpoint's.")] = None,
     drafter_weights: Annotated[str | None, typer.Option(help="As --target-weights.")] = None,
     kv_dtype: Annotated[str, typer.Option(help="bf16, fp8 or float32.")] = "bf16",
     context: Annotated[int, typer.Option(min=1, help="Tokens of each request.")] = 4096,
     requests: Annotated[int, typer.Option(min=1, help="Requests that decode at once.")] = 1,
-    hardware: Annotated[list[str] | None, typer.Option(help="One of the table; may be repeated. Default: all.")] = None,
+    hardware: Annotated[
+        list[str] | None, typer.Option(help="A card, e.g. H200 or 'DGX Spark'; may be repeated. Default: all.")
+    ] = None,
     bandwidth: Annotated[float | None, typer.Option(min=0.001, help="GB/s of a machine of your own.")] = None,
     memory: Annotated[float, typer.Option(min=0.001, help="GB of that machine.")] = 80,
     utilization: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the memory that vLLM takes.")] = 0.9,
@@ -38,35 +40,32 @@ def command(
     draft_ms: Annotated[float | None, typer.Option(min=0, help="Measured pass of the drafter, for its floor.")] = None,
     overhead_ms: Annotated[float, typer.Option(min=0, help="Added to every step with drafts.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Write tok/s by k to this file (PNG, SVG, PDF).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/json.md has the schema.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/reference/json.md has the schema.")] = False,
 ) -> None:
-    """Compute groups, memory, bytes per step, floors and the best k. Needs no weights and no GPU.
+    """Compute KV cache groups, memory, time per step and the best k. Needs no weights, no GPU and no vLLM.
 
-    Example: vllm-gemma4-spec plan --target gemma-4-31B-it --drafter gemma-4-E4B-it --target-weights nvfp4
+    Example: vllm-gemma4-spec plan --target google/gemma-4-31B-it --drafter google/gemma-4-E4B-it --hardware H200
     """
     from vllm_gemma4_spec.ops import plots
     from vllm_gemma4_spec.ops.plan import model, report, timing
+    from vllm_gemma4_spec.ops.plan.configs import PlanError
     from vllm_gemma4_spec.ops.plan.plot import save
 
     if kv_dtype not in model.KV_BYTES:
-        raise model.PlanError(f"--kv-dtype {kv_dtype}: choose {', '.join(model.KV_BYTES)}")
-    table = timing.hardware()
-    unknown = [name for name in hardware or () if name not in table]
-    if unknown:
-        raise model.PlanError(f"--hardware {unknown[0]}: choose from {', '.join(table)}, or give --bandwidth")
-    machines = [table[name] for name in hardware or (() if bandwidth else table)]
+        raise PlanError(f"--kv-dtype {kv_dtype}: choose {', '.join(model.KV_BYTES)}")
+    machines = [timing.named(name) for name in hardware or (() if bandwidth else timing.hardware())]
     if bandwidth:
         source = "--bandwidth and --memory"
         machines.append(timing.Hardware("given", memory * 1e9, bandwidth * 1e9, source, marlin=True))  # the larger need
     curves = {text: timing.curve(text) for text in acceptance.split()}
     if not curves:
-        raise model.PlanError("--acceptance is empty; write a rate such as 0.7")
+        raise PlanError("--acceptance is empty; write a rate such as 0.7")
     if plot:
         plots.check(plot)
 
     big = model.load(target, target_weights)
     small = model.load(drafter, drafter_weights) if drafter else None
-    given = report.Measured(
+    given = report.Given(
         None if target_ms is None else target_ms / 1e3, None if draft_ms is None else draft_ms / 1e3, overhead_ms / 1e3
     )
     made = report.make(
@@ -78,7 +77,7 @@ def command(
         context=context,
         kv_dtype=kv_dtype,
         utilization=utilization,
-        measured=given,
+        given=given,
     )
     if as_json:
         typer.echo(made.model_dump_json(indent=2))
@@ -88,7 +87,7 @@ def command(
         title = " + ".join(f"{m.name} ({m.weights})" for m in (big, small) if m)
         title += f", {requests} request{'s' if requests > 1 else ''} at {context} tokens"
         lines = {
-            m.name + ("" if m.fits else " (does not fit)"): {a: s.tok_s for a, s in m.acceptance.items()}
+            m.name + _plot_note(m): {a: s.tok_s or s.tok_s_at_most for a, s in m.acceptance.items()}
             for m in made.machines
         }
         save(lines, title, plot)
@@ -125,24 +124,48 @@ def _print(console: Console, made: Report) -> None:
         )
     show(console, table)
     rates = list(made.machines[0].acceptance)
-    fits = Table("machine", "target ms", "draft ms", "fit", "plain", *[f"a={r}" for r in rates])
+    heads = ("card", "fit", "longest", "times", "target ms", "draft ms", "plain tok/s", *[f"a={r}" for r in rates])
+    speeds = Table(*heads)
     for m in made.machines:
         cells = [_best(m.acceptance[r]) if m.fits else "-" for r in rates]
-        plain = f"{m.acceptance[rates[0]].tok_s[0]:.0f}" if m.fits else "-"
+        plain = _range(m.acceptance[rates[0]], 0) if m.fits else "-"
         count = f"{m.requests_that_fit:.0f}" if m.fits else "none"
-        fits.add_row(m.name, f"{m.target_ms:.2f}", f"{m.draft_ms:.2f}", count, plain, *cells)
-    show(console, fits)
+        times = (f"{m.target_ms:.2f}", f"{m.draft_ms:.2f}")
+        speeds.add_row(m.name, count, str(m.longest_prompt), m.times, *times, plain, *cells)
+    show(console, speeds)
     console.print(
-        f"fit: requests of {made.context} tokens that fit at once; plain: tok/s without drafts; a=…: best k at that "
-        "acceptance and its tok/s. All times are floors (bytes / bandwidth) unless given, so tok/s are upper bounds."
+        f"fit: requests of {made.context} tokens that fit at once; longest: tokens of the longest prompt; a=…: best k "
+        "at that acceptance and its tok/s, all requests together."
     )
+    kinds = {m.times for m in made.machines}
+    if "measured" in kinds:
+        files = ", ".join(dict.fromkeys(m.measured_by for m in made.machines if m.measured_by))
+        console.print(f"measured: from step times measured on that card with this pair ({files}).")
+    if "floors" in kinds:
+        console.print(
+            "floors: bytes / bandwidth, a bound that no step beats. This pair was not measured on that card: tok/s lie "
+            "between the bound and what is left of it on a card as far from its bound as the H200 that was measured."
+        )
     copies = ", ".join(f"{m.name} {m.copies / 1e9:.1f} GB" for m in made.machines if m.copies)
     if copies:
         console.print(f"Of the memory, weights that kernels hold a second time: {copies}.")
 
 
 def _best(speed: Speed) -> str:
-    return f"k={speed.best_k} {speed.tok_s[speed.best_k]:.0f}"
+    return f"k={speed.best_k} {_range(speed, speed.best_k)}"
+
+
+def _range(speed: Speed, k: int) -> str:
+    """What is expected at ``k``; from the slowest measured to the bound where nothing is known of this card."""
+    if speed.tok_s is not None:
+        return f"{speed.tok_s[k]:.0f}"
+    return f"{speed.tok_s_at_least[k]:.0f}-{speed.tok_s_at_most[k]:.0f}"
+
+
+def _plot_note(machine: Machine) -> str:
+    if not machine.fits:
+        return " (does not fit)"
+    return " (bound)" if machine.times == "floors" else f" ({machine.times})"
 
 
 def _runs(groups: Sequence[Group]) -> list[list[Group]]:

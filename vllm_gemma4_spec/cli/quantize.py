@@ -1,4 +1,4 @@
-"""``vllm-gemma4-spec quantize``: NVFP4 with ModelOpt, without the NaN scales that 0.42.0 writes."""
+"""``vllm-gemma4-spec quantize``: NVFP4 with ModelOpt, without the NaN scales that it writes before 0.45."""
 
 from __future__ import annotations
 
@@ -17,13 +17,19 @@ from vllm_gemma4_spec.errors import CheckpointError, SettingError
 def command(
     src: Annotated[Path, typer.Argument(help="Folder of the bf16 Gemma 4 checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
-    recipe: Annotated[str, typer.Option("--recipe", help="nvfp4, awq-lite, awq-clip, awq-full or svdquant.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", help="nvfp4, awq-lite, awq-clip, awq-full, svdquant, w4a16 or mixed."),
+    ] = None,
+    fit: Annotated[
+        str | None, typer.Option("--fit", help="A card's memory, as in 24GiB: choose the recipe that fits it.")
+    ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option("--calibration", help="Text or JSON lines to calibrate on; else a few built-in texts."),
     ] = None,
     python: Annotated[
-        Path | None, typer.Option("--python", help="Interpreter of an environment that has nvidia-modelopt 0.42.0.")
+        Path | None, typer.Option("--python", help="Interpreter of an environment that has nvidia-modelopt.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print inspect's JSON object of the result.")] = False,
 ) -> None:
@@ -33,22 +39,30 @@ def command(
 
     Example: vllm-gemma4-spec quantize ./gemma-4-31B-it ./nvfp4 --recipe awq-full --calibration prompts.jsonl
     """
-    from vllm_gemma4_spec.checkpoints import quantizer
+    from vllm_gemma4_spec.checkpoints import quantizer, sizing
     from vllm_gemma4_spec.checkpoints.files import Checkpoint
-    from vllm_gemma4_spec.checkpoints.inspection import inspect
+    from vllm_gemma4_spec.cli import _checks
     from vllm_gemma4_spec.cli._progress import shards
 
-    if recipe not in quantizer.RECIPES:
+    if (recipe is None) == (fit is None):
+        raise SettingError("give one of --recipe and --fit")
+    if recipe is not None and recipe not in quantizer.RECIPES:
         raise SettingError(f"--recipe {recipe}: expected one of {', '.join(quantizer.RECIPES)}")
-    Checkpoint(src)  # a wrong folder is named before ModelOpt is imported
-    if out.exists():
-        raise CheckpointError(f"{out}: exists already; name a folder that does not")
+    memory = sizing.read_size(fit) if fit is not None else 0
+    source = _checks.checkpoint(src)  # a wrong folder is named before ModelOpt is imported
+    _checks.new_folder("OUT", out)
+    towers = True
+    if recipe is None:
+        choice = sizing.choose(source, memory)
+        recipe, towers = choice.recipe, choice.towers
+        kept = "" if towers else ", without towers"
+        typer.echo(f"--fit {fit}: {recipe}{kept}, about {choice.bytes / 2**30:.2f} GiB", err=True)
     interpreter = str(python or sys.executable)
     if shutil.which(interpreter) is None:
-        raise SettingError(f"--python {interpreter}: no such program; name a Python that has nvidia-modelopt 0.42.0")
+        raise SettingError(f"--python {interpreter}: no such program; name a Python that has nvidia-modelopt")
     root = str(Path(quantizer.__file__).parents[2])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
-    arguments = [str(src), str(out), recipe, *([str(calibration)] if calibration else [])]
+    arguments = [str(src), str(out), recipe, str(calibration or ""), *([] if towers else ["--no-towers"])]
     # A process of its own also here: ModelOpt changes transformers, and prints on stdout.
     process = subprocess.Popen(
         [interpreter, "-m", quantizer.__name__, *arguments],
@@ -64,6 +78,8 @@ def command(
             sys.stderr.write(line)
     if process.wait():
         raise CheckpointError(last.removeprefix("vllm-gemma4-spec: "))
+    from vllm_gemma4_spec.checkpoints.inspection import inspect
+
     made = Checkpoint(out)
     with shards("checking", len(made.files), quiet=as_json) as step:
         report = inspect(made, step)

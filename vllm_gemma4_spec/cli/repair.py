@@ -24,14 +24,17 @@ def command(
 
     OUT appears when it is complete. Exit code: 0 written, 2 bad input or no space.
 
-    Example: vllm-gemma4-spec repair ./gemma-4-31B-NVFP4 --out ./mended --parent ./gemma-4-31B-it
+    Example: vllm-gemma4-spec repair ./gemma-4-31B-NVFP4 --out ./repaired --parent ./gemma-4-31B-it
     """
-    from vllm_gemma4_spec.checkpoints.files import Checkpoint
-    from vllm_gemma4_spec.checkpoints.repairing import repair
+    from vllm_gemma4_spec.cli import _checks
     from vllm_gemma4_spec.cli._progress import shards
 
-    checkpoint = Checkpoint(path)
-    source = Checkpoint(parent) if parent is not None else None
+    checkpoint = _checks.checkpoint(path)
+    source = _checks.checkpoint(parent) if parent is not None else None
+    _checks.new_folder("--out", out)
+    _checks.say("importing torch", as_json)
+    from vllm_gemma4_spec.checkpoints.repairing import repair
+
     with shards("repairing", 2 * len(checkpoint.files), quiet=as_json) as step:
         done = repair(checkpoint, out, source, step)
     if as_json:

@@ -11,7 +11,7 @@ from vllm_gemma4_spec.errors import SettingError
 
 
 def command(of: Annotated[str, typer.Argument(metavar="COMMAND", help="A command with --json, e.g. plan.")]) -> None:
-    """Print the JSON Schema of COMMAND's --json; docs/json.md has all of them as tables.
+    """Print the JSON Schema of COMMAND's --json; docs/reference/json.md has all of them as tables.
 
     Example: vllm-gemma4-spec schema plan
     """

@@ -15,41 +15,51 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from vllm_gemma4_spec.cli import _keys
+
 if TYPE_CHECKING:
     from vllm_gemma4_spec.ops.live import Live
 
-HISTORY = 30  # looks in the small curves
+HISTORY = 30  # samples in the small curves
 _EIGHTHS = "▁▂▃▄▅▆▇█"
 
 
 def command(
     url: Annotated[str, typer.Option(help="A running vLLM server, e.g. http://127.0.0.1:8000")],
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
-    count: Annotated[int, typer.Option(min=0, help="Looks, then end; 0: until Ctrl-C (in a pipe: one).")] = 0,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two samples.")] = 2.0,
+    count: Annotated[int, typer.Option(min=0, help="Samples, then end; 0: until q or Ctrl-C (in a pipe: one).")] = 0,
     api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="If the server wants one.")] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object per look; docs/json.md has the schema.")
+        bool, typer.Option("--json", help="Print one JSON object per sample; `schema top` describes it.")
     ] = False,
 ) -> None:
-    """Show requests, tok/s, acceptance by position, skipped drafts, NaN blocks and patches, again and again.
+    """Show a server live: requests, tok/s, latencies, prefix hits, acceptance by position, patches. `q` ends it.
 
-    Rates are those of the last interval; the curves beside them go back 30 of them.
+    Rates and means are those of the last interval; the curves go back 30 of them. A server that is restarted is
+    waited for.
 
     Example: vllm-gemma4-spec top --url http://127.0.0.1:8000
     """
     from vllm_gemma4_spec.ops import live, server
 
     console = Console(highlight=False)
-    looks = count or (0 if console.is_terminal and not as_json else 1)
-    before = live.look(server.samples(url, api_key), time.monotonic())
+    in_terminal = console.is_terminal and not as_json
+    samples = count or (0 if in_terminal else 1)
+    before = live.look(server.vllm_samples(url, api_key), time.monotonic())
     history: deque[Live] = deque(maxlen=HISTORY)
     shown = 0
-    live_screen = console.is_terminal and not as_json
-    screen = Screen(console=console, auto_refresh=False, transient=False) if live_screen else None
-    with screen or contextlib.nullcontext():
-        while not looks or shown < looks:
-            time.sleep(interval)
-            after = live.look(server.samples(url, api_key), time.monotonic())
+    screen = Screen(console=console, auto_refresh=False, transient=False) if in_terminal else None
+    with _keys.single_keys() as keys, screen or contextlib.nullcontext():
+        while not samples or shown < samples:
+            if _keys.wait(interval, keys and in_terminal):
+                return
+            try:
+                after = live.look(server.vllm_samples(url, api_key), time.monotonic())
+            except server.ServerError as error:
+                if screen is None:
+                    raise
+                screen.update(Group(Text(str(error), "yellow"), Text("waiting for it; q ends")), refresh=True)
+                continue
             history.append(live.between(before, after))
             if as_json:
                 typer.echo(history[-1].model_dump_json())
@@ -61,27 +71,29 @@ def command(
 
 
 def _render(url: str, history: Sequence[Live]) -> RenderableType:
-    figures = history[-1]
+    now = history[-1]
+    method = f"{now.method or 'speculation'}, k = {now.k}" if now.k else "no speculation"
     parts: list[RenderableType] = [
-        Text(url, "bold"),
+        Text.assemble((url, "bold"), f"  {now.model}, {method}"),
         Text(
-            f"{figures.running} running, {figures.waiting} waiting, KV cache {figures.kv_cache_used:.0%} used, "
-            f"{figures.output_tok_s:.1f} tok/s"
+            f"{now.running} running, {now.waiting} waiting, {now.preempted} preempted; "
+            f"KV cache {now.kv_cache_used:.0%} used, prefix hits {_share(now.prefix_hits)}"
         ),
+        _curves(history),
     ]
-    if figures.tokens_per_step is None:
+    if now.acceptance_length is None:
         parts.append(Text("no drafts in this interval", "dim"))
     else:
-        parts.append(Text(f"{figures.drafts_per_s:.1f} drafts/s, {figures.tokens_per_step:.2f} tokens per step"))
+        parts.append(Text(f"{now.drafts_per_s:.1f} drafts/s, acceptance length {now.acceptance_length:.2f}"))
         parts.append(_positions(history))
-    if figures.drafts_skipped:
-        parts.append(Text(f"{figures.drafts_skipped} drafts skipped near the maximum length", "yellow"))
-    if figures.nan_blocks_repaired:
-        parts.append(Text(f"{figures.nan_blocks_repaired} NaN blocks repaired at load", "yellow"))
-    if figures.processes:
-        partly = [name for name, n in figures.patches.items() if n != figures.processes]
-        on = len(figures.patches) - len(partly)
-        parts.append(Text(f"{on} patches on in all {figures.processes} processes that report"))
+    if now.drafts_skipped:
+        parts.append(Text(f"{now.drafts_skipped} drafts skipped near the maximum length", "yellow"))
+    if now.nan_blocks_repaired:
+        parts.append(Text(f"{now.nan_blocks_repaired} NaN blocks repaired at load", "yellow"))
+    if now.processes:
+        partly = [name for name, n in now.patches.items() if n != now.processes]
+        on = len(now.patches) - len(partly)
+        parts.append(Text(f"{on} patches on in all {now.processes} processes that report"))
         if partly:
             parts.append(Text(f"not on everywhere: {', '.join(partly)}", "red"))
     else:
@@ -89,18 +101,40 @@ def _render(url: str, history: Sequence[Live]) -> RenderableType:
     return Group(*parts)
 
 
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def _curves(history: Sequence[Live]) -> Table:
+    """Throughput and latencies: now, and the last intervals from their least to their most."""
+    grid = Table.grid(padding=(0, 1))
+    for wraps in (False, False, True):
+        grid.add_column(no_wrap=not wraps, overflow="crop")
+    rows: dict[str, list[float | None]] = {
+        "tok/s": [h.output_tok_s for h in history],
+        "TTFT ms": [h.ttft_ms for h in history],
+        "inter-token latency ms": [h.itl_ms for h in history],
+    }
+    for name, values in rows.items():
+        last = values[-1]
+        known = [v for v in values if v is not None]
+        most = max(known, default=0.0) or 1.0
+        grid.add_row(name, "-" if last is None else f"{last:.1f}", Text(curve([v / most for v in known]), "cyan"))
+    return grid
+
+
 def _positions(history: Sequence[Live]) -> Table:
-    """Share, bar and curve of each draft position."""
+    """Share, bar and curve of each draft position, counted from 0 as in vLLM's metrics."""
     grid = Table.grid(padding=(0, 1))
     for wraps in (False, False, True, False):
         grid.add_column(no_wrap=not wraps, overflow="crop")
     for position, share in enumerate(history[-1].accepted_by_position):
         past = [h.accepted_by_position[position] for h in history if len(h.accepted_by_position) > position]
         bar = ProgressBar(total=1.0, completed=share, width=20)
-        grid.add_row(f"draft {position + 1}", f"{share:>4.0%}", bar, Text(curve(past), "cyan"))
+        grid.add_row(f"position {position}", f"{share:>4.0%}", bar, Text(curve(past), "cyan"))
     return grid
 
 
 def curve(shares: Sequence[float]) -> str:
     """One character per share of 0 to 1."""
-    return "".join(_EIGHTHS[min(7, int(share * 8))] for share in shares)
+    return "".join(_EIGHTHS[max(0, min(7, int(share * 8)))] for share in shares)

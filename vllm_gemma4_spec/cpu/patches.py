@@ -25,6 +25,8 @@ CPU_RUNNER = Patch(
     how="The CPU worker instantiates a subclass that passes over the assertion, loads the drafter and copies "
     "plainly, and that puts generators back by their state. Without speculation it does the latter alone.",
     retire="A release whose CPU model runner speculates.",
+    scope="The CPU platform: Gemma 4, and every engine that speculates, which 0.19.1 cannot do there.",
+    related="none found by number; 0.20.0 drafts on a CPU",
     edits=(
         Edit(
             "vllm.v1.worker.cpu_worker:CPUModelRunner",
@@ -36,6 +38,7 @@ CPU_RUNNER = Patch(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync",
     ),
+    needs=("cpu-kernels",),
 )
 
 
@@ -58,6 +61,8 @@ CPU_KERNELS = Patch(
     how="On the CPU platform each kernel name refers to a vectorised PyTorch form with the same launch interface, and "
     "the top-k/top-p sampler takes vLLM's own PyTorch path. On other platforms every name keeps its kernel.",
     retire="CPU forms of these kernels in vllm.utils.cpu_triton_utils, as 0.19.1 has for compute_slot_mapping.",
+    scope="The CPU platform, where 0.19.1 cannot launch these kernels for any model.",
+    related="none found by number; 0.20.0 drafts on a CPU",
     edits=(
         _kernel(_UTILS, "eagle_step_slot_mapping_metadata_kernel", draft.eagle_step_slot_mapping_metadata, _UTILS),
         _kernel(_EAGLE, "eagle_prepare_inputs_padded_kernel", draft.eagle_prepare_inputs_padded, _UTILS),

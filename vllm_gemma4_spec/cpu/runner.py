@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner, _torch_cuda_wrapper
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from vllm_gemma4_spec import scope
 
 
 class DraftingCPUModelRunner(CPUModelRunner):
@@ -71,6 +74,11 @@ class DraftingCPUModelRunner(CPUModelRunner):
         """Needed for async scheduling only, which the CPU worker does not do."""
 
 
-def runner_class(original: type[CPUModelRunner]) -> type[CPUModelRunner]:
-    """What ``CPUWorker`` instantiates in place of ``CPUModelRunner``."""
-    return DraftingCPUModelRunner
+def runner_class(original: type[CPUModelRunner]) -> Callable[[VllmConfig, torch.device], CPUModelRunner]:
+    """What ``CPUWorker`` calls in place of ``CPUModelRunner``: the subclass for Gemma 4 and for whatever speculates."""
+
+    def make(vllm_config: VllmConfig, device: torch.device) -> CPUModelRunner:
+        ours = scope.gemma4_engine(vllm_config) or vllm_config.speculative_config is not None
+        return (DraftingCPUModelRunner if ours else original)(vllm_config, device)
+
+    return make

@@ -73,7 +73,7 @@ def require_vllm() -> None:
     """
     for module in ("vllm", "openai"):
         if importlib.util.find_spec(module) is None:
-            raise DemoError(f"{module} is not installed in this Python; pip install 'vllm-gemma4-spec[cpu]'")
+            raise DemoError(f"{module} is not installed in this Python; run `make setup` in the checkout")
 
 
 def questions() -> list[Dialogue]:

@@ -65,7 +65,8 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Server:
-        port = free_port()
+        self._port = reserved_port()
+        port = self._port.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         command = [*self.program, *self.arguments, "--host", "127.0.0.1", "--port", str(port)]
         with self.log.open("wb") as output:
@@ -145,6 +146,7 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
             process.wait()
+            self._port.close()
             _wait_until_gone(process, group, KILL_SECONDS)
 
 
@@ -159,10 +161,16 @@ def _wait_until_gone(process: subprocess.Popen[bytes], group: int, seconds: floa
         time.sleep(0.05)
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+def reserved_port() -> socket.socket:
+    """A socket at a free port, which nobody else is given until it is closed.
+
+    Servers bind with one of these options, too, so one that is told the port can take it; nothing listens at this one.
+    """
+    held = socket.socket()
+    for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+        held.setsockopt(socket.SOL_SOCKET, option, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
 
 
 def last_error(log: Path) -> str:

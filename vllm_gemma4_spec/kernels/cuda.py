@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+_MAX_DYNAMIC_SHARED_SIZE = 8  # CUfunction_attribute
 
 
 class _Attribute(ctypes.Structure):
@@ -102,6 +103,14 @@ class Kernel:
         code = compiled(source, architecture(10 * major + minor))
         _checked("cuModuleLoadData", ctypes.byref(self._module), code)
         _checked("cuModuleGetFunction", ctypes.byref(self._function), self._module, name.encode())
+
+    def allow_shared(self, size: int) -> None:
+        """Raise the limit of dynamic shared memory to ``size`` bytes; above 48 KiB a launch needs it.
+
+        Raises:
+            RuntimeError: the card has less.
+        """
+        _checked("cuFuncSetAttribute", self._function, _MAX_DYNAMIC_SHARED_SIZE, size)
 
     def __call__(
         self, grid: tuple[int, int, int], block: int, args: Sequence[Tensor | int], shared_bytes: int = 0

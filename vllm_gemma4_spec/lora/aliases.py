@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm_gemma4_spec import scope
+
 
 def register_module(original: Callable[..., None]) -> Callable[..., None]:
     """``LoRAModelManager.register_module``: a layer keeps the name it was registered under first.
@@ -16,7 +18,10 @@ def register_module(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def wrapper(self: Any, module_name: str, module: Any) -> None:
-        if not any(known is module for known in self.modules.values()):
+        aliased = scope.gemma4(getattr(self.model, "config", None)) and any(
+            known is module for known in self.modules.values()
+        )
+        if not aliased:
             original(self, module_name, module)
 
     return wrapper

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from vllm_gemma4_spec.multimodal.image_turns import SHORT, WithoutRoom
 from vllm_gemma4_spec.multimodal.segments import Layout, Range, Row, lay_out
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
@@ -69,6 +70,9 @@ def try_schedule_encoder_inputs(original: Callable[..., Any]) -> Callable[..., A
                 if end <= last:
                     # An EAGLE head reads one token further, for which the image's embeddings would be missing.
                     num_new_tokens = max(0, first - shift_computed_tokens - num_computed_tokens)
+                    if num_new_tokens == 0:
+                        setattr(self, SHORT, WithoutRoom(request, last + 1 - num_computed_tokens))
+                    break
         return original(
             self, request, num_computed_tokens, num_new_tokens, encoder_compute_budget, shift_computed_tokens
         )

@@ -78,7 +78,7 @@ def _rows(node: dict[str, Any]) -> list[str]:
 
 
 def page() -> str:
-    """``docs/json.md``."""
+    """``docs/reference/json.md``."""
     lines = [_HEAD]
     for command in OUTPUTS:
         found = schema(command)

@@ -24,7 +24,7 @@ def pyplot() -> Any:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        raise PlotError("--plot needs matplotlib; run `pip install 'vllm-gemma4-spec[plot]'`") from None
+        raise PlotError("--plot needs matplotlib; run `pip install 'matplotlib>=3.8'`") from None
     return pyplot
 
 

@@ -1,4 +1,4 @@
-"""What a running server says over HTTP: its version and its Prometheus figures."""
+"""What a running server says over HTTP: its version and its Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -48,16 +48,48 @@ def get(url: str, api_key: str | None = None, timeout: float = 10) -> str:
     Raises:
         ServerError: one line that says whether nothing listens, the key is wrong or the path is unknown.
     """
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {api_key}"} if api_key else {})
+    return _ask(urllib.request.Request(url), api_key, timeout)
+
+
+def post(url: str, body: dict[str, Any], api_key: str | None = None, timeout: float = 120) -> dict[str, Any]:
+    """The JSON that a POST of ``body`` answers.
+
+    Raises:
+        ServerError: as :func:`get`, with what the server said; or no JSON object.
+    """
+    headers = {"Content-Type": "application/json"}
+    text = _ask(urllib.request.Request(url, json.dumps(body).encode(), headers), api_key, timeout)
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise ServerError(f"{url}: no JSON object in the answer") from None
+
+
+def _ask(request: urllib.request.Request, api_key: str | None, timeout: float) -> str:
+    if api_key:
+        request.add_header("Authorization", f"Bearer {api_key}")
+    url = request.full_url
     try:
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             return str(answer.read().decode())
     except urllib.error.HTTPError as error:
         hint = {401: "give the key with --api-key or VLLM_API_KEY", 404: "is this a vLLM server?"}.get(error.code)
+        hint = _message(error) if request.data else hint
         raise ServerError(f"{url}: HTTP {error.code}" + (f"; {hint}" if hint else "")) from None
     except (urllib.error.URLError, OSError, UnicodeDecodeError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise ServerError(f"{url}: no answer ({reason}); is the server up, and host and port right?") from None
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    """What an OpenAI-compatible server says about a request that it refuses, as one line."""
+    try:
+        body = json.loads(error.read())
+        found = body.get("error", body)
+        text = found.get("message", "") if isinstance(found, dict) else found
+    except (ValueError, OSError, AttributeError):
+        return ""
+    return " ".join(str(text).split())[:300]
 
 
 def version(url: str, api_key: str | None = None) -> str:
@@ -89,3 +121,15 @@ def samples(url: str, api_key: str | None = None) -> list[Sample]:
     except ValueError:
         raise ServerError(f"{url}/metrics: not Prometheus's text format; is this a vLLM server?") from None
     return [Sample(s.name, s.labels, s.value) for family in families for s in family.samples]
+
+
+def vllm_samples(url: str, api_key: str | None = None) -> list[Sample]:
+    """:func:`samples` of a vLLM server.
+
+    Raises:
+        ServerError: as there, or none of the metrics is vLLM's.
+    """
+    found = samples(url, api_key)
+    if not any(s.name.startswith("vllm:") for s in found):
+        raise ServerError(f"{url}/metrics: not vLLM; none of its {len(found)} metrics is. Is this a vLLM server?")
+    return found

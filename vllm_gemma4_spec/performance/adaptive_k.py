@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vllm_gemma4_spec import settings
+from vllm_gemma4_spec import scope, settings
 from vllm_gemma4_spec.metrics import reports
 from vllm_gemma4_spec.performance.draft_graphs import at_depth
 
@@ -165,6 +165,8 @@ def adapts(speculative_config: Any) -> bool:
 
 
 def _state(runner: Any) -> AdaptiveK | None:
+    if not scope.gemma4_speculation(runner.vllm_config):
+        return None
     if not hasattr(runner, STATE):
         made = None
         if adapts(runner.speculative_config):

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from vllm_gemma4_spec import scope
+
 # Attribute of a draft model's proposer that holds its two-pass head; see kernels.head.
 HEAD = "_gemma4_spec_head"
 
@@ -28,7 +30,7 @@ def load_model(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if self.method == "draft_model" and self.device.type == "cuda":
+        if scope.gemma4_drafter(self.vllm_config) and self.device.type == "cuda":
             setattr(self, HEAD, _head_of(self.model))
 
     return wrapper

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm_gemma4_spec import scope
+
 # Attribute of a KV cache coordinator: tokens by which a scheduled length may exceed the real one.
 MARGIN = "_gemma4_spec_optimism"
 
@@ -33,11 +35,12 @@ def _can_be_async(config: Any) -> bool:
     spec = config.speculative_config
     return (
         current_platform.is_cuda()
-        and spec is not None
+        and scope.gemma4_speculation(config)
         and spec.method == "draft_model"
         and not spec.disable_padded_drafter_batch
         # With a connector, block counts must match a remote side's that knows nothing of a margin.
         and config.kv_transfer_config is None
+        and config.cache_config.kv_offloading_size is None  # makes a connector later
         and bool(Executor.get_class(config).supports_async_scheduling())
     )
 
@@ -48,8 +51,8 @@ def scheduler_init(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        margin = self.num_spec_tokens if self.scheduler_config.async_scheduling else 0
-        setattr(self.kv_cache_manager.coordinator, MARGIN, margin)
+        if scope.gemma4_speculation(self.vllm_config) and self.scheduler_config.async_scheduling:
+            setattr(self.kv_cache_manager.coordinator, MARGIN, self.num_spec_tokens)
 
     return __init__
 
@@ -64,6 +67,7 @@ def remove_skipped_blocks(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def wrapper(self: Any, request_id: str, total_computed_tokens: int) -> None:
-        original(self, request_id, max(0, total_computed_tokens - getattr(self, MARGIN, 0)))
+        margin = getattr(self, MARGIN, 0)
+        original(self, request_id, max(0, total_computed_tokens - margin) if margin else total_computed_tokens)
 
     return wrapper

@@ -15,6 +15,8 @@ import torch
 from torch._inductor import config
 from torch._inductor.choices import InductorChoices
 
+from vllm_gemma4_spec import scope
+
 # A row of this many values is kept in registers; Inductor's own limit is 1,024.
 _LONGEST_ROW = 8192
 _PDL = "triton.enable_pdl"
@@ -46,7 +48,7 @@ def get_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def wrapper(self: Any) -> Any:
-        if _takes_pdl() and config.inductor_choices_class is None:
+        if scope.gemma4_drafter(self.vllm_config) and _takes_pdl() and config.inductor_choices_class is None:
             config.inductor_choices_class = Choices  # for the process; it differs under _PDL only
         return original(self)
 
@@ -62,7 +64,7 @@ def backend(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if self.prefix == "draft_model" and _takes_pdl():
+        if self.prefix == "draft_model" and scope.gemma4_model(self.vllm_config.model_config) and _takes_pdl():
             self.inductor_config.setdefault(_PDL, True)  # what a user set stays, for target and drafter
 
     return wrapper

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_gemma4_spec import scope
+
 # Attribute of a proposer that holds its graphs once they are captured.
 GRAPHS = "_gemma4_spec_draft_graphs"
 # What these build is a function of device tensors alone; another backend may read a host value (a sequence
@@ -262,19 +264,6 @@ def propose(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
     return wrapper
 
 
-def capture_model(original: Callable[..., int]) -> Callable[..., int]:
-    """``GPUModelRunner.capture_model``: then the drafter's graphs."""
-
-    @functools.wraps(original)
-    def wrapper(self: Any) -> int:
-        used = original(self)
-        from vllm_gemma4_spec.performance.graph_capture import capture_drafts
-
-        return used + capture_drafts(self)
-
-    return wrapper
-
-
 def update_cudagraph_mode(original: Callable[..., None]) -> Callable[..., None]:
     """``GPUModelRunner._check_and_update_cudagraph_mode``: a draft model, too, gets piecewise graphs.
 
@@ -286,7 +275,8 @@ def update_cudagraph_mode(original: Callable[..., None]) -> Callable[..., None]:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         spec = self.speculative_config
-        if spec is not None and spec.uses_draft_model() and self.device.type == "cuda":
+        drafts = scope.gemma4_speculation(self.vllm_config) and spec.uses_draft_model()
+        if drafts and self.device.type == "cuda":
             mode = self.compilation_config.cudagraph_mode
             if mode.requires_piecewise_compilation():
                 self.drafter.initialize_cudagraph_keys(mode)

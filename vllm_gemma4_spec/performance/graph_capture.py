@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +17,17 @@ from vllm_gemma4_spec.performance.draft_graphs import GRAPHS, DraftGraphs, captu
 from vllm_gemma4_spec.spec_decode.proposer import GROUPS
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
+
+
+def capture_model(original: Callable[..., int]) -> Callable[..., int]:
+    """``GPUModelRunner.capture_model``: then the drafter's graphs."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any) -> int:
+        used = original(self)
+        return used + capture_drafts(self)
+
+    return wrapper
 
 
 def capture_drafts(runner: Any) -> int:
@@ -27,7 +41,6 @@ def capture_drafts(runner: Any) -> int:
     """
     from vllm.compilation.monitor import set_cudagraph_capturing_enabled
     from vllm.distributed.parallel_state import graph_capture
-    from vllm.platforms import current_platform
 
     sizes = _batch_sizes(runner)
     if not sizes:
@@ -39,14 +52,26 @@ def capture_drafts(runner: Any) -> int:
     depths = range(1, k + 1) if adaptive_k.adapts(runner.speculative_config) else (k,)
     graphs = DraftGraphs(drafter, groups, table.get_device_tensor, type(drafter).propose, sizes, depths)
 
-    started, free = time.perf_counter(), torch.cuda.mem_get_info()[0]
+    started, free, lacking = time.perf_counter(), torch.cuda.mem_get_info()[0], ""
     set_cudagraph_capturing_enabled(True)
     try:
         # The target's pool: its graphs and these are never in flight together.
         with runner._freeze_gc(), graph_capture(device=runner.device):
-            graphs.capture(current_platform.get_global_graph_pool())
+            graphs.capture(_pool())
+    except torch.OutOfMemoryError as error:
+        lacking = str(error).splitlines()[0]
     finally:
         set_cudagraph_capturing_enabled(False)
+    if lacking:
+        del graphs  # after the handler: the error's frames hold what was captured
+        gc.collect()
+        torch.cuda.empty_cache()
+        logger.warning(
+            "Drafter: out of memory while its CUDA graphs were captured; it drafts kernel by kernel, several times "
+            "slower. Lower gpu_memory_utilization or max_num_seqs to make room (%s)",
+            lacking,
+        )
+        return 0
     torch.cuda.synchronize()
     used = max(0, free - torch.cuda.mem_get_info()[0])
     setattr(drafter, GRAPHS, graphs)
@@ -58,6 +83,12 @@ def capture_drafts(runner: Any) -> int:
         used / 2**30,
     )
     return used
+
+
+def _pool() -> Any:
+    from vllm.platforms import current_platform
+
+    return current_platform.get_global_graph_pool()
 
 
 def _batch_sizes(runner: Any) -> list[int]:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
         async_scheduling,
         compile_settings,
         draft_graphs,
+        graph_capture,
         split_attention,
+        whole_copies,
     )
 else:  # a wrapper's module is imported only after the module of vLLM that it patches
     adaptive_k = Lazy("vllm_gemma4_spec.performance.adaptive_k")
@@ -21,7 +23,9 @@ else:  # a wrapper's module is imported only after the module of vLLM that it pa
     async_scheduling = Lazy("vllm_gemma4_spec.performance.async_scheduling")
     compile_settings = Lazy("vllm_gemma4_spec.performance.compile_settings")
     draft_graphs = Lazy("vllm_gemma4_spec.performance.draft_graphs")
+    graph_capture = Lazy("vllm_gemma4_spec.performance.graph_capture")
     split_attention = Lazy("vllm_gemma4_spec.performance.split_attention")
+    whole_copies = Lazy("vllm_gemma4_spec.performance.whole_copies")
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _PROPOSER = "vllm.v1.spec_decode.eagle:SpecDecodeBaseProposer"
@@ -36,9 +40,11 @@ DRAFT_GRAPHS = Patch(
     "CUDA graph per batch size after the target's own graphs, and replayed on buffers that keep their address. "
     "Other batches, and drafters in one KV cache group, use the original.",
     retire="A release that captures a draft model's whole loop.",
+    scope="Draft models in several KV cache groups, of engines with a Gemma 4 as target or drafter.",
+    related="#45258, open: the same lack for MTP drafters",
     edits=(
         Edit(f"{_PROPOSER}.propose", draft_graphs.propose),
-        Edit(f"{_RUNNER}.capture_model", draft_graphs.capture_model),
+        Edit(f"{_RUNNER}.capture_model", graph_capture.capture_model),
     ),
     watches=(
         f"{_PROPOSER}.set_inputs_first_pass",
@@ -50,6 +56,7 @@ DRAFT_GRAPHS = Patch(
         "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch",
         "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder",
     ),
+    needs=("draft-groups",),
 )
 
 DRAFT_PIECES = Patch(
@@ -59,6 +66,8 @@ DRAFT_PIECES = Patch(
     "holds a prompt are launched kernel by kernel.",
     how="The draft model's dispatcher gets the target's sizes, too; vLLM's own dummy runs then capture the pieces.",
     retire="A release that initializes the dispatcher of draft models.",
+    scope="Draft models of engines with a Gemma 4 as target or drafter.",
+    related="none found",
     edits=(Edit(f"{_RUNNER}._check_and_update_cudagraph_mode", draft_graphs.update_cudagraph_mode),),
     watches=(
         f"{_PROPOSER}.initialize_cudagraph_keys",
@@ -75,6 +84,8 @@ ADAPTIVE_K = Patch(
     how="With VLLM_GEMMA4_SPEC_ADAPTIVE_K set, a step runs as many passes as recent acceptance pays for, at least one; "
     "the drafts left out are token 0, to be rejected. Off by default.",
     retire="A release that adapts the number of draft tokens.",
+    scope="Draft models of engines with a Gemma 4 as target or drafter, with VLLM_GEMMA4_SPEC_ADAPTIVE_K set.",
+    related="none found by number; 0.24.0 chooses k by batch size, 0.28.0 verifies adaptively (V2 runner)",
     edits=(Edit(f"{_RUNNER}.propose_draft_token_ids", adaptive_k.propose_draft_token_ids),),
     watches=(f"{_PROPOSER}.propose", f"{_RUNNER}._copy_draft_token_ids_to_cpu"),
 )
@@ -87,6 +98,8 @@ ASYNC_DRAFTS = Patch(
     "drafts that are then rejected.",
     how="It stays on by default for draft models on CUDA, and blocks are freed k tokens later while it is on.",
     retire="A release whose default is on and that frees blocks by confirmed lengths.",
+    scope="Engines that speculate with a Gemma 4 as target or drafter; the default is changed for draft models alone.",
+    related="none found",
     edits=(
         Edit("vllm.config.vllm:VllmConfig.__post_init__", async_scheduling.vllm_config),
         Edit("vllm.v1.core.sched.scheduler:Scheduler.__init__", async_scheduling.scheduler_init),
@@ -108,6 +121,8 @@ LOCAL_ARGMAX = Patch(
     "get_top_tokens. Without it every draft pass gathers all 262,144 logits under tensor parallelism.",
     how="Adds the method, which hands on to vLLM's own LogitsProcessor.get_top_tokens.",
     retire="A release whose Gemma4ForCausalLM has get_top_tokens.",
+    scope="Gemma 4's own class.",
+    related="none found",
     edits=(
         Edit(
             "vllm.model_executor.models.gemma4:Gemma4ForCausalLM.get_top_tokens",
@@ -129,6 +144,8 @@ DRAFT_COMPILE = Patch(
     how="From Hopper on a draft model is compiled with programmatic dependent launch and with persistent reductions "
     "up to 8,192 values. The target is compiled as before.",
     retire="An Inductor that does both by itself.",
+    scope="Draft models that are a Gemma 4, from Hopper on.",
+    related="none found",
     edits=(
         Edit(f"{_DRAFT_MODEL}._get_model", compile_settings.get_model),
         Edit("vllm.compilation.backends:VllmBackend.__init__", compile_settings.backend),
@@ -144,6 +161,8 @@ DRAFT_ARGMAX = Patch(
     how="A draft model's unquantized lm_head gets an NVFP4 copy (0.4 GB) that finds eight candidate blocks of 128 "
     "token ids; their logits are then computed exactly and the largest is taken. Not under tensor parallelism.",
     retire="A fused argmax over lm_head in vLLM.",
+    scope="Draft models that are a Gemma 4, on CUDA.",
+    related="none found",
     edits=(
         Edit(f"{_PROPOSER}.load_model", argmax.load_model),
         Edit(f"{_PROPOSER}._greedy_sample", argmax.greedy_sample),
@@ -161,7 +180,13 @@ SPLIT_ATTENTION = Patch(
     "programs that walk the whole context: at 8,192 tokens a full layer of 31B takes an H200 690 us instead of 90.",
     how="Short queries go to vLLM's own kernel that cuts the context into segments, as for one token per request.",
     retire="A choice of kernel by the number of programs instead of by the query length.",
+    scope="Engines with a Gemma 4 as target or drafter, on TRITON_ATTN.",
+    related="none found for the choice of kernel; #43257, open, tunes it for head size 512",
     edits=(
+        Edit(
+            "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder.__init__",
+            split_attention.builder_init,
+        ),
         Edit(
             "vllm.v1.attention.backends.triton_attn:unified_attention",
             split_attention.unified_attention,
@@ -176,13 +201,38 @@ SPLIT_ATTENTION = Patch(
     ),
 )
 
+WHOLE_COPIES = Patch(
+    name="whole-copies",
+    group=Group.CONVENIENCE,
+    why="A draft pass under tensor parallelism makes two all-reduces a layer, which cost a small drafter what the "
+    "other cards save it: E4B drafts in 6.46 ms on two H200 and in 6.21 ms on one. vLLM refuses "
+    "draft_tensor_parallel_size 1.",
+    how="With draft_tensor_parallel_size 1 each rank builds and runs the whole draft model in a tensor-parallel group "
+    "of its own, and rank 0's drafts are broadcast to all. Off by default.",
+    retire="A release that drafts with draft_tensor_parallel_size 1.",
+    scope="Engines with a Gemma 4 as draft model and draft_tensor_parallel_size 1.",
+    related="none found",
+    edits=(
+        Edit(f"{_DRAFT_MODEL}._raise_if_draft_tp_mismatch", whole_copies.raise_if_draft_tp_mismatch),
+        Edit(f"{_PROPOSER}.load_model", whole_copies.alone),
+        Edit(f"{_PROPOSER}.dummy_run", whole_copies.alone),
+        Edit(f"{_PROPOSER}.initialize_attn_backend", whole_copies.initialize_attn_backend),
+        Edit(f"{_PROPOSER}.propose", whole_copies.propose),
+    ),
+    watches=(
+        "vllm.distributed.parallel_state:patch_tensor_parallel_group",
+        "vllm.config.speculative:SpeculativeConfig._verify_and_get_draft_tp",
+    ),
+)
+
 PATCHES: tuple[Patch, ...] = (
+    DRAFT_ARGMAX,
+    WHOLE_COPIES,  # around draft-argmax's load_model, and inside draft-graphs' propose
     DRAFT_GRAPHS,
     DRAFT_PIECES,
     ADAPTIVE_K,
     ASYNC_DRAFTS,
     LOCAL_ARGMAX,
     DRAFT_COMPILE,
-    DRAFT_ARGMAX,
     SPLIT_ATTENTION,
 )

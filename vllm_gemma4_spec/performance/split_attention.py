@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from vllm_gemma4_spec import scope
+
 # Programs from which on the 2D kernel fills a GPU: vLLM's MIN_LAUNCH_GRID_SIZE_2D.
 _FULL_GRID = 128
 # Rows of a query block (BLOCK_M): vLLM's constant for up to 16 query heads per KV head.
@@ -45,6 +47,22 @@ def fits(q: torch.Tensor, num_seqs: int, num_kv_heads: int, segments: int, scrat
     )
 
 
+# Attribute of the scratch of a metadata builder in scope; the kernel's caller is given tensors and no config.
+IN_SCOPE = "_gemma4_spec_in_scope"
+
+
+def builder_init(original: Callable[..., None]) -> Callable[..., None]:
+    """``TritonAttentionMetadataBuilder.__init__``: marks the scratch of an engine in scope."""
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if scope.gemma4_engine(self.vllm_config):
+            setattr(self.softmax_segm_output, IN_SCOPE, True)
+
+    return __init__
+
+
 def unified_attention(original: Callable[..., None]) -> Callable[..., None]:
     """``triton_attn.unified_attention``: tells the original that a short query has one token per request.
 
@@ -53,9 +71,11 @@ def unified_attention(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def wrapper(**kwargs: Any) -> None:
-        if kwargs["max_seqlen_q"] > 1 and kwargs.get("mm_prefix_range") is None:
+        scratch = kwargs.get("softmax_segm_output")
+        scoped = getattr(scratch, IN_SCOPE, False)
+        if scoped and kwargs["max_seqlen_q"] > 1 and kwargs.get("mm_prefix_range") is None:
             num_seqs = len(kwargs["seqused_k"])
-            segments, scratch = kwargs.get("num_par_softmax_segments"), kwargs.get("softmax_segm_output")
+            segments = kwargs.get("num_par_softmax_segments")
             if segments is not None and fits(kwargs["q"], num_seqs, kwargs["k"].shape[2], segments, scratch):
                 kwargs["max_seqlen_q"] = 1
                 kwargs["seq_threshold_3D"] = num_seqs

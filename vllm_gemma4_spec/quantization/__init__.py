@@ -1,4 +1,4 @@
-"""ModelOpt's NVFP4 checkpoints in vLLM 0.19.1: NVFP4_AWQ, NVFP4_SVD, NaN block scales, experts, any backend."""
+"""ModelOpt's checkpoints in vLLM 0.19.1: every NVFP4, mixed with FP8 too, NaN block scales, experts, any backend."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """``Nvfp4Config``, by which a worker unpickles a quantization config; nothing else, and not before.
+    """The quantization configs that a worker unpickles; each is made when it is first asked for."""
+    if name == "Nvfp4Config":
+        from vllm_gemma4_spec.quantization import config
 
-    vLLM's module comes first and whole: its import hook asks for the same class, and some of our hooks run
-    while vLLM's own config is still being imported.
-    """
-    if name != "Nvfp4Config":
+        return config.Nvfp4Config
+    if name != "MixedConfig":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import vllm.model_executor.layers.quantization.modelopt  # noqa: F401
+    from vllm_gemma4_spec.quantization import mixed
 
-    from vllm_gemma4_spec.quantization.config import Nvfp4Config
-
-    return Nvfp4Config
+    return mixed.MixedConfig

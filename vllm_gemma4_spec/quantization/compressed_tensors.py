@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import vllm.model_executor.layers.quantization.modelopt  # noqa: F401  first and whole: our hook on it imports moe
 from torch import Tensor
 from torch.nn import Module, Parameter
 from vllm.config import get_current_vllm_config
@@ -20,7 +19,7 @@ from vllm.platforms import current_platform
 
 from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.errors import CheckpointError
-from vllm_gemma4_spec.quantization import emulation, moe
+from vllm_gemma4_spec.quantization import emulation, moe, reload
 from vllm_gemma4_spec.quantization.nan_scales import mend
 
 
@@ -45,7 +44,8 @@ def linear_scheme(original: type) -> type:
                     getattr(layer, name).data.fill_(_UNSET)
 
         def process_weights_after_loading(self, layer: Module) -> None:
-            given = layer.weight_global_scale.data
+            given, kept = layer.weight_global_scale.data, reload.Kept(layer)
+            _mark_absent(layer)
             _settle(given, "" if layer.modelopt_dummy else f"{layer.prefix}.weight_global_scale")
             if hasattr(layer, "input_global_scale"):
                 _settle(layer.input_global_scale.data, "")
@@ -62,6 +62,7 @@ def linear_scheme(original: type) -> type:
             if marlin and layer.params_dtype == torch.bfloat16:
                 nvfp4.narrow_(layer.weight_packed.data, layer.weight_scale.data)
             super().process_weights_after_loading(layer)
+            kept.put_back()
 
         def apply_weights(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
             if self.backend == NvFp4LinearBackend.EMULATION:
@@ -76,6 +77,22 @@ def linear_scheme(original: type) -> type:
 _UNSET = -1.0
 
 
+def _mark_absent(layer: Module) -> None:
+    """Members that the checkpoint lacks: known from the first load; one that comes later leaves them as memory was."""
+    if not hasattr(layer, reload.MARK):
+        layer.modelopt_absent = (layer.weight_global_scale.data == _UNSET).tolist()
+        return
+    rows = 0
+    for index, (width, absent) in enumerate(zip(layer.logical_widths, layer.modelopt_absent, strict=True)):
+        if absent:
+            for name in ("weight_packed", "weight_scale"):
+                getattr(layer, name).data.view(torch.uint8)[rows : rows + width].zero_()
+            for name in ("weight_global_scale", "input_global_scale"):
+                if hasattr(layer, name):
+                    getattr(layer, name).data[index] = _UNSET
+        rows += width
+
+
 def _settle(scales: Tensor, what: str) -> None:
     """Global scales of members that the checkpoint lacks have no say in a maximum; ``what`` must be positive."""
     unset = scales == _UNSET
@@ -88,7 +105,7 @@ def _settle(scales: Tensor, what: str) -> None:
 def experts_method(original: type) -> type:
     """``CompressedTensorsW4A4Nvfp4MoEMethod`` with its scales mended; on a CPU, emulated."""
 
-    class Mended(original):
+    class Mended(moe.SameKernel, original):
         def __init__(self, moe_config: Any, layer_name: str | None = None, use_a16: bool = False) -> None:
             super().__init__(moe_config, layer_name, use_a16)
             self.use_a16 = use_a16

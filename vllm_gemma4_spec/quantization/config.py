@@ -1,45 +1,53 @@
-"""The quantization config of ModelOpt's NVFP4 checkpoints, ``NVFP4_AWQ`` and ``NVFP4_SVD`` included."""
+"""The quantization config of ModelOpt's NVFP4 checkpoints, ``NVFP4_AWQ`` and ``NVFP4_SVD`` included.
+
+vLLM's module of the class that is extended here is not imported at the top, nor is what imports it: its import hook
+asks this module for the class, and must find it whole whichever of the two a process imports first.
+"""
 
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
 from vllm.model_executor.layers.fused_moe.layer import FusedMoE
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.layers.quantization.modelopt import QUANT_ALGOS, ModelOptNvFp4Config
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from vllm_gemma4_spec.checkpoints import files
-from vllm_gemma4_spec.checkpoints.nvfp4 import BLOCK
+from vllm_gemma4_spec.checkpoints import files, layers
 from vllm_gemma4_spec.errors import CheckpointError, stop
-from vllm_gemma4_spec.quantization.linear import Nvfp4LinearMethod
-from vllm_gemma4_spec.quantization.moe import fused_moe_method
+from vllm_gemma4_spec.quantization import loading
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config as Base
+else:
+    Base = object
 
 
-class Nvfp4Config(ModelOptNvFp4Config):
-    """``modelopt_fp4`` with the algorithms that vLLM does not know.
+class Nvfp4Methods(Base):
+    """What ``Nvfp4Config`` has before vLLM's class: ``modelopt_fp4`` with the algorithms that vLLM does not know.
 
     Attributes:
-        quant_algo: ``NVFP4``, ``NVFP4_AWQ`` or ``NVFP4_SVD``.
+        quant_algo: one of :data:`vllm_gemma4_spec.checkpoints.layers.NVFP4`.
         float_modules: modules whose weight the checkpoint holds unquantized, under vLLM's names once a
             model has applied its mapper. ModelOpt does not list all of them as excluded (experts).
     """
 
-    __module__ = "vllm_gemma4_spec.quantization"  # pickled under the package, which imports in the right order
-
-    LinearMethodCls = Nvfp4LinearMethod
-
     quant_algo = "NVFP4"
     float_modules: frozenset[str] = frozenset()
 
+    @property
+    def weight_only(self) -> bool:
+        """Whether the checkpoint has no scales for activations."""
+        return self.quant_algo in layers.WEIGHT_ONLY
+
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Nvfp4Config:
+    def from_config(cls, config: dict[str, Any]) -> Nvfp4Methods:
         """From hf_quant_config.json or from config.json's flat ``quantization_config``.
 
         Raises:
@@ -51,23 +59,24 @@ class Nvfp4Config(ModelOptNvFp4Config):
             stop(error)
 
     @classmethod
-    def _checked(cls, config: dict[str, Any]) -> Nvfp4Config:
+    def _checked(cls, config: dict[str, Any]) -> Nvfp4Methods:
+        from vllm.model_executor.layers.quantization.modelopt import QUANT_ALGOS
+
         section = config.get("quantization", config)
         if not isinstance(section, dict):
             raise CheckpointError("quantization config: 'quantization' must be an object")
-        algorithm = str(section.get("quant_algo", "")).upper()
-        if algorithm not in (*files.ALGORITHMS, *QUANT_ALGOS):
-            known = ", ".join(files.ALGORITHMS)
+        algorithm = layers.algorithm(section)
+        if algorithm not in (*layers.NVFP4, *QUANT_ALGOS):
+            known = ", ".join(layers.NVFP4)
             raise CheckpointError(f"quant_algo {algorithm or 'missing'}: not an NVFP4 format known here ({known})")
         for size in _group_sizes(section):
-            if algorithm in files.ALGORITHMS and size not in (None, BLOCK, str(BLOCK)):
-                raise CheckpointError(f"group_size {size}: NVFP4 has one scale per {BLOCK} columns")
+            layers.check_block({"quant_algo": algorithm, "group_size": size}, "quantization config")
         plain = copy.copy(config)
-        if algorithm in files.ALGORITHMS:
+        if algorithm in layers.NVFP4:
             # The formats differ in the linear method alone, so the base class may read them as plain NVFP4.
             plain |= {"quantization": section | {"quant_algo": "NVFP4"}} if section is not config else {}
             plain |= {"quant_algo": "NVFP4"} if section is config else {}
-        made: Nvfp4Config = super().from_config(plain)
+        made: Nvfp4Methods = super().from_config(plain)
         made.quant_algo = algorithm
         return made
 
@@ -83,19 +92,7 @@ class Nvfp4Config(ModelOptNvFp4Config):
             CheckpointError: a shard or a tensor is not what it must be. ``vllm serve`` ends with that line.
         """
         super().maybe_update_config(model_name)
-        folder = _local(model_name)
-        if folder is not None:
-            if any(folder.glob("*.safetensors")):  # none for dummy weights
-                try:
-                    checkpoint = files.Checkpoint(folder)
-                    checkpoint.check()
-                except CheckpointError as error:
-                    stop(error)
-                self.float_modules = frozenset(files.float_modules(checkpoint.tensors))
-            return
-        remote = get_safetensors_params_metadata(model_name)
-        floats = (n for n, i in remote.items() if i["dtype"] in ("BF16", "F16", "F32") and len(i["shape"]) >= 2)
-        self.float_modules = frozenset(name.removesuffix(".weight") for name in floats)
+        self.float_modules = float_modules(model_name)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         super().apply_vllm_mapper(hf_to_vllm_mapper)
@@ -108,19 +105,50 @@ class Nvfp4Config(ModelOptNvFp4Config):
             if self._float_experts(prefix):
                 return None  # FusedMoE then takes the unquantized method
             if not self.is_layer_excluded(prefix):
+                from vllm_gemma4_spec.quantization.moe import fused_moe_method
+
                 return fused_moe_method(self, layer.moe_config)
         return super().get_quant_method(layer, prefix)
 
     def _members(self, prefix: str) -> set[str]:
         """The checkpoint's modules behind a vLLM layer: ``…qkv_proj`` -> ``…q_proj``, ``…k_proj``, ``…v_proj``."""
-        base, _, name = prefix.rpartition(".")
-        found = {f"{base}.{member}" for member in self.packed_modules_mapping.get(name, [name])}
+        prefix = checkpoint_prefix(prefix)
+        base, dot, name = prefix.rpartition(".")
+        found = {f"{base}{dot}{member}" for member in self.packed_modules_mapping.get(name, [name])}
+        if prefix.removeprefix("model.") in self.float_modules:  # an EAGLE head's fc has no prefix in its checkpoint
+            return {prefix.removeprefix("model.")}
         return found & self.float_modules or found  # E4B layers that reuse KV have q alone
 
     def _float_experts(self, prefix: str) -> bool:
         """Gemma 4's experts are ``layers.N.experts.*`` in the checkpoint and ``layers.N.moe.experts`` in vLLM."""
+        prefix = checkpoint_prefix(prefix)
         places = (prefix, prefix.replace(".moe.experts", ".experts"))
         return any(f"{place}.gate_up_proj" in self.float_modules for place in places)
+
+
+def checkpoint_prefix(prefix: str) -> str:
+    """A vLLM layer's name without what vLLM puts before a draft model's: checkpoints know nothing of that."""
+    return prefix.removeprefix("draft_model.")
+
+
+def float_modules(model_name: str) -> frozenset[str]:
+    """The modules that a checkpoint holds unquantized, after a look at all its headers if it lies here.
+
+    Raises:
+        CheckpointError: a shard or a tensor is not what it must be. ``vllm serve`` ends with that line.
+    """
+    folder = _local(model_name)
+    if folder is None:
+        remote = get_safetensors_params_metadata(model_name, revision=loading.asked.get()[0])
+        return frozenset(layers.float_modules((n, i["dtype"], tuple(i["shape"])) for n, i in remote.items()))
+    if not any(folder.glob("*.safetensors")):  # none for dummy weights
+        return frozenset()
+    try:
+        checkpoint = files.Checkpoint(folder)
+        checkpoint.check()
+    except CheckpointError as error:
+        stop(error)
+    return frozenset(layers.float_modules((t.name, t.dtype, t.shape) for t in checkpoint.tensors.values()))
 
 
 def _group_sizes(section: dict[str, Any]) -> list[Any]:
@@ -149,13 +177,34 @@ def _local(model_name: str) -> Path | None:
     if Path(model_name).is_dir():
         return Path(model_name)
     try:
-        folder = Path(snapshot_download(model_name, local_files_only=True))
+        revision, cache = loading.asked.get()
+        folder = Path(snapshot_download(model_name, revision=revision, cache_dir=cache, local_files_only=True))
     except (OSError, ValueError):
         return None
     return folder if any(folder.glob("*.safetensors")) else None
 
 
+def _linear_method(config: Any) -> QuantizeMethodBase:
+    from vllm_gemma4_spec.quantization.linear import Nvfp4LinearMethod
+
+    return Nvfp4LinearMethod(config)
+
+
 def nvfp4_config(original: type) -> type:
-    """Takes the place of ``ModelOptNvFp4Config``."""
-    assert issubclass(Nvfp4Config, original)
-    return Nvfp4Config
+    """``Nvfp4Config``, which takes the place of ``ModelOptNvFp4Config``."""
+    return _derived(original)
+
+
+@functools.cache  # one class, which a worker finds again when it unpickles a config
+def _derived(original: type) -> type:
+    place = {"__module__": "vllm_gemma4_spec.quantization", "__doc__": Nvfp4Methods.__doc__}
+    return type("Nvfp4Config", (Nvfp4Methods, original), place | {"LinearMethodCls": staticmethod(_linear_method)})
+
+
+def __getattr__(name: str) -> Any:
+    """``Nvfp4Config``, made of vLLM's class, which may have been replaced by it already."""
+    if name != "Nvfp4Config":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4Config
+
+    return ModelOptNvFp4Config if issubclass(ModelOptNvFp4Config, Nvfp4Methods) else nvfp4_config(ModelOptNvFp4Config)

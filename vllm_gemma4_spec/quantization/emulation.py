@@ -16,6 +16,7 @@ from torch.nn import Module, Parameter
 from torch.nn import functional as F
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.utils import nvfp4_utils
+from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import is_fp4_marlin_supported
 from vllm.model_executor.layers.quantization.utils.nvfp4_utils import NvFp4LinearBackend
 from vllm.platforms import current_platform
 
@@ -28,10 +29,15 @@ _RESERVE = 0.1  # share of the machine's memory that dequantized weights leave a
 _UNQUANTIZED = UnquantizedLinearMethod()
 
 
-def select_backend() -> NvFp4LinearBackend:
-    """vLLM's choice; emulation where it has none: a CPU, or a GPU without a kernel that reads FP4."""
+def select_backend(weight_only: bool = False) -> NvFp4LinearBackend:
+    """vLLM's choice; emulation where it has none: a CPU, or a GPU without a kernel that reads FP4.
+
+    ``weight_only``: activations have no scale, so only Marlin can read the weights.
+    """
     if current_platform.is_cpu():
         return NvFp4LinearBackend.EMULATION
+    if weight_only and is_fp4_marlin_supported():
+        return NvFp4LinearBackend.MARLIN
     try:
         return nvfp4_utils.select_nvfp4_linear_backend()
     except ValueError as error:
@@ -66,7 +72,7 @@ def prepare(layer: Module) -> None:
     """
     packed, scale, dtype = layer.weight.data, layer.weight_scale.data, layer.params_dtype
     factor = layer.weight_scale_2.data
-    if bool((factor == factor[0]).all()):
+    if len(factor) == 1:  # the shape must not depend on the values: they may be loaded again
         factor = factor[0].clone()
     else:
         factor = factor.repeat_interleave(torch.tensor(layer.logical_widths, device=packed.device))
@@ -74,7 +80,8 @@ def prepare(layer: Module) -> None:
         if hasattr(layer, name):
             delattr(layer, name)
     layer.emulated_scale = Parameter(factor, requires_grad=False)
-    layer.emulated_packed = not fits(packed.numel() * 2 * dtype.itemsize, packed.device)
+    if not hasattr(layer, "emulated_packed"):
+        layer.emulated_packed = not fits(packed.numel() * 2 * dtype.itemsize, packed.device)
     if layer.emulated_packed:
         layer.weight = Parameter(packed, requires_grad=False)
         layer.weight_scale = Parameter(scale, requires_grad=False)

@@ -6,7 +6,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm.config import get_current_vllm_config
+from vllm_gemma4_spec import scope
+from vllm_gemma4_spec.errors import CheckpointError
+
+# Attribute of an attention layer: whether a scale of its first load was not 1.
+SCALED = "_gemma4_spec_scaled"
 
 
 def process_weights_after_loading(original: Callable[..., None]) -> Callable[..., None]:
@@ -21,15 +25,25 @@ def process_weights_after_loading(original: Callable[..., None]) -> Callable[...
         original(self, *args, **kwargs)
         if not self.kv_cache_dtype.startswith("fp8"):
             return
+        config = scope.current_config()
+        if not scope.gemma4_engine(config):
+            return
         if self.kv_sharing_target_layer_name is not None:
-            layers = get_current_vllm_config().compilation_config.static_forward_context
+            layers = config.compilation_config.static_forward_context
             source = layers[self.kv_sharing_target_layer_name]
             for name in ("k", "v"):
                 getattr(self, f"_{name}_scale").copy_(getattr(source, f"_{name}_scale"))
                 setattr(self, f"_{name}_scale_float", getattr(source, f"_{name}_scale_float"))
+        before = self.__dict__.get(SCALED)
         scaled = (self._k_scale_float, self._v_scale_float) != (1.0, 1.0)
         if scaled and self.attn_backend.get_name() == "TRITON_ATTN":
+            if before is False and self.query_quant is not None:
+                raise CheckpointError(
+                    f"{self.layer_name}: the scales of the KV cache were 1 when the engine was started, and its graphs "
+                    "were made for that; start an engine with the new checkpoint"
+                )
             self.query_quant = None
+        setattr(self, SCALED, scaled)
 
     return wrapper
 
@@ -40,6 +54,8 @@ def init_fp8_kv_scales(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def wrapper(self: Any) -> None:
         original(self)
+        if not scope.gemma4_engine(self.vllm_config):
+            return
         for layer in self.compilation_config.static_forward_context.values():
             for name in ("_k_scale", "_v_scale"):
                 scale = getattr(layer, f"{name}_float", None)

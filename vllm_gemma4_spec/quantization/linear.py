@@ -20,17 +20,18 @@ from vllm.model_executor.layers.quantization.utils.nvfp4_utils import NvFp4Linea
 
 from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.errors import CheckpointError
-from vllm_gemma4_spec.quantization import emulation, small_batch_layers, tensors
+from vllm_gemma4_spec.quantization import emulation, reload, small_batch_layers, stream_layers, tensors
 from vllm_gemma4_spec.quantization.nan_scales import mend
 
 _NEEDED = ("weight", "weight_scale", "weight_scale_2", "input_scale")
 _KEY = "vllm_gemma4_spec_nvfp4"
-_EXTRA = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
+_NEUTRAL = {"pre_quant_scale": 1.0, "svdquant_lora_a": 0.0, "svdquant_lora_b": 0.0}  # what changes no product
+_EXTRA = tuple(_NEUTRAL)
 
 
 @register_weight_loader_v2_supported_method
 class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
-    """NVFP4, NVFP4_AWQ and NVFP4_SVD, for column-, merged-column-, qkv- and row-parallel and replicated layers.
+    """Every NVFP4 of ModelOpt, for column-, merged-column-, qkv- and row-parallel and replicated layers.
 
     ``quant_config`` is an :class:`~vllm_gemma4_spec.quantization.config.Nvfp4Config`.
     """
@@ -39,7 +40,7 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
         # Not super().__init__: it raises where vLLM has no FP4 kernel, as on a CPU.
         self.quant_config = quant_config
         self.marlin_input_dtype = None
-        self.backend = emulation.select_backend()
+        self.backend = emulation.select_backend(quant_config.weight_only)
 
     def create_weights(
         self,
@@ -73,14 +74,21 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
             tensors.add_low_rank(layer, ledger, params_dtype, load)
 
     def process_weights_after_loading(self, layer: Module) -> None:
-        if layer.modelopt_dummy:
+        again = hasattr(layer, reload.MARK)
+        kept = reload.Kept(layer) if again else None
+        if layer.modelopt_dummy and not again:
             self._settle_dummy(layer)
         else:
             self._settle(layer)
-        del layer.modelopt_ledger
+        layer.modelopt_ledger.given.clear()  # weights may be loaded again
+        if again:
+            reload.same_shapes(layer, layer.modelopt_shapes, _NEUTRAL, layer.prefix)
+        else:
+            layer.modelopt_shapes = reload.shapes(layer, _EXTRA)
         layer.modelopt_checked = True
         layer.register_parameter("rows_codes", None)
-        layer.rows_scaled = False  # whether the few-row kernel multiplies by pre_quant_scale
+        layer.rows_scaled = False  # whether the small-batch kernel multiplies by pre_quant_scale
+        layer.streamed_rows, layer.stream_scaled = 0, False
         if self.backend == NvFp4LinearBackend.MARLIN:
             small_batch_layers.prepare(layer)
         if self.backend == NvFp4LinearBackend.EMULATION:
@@ -89,15 +97,24 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
             marlin = self.backend == NvFp4LinearBackend.MARLIN and layer.params_dtype == torch.bfloat16
             if marlin and not layer.modelopt_dummy:
                 nvfp4.narrow_(layer.weight.data, layer.weight_scale.data)
+                nvfp4.clear_zero_(layer.weight.data, layer.weight_scale.data)
             super().process_weights_after_loading(layer)
-        _tell_compiler(layer)
+            if marlin:
+                stream_layers.prepare(layer)
+        if kept is None:
+            _tell_compiler(layer)
+        else:
+            kept.put_back()
 
     def _settle(self, layer: Module) -> None:
         """Check what was loaded, drop what the checkpoint does not have, mend NaN scales."""
         ledger = layer.modelopt_ledger
+        needed = _NEEDED[:3] if self.quant_config.weight_only else _NEEDED
+        if self.quant_config.weight_only and not ledger.has("input_scale"):
+            layer.input_scale.data.fill_(1)  # no backend for weights alone reads it
         present = [i for i in range(ledger.members) if any(ledger.has(name, i) for name in _NEEDED)]
         for index in present or [0]:
-            for name in _NEEDED:
+            for name in needed:
                 if not ledger.has(name, index):
                     of = f" of member {index}" if ledger.members > 1 else ""
                     raise CheckpointError(f"{ledger.prefix}.{name}: the checkpoint has no such tensor{of}")
@@ -105,7 +122,10 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
         mend(layer, layer.prefix, layer.weight.data, layer.weight_scale.data)
         for name in ("weight_scale_2", "input_scale"):
             _check_scalar(getattr(layer, name).data, f"{ledger.prefix}.{name}")
-        if self.quant_config.quant_algo != "NVFP4":  # stock vLLM takes the larger one of plain NVFP4's
+        if self.quant_config.quant_algo in (
+            "NVFP4_AWQ",
+            "NVFP4_SVD",
+        ):  # stock vLLM takes the larger one of plain NVFP4's
             tensors.agreed(layer.weight_scale_2.data, present, f"{ledger.prefix}.weight_scale_2")
         for name in _EXTRA:
             self._settle_extra(layer, name, present)
@@ -144,10 +164,12 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         # torch.compile traces this: what a layer lacks costs nothing, the product fuses with what made x.
-        if layer.pre_quant_scale is not None and not layer.rows_scaled:
+        if layer.pre_quant_scale is not None and not (layer.rows_scaled or layer.stream_scaled):
             x = x * layer.pre_quant_scale
         if layer.rows_codes is not None:
             y = small_batch_layers.linear(layer, x)
+        elif layer.streamed_rows:
+            y = stream_layers.linear(layer, x)
         elif self.backend == NvFp4LinearBackend.EMULATION:
             y = emulation.linear(layer, x, bias)
         else:
@@ -165,9 +187,8 @@ def _tell_compiler(layer: Module) -> None:
     additional = layer.__dict__.pop("modelopt_additional")
     if not isinstance(additional, dict):
         return
-    has = "".join(str(int(getattr(layer, name) is not None)) for name in (*_EXTRA, "rows_codes")) + str(
-        int(layer.rows_scaled)
-    )
+    has = "".join(str(int(getattr(layer, name) is not None)) for name in (*_EXTRA, "rows_codes"))
+    has += f"{int(layer.rows_scaled)} {layer.streamed_rows} {int(layer.stream_scaled)}"
     before = additional.get(_KEY, "")
     additional[_KEY] = hashlib.sha256(f"{before} {layer.prefix} {has}".encode()).hexdigest()[:16]
 

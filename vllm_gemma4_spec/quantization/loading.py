@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from vllm.platforms import current_platform
 
-from vllm_gemma4_spec.checkpoints import files
+from vllm_gemma4_spec import scope
+from vllm_gemma4_spec.checkpoints import files, layers, outcome
+from vllm_gemma4_spec.errors import CheckpointError, stop
+
+_MODELOPT = ("modelopt", "modelopt_fp4", "modelopt_mixed")
+
+# Revision and cache folder of the model whose quantization config is being made; vLLM hands on its name alone.
+asked: contextvars.ContextVar[tuple[str | None, str | None]] = contextvars.ContextVar("asked", default=(None, None))
+
+
+def quantization_config(original: staticmethod[..., Any]) -> staticmethod[..., Any]:
+    """``VllmConfig._get_quantization_config`` for ``modelopt_fp4``: says which revision, and where downloads are."""
+
+    @functools.wraps(original.__func__)
+    def wrapper(model_config: Any, load_config: Any) -> Any:
+        if not scope.modelopt_nvfp4(model_config):
+            return original.__func__(model_config, load_config)
+        token = asked.set((model_config.revision, load_config.download_dir))
+        try:
+            return original.__func__(model_config, load_config)
+        finally:
+            asked.reset(token)
+
+    return staticmethod(wrapper)
 
 
 def checked_weights(original: Callable[..., Iterator[tuple[str, Tensor]]]) -> Callable[..., Any]:
-    """``DefaultModelLoader.get_all_weights`` for ``modelopt_fp4``; other models pass through untouched.
+    """``DefaultModelLoader.get_all_weights``; models that are neither ModelOpt's nor Gemma 4 pass through untouched.
 
     The headers of all shards are compared before the first tensor is read, so a cut or incomplete download
     is named by file and tensor instead of loading for minutes.
@@ -22,19 +47,22 @@ def checked_weights(original: Callable[..., Iterator[tuple[str, Tensor]]]) -> Ca
     @functools.wraps(original)
     def get_all_weights(self: Any, model_config: Any, model: Any) -> Iterator[tuple[str, Tensor]]:
         stream = original(self, model_config, model)
-        if model_config.quantization != "modelopt_fp4":
-            return stream
+        if model_config.quantization not in _MODELOPT:
+            gemma = scope.gemma4_model(model_config)
+            return ((layers.canonical(name), tensor) for name, tensor in stream) if gemma else stream
         _, shards, safetensors = self._prepare_weights(model_config.model, None, model_config.revision, True, None)
         if safetensors:
-            for module in files.quantized_modules(files.read_headers(Path(f) for f in sorted(shards))).values():
-                module.check()
-        return ((files.canonical(name), tensor) for name, tensor in stream)
+            tensors = files.read_headers(Path(f) for f in sorted(shards))
+            written = getattr(model_config.hf_config, "quantization_config", None) or {}
+            section = written.get("quantization", written)
+            layers.check(layers.describe(tensors, section if isinstance(section, dict) else {}))
+        return ((layers.canonical(name), tensor) for name, tensor in stream)
 
     return get_all_weights
 
 
 def known_algorithm(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``_normalize_quantization_config`` that lets hf_quant_config.json's NVFP4_AWQ and NVFP4_SVD through.
+    """``_normalize_quantization_config`` that lets hf_quant_config.json's NVFP4_AWQ, NVFP4_SVD and others through.
 
     vLLM raises for an algorithm it does not know before any quantization config is asked.
     """
@@ -44,10 +72,32 @@ def known_algorithm(original: Callable[..., Any]) -> Callable[..., Any]:
         found = getattr(config, "quantization_config", None) or {}
         section, producer = (found.get(key) for key in ("quantization", "producer"))
         if isinstance(section, dict) and isinstance(producer, dict) and producer.get("name") == "modelopt":
-            algorithm = str(section.get("quant_algo", "")).upper()
-            if algorithm in files.ALGORITHMS and algorithm != "NVFP4":
+            algorithm = layers.algorithm(section)
+            if algorithm == layers.MIXED or (algorithm in layers.NVFP4 and algorithm != "NVFP4"):
                 found["quant_method"] = "modelopt"
                 return found
         return original(self, config)
 
     return _normalize_quantization_config
+
+
+def refused_on_cpu(original: Any) -> Any:
+    """``from_config`` of a quantization config: formats without a CPU kernel end in one line, before weights load.
+
+    0.19.1 fails while it builds the first layer, in the kernel's own words.
+    """
+
+    def from_config(cls: Any, config: dict[str, Any]) -> Any:
+        section = config.get("quantization", config)
+        method = str(config.get("quant_method") or "modelopt")
+        found = outcome.fp8_without_kernel(section, method) if isinstance(section, dict) else None
+        if found and current_platform.is_cpu():
+            stop(
+                CheckpointError(
+                    f"{method} {found}: neither vLLM 0.19.1 nor this package multiplies with it on a CPU; serve it "
+                    "on a GPU, or take the checkpoint in NVFP4, ModelOpt's FP8 or bf16"
+                )
+            )
+        return original.__func__(cls, config)
+
+    return classmethod(from_config)

@@ -5,6 +5,7 @@ vLLM recognises ModelOpt's expert tensors by the method's class name, so the nam
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,15 +17,22 @@ from torch.nn import Module, Parameter
 from torch.nn import functional as F
 from vllm.model_executor.layers.fused_moe import cpu_fused_moe
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
+from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import (
+    NvFp4MoeBackend,
+    is_global_sf_supported_for_nvfp4_backend,
+    select_nvfp4_moe_backend,
+)
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.quantization.modelopt import ModelOptNvFp4FusedMoE
+from vllm.model_executor.layers.quantization.utils.quant_utils import kNvfp4Static
 from vllm.platforms import current_platform
 
 from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.errors import CheckpointError
-from vllm_gemma4_spec.quantization import emulation
+from vllm_gemma4_spec.quantization import emulation, reload
 from vllm_gemma4_spec.quantization.nan_scales import mend
+
+logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
 
 def fused_moe_method(quant_config: Any, moe_config: Any) -> FusedMoEMethodBase:
@@ -49,10 +57,79 @@ def narrow(layer: Module) -> None:
         nvfp4.narrow_(*(getattr(layer, f"{name}_{x}").data for x in ("weight", "weight_scale")))
 
 
-class ModelOptNvFp4MendedMoE(ModelOptNvFp4FusedMoE):
-    """vLLM's method and kernels, with NaN block scales mended first."""
+class SameKernel:
+    """A mixin before a method whose processing makes a kernel: the one that graphs hold stays, with new scales."""
+
+    moe_kernel: Any
+    moe_quant_config: Any
 
     def process_weights_after_loading(self, layer: Module) -> None:
+        kernel, config, kept = self.moe_kernel, self.moe_quant_config, reload.Kept(layer)
+        super().process_weights_after_loading(layer)  # type: ignore[misc]
+        if kernel is not None and config is not None:
+            reload.copy_tensors(self.moe_quant_config, config)
+            self.moe_kernel, self.moe_quant_config = kernel, config
+            kept.put_back()
+
+
+_UNSET = -1.0
+
+
+def _clear_input_scales(layer: Module) -> None:
+    """An expert without ``input_scale`` must be told from one whose scale was loaded."""
+    for name in ("w13", "w2"):
+        getattr(layer, f"{name}_input_scale").data.fill_(_UNSET)
+
+
+def settle_input_scales(layer: Module, weight_only: bool) -> None:
+    """``input_scale`` of experts that calibration never reached: the largest of the others'.
+
+    ``weight_only``: the backend never reads it, so it may be missing everywhere.
+
+    Raises:
+        CheckpointError: no expert of the layer has one and the backend needs it.
+    """
+    for name in ("w13", "w2"):
+        scales = getattr(layer, f"{name}_input_scale").data
+        unset = scales == _UNSET
+        missing = int(unset.sum())
+        if not missing:
+            continue
+        if missing == scales.numel():
+            if not weight_only:
+                raise CheckpointError(
+                    f"{layer.layer_name}.{name}_input_scale: no expert has one and this backend quantizes activations; "
+                    "calibrate with more text, or serve with VLLM_USE_FLASHINFER_MOE_FP4=0 (Marlin never reads it)"
+                )
+            scales.fill_(1)
+            continue
+        scales[unset] = scales[~unset].max()
+        if not weight_only:
+            logger.warning(
+                "%s: %d of %d experts' inputs were never calibrated; they take the largest input_scale of the others",
+                layer.layer_name,
+                missing,
+                scales.numel(),
+            )
+
+
+class ModelOptNvFp4MendedMoE(SameKernel, ModelOptNvFp4FusedMoE):
+    """vLLM's method and kernels, with NaN block scales mended first."""
+
+    def __init__(self, quant_config: Any, moe_config: Any) -> None:
+        super().__init__(quant_config, moe_config)
+        if quant_config.weight_only:  # what compressed-tensors' W4A16 asks for
+            self.nvfp4_backend, self.experts_cls = select_nvfp4_moe_backend(
+                config=self.moe, weight_key=kNvfp4Static, activation_key=None
+            )
+            self.use_global_sf = is_global_sf_supported_for_nvfp4_backend(self.nvfp4_backend)
+
+    def create_weights(self, layer: Module, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        _clear_input_scales(layer)
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        settle_input_scales(layer, self.nvfp4_backend == NvFp4MoeBackend.MARLIN)
         mend_experts(layer)
         if self.nvfp4_backend == NvFp4MoeBackend.MARLIN and layer.params_dtype == torch.bfloat16:
             narrow(layer)
@@ -80,7 +157,9 @@ class EmulatedExperts(FusedMoEMethodBase):
         scale_2 = {"w13": layer.w13_weight_scale_2.data, "w2": layer.w2_weight_scale_2.data}  # [E, 2], [E]
         scale_2["w13"] = scale_2["w13"].repeat_interleave(layer.w13_weight.shape[1] // scale_2["w13"].shape[1], 1)
         size = 2 * sum(getattr(layer, f"{name}_weight").numel() for name in scale_2)
-        packed = not emulation.fits(size * layer.params_dtype.itemsize, layer.w13_weight.device)
+        if not hasattr(layer, "emulated_packed"):
+            layer.emulated_packed = not emulation.fits(size * layer.params_dtype.itemsize, layer.w13_weight.device)
+        packed = layer.emulated_packed
         experts = {}
         for name, factor in scale_2.items():
             weight, scale = (getattr(layer, f"{name}_{x}").data for x in ("weight", "weight_scale"))
@@ -108,6 +187,14 @@ class ModelOptNvFp4EmulatedMoE(EmulatedExperts, ModelOptNvFp4FusedMoE):
     def __init__(self, quant_config: Any, moe_config: Any) -> None:
         super().__init__(moe_config)
         self.quant_config = quant_config
+
+    def create_weights(self, layer: Module, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        _clear_input_scales(layer)
+
+    def process_weights_after_loading(self, layer: Module) -> None:
+        settle_input_scales(layer, weight_only=True)
+        super().process_weights_after_loading(layer)
 
 
 class PackedExperts(cpu_fused_moe.CPUFusedMOE):

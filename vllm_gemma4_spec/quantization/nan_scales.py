@@ -77,18 +77,28 @@ def reported(original: Callable[..., None]) -> Callable[..., None]:
 
     def process_weights_after_loading(model: Module, *args: Any, **kwargs: Any) -> None:
         original(model, *args, **kwargs)
-        if not any(hasattr(module, "modelopt_checked") for module in model.modules()):
-            return
-        line = summary(model)
-        if line is None:
-            return
-        advice = "`vllm-gemma4-spec repair` restores the blocks from the bf16 parent"
-        if settings.NAN_SCALES.read() == "strict":
-            raise CheckpointError(f"{line.split(':')[0]}; {advice}, or unset {settings.NAN_SCALES.name}")
-        if get_tp_group().rank_in_group == 0:
-            logger.warning("NVFP4 checkpoint: %s; %s", line, advice)
-        _, blocks, lost = _counted(model)
-        reports.count("nan_blocks_repaired", blocks - lost, "saturated")
-        reports.count("nan_blocks_repaired", lost, "zeroed")
+        if any(hasattr(module, "modelopt_checked") for module in model.modules()):
+            report(model)
 
     return process_weights_after_loading
+
+
+def report(model: Module) -> None:
+    """Say and count what was mended since the last report.
+
+    Raises:
+        CheckpointError: something was, and the setting is strict.
+    """
+    line = summary(model)
+    if line is None:
+        return
+    _, blocks, lost = _counted(model)
+    for module in model.modules():  # weights may be loaded again, with other scales
+        module.__dict__.pop("modelopt_nan", None)
+    advice = "`vllm-gemma4-spec repair` restores the blocks from the bf16 parent"
+    if settings.NAN_SCALES.read() == "strict":
+        raise CheckpointError(f"{line.split(':')[0]}; {advice}, or unset {settings.NAN_SCALES.name}")
+    if get_tp_group().rank_in_group == 0:
+        logger.warning("NVFP4 checkpoint: %s; %s", line, advice)
+    reports.count("nan_blocks_repaired", blocks - lost, "saturated")
+    reports.count("nan_blocks_repaired", lost, "zeroed")

@@ -9,18 +9,24 @@ if TYPE_CHECKING:
         compressed_tensors,
         config,
         cpu_experts,
+        fp8,
         kv_scales,
         loading,
+        mixed,
         nan_scales,
+        reload,
         small_batch_layers,
     )
 else:  # a wrapper's module is imported only after the module of vLLM that it patches
     compressed_tensors = Lazy("vllm_gemma4_spec.quantization.compressed_tensors")
     config = Lazy("vllm_gemma4_spec.quantization.config")
     cpu_experts = Lazy("vllm_gemma4_spec.quantization.cpu_experts")
+    fp8 = Lazy("vllm_gemma4_spec.quantization.fp8")
     kv_scales = Lazy("vllm_gemma4_spec.quantization.kv_scales")
     loading = Lazy("vllm_gemma4_spec.quantization.loading")
+    mixed = Lazy("vllm_gemma4_spec.quantization.mixed")
     nan_scales = Lazy("vllm_gemma4_spec.quantization.nan_scales")
+    reload = Lazy("vllm_gemma4_spec.quantization.reload")
     small_batch_layers = Lazy("vllm_gemma4_spec.quantization.small_batch_layers")
 
 _QUANTIZATION = "vllm.model_executor.layers.quantization.modelopt"
@@ -43,6 +49,8 @@ KV_SCALES = Patch(
         "query stays in 16 bits, for which the kernel applies both. After sleep mode the scales are set again."
     ),
     retire="A release whose unified_attention multiplies by k_descale and v_descale for fp8 queries, too.",
+    scope="Engines with a Gemma 4 as target or drafter and an fp8 KV cache.",
+    related="#49262, open for the V1 runner: the same for MTP drafters",
     edits=(
         Edit(
             "vllm.model_executor.layers.attention.attention:Attention.process_weights_after_loading",
@@ -70,12 +78,15 @@ DRAFT_PRODUCTS = Patch(
     "rows, compiled by NVRTC; gelu(gate) * up is part of it. Larger batches stay on Marlin, and so do targets but for "
     "an o_proj with a pre_quant_scale (VLLM_GEMMA4_SPEC_SCALE_IN_PRODUCT).",
     retire="A vLLM kernel for NVFP4 products of few rows.",
+    scope="Draft models that are a Gemma 4; o_proj layers with a pre_quant_scale of a Gemma 4 target.",
+    related="none found",
     edits=(Edit(f"{_DRAFT_MODEL}._get_model", small_batch_layers.get_model),),
     watches=(
         "vllm.model_executor.models.gemma4:Gemma4MLP",
         "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4:apply_fp4_marlin_linear",
         "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4:prepare_fp4_layer_for_marlin",
     ),
+    needs=("modelopt-nvfp4",),
 )
 
 PATCHES: tuple[Patch, ...] = (
@@ -84,23 +95,38 @@ PATCHES: tuple[Patch, ...] = (
         name="modelopt-nvfp4",
         group=Group.CORRECTNESS,
         why=(
-            "0.19.1 refuses quant_algo NVFP4_AWQ and NVFP4_SVD, loads NaN block scales as they are, lets "
+            "0.19.1 refuses quant_algo NVFP4_AWQ, NVFP4_SVD and W4A16_NVFP4, does not find the experts of a Gemma 4 in "
+            "MIXED_PRECISION, loads NaN block scales as they are, lets "
             "uninitialised scales of E4B layers that reuse KV into a maximum, overflows Marlin's scales where a "
             "tensor's are far apart (448 beside 1/512), takes bf16 experts for quantized "
-            "ones, and has no NVFP4 on a CPU."
+            "ones, wants an input_scale of experts that calibration never reached, and has neither NVFP4 nor FP8 on a "
+            "CPU."
         ),
         how=(
-            "A subclass of the NVFP4 config chooses a subclass of the linear method, which adds pre_quant_scale "
-            "and the low-rank branch, mends what was loaded and emulates where vLLM has no kernel."
+            "Subclasses of the NVFP4 and mixed configs choose subclasses of the linear methods, which add "
+            "pre_quant_scale and the low-rank branch, mend what was loaded and emulate where vLLM has no kernel; also "
+            "when weights are loaded again (reload_weights, update_weights), with the KV cache's scales."
         ),
         retire="vLLM reads pre_quant_scale and svdquant_lora_*, and mends or refuses NaN scales itself.",
+        scope="Checkpoints in ModelOpt's NVFP4 forms, MIXED_PRECISION and FP8, whatever the model.",
+        related="#35733 (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ "
+        "and NVFP4_SVD",
         edits=(
             Edit(f"{_QUANTIZATION}:ModelOptNvFp4Config", config.nvfp4_config),
+            Edit(f"{_QUANTIZATION}:ModelOptMixedPrecisionConfig", mixed.mixed_config),
+            Edit(f"{_QUANTIZATION}:ModelOptFp8LinearMethod", fp8.linear_method),
+            Edit(
+                f"{_QUANTIZATION}:ModelOptMxFp8Config.from_config",
+                loading.refused_on_cpu,
+                source=f"{_QUANTIZATION}:ModelOptQuantConfigBase.from_config",
+            ),
+            Edit(f"{_QUANTIZATION}:ModelOptFp8Config.get_supported_act_dtypes", fp8.activation_dtypes),
             Edit(
                 "vllm.transformers_utils.model_arch_config_convertor:"
                 "ModelArchConfigConvertorBase._normalize_quantization_config",
                 loading.known_algorithm,
             ),
+            Edit("vllm.config.vllm:VllmConfig._get_quantization_config", loading.quantization_config),
             Edit(
                 f"{_LOADER}.default_loader:DefaultModelLoader.get_all_weights",
                 loading.checked_weights,
@@ -110,6 +136,9 @@ PATCHES: tuple[Patch, ...] = (
                 nan_scales.reported,
                 source=f"{_LOADER}.utils:process_weights_after_loading",
             ),
+            Edit("vllm.v1.worker.gpu_worker:Worker.reload_weights", reload.with_config),
+            Edit("vllm.v1.worker.gpu_worker:Worker.update_weights", reload.with_config),
+            Edit(f"{_LOADER}.reload.layerwise:finalize_layerwise_processing", reload.finalize),
         ),
         watches=(
             f"{_QUANTIZATION}:ModelOptQuantConfigBase",
@@ -124,6 +153,9 @@ PATCHES: tuple[Patch, ...] = (
             "vllm.model_executor.parameter:ModelWeightParameter",
             "vllm.model_executor.models.gemma4:Gemma4Model.load_weights",
             f"{_LOADER}.default_loader:DefaultModelLoader._prepare_weights",
+            f"{_LOADER}.reload.layerwise:initialize_layerwise_reload",
+            f"{_LOADER}.reload.layerwise:_layerwise_process",
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights",
         ),
     ),
     KV_SCALES,
@@ -139,6 +171,8 @@ PATCHES: tuple[Patch, ...] = (
             "where vLLM has no kernel."
         ),
         retire="vLLM emulates compressed-tensors NVFP4 on a CPU, and Marlin's scales keep their range.",
+        scope="Checkpoints in compressed-tensors' NVFP4, whatever the model.",
+        related="#35733 (emulation, in 0.20.0)",
         edits=(
             Edit(
                 f"{_COMPRESSED}.compressed_tensors:CompressedTensorsW4A4Fp4",
@@ -150,6 +184,7 @@ PATCHES: tuple[Patch, ...] = (
                 compressed_tensors.linear_scheme,
                 source=f"{_COMPRESSED}.schemes.compressed_tensors_w4a16_nvfp4:CompressedTensorsW4A16Fp4",
             ),
+            Edit(f"{_COMPRESSED}.compressed_tensors:CompressedTensorsConfig.from_config", loading.refused_on_cpu),
             Edit(
                 f"{_COMPRESSED}.compressed_tensors_moe:CompressedTensorsW4A4Nvfp4MoEMethod",
                 compressed_tensors.experts_method,
@@ -166,6 +201,8 @@ PATCHES: tuple[Patch, ...] = (
         why="On a CPU, 0.19.1's experts know silu and swigluoai only: 26B-A4B stops at an assertion.",
         how="Adds Gemma 4's gelu to the table of the path in torch and keeps it off the C++ kernel.",
         retire="vLLM's CPU experts support MoEActivation.GELU.",
+        scope="Experts with gelu on the CPU platform; 0.19.1 stops at an assertion for all of them.",
+        related="none found",
         edits=(
             Edit(f"{_CPU_MOE}:_CPU_MOE_ACT_FN", cpu_experts.with_gelu),
             Edit(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from vllm_gemma4_spec import settings
+from vllm_gemma4_spec import scope, settings
 
 _NAMES = ("rows_codes", "rows_scales", "rows_global_scale")
 _loading_drafter = False
@@ -41,6 +41,8 @@ def get_model(original: Callable[..., Module]) -> Callable[..., Module]:
 
     @functools.wraps(original)
     def wrapper(self: Any) -> Module:
+        if not scope.gemma4_drafter(self.vllm_config):
+            return original(self)
         with _drafter():
             model = original(self)
         for module in model.modules():
@@ -66,11 +68,14 @@ def prepare(layer: Module) -> None:
     """
     from vllm_gemma4_spec.kernels import small_batch_gemm
 
-    scaled = _scale_would_stand_alone(layer)
-    wanted = _loading_drafter or (scaled and _in_product(layer.weight.device))
-    if not (wanted and small_batch_gemm.suits(layer)):
+    scaled = scale_stands_alone(layer)
+    if not hasattr(layer, "rows_wanted"):  # weights that are loaded again are treated as the first were
+        target = scaled and scope.gemma4_engine(scope.current_config()) and _in_product(layer.weight.device)
+        layer.rows_wanted = (_loading_drafter or target) and small_batch_gemm.suits(layer)
+        layer.rows_gelu = False
+    if not layer.rows_wanted:
         return
-    layer.rows_gelu, layer.rows_scaled = False, scaled
+    layer.rows_scaled = scaled
     for name, tensor in zip(_NAMES, small_batch_gemm.prepare(layer, scaled), strict=True):
         layer._parameters.pop(name, None)
         layer.register_parameter(name, Parameter(tensor, requires_grad=False))
@@ -83,7 +88,8 @@ def _in_product(device: torch.device) -> bool:
     return value == "1"
 
 
-def _scale_would_stand_alone(layer: Module) -> bool:
+def scale_stands_alone(layer: Module) -> bool:
+    """Whether ``pre_quant_scale`` would be a kernel of its own, and the product may take it in."""
     return (
         layer.prefix.endswith(".o_proj")
         and layer.pre_quant_scale is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -33,15 +35,19 @@ class Ledger:
         self.prefix = prefix
         self.members = members
         self.given: set[tuple[str, int]] = set()
-        self._layer = layer
+        # vLLM keeps every parameter's loader for as long as the layer lives, which must not be because of the loader.
+        self._layer = weakref.ref(layer)
 
     def track(self, load: Callable[..., None]) -> Callable[..., None]:
         """A weight loader that notes the tensor and calls ``load(param, tensor, [shard id])``."""
+        original = weakly(load)
 
         def tracked(param: Parameter, loaded: Tensor, *shard: Any, **named: Any) -> None:
-            load(param, loaded, *shard, **named)
+            original()(param, loaded, *shard, **named)
             index = shard[0] if shard else named.get("loaded_shard_id")
-            name = next((n for n, p in self._layer.named_parameters(recurse=False) if p is param), "?")
+            layer = self._layer()
+            assert layer is not None
+            name = next((n for n, p in layer.named_parameters(recurse=False) if p is param), "?")
             many = index is None or isinstance(index, tuple)
             self.given |= {(name, i) for i in (range(self.members) if many else [member(index)])}
 
@@ -50,6 +56,20 @@ class Ledger:
     def has(self, name: str, index: int | None = None) -> bool:
         """Whether ``name`` was given, by the member or by any."""
         return any(n == name and (index is None or i == index) for n, i in self.given)
+
+
+def weakly(load: Callable[..., None]) -> Callable[[], Callable[..., None]]:
+    """Gives ``load`` back; a layer's own method is not what keeps the layer."""
+    if not inspect.ismethod(load):
+        return lambda: load
+    reference = weakref.WeakMethod(load)
+
+    def given() -> Callable[..., None]:
+        found = reference()
+        assert found is not None
+        return found
+
+    return given
 
 
 def _cut(layer: Module, loaded: Tensor, dim: int) -> Tensor:
@@ -70,7 +90,7 @@ def add_pre_quant_scale(layer: Module, ledger: Ledger) -> None:
 
     One row per member, so that members that disagree can be told after loading.
     """
-    what = f"{ledger.prefix}.pre_quant_scale"
+    what, layer = f"{ledger.prefix}.pre_quant_scale", weakref.proxy(layer)
 
     def load(param: Parameter, loaded: Tensor, *shard: Any) -> None:
         _full_width(layer, loaded, 0, what)
@@ -90,6 +110,8 @@ def add_low_rank(layer: Module, ledger: Ledger, dtype: torch.dtype, load_rows: C
     ``load_rows`` is the layer's own weight loader: it places a member's rows, cut at heads for q, k, v.
     """
 
+    layer, original = weakref.proxy(layer), weakly(load_rows)
+
     def load_a(param: Parameter, loaded: Tensor, *shard: Any) -> None:
         _full_width(layer, loaded, 1, f"{ledger.prefix}.svdquant_lora_a")
         if param.shape[1] != loaded.shape[0]:
@@ -102,7 +124,7 @@ def add_low_rank(layer: Module, ledger: Ledger, dtype: torch.dtype, load_rows: C
         if layer.input_size_per_partition != layer.input_size:  # row-parallel: only A is cut
             param.data.copy_(loaded)
         else:
-            load_rows(param, loaded, *shard)
+            original()(param, loaded, *shard)
 
     inputs, outputs = layer.input_size_per_partition, layer.output_size_per_partition
     a = Parameter(torch.zeros((ledger.members, RANK, inputs), dtype=dtype), requires_grad=False)

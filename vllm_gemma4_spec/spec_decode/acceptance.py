@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from vllm_gemma4_spec import settings
+from vllm_gemma4_spec import scope, settings
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 WATCH = "_gemma4_spec_acceptance"
@@ -57,7 +57,7 @@ def make_spec_decoding_stats(original: Callable[..., Any]) -> Callable[..., Any]
     def wrapper(
         self: Any, spec_decoding_stats: Any, num_draft_tokens: int, num_accepted_tokens: int, **rest: Any
     ) -> Any:
-        if num_draft_tokens:
+        if num_draft_tokens and scope.gemma4_speculation(self.vllm_config):
             watch = self.__dict__.setdefault(WATCH, AcceptanceWatch())
             watch.add(num_accepted_tokens)
         return original(self, spec_decoding_stats, num_draft_tokens, num_accepted_tokens, **rest)

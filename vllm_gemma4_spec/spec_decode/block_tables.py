@@ -6,7 +6,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm_gemma4_spec import scope
+
+# Attribute of a KV cache manager: slots to look ahead in a first step; of a block table: its rows are kept clean.
 LOOKAHEAD = "_gemma4_spec_lookahead"
+CLEAN = "_gemma4_spec_clean_rows"
 
 
 def scheduler_init(original: Callable[..., None]) -> Callable[..., None]:
@@ -18,7 +22,8 @@ def scheduler_init(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        setattr(self.kv_cache_manager, LOOKAHEAD, self.num_lookahead_tokens if self.connector is None else 0)
+        if scope.gemma4_speculation(self.vllm_config):
+            setattr(self.kv_cache_manager, LOOKAHEAD, self.num_lookahead_tokens if self.connector is None else 0)
 
     return __init__
 
@@ -31,11 +36,24 @@ def allocate_slots(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs.get("num_lookahead_tokens", 0) and len(args) <= 4:
-            kwargs["num_lookahead_tokens"] = getattr(self, LOOKAHEAD, 0)
+        lookahead = getattr(self, LOOKAHEAD, 0)
+        if lookahead and not kwargs.get("num_lookahead_tokens", 0) and len(args) <= 4:
+            kwargs["num_lookahead_tokens"] = lookahead
         return original(self, *args, **kwargs)
 
     return wrapper
+
+
+def block_table_init(original: Callable[..., None]) -> Callable[..., None]:
+    """``BlockTable.__init__``: a worker builds it with its config made current, and only then can it be asked for."""
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if scope.gemma4_speculation(scope.current_config()):
+            setattr(self, CLEAN, True)
+
+    return __init__
 
 
 def add_row(original: Callable[..., None]) -> Callable[..., None]:
@@ -43,6 +61,9 @@ def add_row(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def wrapper(self: Any, block_ids: list[int], row_idx: int) -> None:
+        if not getattr(self, CLEAN, False):
+            original(self, block_ids, row_idx)
+            return
         before = self.num_blocks_per_row[row_idx]
         original(self, block_ids, row_idx)
         self.block_table.np[row_idx, self.num_blocks_per_row[row_idx] : before] = 0
@@ -55,6 +76,9 @@ def move_row(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def wrapper(self: Any, src: int, tgt: int) -> None:
+        if not getattr(self, CLEAN, False):
+            original(self, src, tgt)
+            return
         before = self.num_blocks_per_row[tgt]
         original(self, src, tgt)
         self.block_table.np[tgt, self.num_blocks_per_row[tgt] : before] = 0

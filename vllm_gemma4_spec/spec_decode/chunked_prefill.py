@@ -26,7 +26,10 @@ def prepare_next_token_ids_padded(
     def wrapper(
         self: Any, sampled_token_ids: torch.Tensor, requests: Any, gpu_input_batch: Any, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        runner, num_reqs = getattr(self, RUNNER), gpu_input_batch.num_reqs
+        runner = getattr(self, RUNNER, None)
+        if runner is None:
+            return original(self, sampled_token_ids, requests, gpu_input_batch, *args, **kwargs)
+        num_reqs = gpu_input_batch.num_reqs
         unfinished = runner.discard_request_mask.np[:num_reqs]
         if unfinished.any():
             computed = runner.optimistic_seq_lens_cpu[:num_reqs].numpy()

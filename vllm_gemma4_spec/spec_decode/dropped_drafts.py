@@ -8,13 +8,15 @@ from typing import Any
 
 from vllm.distributed import get_tp_group
 
+from vllm_gemma4_spec import scope
 from vllm_gemma4_spec.metrics import reports
 
 
 def propose_draft_token_ids(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def propose_draft_token_ids(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.gemma4_spec_drafted = True
+        if scope.gemma4_speculation(self.vllm_config):
+            self.gemma4_spec_drafted = True
         return original(self, *args, **kwargs)
 
     return propose_draft_token_ids
@@ -23,7 +25,9 @@ def propose_draft_token_ids(original: Callable[..., Any]) -> Callable[..., Any]:
 def sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
-        samples = self.execute_model_state is not None and self.speculative_config is not None
+        if not scope.gemma4_speculation(self.vllm_config):
+            return original(self, grammar_output)
+        samples = self.execute_model_state is not None
         self.gemma4_spec_drafted = False
         output = original(self, grammar_output)
         if samples and not self.gemma4_spec_drafted and get_tp_group().rank_in_group == 0:

@@ -8,6 +8,8 @@ from typing import Any
 
 from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 
+from vllm_gemma4_spec import scope
+
 
 def load_weights(original: Callable[..., set[str]]) -> Callable[..., set[str]]:
     """``Gemma4Model.load_weights``: weights that a KV-shared layer never uses need not be in the checkpoint.
@@ -36,6 +38,8 @@ def add_kv_sharing_layers(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def wrapper(shared_kv_cache_layers: dict[str, str], kv_cache_groups: list[Any], *args: Any, **kwargs: Any) -> None:
         original(shared_kv_cache_layers, kv_cache_groups, *args, **kwargs)
+        if not scope.gemma4_engine(scope.current_config()):
+            return
         for group in kv_cache_groups:
             if isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs):
                 specs = group.kv_cache_spec.kv_cache_specs

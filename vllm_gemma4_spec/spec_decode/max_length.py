@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from vllm_gemma4_spec import scope
+
 # Attribute of a model runner: the length at which 0.19.1 stops drafting; of a proposer: its own maximum length, where
 # that is shorter than the target's.
 LIMIT = "_gemma4_spec_length_limit"
+# A proposer in scope drafts: `eagle_step_update_slot_mapping_and_metadata` is given tensors and no config.
+_drafting: contextvars.ContextVar[bool] = contextvars.ContextVar("gemma4_drafting", default=False)
 
 
 def sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,7 +27,8 @@ def sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         spec = self.speculative_config
-        if spec is not None and spec.uses_draft_model() and self.execute_model_state is not None:
+        scoped = scope.gemma4_speculation(self.vllm_config)
+        if scoped and spec.uses_draft_model() and self.execute_model_state is not None:
             limit = self.__dict__.setdefault(LIMIT, self.effective_drafter_max_model_len)
             shortest = self.optimistic_seq_lens_cpu[: self.input_batch.num_reqs].min().item()
             # Data-parallel ranks agree on the size of every pass, so none may leave one out.
@@ -43,10 +49,11 @@ def proposer_init(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        longest = self.draft_model_config.max_model_len
-        if self.method == "draft_model" and longest < self.max_model_len:
-            self.max_model_len = longest
-            setattr(self, LIMIT, longest)
+        if self.method == "draft_model" and scope.gemma4_engine(self.vllm_config):
+            longest = self.draft_model_config.max_model_len
+            if longest < self.max_model_len:
+                self.max_model_len = longest
+                setattr(self, LIMIT, longest)
 
     return __init__
 
@@ -65,6 +72,20 @@ def set_inputs_first_pass(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def propose(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``SpecDecodeBaseProposer.propose``: says whose passes they are."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _drafting.set(scope.gemma4_speculation(self.vllm_config))
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _drafting.reset(token)
+
+    return wrapper
+
+
 def eagle_step_update(original: Callable[..., None]) -> Callable[..., None]:
     """``eagle_step_update_slot_mapping_and_metadata``: who has passed the maximum length stays past it.
 
@@ -74,6 +95,8 @@ def eagle_step_update(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def wrapper(**kwargs: Any) -> None:
         original(**kwargs)
+        if not _drafting.get():
+            return
         positions, slots = kwargs["out_clamped_positions"], kwargs["out_slot_mapping"]
         positions.masked_fill_(slots[: positions.shape[0]] < 0, kwargs["max_model_len"] - 1)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         kv_sharing,
         max_length,
         one_group,
+        prefix_cache,
         proposer,
         sleep,
         text_only_drafter,
@@ -29,6 +30,7 @@ else:  # a wrapper's module is imported only after the module of vLLM that it pa
     kv_sharing = Lazy("vllm_gemma4_spec.spec_decode.kv_sharing")
     max_length = Lazy("vllm_gemma4_spec.spec_decode.max_length")
     one_group = Lazy("vllm_gemma4_spec.spec_decode.one_group")
+    prefix_cache = Lazy("vllm_gemma4_spec.spec_decode.prefix_cache")
     proposer = Lazy("vllm_gemma4_spec.spec_decode.proposer")
     sleep = Lazy("vllm_gemma4_spec.spec_decode.sleep")
     text_only_drafter = Lazy("vllm_gemma4_spec.spec_decode.text_only_drafter")
@@ -46,6 +48,8 @@ DRAFT_GROUPS = Patch(
     "builder's place that swaps in its group's block table, slot mapping and kernel block size, in every "
     "draft pass. Metadata is built once per distinct spec. A drafter in one group is left as it is.",
     retire="A release whose proposer builds attention metadata per KV cache group.",
+    scope="Engines that speculate with a Gemma 4 as target or drafter.",
+    related="none found; since 0.32.0 the V2 runner drafts over several groups, eagerly",
     edits=(
         Edit(f"{_PROPOSER}.__init__", proposer.keep_runner),
         Edit(f"{_PROPOSER}.initialize_attn_backend", proposer.initialize_attn_backend),
@@ -58,6 +62,7 @@ DRAFT_GROUPS = Patch(
         f"{_RUNNER}:GPUModelRunner._build_attention_metadata",
         "vllm.v1.worker.utils:AttentionGroup",
     ),
+    needs=("own-blocks",),
 )
 
 OWN_BLOCKS = Patch(
@@ -70,9 +75,12 @@ OWN_BLOCKS = Patch(
     "whose block counts must match the remote side's); add_row and move_row leave the null block in "
     "every entry that a row's request does not own.",
     retire="A release that allocates look-ahead slots in the first step and clears rows of the block table.",
+    scope="Engines that speculate with a Gemma 4 as target or drafter.",
+    related="none found; since 0.23.0 the first step looks ahead",
     edits=(
         Edit("vllm.v1.core.sched.scheduler:Scheduler.__init__", block_tables.scheduler_init),
         Edit("vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots", block_tables.allocate_slots),
+        Edit("vllm.v1.worker.block_table:BlockTable.__init__", block_tables.block_table_init),
         Edit("vllm.v1.worker.block_table:BlockTable.add_row", block_tables.add_row),
         Edit("vllm.v1.worker.block_table:BlockTable.move_row", block_tables.move_row),
     ),
@@ -93,6 +101,8 @@ KV_SHARED_LAYERS = Patch(
     how="load_weights reports the k_norm of such layers, which nothing reads, as loaded; they get the spec of "
     "the layer whose KV they reuse.",
     retire="A release in which Gemma 4's KV-shared layers have no k_norm and per-layer specs include them.",
+    scope="The model Gemma 4, and engines with a Gemma 4 as target or drafter.",
+    related="none found; since 0.30.0 such layers have a q_proj only",
     edits=(
         Edit("vllm.model_executor.models.gemma4:Gemma4Model.load_weights", kv_sharing.load_weights),
         Edit(
@@ -111,10 +121,14 @@ ONE_GROUP_WINDOWS = Patch(
     "ends start-up: 'All attention layers in the same KV cache group must have the same window size'.",
     how="The test for equal specs answers no instead of raising; vLLM then makes one group with a spec per layer.",
     retire="A release whose is_kv_cache_spec_uniform returns False for different windows.",
-    edits=(Edit("vllm.v1.core.kv_cache_utils:is_kv_cache_spec_uniform", one_group.is_kv_cache_spec_uniform),),
+    scope="Engines with a Gemma 4 as target or drafter.",
+    related="none found",
+    edits=(
+        Edit("vllm.v1.core.kv_cache_utils:get_kv_cache_groups", one_group.get_kv_cache_groups),
+        Edit("vllm.v1.core.kv_cache_utils:is_kv_cache_spec_uniform", one_group.is_kv_cache_spec_uniform),
+    ),
     watches=(
         "vllm.v1.core.kv_cache_utils:unify_hybrid_kv_cache_specs",
-        "vllm.v1.core.kv_cache_utils:get_kv_cache_groups",
         "vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs",
     ),
 )
@@ -128,6 +142,8 @@ TEXT_DRAFTER = Patch(
     how="A draft model drafts from token ids, placeholders of images, audio and video included. A drafter's "
     "Gemma4ForConditionalGeneration config becomes that of its language model, Gemma4ForCausalLM.",
     retire="A release that drafts from text for multimodal targets and loads a drafter's language model only.",
+    scope="Engines with a Gemma 4 as target or drafter; drafters that are multimodal Gemma 4s.",
+    related="#42005; since 0.21.0 such a pair is warned about, no longer refused",
     edits=(
         Edit(f"{_PROPOSER}._raise_if_multimodal", text_only_drafter.raise_if_multimodal),
         Edit("vllm.config.speculative:SpeculativeConfig.hf_config_override", text_only_drafter.hf_config_override),
@@ -147,8 +163,11 @@ CHUNK_BOUNDARIES = Patch(
     "head keeps the KV of that wrong pair, once per chunk, and drafts from it. Draft models recompute it.",
     how="The token looked up for an unfinished prompt is the one after the tokens computed so far.",
     retire="A release whose prepare_next_token_ids_padded looks up the sequence length for unfinished prompts.",
+    scope="Engines that speculate with a Gemma 4 as target or drafter.",
+    related="none found",
     edits=(Edit(f"{_PROPOSER}.prepare_next_token_ids_padded", chunked_prefill.prepare_next_token_ids_padded),),
     watches=(f"{_RUNNER}:GPUModelRunner._prepare_inputs", "vllm.v1.worker.gpu_input_batch:CachedRequestState"),
+    needs=("draft-groups",),
 )
 
 LENGTH_LIMIT = Patch(
@@ -160,9 +179,12 @@ LENGTH_LIMIT = Patch(
     how="Drafting goes on unless the shortest request is too long. Positions past a shorter drafter's maximum are "
     "clamped and write nothing, in any pass; drafts there are rejected.",
     retire="A release that decides per request whether to draft.",
+    scope="Draft models beside or from Gemma 4 (target or drafter).",
+    related="none found",
     edits=(
         Edit(f"{_RUNNER}:GPUModelRunner.sample_tokens", max_length.sample_tokens),
         Edit(f"{_PROPOSER}.__init__", max_length.proposer_init),
+        Edit(f"{_PROPOSER}.propose", max_length.propose),
         Edit(f"{_PROPOSER}.set_inputs_first_pass", max_length.set_inputs_first_pass),
         Edit(
             "vllm.v1.spec_decode.eagle:eagle_step_update_slot_mapping_and_metadata",
@@ -171,7 +193,6 @@ LENGTH_LIMIT = Patch(
         ),
     ),
     watches=(
-        f"{_PROPOSER}.propose",
         "vllm.v1.spec_decode.utils:compute_new_slot_mapping",
         "vllm.v1.spec_decode.utils:eagle_step_slot_mapping_metadata_kernel",
     ),
@@ -183,17 +204,37 @@ DRAFTER_CHECKS = Patch(
     why="A drafter folder without config.json, with another vocabulary or another tensor-parallel size ends in a "
     "traceback, for the last one in a worker after the target has been loaded. With pipeline parallelism a draft "
     "model would be cut into stages of which only the last is built. Sleep level 2 discards its weights for good.",
-    how="create_speculative_config looks at the drafter before and after the original and ends with one line; "
-    "EngineCore.sleep refuses level 2 before anything is discarded.",
+    how="create_speculative_config looks at the drafter, create_engine_config at the finished config, and either ends "
+    "with one line; EngineCore.sleep refuses level 2 before anything is discarded.",
     retire="One-line errors upstream; the checks are of use with any release.",
+    scope="Engines with a Gemma 4 as target or drafter.",
+    related="none found for the messages; #42516 repairs pipeline parallelism, without speculation",
     edits=(
         Edit(
             "vllm.engine.arg_utils:EngineArgs.create_speculative_config",
             config_validation.create_speculative_config,
         ),
+        Edit("vllm.engine.arg_utils:EngineArgs.create_engine_config", config_validation.create_engine_config),
         Edit("vllm.v1.engine.core:EngineCore.sleep", sleep.engine_sleep),
     ),
     watches=("vllm.config.speculative:SpeculativeConfig.verify_equal_vocab_size_if_draft_model",),
+)
+
+PREFIX_HITS = Patch(
+    name="prefix-hits",
+    group=Group.CONVENIENCE,
+    why="Beside an EAGLE head 0.19.1 drops the last block of a prefix cache hit once per KV cache group and aligns "
+    "what is left to the largest block: of Gemma 4's groups nothing is left, so every prompt is computed anew.",
+    how="Nothing is dropped, as in plain decoding. The head's last cached key may then be that of another next token, "
+    "which can cost a draft and never an answer.",
+    retire="vLLM 0.30.0, where the drop can be switched off; 0.20.0 (#40624) aligns after it and keeps most hits.",
+    scope="Engines with a Gemma 4 as target that speculate with an EAGLE head.",
+    related="#40624",
+    edits=(Edit("vllm.v1.core.sched.scheduler:Scheduler.__init__", prefix_cache.scheduler_init),),
+    watches=(
+        "vllm.v1.core.kv_cache_coordinator:HybridKVCacheCoordinator.find_longest_cache_hit",
+        "vllm.v1.core.single_type_kv_cache_manager:SlidingWindowManager.find_longest_cache_hit",
+    ),
 )
 
 ACCEPTANCE_WATCH = Patch(
@@ -204,6 +245,8 @@ ACCEPTANCE_WATCH = Patch(
     how="With VLLM_GEMMA4_SPEC_CHECK=1, make_spec_decoding_stats counts the drafts whose first token was accepted and "
     "says once when they are fewer than 5 % of the last 500. Without it the original stays in its place.",
     retire="A release that warns of low acceptance.",
+    scope="Engines that speculate with a Gemma 4 as target or drafter, with VLLM_GEMMA4_SPEC_CHECK=1.",
+    related="none found",
     edits=(
         Edit(
             "vllm.v1.core.sched.scheduler:Scheduler.make_spec_decoding_stats",
@@ -221,6 +264,8 @@ SKIPPED_DRAFTS = Patch(
     how="Steps that sample without a call of propose_draft_token_ids are counted, as "
     "gemma4_spec_drafts_skipped_total at /metrics.",
     retire="A release that counts them.",
+    scope="Engines that speculate with a Gemma 4 as target or drafter.",
+    related="none found",
     edits=(
         Edit(f"{_RUNNER}:GPUModelRunner.propose_draft_token_ids", dropped_drafts.propose_draft_token_ids),
         Edit(f"{_RUNNER}:GPUModelRunner.sample_tokens", dropped_drafts.sample_tokens),
@@ -236,6 +281,7 @@ PATCHES: tuple[Patch, ...] = (
     CHUNK_BOUNDARIES,
     LENGTH_LIMIT,
     DRAFTER_CHECKS,
+    PREFIX_HITS,
     ACCEPTANCE_WATCH,
     SKIPPED_DRAFTS,
 )

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, UniformTypeKVCacheSpecs
 
-from vllm_gemma4_spec import settings
+from vllm_gemma4_spec import scope, settings
 from vllm_gemma4_spec.errors import Gemma4SpecError
 from vllm_gemma4_spec.spec_decode.invariants import CheckedBuilder
 from vllm_gemma4_spec.spec_decode.kv_cache_groups import DraftGroups
 
-# Attributes that this package adds to a proposer.
+# Attributes that this package adds to a proposer of an engine in scope; one without them keeps vLLM's own path.
 RUNNER = "_gemma4_spec_runner"
 GROUPS = "_gemma4_spec_groups"
 
@@ -26,8 +26,9 @@ def keep_runner(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        setattr(self, RUNNER, kwargs.get("runner", args[3] if len(args) > 3 else None))
-        setattr(self, GROUPS, None)
+        if scope.gemma4_speculation(kwargs.get("vllm_config", args[0] if args else None)):
+            setattr(self, RUNNER, kwargs.get("runner", args[3] if len(args) > 3 else None))
+            setattr(self, GROUPS, None)
         original(self, *args, **kwargs)
 
     return __init__
@@ -38,6 +39,9 @@ def initialize_attn_backend(original: Callable[..., None]) -> Callable[..., None
 
     @functools.wraps(original)
     def wrapper(self: Any, kv_cache_config: KVCacheConfig, kernel_block_sizes: list[int] | None = None) -> None:
+        if getattr(self, RUNNER, None) is None:
+            original(self, kv_cache_config, kernel_block_sizes)
+            return
         names = self._draft_attn_layer_names
         parts = _split_by_group_and_spec(names, kv_cache_config)
         primary = _primary_group(self, [gid for gid, _ in parts])
@@ -120,7 +124,7 @@ def get_slot_mapping(original: Callable[..., dict[str, torch.Tensor]]) -> Callab
     def wrapper(self: Any, num_tokens: int, slot_mapping: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         # The original also refreshes the proposer's primary buffer, which the next draft step reads.
         primary = original(self, num_tokens, slot_mapping)
-        groups: DraftGroups | None = getattr(self, GROUPS)
+        groups: DraftGroups | None = getattr(self, GROUPS, None)
         return primary if groups is None else groups.slot_mapping(num_tokens)
 
     return wrapper

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm_gemma4_spec import scope
 from vllm_gemma4_spec.errors import DrafterError
 
 
@@ -15,7 +16,7 @@ def engine_sleep(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(self: Any, level: int = 1, *args: Any, **kwargs: Any) -> Any:
         spec = self.vllm_config.speculative_config
-        if level >= 2 and spec is not None and spec.uses_draft_model():
+        if level >= 2 and scope.gemma4_speculation(self.vllm_config) and spec.uses_draft_model():
             raise DrafterError(
                 f"sleep level {level} discards the drafter's weights, and vLLM 0.19.1 reloads only the target's; "
                 "use level 1"

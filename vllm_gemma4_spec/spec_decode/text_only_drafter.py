@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from vllm_gemma4_spec import scope
+
 # What a checkpoint's top level says about the language model, too.
 _CARRIED_OVER = ("dtype", "quantization_config", "tie_word_embeddings")
 
@@ -20,7 +22,7 @@ def raise_if_multimodal(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def wrapper(self: Any) -> None:
-        if self.method == "draft_model":
+        if self.method == "draft_model" and scope.gemma4_engine(self.vllm_config):
             self.supports_mm_inputs = False
         original(self)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from statistics import median
 
@@ -13,6 +14,51 @@ class BenchError(Gemma4SpecError):
     """Prompts that cannot be read, or a benchmark that did not run."""
 
 
+class Server(Output):
+    """What was measured; empty or 0: the server does not say."""
+
+    url: str
+    model: str
+    """the name asked for"""
+    vllm: str = ""
+    """version"""
+    plugin: str = ""
+    """version"""
+    method: str = ""
+    """draft_model, eagle, …"""
+    drafter: str = ""
+    k: int = 0
+    """num_speculative_tokens"""
+    started: float | None = None
+    """seconds since 1970"""
+
+    def __str__(self) -> str:
+        parts = [self.url, self.model]
+        parts += [f"vLLM {self.vllm}"] if self.vllm else []
+        parts += [f"vllm-gemma4-spec {self.plugin}"] if self.plugin else []
+        if self.vllm:
+            by = f"{self.method or 'speculation'}{' with ' + self.drafter if self.drafter else ''}"
+            parts.append(f"{by}, k = {self.k}" if self.k else "no speculation")
+        return ", ".join(parts)
+
+
+class Failure(Output):
+    """Requests that failed in one way."""
+
+    url: str
+    count: int
+    message: str
+    """what the server says of the first of them"""
+
+
+class Percentiles(Output):
+    """Milliseconds, over all answers of a run."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
 class Run(Output):
     """One run at one concurrency, or the medians of several. null: the server does not say."""
 
@@ -22,7 +68,10 @@ class Run(Output):
     requests: int
     """a sum in the summary, as are errors and output_tokens"""
     errors: int
+    """refused, broken off, or answered with nothing"""
     output_tokens: int
+    input_tokens: int | None = None
+    """of all prompts; a sum, too"""
     aggregate_tok_s: float
     """output tokens of all requests over the run's duration"""
     request_tok_s: float | None
@@ -33,12 +82,15 @@ class Run(Output):
     """mean time to the first token"""
     itl_ms: float | None
     """mean time between two deltas, which hold several tokens with speculation"""
+    latency_percentiles: Percentiles | None = None
+    ttft_percentiles: Percentiles | None = None
+    itl_percentiles: Percentiles | None = None
     acceptance_rate: float | None = None
     """accepted share of all drafted tokens, 0 to 1"""
     acceptance_length: float | None = None
-    """tokens per step, the target's own counted"""
+    """tokens per step and request, the target's own counted"""
     accepted_by_position: tuple[float, ...] = ()
-    """share of drafts accepted up to each position, 0 to 1; empty without speculation"""
+    """share of drafts accepted up to each position, 0 to 1, position 0 first; empty without speculation"""
 
 
 class Spread(Output):
@@ -64,6 +116,14 @@ class Ratio(Output):
 class Report(Output):
     """Everything of one call."""
 
+    date: str
+    """when it began, ISO 8601"""
+    servers: list[Server]
+    """A, and B with --against"""
+    tokens: int
+    """the most of an answer"""
+    failures: list[Failure]
+    """one entry per server and kind of error"""
     summary: list[Run]
     """medians over repeats, one entry per server and concurrency"""
     ratios: list[Ratio]
@@ -88,8 +148,11 @@ def summary(runs: Sequence[Run]) -> list[Run]:
         row: dict[str, object] = {"url": url, "concurrency": concurrency}
         for name in Run.model_fields:
             values = [getattr(r, name) for r in own]
-            if name in ("requests", "errors", "output_tokens"):
-                row[name] = sum(values)
+            if name in ("requests", "errors", "output_tokens", "input_tokens"):
+                row[name] = None if None in values else sum(values)
+            elif name.endswith("_percentiles"):
+                known = [v for v in values if v is not None]
+                row[name] = _medians(known) if known else None
             elif name == "accepted_by_position":
                 row[name] = tuple(median(v) for v in zip(*filter(None, values), strict=True))
             elif name not in row:
@@ -97,6 +160,19 @@ def summary(runs: Sequence[Run]) -> list[Run]:
                 row[name] = median(known) if known else None
         rows.append(Run.model_validate(row))
     return rows
+
+
+def percentiles(values: Sequence[float]) -> Percentiles | None:
+    """Of seconds; each is the smallest value that so many per cent do not exceed."""
+    ordered = sorted(values)
+    if not ordered:
+        return None
+    p50, p90, p99 = (1e3 * ordered[max(0, math.ceil(share * len(ordered)) - 1)] for share in (0.5, 0.9, 0.99))
+    return Percentiles(p50=p50, p90=p90, p99=p99)
+
+
+def _medians(of: Sequence[Percentiles]) -> Percentiles:
+    return Percentiles(p50=median(p.p50 for p in of), p90=median(p.p90 for p in of), p99=median(p.p99 for p in of))
 
 
 def ratios(runs: Sequence[Run], url: str, against: str) -> list[Ratio]:
@@ -132,33 +208,43 @@ def _ratio(spread: Spread | None) -> str:
     return f"{spread.median:.2f}x{wide}"
 
 
-def markdown(rows: Sequence[Run], compared: Sequence[Ratio] = ()) -> str:
-    """The servers, the published table, what the server said about speculation, and ratios."""
-    names = dict(zip(dict.fromkeys(r.url for r in rows), "AB", strict=False))
-    lines = [f"- {name}: {url}" for url, name in names.items()]
-    lines += [
-        "",
-        "| | at once | tok/s | per request | latency s | TTFT ms | ITL ms | errors |",
-        "|" + "---|" * 8,
-    ]
+def _three(found: Percentiles | None, digits: int = 0) -> str:
+    return "-" if found is None else " / ".join(f"{v:.{digits}f}" for v in (found.p50, found.p90, found.p99))
+
+
+def markdown(made: Report) -> str:
+    """The servers and the date, the table, percentiles, what the server said about speculation, ratios, failures."""
+    rows = made.summary
+    names = dict(zip((s.url for s in made.servers), "AB", strict=False))
+    lines = [f"- {names[s.url]}: {s}" for s in made.servers]
+    lines += [f"- {made.date}, answers of at most {made.tokens} tokens, greedy", ""]
+    lines += ["| | concurrency | tok/s | per request | latency s | TTFT ms | ITL ms | tokens in, out | errors |"]
+    lines += ["|" + "---|" * 9]
     for r in rows:
+        inside = "-" if r.input_tokens is None else f"{r.input_tokens / max(1, r.requests):.0f}"
         lines.append(
             f"| {names[r.url]} | {r.concurrency} | {_cell(r.aggregate_tok_s)} | {_cell(r.request_tok_s)} "
             f"| {_cell(r.latency_ms, 2, 1e-3)} | {_cell(r.ttft_ms, 0)} | {_cell(r.itl_ms)} "
-            f"| {r.errors} of {r.requests} |"
+            f"| {inside}, {r.output_tokens / max(1, r.requests - r.errors):.0f} | {r.errors} of {r.requests} |"
         )
+    lines += ["", "| p50 / p90 / p99 | concurrency | latency ms | TTFT ms | ITL ms |", "|" + "---|" * 5]
+    for r in rows:
+        three = (_three(r.latency_percentiles), _three(r.ttft_percentiles), _three(r.itl_percentiles, 1))
+        lines.append(f"| {names[r.url]} | {r.concurrency} | {' | '.join(three)} |")
     spec = [r for r in rows if r.acceptance_length is not None]
     if spec:
-        lines += ["", "| | at once | tokens per step | accepted | by position |", "|" + "---|" * 5]
+        lines += ["", "| | concurrency | acceptance length | accepted | by position, from 0 |", "|" + "---|" * 5]
         for r in spec:
             positions = " ".join(f"{share:.0%}" for share in r.accepted_by_position)
             lines.append(
                 f"| {names[r.url]} | {r.concurrency} | {_cell(r.acceptance_length, 2)} "
                 f"| {_cell(r.acceptance_rate, 1, 100)} % | {positions} |"
             )
-    if compared:
-        lines += ["", "| A over B, at once | tok/s | per request | latency |", "|" + "---|" * 4]
-        for c in compared:
+    if made.ratios:
+        lines += ["", "| A over B, concurrency | tok/s | per request | latency |", "|" + "---|" * 4]
+        for c in made.ratios:
             cells = [_ratio(s) for s in (c.aggregate_tok_s, c.request_tok_s, c.latency_ms)]
             lines.append(f"| {c.concurrency} | " + " | ".join(cells) + " |")
+    lines += [""] * bool(made.failures)
+    lines += [f"{f.count} failed on {names[f.url]}: {f.message}" for f in made.failures]
     return "\n".join(lines)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import glob
+import importlib
 import importlib.metadata
 import os
 import platform
+import re
 from collections.abc import Iterator
 
 from packaging.specifiers import SpecifierSet
@@ -14,11 +17,10 @@ from vllm_gemma4_spec import settings
 from vllm_gemma4_spec.errors import Gemma4SpecError
 from vllm_gemma4_spec.ops.doctor.findings import Finding, State
 from vllm_gemma4_spec.patching import fingerprint
-from vllm_gemma4_spec.patching.version import SUPPORTED, vllm_version
+from vllm_gemma4_spec.patching.version import SUPPORTED, TRANSFORMERS, vllm_version
 from vllm_gemma4_spec.registry import PATCHER
 
-# transformers: vLLM 0.19.1 excludes up to 5.5.0; 5.15 and later read Gemma 4's config differently.
-WANTED = {"torch": SpecifierSet("==2.10.*"), "transformers": SpecifierSet(">=5.5.1,<5.15")}
+WANTED = {"torch": SpecifierSet("==2.10.*"), "transformers": TRANSFORMERS}
 PYTHON = SpecifierSet(">=3.10,<3.14")
 
 # vLLM's own variables that change what the overlay does; value -> why it is wrong (None: any value is a remark).
@@ -46,8 +48,10 @@ def versions() -> Iterator[Finding]:
     yield Finding(section, "python", State.OK if fine else State.PROBLEM, python, str(PYTHON), advice)
     found = vllm_version()
     fine = found == SUPPORTED
-    advice = "" if fine else f"install vllm=={SUPPORTED}, or see docs/newer-vllm.md for a newer one"
+    advice = "" if fine else f"install vllm=={SUPPORTED}, or see docs/how-to/newer-vllm.md where it is a newer one"
     yield Finding(section, "vllm", State.OK if fine else State.PROBLEM, found or "not installed", SUPPORTED, advice)
+    if found is None:
+        return  # torch and transformers come with it
     for name, wanted in WANTED.items():
         try:
             version = importlib.metadata.version(name)
@@ -58,13 +62,15 @@ def versions() -> Iterator[Finding]:
         yield Finding(
             section, name, State.OK if fine else State.PROBLEM, version or "not installed", str(wanted), advice
         )
-    try:
-        import torch
-
-        cuda = torch.version.cuda
-    except ImportError:
-        return
+    cuda = _cuda()
     yield Finding(section, "CUDA", State.OK if cuda else State.NOTE, cuda or "a build of torch without CUDA")
+
+
+def _cuda() -> str | None:
+    """The CUDA version of the torch installed, from its ``version.py``: importing torch takes seconds."""
+    file = fingerprint.source_file("torch.version")
+    found = re.search(r"^cuda\b[^=]*= *'([\d.]+)'", file.read_text(), re.MULTILINE) if file else None
+    return found[1] if found else None
 
 
 def plugin() -> Iterator[Finding]:
@@ -72,7 +78,7 @@ def plugin() -> Iterator[Finding]:
     points = importlib.metadata.entry_points(group="vllm.general_plugins")
     names = sorted({p.name for p in points if p.value.startswith("vllm_gemma4_spec:")})
     if not names:
-        advice = "pip install vllm-gemma4-spec into the environment that runs vLLM"
+        advice = "install this package into the environment that runs vLLM (`pip install .` in its checkout)"
         yield Finding(section, "entry point", State.PROBLEM, "not installed", "gemma4_spec", advice)
         return
     yield Finding(section, "entry point", State.OK, names[0], "gemma4_spec")
@@ -96,11 +102,11 @@ def _nvfp4_reason(backend: str, capability: tuple[int, int]) -> str:
 
 def device() -> Iterator[Finding]:
     section = "device"
-    try:
-        import torch
-    except ImportError:
+    if vllm_version() is None:
         return
-    if not torch.cuda.is_available():
+    # Without a driver's device files nothing is visible, and torch, which takes seconds to import, need not be asked.
+    torch = importlib.import_module("torch") if _cuda() and glob.glob("/dev/nvidia[0-9c]*") else None
+    if torch is None or not torch.cuda.is_available():
         yield Finding(section, "GPU", State.NOTE, "none visible", advice="the CPU build serves small models only")
         yield Finding(section, "NVFP4 backend", State.NOTE, "none: all of vLLM's need a GPU")
         return
@@ -130,6 +136,8 @@ def device() -> Iterator[Finding]:
 
 def patches() -> Iterator[Finding]:
     section = "patches"
+    if vllm_version() is None:
+        return
     try:
         statuses = PATCHER.status()
     except Gemma4SpecError as error:  # an unreadable switch; environment() names it too
@@ -159,7 +167,7 @@ def environment() -> Iterator[Finding]:
     section = "environment"
     names = [p.name for p in PATCHER.known]
     try:
-        settings.check_environment(names)
+        PATCHER.check_environment()
     except Gemma4SpecError as error:
         yield Finding(section, settings.PREFIX, State.PROBLEM, "unknown or unreadable", advice=str(error))
     for setting in settings.all_settings(names):

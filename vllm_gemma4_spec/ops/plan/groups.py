@@ -1,18 +1,18 @@
-"""KV cache groups and capacity, computed by vLLM's own functions from specs derived from the configs."""
+"""KV cache groups and capacity by the rules of vLLM 0.19.1, from the configs.
+
+Computed here, because importing vLLM takes seconds and a laptop has none; tests hold every group, member and
+capacity to vLLM's own functions and to a real engine.
+"""
 
 from __future__ import annotations
 
-import logging
-import os
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
+from bisect import bisect_right
+from collections import defaultdict
+from dataclasses import dataclass, replace
 
 from vllm_gemma4_spec.ops.output import Output
-from vllm_gemma4_spec.ops.plan.model import Model, PlanError
-from vllm_gemma4_spec.patching.version import require_supported
-
-DRAFT_PREFIX = "draft_model."  # of a draft model's layers in vLLM
+from vllm_gemma4_spec.ops.plan.configs import PlanError
+from vllm_gemma4_spec.ops.plan.model import KV_BYTES, Model
 
 
 class Group(Output):
@@ -47,6 +47,7 @@ class Cache:
         request_bytes: what vLLM reserves at most for one request of ``context`` tokens.
         blocks: of the pool that the memory given holds.
         requests: of ``context`` tokens that fit at once, as vLLM reports it at start-up.
+        longest_prompt: tokens of the longest prompt that the pool holds, alone, up to the target's own maximum.
     """
 
     groups: tuple[Group, ...]
@@ -54,32 +55,49 @@ class Cache:
     request_bytes: int
     blocks: int
     requests: float
+    longest_prompt: int
 
 
-def specs(model: Model, prefix: str, block_size: int, dtype: Any) -> dict[str, Any]:
-    """Layer name -> spec, as vLLM's ``Attention.get_kv_cache_spec`` answers; layers that reuse KV have none."""
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+@dataclass(frozen=True)
+class Spec:
+    """What decides a layer's group: ``window`` (0: full attention), the shape of its KV, tokens of a block."""
 
-    out: dict[str, Any] = {}
+    window: int
+    heads: int
+    head_size: int
+    itemsize: int
+    block_size: int
+
+    @property
+    def page_bytes(self) -> int:
+        return 2 * self.block_size * self.heads * self.head_size * self.itemsize
+
+    def request_pages(self, context: int, batched_tokens: int) -> int:
+        """Blocks that one request takes at most: a window, and the tokens scheduled in one step beside it."""
+        tokens = min(self.window - 1 + batched_tokens, context) if self.window else context
+        # A window may begin inside a block, so it touches one more.
+        return _blocks(tokens, self.block_size) + (1 if self.window else 0)
+
+    def held(self, tokens: int, batched_tokens: int, drafts: int) -> int:
+        """Blocks that a request of ``tokens`` holds at once with the patch ``long-prompts``."""
+        whole = _blocks(tokens, self.block_size)
+        if not self.window:
+            return whole
+        return min(whole, _blocks(self.window - 2 + 2 * drafts + batched_tokens, self.block_size) + 1)
+
+
+def _blocks(tokens: int, size: int) -> int:
+    return -(-tokens // size)
+
+
+def specs(model: Model, owner: str, block_size: int, itemsize: int) -> dict[tuple[str, int], Spec]:
+    """(owner, layer) -> spec, for the layers that have KV of their own."""
+    out = {}
     for i in range(model.first_shared):
         heads, size = model.attention(i)
-        common = {"block_size": block_size, "num_kv_heads": heads, "head_size": size, "dtype": dtype}
-        name = f"{prefix}.layers.{i}.self_attn.attn"
-        if model.is_full(i):
-            out[name] = FullAttentionSpec(**common)
-        else:
-            out[name] = SlidingWindowSpec(**common, sliding_window=int(model.text.sliding_window))
+        window = 0 if model.is_full(i) else int(model.text.sliding_window)
+        out[owner, i] = Spec(window, heads, size, itemsize, block_size)
     return out
-
-
-def _vllm_config(context: int, batched_tokens: int) -> Any:
-    """The fields that vLLM's KV cache functions read (checked in tests against groups seen in the engine)."""
-    return SimpleNamespace(
-        model_config=SimpleNamespace(max_model_len=context),
-        cache_config=SimpleNamespace(num_gpu_blocks_override=None),
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
-        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False, max_num_batched_tokens=batched_tokens),
-    )
 
 
 def plan_cache(
@@ -90,54 +108,55 @@ def plan_cache(
     kv_dtype: str = "bf16",
     block_size: int = 16,
     batched_tokens: int = 8192,
+    drafts: int = 0,
 ) -> Cache:
-    """Group the layers of both models and fill ``memory_bytes`` with blocks.
+    """Group the layers of both models and fill ``memory_bytes`` with blocks; ``drafts`` a step at most.
 
     Raises:
-        VersionError: vLLM 0.19.1 is not installed here.
         PlanError: the layers' page sizes cannot be unified.
     """
-    require_supported()
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its INFO lines go to stdout
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "No CUDA runtime is found"
-    import torch
-    from vllm.v1.core import kv_cache_utils
-
-    dtype = {"bf16": torch.bfloat16, "fp8": torch.uint8, "float32": torch.float32}[kv_dtype]
-    layers = specs(target, "model", block_size, dtype)
+    itemsize = int(KV_BYTES[kv_dtype])
+    layers = specs(target, "target", block_size, itemsize)
     if drafter is not None:
-        layers |= specs(drafter, f"{DRAFT_PREFIX}model", block_size, dtype)
-    config = _vllm_config(context, batched_tokens)
-    try:
-        found = kv_cache_utils.get_kv_cache_groups(config, layers)
-    except NotImplementedError as error:
-        raise PlanError(f"vLLM cannot put these layers into one cache: {error}") from None
-    groups = tuple(_group(n, g) for n, g in enumerate(found))
-    size = max(g.size for g in groups)
-    grows = sum(g.page_bytes * size / g.block_size for g in groups if not g.window)
-    cache = kv_cache_utils.get_kv_cache_config_from_groups(config, found, max(0, memory_bytes))
-    return Cache(
-        groups,
-        grows,
-        int(kv_cache_utils._max_memory_usage_bytes_from_groups(config, found)),
-        cache.num_blocks,
-        kv_cache_utils.get_max_concurrency_for_kv_cache_config(config, cache),
+        layers |= specs(drafter, "drafter", block_size, itemsize)
+    if len({s.window for s in layers.values()}) == 1 and len(set(layers.values())) > 1:
+        raise PlanError("every layer has one window but not one shape; plan knows models with both kinds of layers")
+    page = max(s.page_bytes for s in layers.values())
+    by_spec: dict[Spec, list[tuple[str, int]]] = defaultdict(list)
+    for layer, spec in layers.items():
+        if page % spec.page_bytes:
+            raise PlanError(f"vLLM cannot put these layers into one cache: pages of {spec.page_bytes} and {page} bytes")
+        # One size of page for all layers: a smaller KV gets blocks of more tokens.
+        by_spec[replace(spec, block_size=spec.block_size * (page // spec.page_bytes))].append(layer)
+    counts = [len(members) for members in by_spec.values()]
+    # Groups of the rarest kind's number of layers; of the most common kind's where that is less than half as many more.
+    size = max(counts) if max(counts) < min(counts) * 1.5 else min(counts)
+    found = []
+    for spec, members in by_spec.items():
+        parts = _blocks(len(members), size)
+        found += [(spec, members[i::parts]) for i in range(parts)]
+    groups = tuple(_group(n, spec, members) for n, (spec, members) in enumerate(found))
+    widest = max(g.size for g in groups)
+    grows = sum(g.page_bytes * widest / g.block_size for g in groups if not g.window)
+    pages = sum(spec.request_pages(context, batched_tokens) for spec, _ in found)
+    blocks = max(0, memory_bytes) // page // widest
+    longest = bisect_right(
+        range(1, int(target.text.max_position_embeddings) + 1),
+        blocks - 1,  # the null block is nobody's
+        key=lambda tokens: sum(spec.held(tokens, batched_tokens, drafts) for spec, _ in found),
     )
+    return Cache(groups, grows, pages * page * widest, blocks, blocks / pages, max(0, longest - 1))  # an answer follows
 
 
-def _group(number: int, group: Any) -> Group:
-    spec = group.kv_cache_spec
-    members: dict[bool, list[int]] = {False: [], True: []}
-    for name in group.layer_names:
-        members[name.startswith(DRAFT_PREFIX)].append(int(name.split(".layers.")[1].split(".")[0]))
-    window = int(getattr(spec, "sliding_window", None) or 0)
+def _group(number: int, spec: Spec, layers: list[tuple[str, int]]) -> Group:
+    owners = {owner for owner, _ in layers}
     return Group(
         number=number,
-        owner="both" if all(members.values()) else "drafter" if members[True] else "target",
-        kind="sliding" if window else "full",
-        window=window,
+        owner="both" if len(owners) == 2 else owners.pop(),
+        kind="sliding" if spec.window else "full",
+        window=spec.window,
         block_size=spec.block_size,
-        page_bytes=spec.page_size_bytes,
-        target_layers=members[False],
-        drafter_layers=members[True],
+        page_bytes=spec.page_bytes,
+        target_layers=[i for owner, i in layers if owner == "target"],
+        drafter_layers=[i for owner, i in layers if owner == "drafter"],
     )

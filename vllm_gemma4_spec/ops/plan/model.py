@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from vllm_gemma4_spec import settings
-from vllm_gemma4_spec.errors import Gemma4SpecError
-from vllm_gemma4_spec.json_file import read_object
+from vllm_gemma4_spec.errors import CheckpointError
+from vllm_gemma4_spec.hf_config.normal_form import normalized
+from vllm_gemma4_spec.ops.plan import configs
+from vllm_gemma4_spec.ops.plan.configs import PlanError
 
 # Bytes per weight. NVFP4: 4 bits and one 8-bit scale for each block of 16.
 WEIGHT_BYTES = {"float32": 4.0, "bf16": 2.0, "fp8": 1.0, "nvfp4": 0.5 + 1 / 16}
 
 # Bytes of a number in the KV cache, by --kv-dtype.
 KV_BYTES = {"bf16": 2.0, "fp8": 1.0, "float32": 4.0}
-
-
-class PlanError(Gemma4SpecError):
-    """A config that cannot be read or planned with."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Model:
-    """A Gemma 4 text model: transformers' own config, the format of its weights, and what is left in bf16.
+    """A Gemma 4 text model: its config's fields, the format of its weights, and what is left in bf16.
 
     ``scaled``: its linears have a ``pre_quant_scale`` (NVFP4_AWQ).
     """
@@ -175,18 +173,14 @@ def _ignored(name: str, pattern: str) -> bool:
     return bool(short) and (fnmatch(name, f"*{short}*") or name.startswith(pattern + "."))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return read_object(path, PlanError, "give a model folder or its config.json")
-
-
-def _format(config: dict[str, Any], folder: Path) -> tuple[str, tuple[str, ...], bool]:
+def _format(config: dict[str, Any], folder: Path | None) -> tuple[str, tuple[str, ...], bool]:
     """Weight format, the modules left out of it, whether it scales inputs; config.json or hf_quant_config.json."""
     text = config.get("text_config")
     text = text if isinstance(text, dict) else {}
     quant = config.get("quantization_config") or text.get("quantization_config")
-    beside = folder / "hf_quant_config.json"
-    if quant is None and beside.is_file():
-        quant = _read(beside).get("quantization")
+    beside = folder / "hf_quant_config.json" if folder else None
+    if quant is None and beside and beside.is_file():
+        quant = configs.read(beside).get("quantization")
     dtype = str((text or config).get("dtype") or config.get("torch_dtype") or "bfloat16")
     if not quant:
         return ("float32" if dtype == "float32" else "bf16"), (), False
@@ -203,29 +197,24 @@ def _format(config: dict[str, Any], folder: Path) -> tuple[str, tuple[str, ...],
     )
 
 
-def load(path: Path, weights: str | None = None) -> Model:
-    """Read a model folder or a bare ``config.json``.
+def load(model: str | Path, weights: str | None = None) -> Model:
+    """Read a model's config.
 
     Args:
-        path: folder or file.
+        model: a model folder, a ``config.json`` or a Hub id (see :func:`configs.find`).
         weights: a key of :data:`WEIGHT_BYTES` that overrides what the checkpoint says.
 
     Raises:
         PlanError: nothing readable there, or not a Gemma 4 model.
     """
-    file = path / "config.json" if path.is_dir() else path
-    raw = _read(file)
-    if raw.get("model_type") not in ("gemma4", "gemma4_text"):
-        raise PlanError(f"{file}: model_type is {raw.get('model_type')!r}; plan knows gemma4 and gemma4_text")
-    from transformers import Gemma4Config, Gemma4TextConfig
-
+    name, file, raw = configs.find(str(model))
     try:
-        is_text = raw["model_type"] == "gemma4_text"
-        text = Gemma4TextConfig.from_dict(raw) if is_text else Gemma4Config.from_dict(raw).text_config
-    except Exception as error:  # transformers raises many kinds for a malformed config
-        raise PlanError(f"{file}: transformers cannot read it ({str(error).splitlines()[0]})") from None
-    kind, left, scaled = (weights, (), False) if weights else _format(raw, file.parent)
+        raw = normalized(raw, str(file or model)) if file else raw
+    except CheckpointError as error:
+        raise PlanError(str(error)) from None
+    text = configs.text(raw, str(file or model))
+    kind, left, scaled = (weights, (), False) if weights else _format(raw, file.parent if file else None)
     if kind not in WEIGHT_BYTES:
         raise PlanError(f"weights {kind!r}: choose from {', '.join(WEIGHT_BYTES)}")
-    shards = sum(p.stat().st_size for p in file.parent.glob("*.safetensors")) or None
-    return Model(file.parent.name, text, kind, left, shards, scaled)
+    shards = sum(p.stat().st_size for p in file.parent.glob("*.safetensors")) if file else 0
+    return Model(name, text, kind, left, shards or None, scaled)

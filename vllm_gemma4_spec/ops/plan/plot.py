@@ -36,9 +36,9 @@ def save(speeds: Speeds, title: str, file: Path) -> None:
         axis.set_xticks(range(0, len(next(iter(lines.values()))), 2))
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
-        axis.set_ylabel("tok/s at most")
+        axis.set_ylabel("tok/s")
     for axis in axes[-1, :]:
-        axis.set_xlabel("k (drafts a step)")
+        axis.set_xlabel("k (num_speculative_tokens)")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=9, frameon=False)
     figure.suptitle(title, fontsize=11)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_gemma4_spec.ops.output import Output
-from vllm_gemma4_spec.ops.plan import groups, timing
+from vllm_gemma4_spec.ops.plan import groups, measured, timing
 from vllm_gemma4_spec.ops.plan.groups import Group
 from vllm_gemma4_spec.ops.plan.model import KV_BYTES, Model
 
@@ -25,12 +25,16 @@ class Size(Output):
 
 
 class Speed(Output):
-    """At one acceptance."""
+    """At one acceptance; tokens per second of all requests together, for k = 0, 1, …"""
 
-    tok_s: list[float]
-    """all requests together, for k = 0, 1, …"""
+    tok_s: list[float] | None
+    """expected: from times measured or given; null where neither is known"""
+    tok_s_at_most: list[float]
+    """the bound: bytes / bandwidth"""
+    tok_s_at_least: list[float]
+    """if this pair and card are as far from the bound as the slowest that was measured"""
     best_k: int
-    """0: plain decoding is the fastest"""
+    """of tok_s, else of tok_s_at_most; 0: plain decoding is the fastest"""
 
 
 class Machine(Output):
@@ -50,12 +54,18 @@ class Machine(Output):
     """bytes left for the KV cache"""
     requests_that_fit: float
     tokens_that_fit: int
+    longest_prompt: int
+    """tokens of the longest prompt that the KV cache holds, up to the target's own maximum"""
+    times: str
+    """measured, given (by options) or floors (bytes / bandwidth): what the milliseconds below are"""
+    measured_by: str | None
+    """results file of this repository, where times were measured"""
     target_ms: float
-    """a step of the target alone; a floor (bytes / bandwidth) unless --target-ms was given"""
+    """a step of the target alone"""
     verify_ms: list[float]
     """the target's pass over k + 1 tokens a request, for k = 0, 1, …"""
     draft_ms: float
-    """a pass of the drafter; a floor unless --draft-ms was given"""
+    """the first pass of the drafter"""
     step_ms: list[float]
     """a whole step with k drafts, for k = 0, 1, …"""
     acceptance: dict[str, Speed]
@@ -88,12 +98,20 @@ class Report(Output):
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Seconds that take the place of floors; ``overhead`` is added to every step with drafts."""
+class Given:
+    """Seconds that the user measured; ``overhead`` is added to every step with drafts."""
 
     target: float | None = None
     draft: float | None = None
     overhead: float = 0.0
+
+    def steps(self, floors: timing.Steps) -> timing.Steps | None:
+        """Floors where nothing was given; None without any."""
+        if self.target is None and self.draft is None and not self.overhead:
+            return None
+        drafts = floors.drafts if self.draft is None else tuple(k * self.draft for k in range(timing.MAX_K + 1))
+        passes = floors.target if self.target is None else (self.target,) * len(floors.target)
+        return timing.Steps(drafts, passes, self.overhead)
 
 
 def make(
@@ -106,12 +124,11 @@ def make(
     context: int,
     kv_dtype: str,
     utilization: float,
-    measured: Measured,
+    given: Given,
 ) -> Report:
     """``curves``: acceptance as written -> rate of each position.
 
     Raises:
-        VersionError: vLLM 0.19.1 is not installed here.
         PlanError: the layers' page sizes cannot be unified.
     """
     load = timing.Workload(requests, context, KV_BYTES[kv_dtype])
@@ -121,14 +138,23 @@ def make(
         copies = target.copies(machine.marlin, machine.memory, drafter=False)
         copies += drafter.copies(machine.marlin, machine.memory, drafter=True) if drafter else 0.0
         free = int(machine.memory * utilization - weights - copies)
-        cache = groups.plan_cache(target, drafter, free, context, kv_dtype)
+        drafts = timing.MAX_K if drafter else 0
+        cache = groups.plan_cache(target, drafter, free, context, kv_dtype, drafts=drafts)
         floors = timing.Steps.floors(target, drafter, load, machine.bandwidth)
-        steps = timing.Steps(
-            floors.draft if measured.draft is None else measured.draft,
-            floors.target if measured.target is None else (measured.target,) * len(floors.target),
-            measured.overhead,
-        )
+        steps, by = given.steps(floors), None
+        times = "given"
+        if steps is None:
+            found = measured.steps(machine, target, drafter, load)
+            steps, by = found if found else (None, None)
+            times = "measured" if found else "floors"
+        shown = steps or floors
         ks = range(timing.MAX_K + 1 if drafter else 1)
+        slow = measured.slowest(requests, bool(target.experts))
+        least = floors.slower(slow.target, slow.draft)
+
+        def speeds(of: timing.Steps, rates: tuple[float, ...], ks: range = ks) -> list[float]:
+            return [round(timing.speed(of, rates, k, requests), 2) for k in ks]
+
         made.append(
             Machine(
                 name=machine.name,
@@ -140,14 +166,19 @@ def make(
                 kv_memory=max(0, free),
                 requests_that_fit=round(cache.requests, 2),
                 tokens_that_fit=int(cache.requests * context),
-                target_ms=_ms(steps.target[0]),
-                verify_ms=[_ms(steps.target[k]) for k in ks],
-                draft_ms=_ms(steps.draft),
-                step_ms=[_ms(steps.seconds(k)) for k in ks],
+                longest_prompt=cache.longest_prompt,
+                times=times,
+                measured_by=by,
+                target_ms=_ms(shown.target[0]),
+                verify_ms=[_ms(shown.target[k]) for k in ks],
+                draft_ms=_ms(shown.drafts[1]),
+                step_ms=[_ms(shown.seconds(k)) for k in ks],
                 acceptance={
                     text: Speed(
-                        tok_s=[round(timing.speed(steps, rates, k, requests), 2) for k in ks],
-                        best_k=timing.best_k(steps, rates, requests) if drafter else 0,
+                        tok_s=speeds(steps, rates) if steps else None,
+                        tok_s_at_most=speeds(floors, rates),
+                        tok_s_at_least=speeds(least, rates),
+                        best_k=timing.best_k(shown, rates, requests) if drafter else 0,
                     )
                     for text, rates in curves.items()
                 },

@@ -8,18 +8,21 @@ A step with k drafts is k passes of the drafter and one of the target over k + 1
 
 ``a_i`` is the acceptance rate per position of vLLM's ``/metrics``; from one rate p per draft, a_i = p ** i.
 A floor of T is bytes read / bandwidth. Nothing is faster; real steps are slower by launches, arithmetic
-and what attention does besides reading.
+and what attention does besides reading: :mod:`.measured` has how much.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from vllm_gemma4_spec.ops.plan.model import Model, PlanError
+from vllm_gemma4_spec.ops.plan.configs import PlanError
+from vllm_gemma4_spec.ops.plan.model import Model
 
 MAX_K = 10
 
@@ -40,7 +43,6 @@ class Hardware:
 
 def hardware() -> dict[str, Hardware]:
     """The table ``hardware.json``."""
-    table = json.loads(Path(__file__).with_name("hardware.json").read_text())
     return {
         name: Hardware(
             name,
@@ -49,9 +51,32 @@ def hardware() -> dict[str, Hardware]:
             row["source"],
             row.get("marlin", False),
         )
-        for name, row in table.items()
-        if not name.startswith("_")
+        for name, row in _table().items()
     }
+
+
+def _table() -> dict[str, Any]:
+    table = json.loads(Path(__file__).with_name("hardware.json").read_text())
+    return {name: row for name, row in table.items() if not name.startswith("_")}
+
+
+def _plain(name: str) -> str:
+    """Lower case without spaces, signs and the maker's words: ``NVIDIA H200 SXM5`` -> ``h200``."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    return "".join(w for w in words if w not in ("nvidia", "geforce", "sxm", "sxm4", "sxm5", "gpu"))
+
+
+def named(name: str) -> Hardware:
+    """The machine that ``name`` means, however it is spelled: ``h200``, ``NVIDIA H200``, ``DGX Spark``.
+
+    Raises:
+        PlanError: none in the table.
+    """
+    table = _table()
+    for known, row in table.items():
+        if _plain(name) in map(_plain, (known, *row.get("aliases", ()))):
+            return hardware()[known]
+    raise PlanError(f"--hardware {name}: choose from {', '.join(table)}, or give --bandwidth and --memory")
 
 
 @dataclass(frozen=True)
@@ -73,9 +98,10 @@ class Workload:
 
 @dataclass(frozen=True)
 class Steps:
-    """Seconds of a drafter's pass, and of the target's pass over 1, 2, … ``MAX_K`` + 1 tokens a request."""
+    """Seconds, for k = 0, 1, … ``MAX_K``: of k passes of the drafter, and of the target's pass over k + 1 tokens a
+    request; ``overhead`` is added to every step with drafts."""
 
-    draft: float
+    drafts: tuple[float, ...]
     target: tuple[float, ...]
     overhead: float = 0.0
 
@@ -83,10 +109,14 @@ class Steps:
     def floors(cls, target: Model, drafter: Model | None, load: Workload, bandwidth: float) -> Steps:
         draft = load.pass_bytes(drafter) / bandwidth if drafter else 0.0
         passes = tuple(load.pass_bytes(target, k + 1) / bandwidth for k in range(MAX_K + 1))
-        return cls(draft, passes)
+        return cls(tuple(k * draft for k in range(MAX_K + 1)), passes)
+
+    def slower(self, target: float, draft: float) -> Steps:
+        """Every pass takes so many times as long."""
+        return Steps(tuple(draft * s for s in self.drafts), tuple(target * s for s in self.target), self.overhead)
 
     def seconds(self, k: int) -> float:
-        return k * self.draft + self.target[k] + (self.overhead if k else 0.0)
+        return self.drafts[k] + self.target[k] + (self.overhead if k else 0.0)
 
 
 def curve(text: str) -> tuple[float, ...]:

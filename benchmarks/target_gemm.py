@@ -1,0 +1,131 @@
+"""The NVFP4 GEMMs of a decode step: the streaming kernel beside vLLM's Marlin, on the same weights.
+
+    python benchmarks/target_gemm.py --model 31B --rows 1,4,8,16,32,64 --out target-gemm.json
+
+Needs a Hopper card and vLLM 0.19.1. First it compares both with float64, and a row's bits alone with those among 64
+rows; then it times each GEMM in a CUDA graph over enough layers that no weight is found in the L2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from vllm_gemma4_spec.kernels import stream_gemm
+
+# N x K of a layer; a full layer of 31B has other attention, of the same size to 6 %.
+SHAPES = {
+    "31B": {"qkv": (16384, 5376), "o": (5376, 8192), "gate_up": (43008, 5376), "down": (5376, 21504)},
+    "26B-A4B": {"qkv": (8192, 2816), "o": (2816, 4096), "gate_up": (4224, 2816), "down": (2816, 2112)},
+}
+GLOBAL_SCALE = 0.01
+
+
+def layer(n: int, k: int, device: str) -> Any:
+    """Random weights as vLLM prepares them for Marlin."""
+    from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import prepare_fp4_layer_for_marlin
+
+    made = torch.nn.Module()
+    made.output_size_per_partition, made.input_size_per_partition, made.params_dtype = n, k, torch.bfloat16
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
+    scale = (torch.rand(n, k // 16, device=device) * 400 + 0.1).to(torch.float8_e4m3fn)
+    made.weight, made.weight_scale = (torch.nn.Parameter(t, requires_grad=False) for t in (codes, scale))
+    made.weight_global_scale = torch.nn.Parameter(torch.tensor([GLOBAL_SCALE], device=device), requires_grad=False)
+    before = SimpleNamespace(codes=codes.clone(), scale=scale.clone())
+    prepare_fp4_layer_for_marlin(made)
+    stream_gemm.reserve(n, k, torch.device(device, 0))
+    return made, before
+
+
+def product(made: Any, x: torch.Tensor, most_rows: int) -> torch.Tensor:
+    """By the streaming kernel up to ``most_rows`` rows, by Marlin above."""
+    weights = (made.weight, made.weight_scale, made.weight_global_scale, made.workspace)
+    return stream_gemm.linear(x, None, *weights, made.output_size_per_partition, most_rows)
+
+
+def check(shapes: dict[str, tuple[int, int]], device: str) -> list[dict[str, Any]]:
+    e2m1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64, device=device)
+    found = []
+    for name, (n, k) in shapes.items():
+        torch.manual_seed(n)
+        made, before = layer(n, k, device)
+        nibbles = torch.stack([before.codes & 15, before.codes >> 4], -1).flatten(1).long()
+        w = torch.cat([e2m1, -e2m1])[nibbles] * before.scale.double().repeat_interleave(16, 1) * GLOBAL_SCALE
+        x = torch.randn(64, k, device=device).bfloat16()
+        wanted = x.double() @ w.T
+        ours, marlin = product(made, x, 64), product(made, x, 0)
+        errors = [((y.double() - wanted).norm() / wanted.norm()).item() for y in (ours, marlin)]
+        rows = (1, 2, 4, 5, 8, 9, 16, 17, 33, 63)
+        same = {
+            what: [r for r in rows if torch.equal(product(made, x[:r].contiguous(), most), whole[:r])]
+            for what, most, whole in (("ours", 64, ours), ("marlin", 0, marlin))
+        }
+        found.append({"gemm": name, "error": errors[0], "marlin_error": errors[1], "rows_with_the_bits_of_64": same})
+        print(json.dumps(found[-1]), flush=True)
+        assert errors[0] <= errors[1] * 1.01, "less exact than Marlin"
+        assert same["ours"] == list(rows), "a row depends on the rows beside it"
+    return found
+
+
+def graph_us(call: Any, repeat: int = 15) -> float:
+    """Median microseconds of a replay of ``call`` as one CUDA graph."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    times = []
+    for _ in range(repeat):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000)
+    return sorted(times)[len(times) // 2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(SHAPES), default="31B")
+    parser.add_argument("--rows", default="1,4,8,16,32,64")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--out", type=Path)
+    asked = parser.parse_args()
+    device, shapes = "cuda", {n: s for n, s in SHAPES[asked.model].items() if not s[0] % 256 and not s[1] % 128}
+    report: dict[str, Any] = {
+        "card": torch.cuda.get_device_name(),
+        "model": asked.model,
+        "check": check(shapes, device),
+    }
+    made = [{name: layer(n, k, device)[0] for name, (n, k) in shapes.items()} for _ in range(asked.layers)]
+    big = torch.empty(2**28, dtype=torch.float32, device=device)
+    report["read_TB_s"] = round(2**30 / graph_us(lambda: torch.sum(big.view(1024, -1), 1)) / 1e6, 2)
+    print(report["card"], report["read_TB_s"], "TB/s read")
+    report["us"] = []
+    for rows in map(int, asked.rows.split(",")):
+        row: dict[str, Any] = {"rows": rows}
+        inputs = {name: torch.randn(rows, k, device=device).bfloat16() for name, (_, k) in shapes.items()}
+        for names in [*([name] for name in shapes), list(shapes)]:
+            for what, most in (("stream", 64), ("marlin", 0)):
+
+                def call(names: list[str] = names, most: int = most, inputs: Any = inputs) -> None:
+                    for layers in made:
+                        for name in names:
+                            product(layers[name], inputs[name], most)
+
+                label = names[0] if len(names) == 1 else "layer"
+                row.setdefault(label, {})[what] = round(graph_us(call) / len(made), 2)
+        report["us"].append(row)
+        print(json.dumps(row), flush=True)
+    if asked.out:
+        asked.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

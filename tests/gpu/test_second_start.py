@@ -1,0 +1,77 @@
+"""A second start finds the drafter's compiled code and keeps its compiler settings.
+
+vLLM makes the drafter's backend before its weights on a first start and after them on a second one. Without the patch
+the second start compiles layers that share a shape again, as the target's, and every draft pass is slower.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gpu import device
+from tests.gpu.parts import ROOT
+from tests.support import engine, tiny_models
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]  # on a CPU: tests/performance/second_start.py
+
+
+def start(target: Path, drafter: Path) -> dict[str, Any]:
+    """In a process of its own: start, answer, and count what was compiled."""
+    import torch
+    from vllm.compilation.backends import VllmBackend
+    from vllm.compilation.counter import compilation_counter
+
+    prompts = engine.random_prompts(device.LENGTHS[:4])
+    with engine.engine(target, drafter, device.K, **device.options(mode=3)) as llm:
+        found = device.ask(llm, prompts, 32)
+        alive = [o for o in gc.get_objects() if type(o) is VllmBackend]
+        backends = [(o.prefix, bool(o.inductor_config.get("triton.enable_pdl", False))) for o in alive]
+    return {
+        "saved": compilation_counter.num_compiled_artifacts_saved,
+        "loaded": compilation_counter.num_compiled_artifacts_loaded,
+        "backends": backends,
+        "capability": torch.cuda.get_device_capability(),
+        "tokens": found.tokens,
+        "accepted": found.accepted,
+    }
+
+
+def test_nothing_is_compiled_again(tmp_path: Path, measured: Any) -> None:
+    # Two layers of each shape, so that a second start has something to look up by shape and settings.
+    target = tiny_models.save(tiny_models.target_config(**device.HEADS), tmp_path / "target")
+    drafter = tiny_models.save(tiny_models.drafter_config(**device.HEADS), tmp_path / "drafter", seed=1)
+    env = os.environ | {
+        "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+    }
+    runs = []
+    for turn in ("first", "second"):
+        result = tmp_path / f"{turn}.json"
+        command = [sys.executable, "-m", "tests.gpu.test_second_start", str(target), str(drafter), str(result)]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False)
+        assert result.exists(), done.stderr[-3000:]
+        runs.append(json.loads(result.read_text()))
+    first, second = runs
+    measured(**{name: {k: run[k] for k in ("saved", "loaded", "backends")} for name, run in
+                (("first", first), ("second", second))})  # fmt: skip
+    assert first["saved"] > 0
+    assert second["saved"] == 0
+    assert second["tokens"] == first["tokens"]
+    pdl = tuple(first["capability"]) >= (9, 0)
+    for run in runs:  # the drafter's has it from Hopper on, the target's never
+        drafters = [enabled for prefix, enabled in run["backends"] if "draft" in prefix]
+        assert drafters, run["backends"]
+        assert all(enabled == pdl for enabled in drafters)
+        assert not any(enabled for prefix, enabled in run["backends"] if "draft" not in prefix)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[3]).write_text(json.dumps(start(Path(sys.argv[1]), Path(sys.argv[2]))))

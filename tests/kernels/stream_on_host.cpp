@@ -1,0 +1,130 @@
+// Runs nvfp4_stream.cu on a CPU: a thread per CUDA thread, one block after the other, copies that are done at once.
+// Every device function that the kernel takes from the hardware is given here in plain C++.
+#include <atomic>
+#include <barrier>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define NVFP4_STREAM_ON_HOST
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n)
+
+struct uint2 { unsigned x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct dim { int x, y, z; };
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static thread_local dim threadIdx, blockIdx;
+static dim blockDim, gridDim;
+alignas(128) static unsigned char shared[232448];
+static std::unique_ptr<std::barrier<>> block_barrier;
+static std::vector<std::unique_ptr<std::barrier<>>> warp_barriers, pair_barriers;
+static std::vector<uint32_t> exchange;  // per warp: 32 lanes x 6 words
+
+struct Arrivals { std::atomic<int> left, phase; int wanted; };
+static Arrivals barriers[64];  // one for every 8 bytes from the first on
+static unsigned first_barrier;
+
+static unsigned address(const void*) { return 0; }
+static Arrivals& at_barrier(unsigned barrier) { return barriers[(barrier - first_barrier) / 8]; }
+static void init_barrier(unsigned barrier, unsigned arrivals) {
+    Arrivals& b = at_barrier(barrier);
+    b.left = b.wanted = arrivals, b.phase = 0;
+}
+static void arrive(unsigned barrier) {
+    Arrivals& b = at_barrier(barrier);
+    if (b.left.fetch_sub(1) == 1) b.left = b.wanted, b.phase++;
+}
+static void arrive_with_copies(unsigned barrier) { arrive(barrier); }
+static void wait(unsigned barrier, unsigned parity) {
+    while ((unsigned)(at_barrier(barrier).phase & 1) == parity) std::this_thread::yield();
+}
+static void copy(unsigned to, const void* from) { std::memcpy(shared + to, from, 16); }
+static void copy_once(unsigned to, const void* from, unsigned long long) { copy(to, from); }
+static void pair_meets(int pair) { pair_barriers[pair]->arrive_and_wait(); }
+static void __syncthreads() { block_barrier->arrive_and_wait(); }
+static void __syncwarp() { warp_barriers[threadIdx.x / 32]->arrive_and_wait(); }
+static void let_next_grid_start() {}
+static void wait_for_previous_grid() {}
+static void publish_barriers() {}
+static unsigned long long leaves_first() { return 0; }
+static unsigned count_arrival(unsigned* counter) { return (*counter)++; }
+static float4 __ldcg(const float4* at) { return *at; }
+static void __stcg(float4* at, float4 v) { *at = v; }
+static float as_float(unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; }
+static unsigned __shfl_sync(unsigned, unsigned value, int lane) {
+    uint32_t* all = exchange.data() + threadIdx.x / 32 * 192;
+    all[threadIdx.x % 32] = value;
+    __syncwarp();
+    unsigned out = all[lane];
+    __syncwarp();
+    return out;
+}
+static uint16_t to_bf16(float value) {
+    unsigned bits;
+    std::memcpy(&bits, &value, 4);
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+static float half_of(unsigned pair, int i) { return as_float((i ? pair >> 16 : pair) << 16); }
+static unsigned times(unsigned a, unsigned b) {
+    return to_bf16(half_of(a, 0) * half_of(b, 0)) | (unsigned)to_bf16(half_of(a, 1) * half_of(b, 1)) << 16;
+}
+static unsigned times_low(unsigned a, unsigned both) { return times(a, (both & 0xFFFF) | both << 16); }
+static unsigned times_high(unsigned a, unsigned both) { return times(a, (both & 0xFFFF0000u) | both >> 16); }
+
+// ldmatrix.x4 and mma.m16n8k16 as the PTX manual lays them out over the lanes of a warp.
+static void load_matrices(unsigned (&v)[4], unsigned at) {
+    uint32_t* all = exchange.data() + threadIdx.x / 32 * 192;
+    int lane = threadIdx.x % 32;
+    all[lane] = at;
+    __syncwarp();
+    for (int i = 0; i < 4; i++) std::memcpy(&v[i], shared + all[i * 8 + lane / 4] + lane % 4 * 4, 4);
+    __syncwarp();
+}
+static void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    uint32_t* all = exchange.data() + threadIdx.x / 32 * 192;
+    const unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    std::memcpy(all + lane * 6, mine, 24);
+    __syncwarp();
+    for (int i = 0; i < 4; i++) {
+        int row = g + i / 2 * 8, column = t * 2 + i % 2;
+        for (int k = 0; k < 16; k++) {
+            int holder = k % 8 / 2, high = k / 8;
+            d[i] += half_of(all[(row % 8 * 4 + holder) * 6 + high * 2 + row / 8], k % 2) *
+                    half_of(all[(column * 4 + holder) * 6 + 4 + high], k % 2);
+        }
+    }
+    __syncwarp();
+}
+
+#include NVFP4_STREAM_SOURCE
+
+extern "C" void run(const void* codes, const void* scales, const void* x, const void* pre, void* y,
+                    const float* global_scale, float* partial, unsigned* arrivals, int rows, int N, int K, int parts,
+                    int blocks) {
+    gridDim = {blocks, 1, 1};
+    blockDim = {640, 1, 1};
+    first_barrier = BARRIERS_AT;
+    exchange.resize(20 * 192);
+    for (int block = 0; block < blocks; block++) {
+        block_barrier = std::make_unique<std::barrier<>>(640);
+        warp_barriers.clear(), pair_barriers.clear();
+        for (int w = 0; w < 20; w++) warp_barriers.push_back(std::make_unique<std::barrier<>>(32));
+        for (int w = 0; w < 8; w++) pair_barriers.push_back(std::make_unique<std::barrier<>>(64));
+        std::vector<std::thread> threads;
+        for (int i = 0; i < 640; i++)
+            threads.emplace_back([=] {
+                threadIdx = {i, 0, 0};
+                blockIdx = {block, 0, 0};
+                nvfp4_stream((const unsigned char*)codes, (const unsigned char*)scales, (const u16*)x, (const u16*)pre,
+                             (u16*)y, global_scale, partial, arrivals, rows, N, K, parts);
+            });
+        for (auto& thread : threads) thread.join();
+    }
+}

@@ -1,0 +1,125 @@
+"""The CUDA kernel that streams Marlin's weights, run on the CPU as it stands, against W = E2M1 * scale * scale_2."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.kernels.test_small_batch_gemm import dequantized
+from vllm_gemma4_spec.kernels import stream_gemm
+
+HERE = Path(__file__).parent
+GLOBAL_SCALE = 0.01
+
+
+def weight(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random codes and positive block scales; where a scale is zero the codes are, as loading leaves them."""
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
+    scale = (torch.rand(n, k // 16) * 400 + 0.1).to(torch.float8_e4m3fn)
+    scale[::7, ::5] = 0
+    codes.view(n, k // 16, 8)[::7, ::5] = 0
+    return codes, scale
+
+
+def marlin(codes: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales and global scale as vLLM's own functions hand them to Marlin."""
+    from vllm.model_executor.layers.quantization.utils import marlin_utils, marlin_utils_fp4
+    from vllm.model_executor.layers.quantization.utils.marlin_utils_test import get_weight_perm, marlin_weights
+
+    n, k = codes.shape[0], codes.shape[1] * 2
+    nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(1).int()
+    words = marlin_weights(nibbles.T.contiguous(), k, n, 4, get_weight_perm(4))
+    permuted = marlin_utils.marlin_permute_scales(scale.T.contiguous().bfloat16(), k, n, 16)
+    scales, factor = marlin_utils_fp4.nvfp4_marlin_process_scales(permuted, a_dtype=torch.bfloat16)
+    shift = marlin_utils_fp4.nvfp4_marlin_process_global_scale(torch.tensor([GLOBAL_SCALE]), torch.bfloat16)
+    return words, scales.view(torch.uint8), shift / factor
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to build the kernel for the CPU with")
+    folder = tmp_path_factory.mktemp("stream")
+    source = Path(str(resources.files("vllm_gemma4_spec.kernels").joinpath("nvfp4_stream.cu")))
+    built: dict[tuple[int, bool], ctypes.CDLL] = {}
+
+    def get(tiles: int, scaled: bool) -> ctypes.CDLL:
+        if (tiles, scaled) not in built:
+            out = folder / f"stream-{tiles}-{int(scaled)}.so"
+            flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
+            macros = [f"-DMT={tiles}", f"-DSCALED={int(scaled)}", "-DSTAGES=2", f'-DNVFP4_STREAM_SOURCE="{source}"']
+            subprocess.run([compiler, *flags, *macros, str(HERE / "stream_on_host.cpp"), "-o", str(out)], check=True)
+            built[tiles, scaled] = ctypes.CDLL(str(out))
+        return built[tiles, scaled]
+
+    return get
+
+
+def run(get: Any, x: torch.Tensor, packed: Any, n: int, blocks: int, pre: torch.Tensor | None = None) -> torch.Tensor:
+    tiles, k = stream_gemm.tiles_for(len(x)), x.shape[1]
+    most = stream_gemm.parts(n, k, blocks)
+    y = torch.full((len(x), n), torch.nan, dtype=torch.bfloat16)
+    partial = torch.full((n // 256 * most * tiles * 2048,), torch.nan)
+    arrivals = torch.zeros(n // 32, dtype=torch.int32)
+    words, scales, shift = packed
+    pointers = [
+        ctypes.c_void_p(t.data_ptr())
+        for t in (words, scales, x, x if pre is None else pre, y, shift, partial, arrivals)
+    ]
+    get(tiles, pre is not None).run(*pointers, len(x), n, k, most, blocks)
+    assert not arrivals.any()  # ready for the next GEMM
+    return y
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "blocks", "scaled"),
+    [
+        (1, 512, 384, 4, False),  # shares end within tiles of outputs: two, then three parts
+        (5, 256, 512, 4, True),  # four parts of one tile
+        (13, 512, 128, 2, False),  # no parts
+        (61, 256, 256, 2, True),
+    ],
+)
+def test_the_kernel_gives_the_product(libraries: Any, rows: int, n: int, k: int, blocks: int, scaled: bool) -> None:
+    torch.manual_seed(rows)
+    codes, scale = weight(n, k)
+    x = torch.randn(rows, k).bfloat16()
+    pre = (torch.rand(k) + 0.5).bfloat16() if scaled else None
+    wanted = (x if pre is None else x * pre).double() @ dequantized(codes, scale).T * GLOBAL_SCALE
+    got = run(libraries, x, marlin(codes, scale), n, blocks, pre).double()
+    error = (got - wanted).norm() / wanted.norm()
+    assert error < 4e-3, f"{error:.1e}"  # bfloat16's own rounding of the result
+
+
+def test_a_row_has_the_same_bits_whatever_stands_beside_it(libraries: Any) -> None:
+    torch.manual_seed(0)
+    codes, scale = weight(256, 384)
+    x, packed = torch.randn(11, 384).bfloat16(), marlin(codes, scale)
+    whole = run(libraries, x, packed, 256, 2)
+    for rows in (1, 6):
+        assert torch.equal(run(libraries, x[:rows].contiguous(), packed, 256, 2), whole[:rows]), rows
+
+
+@given(st.integers(1, 700), st.integers(1, 200), st.integers(1, 300))
+def test_parts_are_the_most_blocks_that_share_a_tile(tiles: int, per_tile: int, blocks: int) -> None:
+    """By definition: the blocks whose shares meet a tile's units."""
+    units = tiles * per_tile
+    if units < blocks:
+        return
+    edges = [units * b // blocks for b in range(blocks + 1)]
+    met = [0] * tiles
+    for first, last in itertools.pairwise(edges):
+        for tile in range(first // per_tile, (last - 1) // per_tile + 1):
+            met[tile] += 1
+    assert stream_gemm.parts(tiles * stream_gemm.COLUMNS, per_tile * stream_gemm.DEPTH, blocks) == max(met)

@@ -1,0 +1,101 @@
+"""Checkpoints in the forms that exporters newer than the fixtures write, made from the fixtures' own tensors.
+
+``tests/checkpoints/test_exporters.py`` compares the real ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.checkpoints import reference
+from tests.quantization.comparison import FIXTURES, edited, per_expert
+
+Tensors = dict[str, torch.Tensor]
+
+
+def _written(folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+    (folder / "hf_quant_config.json").unlink(missing_ok=True)
+    return folder
+
+
+def weight_only(folder: Path) -> Path:
+    """W4A16_NVFP4: ModelOpt 0.45 and later."""
+    made = edited(FIXTURES / "31b-nvfp4", folder, lambda t: {k: v for k, v in t.items() if "input_scale" not in k})
+    return _written(made, lambda c: c["quantization_config"].update(quant_algo="W4A16_NVFP4"))
+
+
+def never_calibrated(folder: Path) -> Path:
+    """A 26B whose experts 1 and 3 no calibration text reached, under the names of a published one."""
+
+    def edit(tensors: Tensors) -> Tensors:
+        lost = (".experts.1.", ".experts.3.")
+        kept = {k: v for k, v in per_expert(tensors).items() if not (k.endswith("input_scale") and _any(k, lost))}
+        return {k.replace(".experts.", ".moe.experts."): v for k, v in kept.items()}
+
+    return edited(FIXTURES / "26b-mm-awq-lite", folder, edit)
+
+
+def stripped(folder: Path) -> Path:
+    """A 26B without towers and without any ``input_scale`` of experts, in the text class."""
+
+    def edit(tensors: Tensors) -> Tensors:
+        lost = ("vision_tower.", "embed_vision.")
+        kept = {k: v for k, v in per_expert(tensors).items() if not _any(k, lost)}
+        return {k: v for k, v in kept.items() if not (".experts." in k and k.endswith("input_scale"))}
+
+    made = edited(FIXTURES / "26b-mm-awq-lite", folder, edit)
+    return _written(made, lambda c: c.update(architectures=["Gemma4ForCausalLM"]))
+
+
+def mixed(folder: Path) -> Path:
+    """MIXED_PRECISION: E4B's attention in NVFP4 with NaN scales and lone q_proj, MLPs in FP8, one of them in bf16."""
+    source = FIXTURES / "e4b-awq-clip"
+    weights = reference.fold(source)
+    algorithms: dict[str, dict[str, Any]] = {}
+
+    def edit(tensors: Tensors) -> Tensors:
+        out = dict(tensors)
+        for name in [k for k in tensors if k.endswith(".weight_scale_2")]:
+            module = name.removesuffix(".weight_scale_2")
+            if ".mlp." not in module:
+                algorithms[module] = {"quant_algo": "NVFP4", "group_size": 16}
+                continue
+            for suffix in ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale"):
+                out.pop(f"{module}.{suffix}", None)
+            weight = weights[f"{module}.weight"]
+            if ".layers.1." in module:
+                out[f"{module}.weight"] = weight.bfloat16()
+                continue
+            scale = weight.abs().max() / 448
+            out |= {f"{module}.weight": (weight / scale).to(torch.float8_e4m3fn), f"{module}.weight_scale": scale}
+            out[f"{module}.input_scale"] = torch.tensor(0.01)
+            algorithms[module] = {"quant_algo": "FP8"}
+        return out
+
+    made = edited(source, folder, edit)
+    # The fixture's own scales are NaN here and there: what the reference repairs, loading must repair too.
+    assert any(np.isnan(reference.e4m3(raw)).any() for d, raw in reference.read(made).values() if d == "F8_E4M3")
+    new = {"quant_algo": "MIXED_PRECISION", "quantized_layers": algorithms, "ignore": [], "quant_method": "modelopt"}
+    return _written(made, lambda c: c.update(quantization_config=new))
+
+
+def _any(name: str, parts: tuple[str, ...]) -> bool:
+    return any(part in name for part in parts)
+
+
+FORMS: dict[str, Callable[[Path], Path]] = {
+    "W4A16_NVFP4": weight_only,
+    "experts never calibrated": never_calibrated,
+    "stripped": stripped,
+    "MIXED_PRECISION": mixed,
+}

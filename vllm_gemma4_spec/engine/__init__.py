@@ -1,0 +1,1 @@
+"""What must hold before an engine of Gemma 4 is made."""

@@ -1,0 +1,33 @@
+"""vLLM reads every Gemma 4 config in its normal form."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm_gemma4_spec.errors import CheckpointError, stop
+from vllm_gemma4_spec.hf_config.normal_form import normalized
+
+
+def parse(original: Callable[..., tuple[dict[str, Any], Any]]) -> Callable[..., tuple[dict[str, Any], Any]]:
+    """``HFConfigParser.parse``: targets, drafters and assistants come through here, before any override.
+
+    ``vllm serve`` ends with one line for a config that contradicts itself.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, model: str | Path, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
+        written, config = original(self, model, *args, **kwargs)
+        try:
+            plain = normalized(written, str(Path(model) / "config.json"))
+        except CheckpointError as error:
+            stop(error)
+        if plain == written:
+            return written, config
+        made = type(config).from_dict(plain)
+        made.name_or_path = config.name_or_path
+        return plain, made
+
+    return wrapper

@@ -1,0 +1,82 @@
+"""ModelOpt's FP8 linears (one float8 scale a weight): members that a checkpoint lacks, and a CPU.
+
+W[n, k] = float32(weight[n, k]) * weight_scale        of the member of a fused layer that row n belongs to
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.platforms import current_platform
+
+from vllm_gemma4_spec.errors import CheckpointError
+
+_UNQUANTIZED = UnquantizedLinearMethod()
+
+
+def linear_method(original: type) -> type:
+    """``ModelOptFp8LinearMethod`` that passes over absent members of a fused layer and is weight-only on a CPU."""
+
+    class Fp8LinearMethod(original):
+        def __init__(self, quant_config: Any) -> None:
+            if not current_platform.is_cpu():
+                super().__init__(quant_config)
+                return
+            self.quant_config = quant_config  # Not super().__init__: 0.19.1 has no FP8 kernel for a CPU
+
+        def create_weights(self, layer: Module, *args: Any, **kwargs: Any) -> None:
+            super().create_weights(layer, *args, **kwargs)
+            layer.params_dtype = kwargs.get("params_dtype", args[4] if len(args) > 4 else torch.get_default_dtype())
+            layer.weight.data.view(torch.uint8).zero_()
+
+        def process_weights_after_loading(self, layer: Module) -> None:
+            for name in ("weight_scale", "input_scale"):
+                settle(getattr(layer, name).data, f"{getattr(layer, 'prefix', 'layer')}.{name}")
+            if not current_platform.is_cpu():
+                super().process_weights_after_loading(layer)
+                return
+            rows = torch.tensor(layer.logical_widths)
+            scale = layer.weight_scale.data.repeat_interleave(rows)
+            weight = (layer.weight.data.float() * scale.unsqueeze(-1)).to(layer.params_dtype)
+            for name in ("weight", "weight_scale", "input_scale"):
+                delattr(layer, name)
+            layer.weight = Parameter(weight, requires_grad=False)
+            _UNQUANTIZED.process_weights_after_loading(layer)
+
+        def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+            if current_platform.is_cpu():
+                return _UNQUANTIZED.apply(layer, x, bias)
+            out: Tensor = super().apply(layer, x, bias)
+            return out
+
+    Fp8LinearMethod.__module__ = original.__module__  # where it takes the original's place, and pickle finds it
+    Fp8LinearMethod.__name__ = Fp8LinearMethod.__qualname__ = original.__name__  # vLLM chooses loaders by it
+    return Fp8LinearMethod
+
+
+def settle(scales: Tensor, what: str) -> None:
+    """Members that the checkpoint lacks (k, v of E4B layers that reuse KV) have no say in a maximum.
+
+    vLLM fills ``scales`` float32 [members] with the smallest float32 before it loads.
+
+    Raises:
+        CheckpointError: none was loaded, or one is not finite.
+    """
+    unset = scales == torch.finfo(torch.float32).min
+    if bool(unset.all()) or not bool(torch.isfinite(scales[~unset]).all()):
+        raise CheckpointError(f"{what}: missing, NaN or infinite; quantize the model again")
+    scales[unset] = scales[~unset].max()
+
+
+def activation_dtypes(original: Any) -> Any:
+    """``get_supported_act_dtypes`` of FP8: weight-only on a CPU, so float32 is as good."""
+
+    def get_supported_act_dtypes(self: Any) -> list[torch.dtype]:
+        more = [torch.float32] if current_platform.is_cpu() else []
+        return [*original(self), *more]
+
+    return get_supported_act_dtypes

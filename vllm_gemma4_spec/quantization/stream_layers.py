@@ -1,0 +1,48 @@
+"""Which NVFP4 linear layers stream Marlin's weights in small batches: a target's that would run on Marlin.
+
+A drafter's layers have a second copy of their weights and a kernel of their own (``small_batch_layers``); a target's
+weights are too large for that.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from vllm_gemma4_spec import scope, settings
+from vllm_gemma4_spec.quantization.small_batch_layers import scale_stands_alone
+
+
+def prepare(layer: Module) -> None:
+    """Decide for a layer whose weight Marlin has reordered.
+
+    Sets ``streamed_rows``, the largest batch that streams (0: it stays Marlin's), and ``stream_scaled``, whether the
+    kernel multiplies by ``pre_quant_scale``.
+    """
+    from vllm_gemma4_spec.kernels import stream_gemm
+
+    if not hasattr(layer, "stream_wanted"):  # weights that are loaded again are treated as the first were
+        ours = settings.STREAM_GEMM.on() and scope.gemma4_engine(scope.current_config())
+        layer.stream_wanted = ours and layer.rows_codes is None and stream_gemm.suits(layer)
+    if not layer.stream_wanted:
+        return
+    stream_gemm.reserve(layer.output_size_per_partition, layer.input_size_per_partition, layer.weight.device)
+    layer.streamed_rows, layer.stream_scaled = stream_gemm.FASTER_ROWS, scale_stands_alone(layer)
+
+
+def linear(layer: Module, x: Tensor) -> Tensor:
+    """``[..., K]`` to ``[..., N]``. torch.compile traces this.
+
+    Multiplies by ``pre_quant_scale`` first if ``layer.stream_scaled``.
+    """
+    return torch.ops.vllm.gemma4_spec_stream_linear(
+        x,
+        layer.pre_quant_scale if layer.stream_scaled else None,
+        layer.weight,
+        layer.weight_scale,
+        layer.weight_global_scale,
+        layer.workspace,
+        layer.output_size_per_partition,
+        layer.streamed_rows,
+    )

@@ -1,0 +1,95 @@
+"""The stop string that ends first in the text ends the answer, at its token, whatever a step delivers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer, check_stop_strings
+
+from vllm_gemma4_spec.scope import gemma4_model
+
+# Attribute of an OutputProcessor and of a detokenizer: they serve a Gemma 4.
+BY_TOKEN = "_gemma4_spec_by_token"
+
+
+def engine_init(original: Callable[..., None]) -> Callable[..., None]:
+    """``LLMEngine.__init__``, ``AsyncLLM.__init__``: the output processor is told whose output it is."""
+
+    @functools.wraps(original)
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        setattr(self.output_processor, BY_TOKEN, gemma4_model(vllm_config.model_config))
+
+    return __init__
+
+
+def add_request(original: Callable[..., None]) -> Callable[..., None]:
+    """``OutputProcessor.add_request``: requests with stop strings are looked at token by token."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, request, *args, **kwargs)
+        state = self.request_states.get(request.request_id)
+        detokenizer = getattr(state, "detokenizer", None)
+        if getattr(self, BY_TOKEN, False) and isinstance(detokenizer, BaseIncrementalDetokenizer) and detokenizer.stop:
+            setattr(detokenizer, BY_TOKEN, True)
+
+    return wrapper
+
+
+def update(original: Callable[..., str | None]) -> Callable[..., str | None]:
+    """``BaseIncrementalDetokenizer.update``: tokens that a step has after the stop string are taken off its list."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, new_token_ids: list[int], stop_terminated: bool) -> str | None:
+        if not getattr(self, BY_TOKEN, False):
+            return original(self, new_token_ids, stop_terminated)
+        stop = self.stop
+        for at, token in enumerate(new_token_ids, 1):
+            before = len(self.output_text)
+            self.stop = []
+            try:
+                original(self, [token], stop_terminated and at == len(new_token_ids))
+            finally:
+                self.stop = stop
+            if self.num_output_tokens() <= self.min_tokens:
+                continue
+            found = first_stop(self.output_text, before, stop)
+            if found is not None:
+                string, end = found
+                self.output_text = self.output_text[: end if self.include_stop_str_in_output else end - len(string)]
+                del new_token_ids[at:]
+                return string
+        return None
+
+    return wrapper
+
+
+def first_stop(text: str, seen: int, stop: list[str]) -> tuple[str, int] | None:
+    """The stop string that ends first in ``text`` after its first ``seen`` characters, and where it ends.
+
+    Of several that end there it is the first of the request.
+    """
+    if check_stop_strings(text, len(text) - seen, stop, False) is None:
+        return None
+    found = []
+    for string in stop:
+        match = check_stop_strings(text, len(text) - seen, [string], False)
+        if match is not None:
+            found.append((string, match[1] + len(string)))
+    return min(found, key=lambda pair: pair[1])
+
+
+def update_from_output(original: Callable[..., None]) -> Callable[..., None]:
+    """``LogprobsProcessor.update_from_output``: log-probabilities of the tokens that are left."""
+
+    @functools.wraps(original)
+    def wrapper(self: Any, output: Any) -> None:
+        logprobs = output.new_logprobs
+        if logprobs is not None and len(logprobs.logprob_token_ids) > len(output.new_token_ids):
+            output.new_logprobs = logprobs.slice_request(0, len(output.new_token_ids))
+        original(self, output)
+
+    return wrapper

@@ -1,0 +1,1 @@
+"""Who is admitted when, and that whoever is admitted finishes."""

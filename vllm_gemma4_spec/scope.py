@@ -1,0 +1,56 @@
+"""Which engines and checkpoints the patches are for; every other one keeps vLLM's own code.
+
+An engine is in scope if its target or its drafter is a Gemma 4. Patches that load checkpoints go by the checkpoint's
+format instead, whatever the model. A wrapper outside its scope calls the original with the arguments that it was given.
+
+Everything here reads finished configs and takes whatever stands there: vLLM's own tests pass mocks and None.
+Importing this module imports neither vLLM nor torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# `model_type` in a Hugging Face config: with towers, and the language model alone.
+MODEL_TYPES = frozenset({"gemma4", "gemma4_text"})
+
+
+def gemma4(hf_config: Any) -> bool:
+    """Whether a Hugging Face config is a Gemma 4's."""
+    return getattr(hf_config, "model_type", None) in MODEL_TYPES
+
+
+def gemma4_model(model_config: Any) -> bool:
+    """Whether a ``ModelConfig`` is a Gemma 4's; False for None."""
+    return gemma4(getattr(model_config, "hf_config", None))
+
+
+def gemma4_engine(vllm_config: Any) -> bool:
+    """Whether the engine of a ``VllmConfig`` has a Gemma 4 as target or drafter; False for None."""
+    spec = getattr(vllm_config, "speculative_config", None)
+    return gemma4_model(getattr(vllm_config, "model_config", None)) or gemma4_model(
+        getattr(spec, "draft_model_config", None)
+    )
+
+
+def gemma4_speculation(vllm_config: Any) -> bool:
+    """:func:`gemma4_engine`, and it speculates, by whatever method."""
+    return getattr(vllm_config, "speculative_config", None) is not None and gemma4_engine(vllm_config)
+
+
+def gemma4_drafter(vllm_config: Any) -> bool:
+    """Whether the engine speculates with a Gemma 4 as its draft model."""
+    spec = getattr(vllm_config, "speculative_config", None)
+    return getattr(spec, "method", None) == "draft_model" and gemma4_model(getattr(spec, "draft_model_config", None))
+
+
+def current_config() -> Any:
+    """The ``VllmConfig`` that vLLM has made current (workers do while they are built and load), or None."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    return get_current_vllm_config_or_none()
+
+
+def modelopt_nvfp4(model_config: Any) -> bool:
+    """Whether a checkpoint is ModelOpt's NVFP4 (NVFP4_AWQ and NVFP4_SVD included)."""
+    return getattr(model_config, "quantization", None) == "modelopt_fp4"

@@ -1,0 +1,1 @@
+"""What the start says before anything is loaded."""
