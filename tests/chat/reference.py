@@ -58,11 +58,11 @@ class Meaning:
         return self
 
     def until(self, stop: str, include: bool) -> Meaning:
-        """What comes before the first occurrence of ``stop`` in one of the texts a user sees."""
+        """What comes before the first occurrence of ``stop`` in content; reasoning and calls are not searched."""
         out = Meaning()
         parts = list(self.parts)
         for kind, text in self.seen():
-            at = text.find(stop) if kind != "call" else -1
+            at = text.find(stop) if kind == "content" else -1
             left = len(text) if at < 0 else at + (len(stop) if include else 0)
             while parts and parts[0][0] == kind:
                 part = parts.pop(0)

@@ -137,7 +137,12 @@ SCENARIOS = [
     _("past the end of a turn", T + "A" + TURN + "B<eos>CC DD", ignore_eos=True, max_tokens=8, **THINK),
     _("a stop string", T + "Think." + E + "One, two, three." + TURN, stop=["two"], **THINK),
     _("a stop string that is shown", "One, two, three." + TURN, stop=["two"], include_stop_str_in_output=True),
-    _("a stop string in reasoning", T + "One, two, three." + E + "A" + TURN, stop=["two", "zzz"], **THINK),
+    _(
+        "a stop string in reasoning does not stop",
+        T + "One, two, three." + E + "A" + TURN,
+        stop=["two", "zzz"],
+        **THINK,
+    ),
     _(
         "stop strings that never match",
         T + "Think it over." + E + "The answer." + TURN,
@@ -243,7 +248,7 @@ SCENARIOS = [
     _("no word call, cut", "Ok. <|tool_call>:ge", max_tokens=ALL, **WITH),
     # Stop strings: what a user sees.
     _("a line end stops, after thinking", T + "Think it over." + E + "One.\nTwo." + TURN, stop=["\n"], **THINK),
-    _("a line end stops in reasoning", T + "One.\nTwo." + E + "A" + TURN, stop=["\n"], **THINK),
+    _("a line end in reasoning does not stop", T + "One.\nTwo." + E + "A" + TURN, stop=["\n"], **THINK),
     _(
         "unseen reasoning does not stop",
         T + "One.\nTwo." + E + "A\nB" + TURN,

@@ -210,26 +210,26 @@ def test_no_text_of_control_tokens(subject: Subject, data: st.DataObject) -> Non
 @given(data=st.data(), include=st.booleans(), shown=st.booleans(), reasoning=st.booleans())
 @settings(max_examples=600, deadline=None)
 def test_stop_strings(subject: Subject, data: st.DataObject, include: bool, shown: bool, reasoning: bool) -> None:
-    """The engine has cut the seen text at a stop string; the parser cuts at the same character, whatever the delta."""
+    """The engine has cut the content at a stop string; the parser cuts at the same character, whatever the delta."""
     tokens = data.draw(subject.outputs)
     special = subject.vocabulary.special
     how: dict[str, Any] = {"shown": shown, "include_reasoning": reasoning}
     seen = reference.understand(tokens, subject.decode, special, **how).seen()
-    text = data.draw(st.sampled_from([t for _, t in seen if t] or [""]))
+    text = data.draw(st.sampled_from([t for kind, t in seen if t and kind == "content"] or [""]))
     if len(text) < 2:
         return
     at = data.draw(st.integers(0, len(text) - 1))
     stop = text[at : at + data.draw(st.integers(1, 4))]
     meaning = reference.understand(tokens, subject.decode, special, stop=stop, include_stop=include, **how)
     # One character stands where another text begins.
-    engine = sum(len(t) for _, t in meaning.seen()) + max(0, len(meaning.seen()) - 1)
+    engine = sum(len(t) for kind, t in meaning.seen() if kind == "content") + max(0, len(meaning.seen()) - 1)
     options = Options(
         stop=(stop, "never matches"), include_stop=include, special_text=shown, include_reasoning=reasoning
     )
     # In the first delta the engine has given out what cannot be part of a match any more; here: nothing.
     cut = data.draw(st.integers(0, len(tokens)))
     before = reference.understand(tokens[:cut], subject.decode, special, **how)
-    if any(stop in t for _, t in before.seen()):
+    if any(stop in t for kind, t in before.seen() if kind == "content"):
         cut = 0
     choice = Choice(OutputParser(subject.vocabulary, options), calls_finish=True)
     message = Message()

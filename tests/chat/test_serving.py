@@ -70,7 +70,10 @@ def expected(tokenizer: Any, scenario: Scenario, tokens: list[int], prompt: list
         byte=lambda t: reference.byte_of(tokenizer.convert_ids_to_tokens(t)),
     )
     meaning = understood()
-    stop = next((s for s in stops if any(s in text for _, text in meaning.seen())), None)
+    texts = [text for kind, text in meaning.seen() if kind == "content"]
+    # The one that ends first in the first text that has any.
+    ends_at = [(at, text.find(s) + len(s), s) for at, text in enumerate(texts) for s in stops if s in text]
+    stop = min(ends_at, key=lambda found: found[:2])[2] if ends_at else None
     if stop:
         meaning = understood(stop=stop)
     engine = "stop" if stopped or stop else "length"

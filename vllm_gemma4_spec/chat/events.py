@@ -24,17 +24,17 @@ BOUNDARY = "\ufffc"  # OBJECT REPLACEMENT CHARACTER: something else stands here
 
 
 class SeenText:
-    """The text of an output as a user sees it, in which stop strings are searched.
+    """The text of an answer, in which stop strings are searched.
 
-    Reasoning and content are texts of their own, and calls are none: :data:`BOUNDARY` stands between two kinds, so
-    that no stop string matches across. Channel marks, labels and the syntax of calls are not in it.
+    It is the content: :data:`BOUNDARY` stands where reasoning or a call does, so that no stop string matches across.
+    Reasoning, channel marks, labels and the syntax of calls are not in it.
     """
 
     kind: Kind | None = None  # of the last event
 
     def add(self, event: Event) -> str:
         """The text that ``event`` adds."""
-        text = "" if event.kind == "call" else event.text
+        text = event.text if event.kind == "content" else ""
         if event.kind != self.kind:
             text = text if self.kind is None else BOUNDARY + text
             self.kind = event.kind

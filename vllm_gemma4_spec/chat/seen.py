@@ -1,4 +1,4 @@
-"""Stop strings of a request are searched in what its user sees, not in the text of all tokens.
+"""Stop strings of a request are searched in its content, not in the text of all tokens.
 
 The engine's detokenizer searches them, with every step (``seen_detokenizer.py``). It is told by the stop strings
 themselves how the output is parsed: they travel with the request's sampling parameters, which it is made from.

@@ -1,4 +1,4 @@
-"""Stop strings are searched in what a user sees: reasoning and content, no mark, no label, nothing of a call.
+"""Stop strings are searched in content: not in reasoning, a mark, a label or a call.
 
 The engine decides when one has matched. ``seen_detokenizer.py`` has it search the text that a
 :class:`~vllm_gemma4_spec.chat.events.SeenText` makes of the output; it does not say at which token, so the newest
@@ -48,6 +48,8 @@ class StopGuard:
 
     def push_text(self, text: str) -> str:
         """Take text of the kind that came last, as :meth:`push` would; returns what is certain now."""
+        if self._kind == "reasoning":
+            return text  # no stop string is searched in it
         text = self._text + text
         sure = len(text) - self._width
         if sure <= 0:
@@ -106,7 +108,7 @@ class StopGuard:
 
 
 def _until(events: list[Event], texts: list[str], end: int, calls_at_end: bool) -> list[Event]:
-    """The events in the first ``end`` characters of ``texts``; a call has none of its own.
+    """The events in the first ``end`` characters of ``texts``; reasoning and calls have none of their own.
 
     Args:
         calls_at_end: also those that stand just there.
@@ -115,7 +117,7 @@ def _until(events: list[Event], texts: list[str], end: int, calls_at_end: bool) 
     at = 0
     for event, text in zip(events, texts, strict=True):
         at += len(text)
-        if event.kind != "call":
+        if event.kind == "content":
             own = event.text[: max(0, len(event.text) - (at - end))] if at > end else event.text
             if own:
                 out.append(event._replace(text=own))
