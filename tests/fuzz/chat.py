@@ -356,7 +356,7 @@ def guard(data: bytes) -> None:
     got = [(e.kind, e.text) for e in out if e.text]
     wanted, left = [], len(text) if not matches else end if include else begin
     for event, own in zip(events, texts, strict=True):
-        if event.kind == "call":
+        if event.kind != "content":
             # One that stands at the cut is in front of the stop string, not behind it.
             if left > len(own) or (left >= len(own) and not (include and matches)):
                 wanted.append((event.kind, event.text))
