@@ -146,7 +146,7 @@ def test_out_of_memory_while_graphs_are_captured_leaves_the_drafter_without(
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("cache"))
     self = runner()
     self.device, self._freeze_gc = SimpleNamespace(type="cuda"), nullcontext
-    self.drafter.kv_cache_gid = 0
+    self.drafter = type("Proposer", (SimpleNamespace,), {"propose": None})(**vars(self.drafter), kv_cache_gid=0)
     self.input_batch = SimpleNamespace(block_table=[SimpleNamespace(get_device_tensor=None)])
     monkeypatch.setattr(graph_capture, "_pool", lambda: None)
 

@@ -26,7 +26,9 @@ GROUP = "_gemma4_spec_draft_tp_group"
 
 def is_whole(proposer: Any) -> bool:
     """Whether the drafter is on one rank while the target is on several."""
-    spec = proposer.speculative_config
+    spec = getattr(proposer, "speculative_config", None)
+    if spec is None:
+        return False
     sizes = (spec.draft_parallel_config.tensor_parallel_size, spec.target_parallel_config.tensor_parallel_size)
     return spec.uses_draft_model() and sizes[0] == 1 < sizes[1] and scope.gemma4_model(spec.draft_model_config)
 
