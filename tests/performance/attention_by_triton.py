@@ -53,6 +53,8 @@ if __name__ == "__main__":
         for attention in (ops.unified_attention, split_attention.unified_attention(ops.unified_attention)):
             out = torch.full_like(q, torch.nan)
             ran.clear()
+            scratch = torch.full((ROOM, HEADS, SEGMENTS, SIZE), torch.nan)
+            setattr(scratch, split_attention.IN_SCOPE, True)  # as a builder of an engine in scope marks it
             attention(
                 q=q,
                 k=k,
@@ -72,7 +74,7 @@ if __name__ == "__main__":
                 v_descale=torch.ones(num_seqs, KV_HEADS),
                 seq_threshold_3D=2,
                 num_par_softmax_segments=SEGMENTS,
-                softmax_segm_output=torch.full((ROOM, HEADS, SEGMENTS, SIZE), torch.nan),
+                softmax_segm_output=scratch,
                 softmax_segm_max=torch.full((ROOM, HEADS, SEGMENTS), torch.nan),
                 softmax_segm_expsum=torch.full((ROOM, HEADS, SEGMENTS), torch.nan),
                 mm_prefix_range=None,

@@ -53,6 +53,7 @@ def test_one_token_per_request_and_image_prefixes_are_left_alone() -> None:
         "num_par_softmax_segments": 16,
         "softmax_segm_output": torch.empty(8, 8, 16, 256, device="meta"),
     }
+    setattr(base["softmax_segm_output"], split_attention.IN_SCOPE, True)
     for max_seqlen_q, prefix in ((1, None), (4, torch.empty(1, 1, 2)), (4, None)):
         attention(**base, max_seqlen_q=max_seqlen_q, mm_prefix_range=prefix)
     assert [(c["max_seqlen_q"], c["seq_threshold_3D"]) for c in seen] == [(1, 0), (4, 0), (1, 1)]
