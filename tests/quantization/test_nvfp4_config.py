@@ -120,7 +120,7 @@ def test_undo_gives_vllm_its_class_back() -> None:
     ("change", "message"),
     [
         ({"quant_algo": "NVFP4_FOO"}, "quant_algo NVFP4_FOO: not an NVFP4 format"),
-        ({"group_size": 32}, "group_size 32: NVFP4 has one scale per 16"),
+        ({"group_size": 32}, "group_size 32; NVFP4 has one scale per 16"),
         ({"config_groups": {"group_0": {"weights": {"group_size": 64}}}}, "group_size 64"),
     ],
 )
