@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,15 @@ NAMES = [
 ]
 OPTIONS: dict[str, Any] = {"max_model_len": 64, "max_num_batched_tokens": 64, "max_num_seqs": 1, "max_logprobs": -1}
 OPTIONS |= {"num_gpu_blocks_override": 64}
+
+
+@pytest.fixture(autouse=True)
+def fresh_rotary_embeddings() -> Iterator[None]:
+    """A reload leaves vLLM's cache of rotary embeddings on the meta device; the next engine here starts anew."""
+    yield
+    from vllm.model_executor.layers import rotary_embedding
+
+    rotary_embedding._ROPE_DICT.clear()
 
 
 def logprobs(llm: Any) -> torch.Tensor:
