@@ -79,7 +79,7 @@ def _launch(n: int, k: int, tiles: int, gelu: bool, device: int) -> Launch:
     return plan(n, k, tiles, gelu, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-class _Scratch:
+class Scratch:
     """Partial sums and arrival counters, one pair per device; products of one stream share them."""
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class _Scratch:
         return self._buffers[device]
 
 
-SCRATCH = _Scratch()
+SCRATCH = Scratch()
 
 
 def tiles_for(rows: int) -> int:

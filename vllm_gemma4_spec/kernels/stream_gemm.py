@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from vllm_gemma4_spec.kernels import cuda
+from vllm_gemma4_spec.kernels.small_batch_gemm import Scratch
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
@@ -65,26 +66,7 @@ def parts(n: int, k: int, blocks: int) -> int:
     return max(block_of((tile + 1) * per_tile - 1) - block_of(tile * per_tile) + 1 for tile in range(n // COLUMNS))
 
 
-class _Scratch:
-    """Partial sums and arrival counters, one pair per device; GEMMs of one stream share them."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    def reserve(self, device: torch.device, floats: int, counters: int) -> None:
-        """Grow to what a layer needs; before any CUDA graph is captured."""
-        partial, arrivals = self._buffers.get(device, (None, None))
-        if partial is None or partial.numel() < floats:
-            partial = torch.empty(floats, dtype=torch.float32, device=device)
-        if arrivals is None or arrivals.numel() < counters:
-            arrivals = torch.zeros(counters, dtype=torch.int32, device=device)
-        self._buffers[device] = (partial, arrivals)
-
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        return self._buffers[device]
-
-
-SCRATCH = _Scratch()
+SCRATCH = Scratch()
 
 
 def stream_gemm(
