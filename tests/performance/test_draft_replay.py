@@ -47,7 +47,7 @@ class Rerun(DraftGraphs):
     """Graphs whose replay calls the captured function on the same buffers."""
 
     def capture(self, pool: Any, warmups: int = 0) -> None:
-        for n, depth in itertools.product(self.batch_sizes, self._depths):
+        for n, depth in itertools.product(self.batch_sizes, self.depths):
             drafts = torch.full((n, depth), -1, dtype=torch.int64)
             self._graphs[n, depth] = _Graph(
                 SimpleNamespace(replay=lambda n=n, d=depth, drafts=drafts: drafts.copy_(self.run(n, d))), drafts
