@@ -138,16 +138,16 @@ def test_no_such_folder(target: Path, tmp_path: Path) -> None:
     assert "no such folder" in refusal(target, tmp_path / "none", method="mtp")
 
 
-def test_per_layer_configuration_of_later_transformers(tmp_path: Path) -> None:
-    """From 5.15 on what differs per layer is keyed by zero-padded numbers."""
-    from vllm_gemma4_spec.mtp.config import Gemma4AssistantConfig
-
-    values = pairs.assistant_config(pairs.KINDS["31b"]())
+def test_per_layer_configuration_of_later_transformers(target: Path, tmp_path: Path) -> None:
+    """From 5.15 on what differs per layer is keyed by numbers; the patch config-form reads it."""
+    folder = pairs.save_assistant(pairs.KINDS["31b"](), tmp_path)
+    values = json.loads((folder / "config.json").read_text())
     text = values["text_config"]
     full = {"head_dim": text.pop("global_head_dim"), "num_key_value_heads": text.pop("num_global_key_value_heads")}
     sliding = {"head_dim": text.pop("head_dim"), "num_key_value_heads": text.pop("num_key_value_heads")}
     text["per_layer_config"] = {"0": sliding, "1": sliding, "2": sliding, "3": full}
-    read = Gemma4AssistantConfig(**json.loads(json.dumps(values))).text_config
+    (folder / "config.json").write_text(json.dumps(values))
+    read = configure(target, folder).draft_model_config.hf_text_config
     assert (read.head_dim, read.global_head_dim) == (32, 64)
     assert (read.num_key_value_heads, read.num_global_key_value_heads) == (2, 1)
 

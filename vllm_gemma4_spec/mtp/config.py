@@ -39,36 +39,13 @@ class Gemma4AssistantConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
-            text_config = Gemma4TextConfig(**_flat(text_config))
+            text_config = Gemma4TextConfig(**text_config)
         self.text_config = text_config
         self.backbone_hidden_size = backbone_hidden_size
         self.use_ordered_embeddings = use_ordered_embeddings
         self.num_centroids = num_centroids
         self.centroid_intermediate_top_k = centroid_intermediate_top_k
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
-
-
-def _flat(text: dict[str, Any]) -> dict[str, Any]:
-    """``text`` with what ``per_layer_config`` says about full layers under the names that 5.5.4 knows.
-
-    transformers 5.15 and later write head counts and sizes that differ per layer there, keyed by the layer's number,
-    padded with zeros to the width of the layer count.
-    """
-    per_layer = text.get("per_layer_config")
-    if not isinstance(per_layer, dict) or "layer_types" not in text:
-        return text
-    out = dict(text)
-    kinds = {str(i): kind for i, kind in enumerate(text["layer_types"])}
-    renamed = {
-        "sliding_attention": {"head_dim": "head_dim", "num_key_value_heads": "num_key_value_heads"},
-        "full_attention": {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"},
-    }
-    for key, layer in per_layer.items():
-        kind = kinds.get(str(int(key)), "") if str(key).isdigit() else ""
-        for theirs, ours in renamed.get(kind, {}).items():
-            if isinstance(layer, dict) and layer.get(theirs) is not None:
-                out[ours] = layer[theirs]
-    return out
 
 
 def config_registry(original: dict[str, Any]) -> dict[str, Any]:
