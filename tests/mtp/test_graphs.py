@@ -25,15 +25,15 @@ class Rerun(AssistantGraphs):
     replays = padded = 0
 
     def capture(self, pool: Any, warmups: int = 0) -> None:
-        for n, depth in itertools.product(self.batch_sizes, self.depths):
-            drafts = torch.full((n, depth), -1, dtype=torch.int64)
-            again = SimpleNamespace(replay=lambda n=n, d=depth, drafts=drafts: drafts.copy_(self._run(n, d)))
-            self._graphs[n, depth] = again, drafts  # type: ignore[assignment]
+        for n, draft_length in itertools.product(self.batch_sizes, self.draft_lengths):
+            drafts = torch.full((n, draft_length), -1, dtype=torch.int64)
+            again = SimpleNamespace(replay=lambda n=n, d=draft_length, drafts=drafts: drafts.copy_(self._run(n, d)))
+            self._graphs[n, draft_length] = again, drafts  # type: ignore[assignment]
 
-    def replay(self, num_reqs: int, depth: int) -> torch.Tensor:
+    def replay(self, num_reqs: int, draft_length: int) -> torch.Tensor:
         self.replays += 1
         self.padded += num_reqs not in self.batch_sizes
-        return super().replay(num_reqs, depth)
+        return super().replay(num_reqs, draft_length)
 
 
 @pytest.fixture(scope="module")

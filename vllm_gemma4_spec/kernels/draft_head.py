@@ -21,7 +21,7 @@ BLOCK = 128  # token ids that are candidates together
 CANDIDATES = 8  # blocks computed exactly
 _CHUNK = 2**15  # token ids quantized at a time
 
-Product = Callable[[Tensor], Tensor]
+Gemm = Callable[[Tensor], Tensor]
 
 
 class DraftHead:
@@ -32,7 +32,7 @@ class DraftHead:
         coarse: ``[num_reqs, hidden_size]`` -> ``[num_reqs, vocab]``, rough logits; by default of an NVFP4 copy.
     """
 
-    def __init__(self, weight: Tensor, coarse: Product | None = None) -> None:
+    def __init__(self, weight: Tensor, coarse: Gemm | None = None) -> None:
         self.weight = weight
         self.most_requests = small_batch_gemm.most_rows(*weight.shape)
         if coarse is None:
@@ -41,7 +41,7 @@ class DraftHead:
         self._coarse = coarse or self._by_rows
 
     def _by_rows(self, hidden: Tensor) -> Tensor:
-        return small_batch_gemm.rows_product(hidden, self._codes, self._scales, self._scale_2)
+        return small_batch_gemm.gemm(hidden, self._codes, self._scales, self._scale_2)
 
     def argmax(self, hidden: Tensor) -> Tensor:
         """``[num_reqs, hidden_size]`` bfloat16 -> ``[num_reqs]`` int64 token ids, without a host sync."""

@@ -21,49 +21,49 @@ class AssistantGraphs:
     Args:
         proposer: its model is loaded, its KV cache bound and its metadata builders made.
         batch_sizes: numbers of requests to capture, in any order.
-        depths: numbers of passes to capture.
+        draft_lengths: numbers of passes to capture.
     """
 
-    def __init__(self, proposer: Any, batch_sizes: Sequence[int], depths: Sequence[int]) -> None:
-        self._proposer, self.batch_sizes, self.depths = proposer, sorted(batch_sizes), tuple(depths)
+    def __init__(self, proposer: Any, batch_sizes: Sequence[int], draft_lengths: Sequence[int]) -> None:
+        self._proposer, self.batch_sizes, self.draft_lengths = proposer, sorted(batch_sizes), tuple(draft_lengths)
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         # Batch size -> the captured one it is padded to.
         most = self.batch_sizes[-1]
         self._padded = [min(b for b in self.batch_sizes if b >= n) for n in range(most + 1)]
 
-    def _run(self, num_reqs: int, depth: int) -> Tensor:
+    def _run(self, num_reqs: int, draft_length: int) -> Tensor:
         # An upper bound of the lengths: what is captured must not depend on this step's.
         longest = self._proposer.vllm_config.model_config.max_model_len
-        drafts: Tensor = self._proposer._passes(num_reqs, depth, self._proposer.metadata(num_reqs, longest))
+        drafts: Tensor = self._proposer._passes(num_reqs, draft_length, self._proposer.metadata(num_reqs, longest))
         return drafts
 
     @torch.inference_mode()
     def capture(self, pool: Any, warmups: int = 2) -> None:
         """Capture every batch size, the largest first, so that the others reuse its memory."""
         self._pad(0, self.batch_sizes[-1])
-        for depth, num_reqs in itertools.product(self.depths, reversed(self.batch_sizes)):
+        for draft_length, num_reqs in itertools.product(self.draft_lengths, reversed(self.batch_sizes)):
             for _ in range(warmups if num_reqs == self.batch_sizes[-1] else 1):
-                self._run(num_reqs, depth)
+                self._run(num_reqs, draft_length)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
-                drafts = self._run(num_reqs, depth)
-            self._graphs[num_reqs, depth] = graph, drafts
+                drafts = self._run(num_reqs, draft_length)
+            self._graphs[num_reqs, draft_length] = graph, drafts
 
-    def fits(self, num_reqs: int, depth: int) -> bool:
-        return num_reqs <= self.batch_sizes[-1] and depth in self.depths
+    def fits(self, num_reqs: int, draft_length: int) -> bool:
+        return num_reqs <= self.batch_sizes[-1] and draft_length in self.draft_lengths
 
     def _pad(self, start: int, end: int) -> None:
         self._proposer.seq_lens[start:end].fill_(1)
         self._proposer.positions[start:end].zero_()
         self._proposer.input_ids[start:end].zero_()
 
-    def replay(self, num_reqs: int, depth: int) -> Tensor:
-        """Drafts for the proposer's buffers: ``[num_reqs, depth]`` int64, the caller's own."""
+    def replay(self, num_reqs: int, draft_length: int) -> Tensor:
+        """Drafts for the proposer's buffers: ``[num_reqs, draft_length]`` int64, the caller's own."""
         padded = self._padded[num_reqs]
         if padded > num_reqs:
             self._pad(num_reqs, padded)
-        graph, drafts = self._graphs[padded, depth]
+        graph, drafts = self._graphs[padded, draft_length]
         graph.replay()
         # The next graph that shares the pool may overwrite it.
         return drafts[:num_reqs].clone()

@@ -70,7 +70,7 @@ MTP_SCHEDULING = Patch(
     name="mtp-scheduling",
     group=Group.CONVENIENCE,
     why="For every drafter with hidden states the scheduler keeps k slots for its KV and drops the last block of a "
-    "prefix hit, which the patch prefix-hits mends, too; near the maximum length the runner drafts for none.",
+    "prefix hit, which the patch prefix-hits fixes, too; near the maximum length the runner drafts for none.",
     how="With an assistant, which stores nothing, prefix hits are those of plain decoding, no slot is kept beyond the "
     "verification's, and drafting goes on up to the maximum length.",
     retire="A release that asks a drafter whether it stores KV.",

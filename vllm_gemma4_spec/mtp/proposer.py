@@ -129,14 +129,14 @@ class AssistantProposer(RunnerProposer):
         num_reqs = max(2, min(num_tokens, self.most_requests))
         self._passes(num_reqs, 1, None)
 
-    def graphs_to_capture(self, depths: Sequence[int]) -> AssistantGraphs | None:
+    def graphs_to_capture(self, draft_lengths: Sequence[int]) -> AssistantGraphs | None:
         """Graphs of whole drafts; None where a metadata builder depends on more than device tensors."""
         config = self.vllm_config
         if not capturable(self):
             return None
         sizes, query_len = config.compilation_config.cudagraph_capture_sizes, self.num_speculative_tokens + 1
         counts = batch_sizes(sizes or (), query_len, config.scheduler_config.max_num_seqs)
-        return AssistantGraphs(self, counts, depths) if counts else None
+        return AssistantGraphs(self, counts, draft_lengths) if counts else None
 
     # Drafting.
 
@@ -166,7 +166,7 @@ class AssistantProposer(RunnerProposer):
             ``[num_reqs, num_speculative_tokens]`` int64.
         """
         cad = common_attn_metadata
-        num_reqs, depth = cad.num_reqs, self.num_speculative_tokens
+        num_reqs, draft_length = cad.num_reqs, self.num_speculative_tokens
         rows = token_indices_to_sample if token_indices_to_sample is not None else cad.query_start_loc[1:] - 1
         torch.index_select(target_hidden_states, 0, rows[:num_reqs], out=self.hidden_states[:num_reqs])
         self.input_ids[:num_reqs].copy_(next_token_ids)
@@ -179,9 +179,9 @@ class AssistantProposer(RunnerProposer):
         if self._check:
             check_draft(self._runner, self.draft_attn_groups, seq_lens, target_positions[rows[:num_reqs].long()])
         graphs: AssistantGraphs | None = self.__dict__.get(GRAPHS)
-        if graphs is not None and graphs.fits(num_reqs, depth):
-            return graphs.replay(num_reqs, depth)
-        return self._passes(num_reqs, depth, self.metadata(num_reqs, cad.max_seq_len))
+        if graphs is not None and graphs.fits(num_reqs, draft_length):
+            return graphs.replay(num_reqs, draft_length)
+        return self._passes(num_reqs, draft_length, self.metadata(num_reqs, cad.max_seq_len))
 
     def metadata(self, num_reqs: int, max_seq_len: int) -> dict[str, Any]:
         """What every pass of a draft attends with, by layer: each group's blocks, the same lengths, no slots."""
@@ -203,13 +203,13 @@ class AssistantProposer(RunnerProposer):
             out |= dict.fromkeys(group.layer_names, built)
         return out
 
-    def _passes(self, num_reqs: int, depth: int, metadata: dict[str, Any] | None) -> Tensor:
-        """``depth`` passes over the first ``num_reqs`` rows of the buffers: ``[num_reqs, depth]`` int64.
+    def _passes(self, num_reqs: int, draft_length: int, metadata: dict[str, Any] | None) -> Tensor:
+        """``draft_length`` passes over the first ``num_reqs`` rows of the buffers: ``[num_reqs, draft_length]`` int64.
 
         Leaves the last pass's token and hidden state in the buffers. No host synchronization.
         """
         ids, hidden = self.input_ids[:num_reqs], self.hidden_states[:num_reqs]
-        drafts = torch.empty(num_reqs, depth, dtype=torch.int64, device=self.device)
+        drafts = torch.empty(num_reqs, draft_length, dtype=torch.int64, device=self.device)
         parallel = self.vllm_config.parallel_config.data_parallel_size
         with set_forward_context(
             metadata,
@@ -218,10 +218,10 @@ class AssistantProposer(RunnerProposer):
             # Ranks need not agree on anything: an assistant has no experts.
             num_tokens_across_dp=torch.full((parallel,), num_reqs, dtype=torch.int32) if parallel > 1 else None,
         ):
-            for i in range(depth):
+            for i in range(draft_length):
                 normed, following = self.model(input_ids=ids, positions=self.positions[:num_reqs], hidden_states=hidden)
                 drafts[:, i] = self._greedy_sample(normed)
-                if i + 1 < depth:
+                if i + 1 < draft_length:
                     ids.copy_(drafts[:, i])
                     hidden.copy_(following)
         return drafts

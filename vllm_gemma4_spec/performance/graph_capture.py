@@ -70,7 +70,7 @@ def capture_drafts(runner: Any) -> int:
     setattr(runner.drafter, GRAPHS, graphs)
     logger.info(
         "Drafter: %d CUDA graphs of whole drafts (1 to %d requests) in %.1f s, %.2f GiB",
-        len(graphs.batch_sizes) * len(graphs.depths),
+        len(graphs.batch_sizes) * len(graphs.draft_lengths),
         graphs.batch_sizes[-1],
         time.perf_counter() - started,
         used / 2**30,
@@ -84,7 +84,7 @@ def _pool() -> Any:
     return current_platform.get_global_graph_pool()
 
 
-def _depths(runner: Any) -> Sequence[int]:
+def _draft_lengths(runner: Any) -> Sequence[int]:
     k: int = runner.drafter.num_speculative_tokens
     return range(1, k + 1) if adaptive_k.adapts(runner.speculative_config) else (k,)
 
@@ -104,7 +104,7 @@ def _wanted(runner: Any) -> bool:
 
 def _assistant_graphs(runner: Any) -> Any:
     """Graphs to capture of an assistant; none where it must stay eager."""
-    return runner.drafter.graphs_to_capture(_depths(runner)) if _wanted(runner) else None
+    return runner.drafter.graphs_to_capture(_draft_lengths(runner)) if _wanted(runner) else None
 
 
 def _draft_graphs(runner: Any) -> DraftGraphs | None:
@@ -114,7 +114,7 @@ def _draft_graphs(runner: Any) -> DraftGraphs | None:
         return None
     drafter = runner.drafter
     table, groups = runner.input_batch.block_table[drafter.kv_cache_gid], getattr(drafter, GROUPS)
-    return DraftGraphs(drafter, groups, table.get_device_tensor, type(drafter).propose, sizes, _depths(runner))
+    return DraftGraphs(drafter, groups, table.get_device_tensor, type(drafter).propose, sizes, _draft_lengths(runner))
 
 
 def _batch_sizes(runner: Any) -> list[int]:
