@@ -148,8 +148,8 @@ SHOWN = {
         r"gemma4_assistant|Gemma4Assistant",
     ),
     "mtp-scheduling": Shown(
-        "mtp/test_drafts::test_stock_scheduling_stops_before_the_maximum_length",
-        "mtp/test_drafts::test_drafts_go_on_to_the_maximum_length",
+        "mtp/test_stock_scheduling::test_stock_scheduling_stops_before_the_maximum_length",
+        "mtp/test_drafts::test_drafts_go_on_to_the_maximum_length[31b]",
         r"assert \d+ > \d+",
     ),
     "mtp-checks": Shown(
