@@ -152,6 +152,28 @@ def test_per_layer_configuration_of_later_transformers(target: Path, tmp_path: P
     assert (read.num_key_value_heads, read.num_global_key_value_heads) == (2, 1)
 
 
+def inspected(folder: Path) -> Any:
+    from typer.testing import CliRunner
+
+    from vllm_gemma4_spec import cli
+
+    return CliRunner().invoke(cli.app, ["inspect", str(folder)])
+
+
+def test_inspect_knows_an_assistant(tmp_path: Path) -> None:
+    done = inspected(pairs.save_assistant(pairs.KINDS["e2b"](), tmp_path))
+    assert done.exit_code == 0, done.output
+    assert "Gemma4AssistantForCausalLM" in done.output
+    assert "refuses it: Gemma 4's MTP assistants came with 0.21.0" in done.output
+    assert "drafts with it for its own target" in done.output
+
+
+def test_inspect_names_what_is_missing(tmp_path: Path) -> None:
+    folder = edited(tmp_path, lambda t: t.pop("masked_embedding.token_ordering"), kind="e2b")
+    done = inspected(folder)
+    assert "tensor masked_embedding.token_ordering is missing" in str(done.exception) + done.output
+
+
 def test_stock_does_not_know_assistants(target: Path, tmp_path: Path) -> None:
     assistant = pairs.save_assistant(pairs.KINDS["31b"](), tmp_path)
     with without(MTP_ASSISTANT), pytest.raises(Exception, match=r"gemma4_assistant|Gemma4Assistant"):

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_gemma4_spec.checkpoints.files import read_headers
+from vllm_gemma4_spec.checkpoints.files import Checkpoint, read_headers
 from vllm_gemma4_spec.checkpoints.tensor_info import TensorInfo
-from vllm_gemma4_spec.errors import DrafterError
+from vllm_gemma4_spec.errors import CheckpointError, DrafterError
+from vllm_gemma4_spec.hf_config.normal_form import normalized
 
 _NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 # What belongs to a quantized matrix beside its weight, or stands in its weight's place.
@@ -62,6 +63,27 @@ def check(folder: Path, config: Any) -> None:
     if not files:
         raise DrafterError(f"assistant {folder}: no .safetensors file; download the model again")
     compare(read_headers(files), config, str(folder))
+
+
+def compare_checkpoint(checkpoint: Checkpoint) -> None:
+    """:func:`check` of a checkpoint whose headers have been read.
+
+    Raises:
+        DrafterError: as :func:`check`.
+        CheckpointError: its config.json is none of an assistant's.
+    """
+    from vllm_gemma4_spec.mtp.config import Gemma4AssistantConfig
+
+    file = str(checkpoint.folder / "config.json")
+    plain = normalized(checkpoint.config, file)
+    try:
+        config = Gemma4AssistantConfig.from_dict(plain)
+        expected(config)
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises many kinds for a malformed config
+        raise CheckpointError(f"{file}: cannot be read as an assistant's ({str(error).splitlines()[0]})") from None
+    compare(checkpoint.tensors, config, str(checkpoint.folder))
 
 
 def compare(tensors: Mapping[str, TensorInfo], config: Any, folder: str) -> None:
