@@ -157,6 +157,8 @@ def inspected(folder: Path) -> Any:
 
     from vllm_gemma4_spec import cli
 
+    if "inspect" not in {c.name for c in cli.app.registered_commands}:
+        cli._register([])
     return CliRunner().invoke(cli.app, ["inspect", str(folder)])
 
 
