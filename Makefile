@@ -134,6 +134,7 @@ audit: setup
 
 wheel: setup
 	$(BIN)/uv build --python $(BIN)/python --out-dir dist
+	$(BIN)/uv build --python $(BIN)/python --out-dir dist --wheel demo
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
