@@ -12,7 +12,7 @@ JOBS    ?= 2
 export GEMMA4_ARTIFACTS ?=
 
 .PHONY: setup demo test test-slow test-gpu test-gpus test-exporters offline-bundle soak test-load test-faults fuzz \
-    test-upstream lint types check fingerprints ledger fields schemas plan-measured constraints drift supply-chain audit \
+    test-upstream lint types check fingerprints ledger fields schemas reference plan-measured constraints drift supply-chain audit \
     wheel docs clean
 
 setup: $(STAMP)
@@ -108,6 +108,10 @@ fields: setup
 # After what a command prints with --json was changed.
 schemas: setup
 	$(BIN)/python -m vllm_gemma4_spec.ops.output docs/reference/json.md
+
+# After a setting, a command's option or a metric was changed.
+reference: setup
+	$(BIN)/python tools/reference_pages.py
 
 # After a results file of benchmarks/full_shape.py was added: what `plan` predicts from.
 plan-measured: setup
