@@ -12,7 +12,7 @@ JOBS    ?= 2
 export GEMMA4_ARTIFACTS ?=
 
 .PHONY: setup demo test test-slow test-gpu test-gpus test-exporters offline-bundle soak test-load test-faults fuzz \
-    test-upstream lint types check fingerprints ledger fields schemas plan-measured constraints drift supply-chain audit \
+    test-upstream lint types check fingerprints ledger fields schemas reference plan-measured constraints drift supply-chain audit \
     wheel docs clean
 
 setup: $(STAMP)
@@ -109,6 +109,10 @@ fields: setup
 schemas: setup
 	$(BIN)/python -m vllm_gemma4_spec.ops.output docs/reference/json.md
 
+# After a setting, a command's option or a metric was changed.
+reference: setup
+	$(BIN)/python tools/reference_pages.py
+
 # After a results file of benchmarks/full_shape.py was added: what `plan` predicts from.
 plan-measured: setup
 	$(BIN)/python tools/plan_measured.py
@@ -136,6 +140,7 @@ audit: setup
 
 wheel: setup
 	$(BIN)/uv build --python $(BIN)/python --out-dir dist
+	$(BIN)/uv build --python $(BIN)/python --out-dir dist --wheel demo
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
