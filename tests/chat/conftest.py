@@ -61,5 +61,11 @@ def overlay() -> Iterator[None]:
         PATCHER.undo([CHAT_OUTPUT])
 
 
+@pytest.fixture(scope="session")
+def both(overlay: None, folder: Path) -> server.Server:
+    """The server with both parsers that all tests of answers ask: making one takes seconds."""
+    return server.run(server.Server(str(folder)).start())
+
+
 def pytest_sessionfinish() -> None:
     server.close()

@@ -268,3 +268,24 @@ SCENARIOS = [
     _("no stop string across kinds", T + "ab" + E + "cd ef" + TURN, stop=["bc", "d e"], **THINK),
     _("a header does not stop", "<|turn>model\nOne\nTwo" + TURN, stop=["\n"]),
 ]
+
+# One or two of every kind, for tests that cost much a scenario; the others are slow there.
+FEW = {
+    "reasoning, content, a call",
+    "every kind of argument",
+    "other special tokens in content",
+    "cut in the name",
+    "cut in a word",
+    "content cut inside a character",
+    "one call only, then a cut one",
+    "a number beyond every float",
+    "quotes in a bare value",
+    "an empty key",
+    "a header before a call",
+    "a header cut inside",
+    "two calls in one pair of marks",
+    "junk behind a call",
+    "no word call",
+    "a line end stops, after thinking",
+    "a call does not stop",
+}

@@ -57,7 +57,7 @@ def read(text: str, size: int) -> tuple[str, bool, str]:
 
 
 @given(st.dictionaries(KEYS.filter(bool), VALUES, max_size=4), st.booleans(), st.integers(1, 9))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_round_trip(value: dict[str, Any], quoted_keys: bool, size: int) -> None:
     text, complete, rest = read(written(value, quoted_keys), size)
     assert json.loads(text) == value
@@ -66,7 +66,7 @@ def test_round_trip(value: dict[str, Any], quoted_keys: bool, size: int) -> None
 
 
 @given(st.dictionaries(KEYS.filter(bool), VALUES, max_size=4), st.integers(1, 9))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_plain_json(value: dict[str, Any], size: int) -> None:
     for ascii_ in (True, False):
         text = json.dumps(value, ensure_ascii=ascii_).replace(MARK, "")
@@ -74,7 +74,7 @@ def test_plain_json(value: dict[str, Any], size: int) -> None:
 
 
 @given(st.dictionaries(KEYS.filter(bool), VALUES, max_size=4), st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_cut_anywhere_it_is_json(value: dict[str, Any], data: st.DataObject) -> None:
     """Cut: valid JSON all the same, and no scalar that is not in the whole."""
     whole = written(value, False)
@@ -155,7 +155,7 @@ def test_what_fits_nowhere_is_given_back(text: str) -> None:
 
 @pytest.mark.parametrize("form", ["native", "json"])
 @given(st.text(st.sampled_from('ab,}]"\\\\ud83e0 :é'), max_size=24))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_a_string_in_quotes_is_read_whole_or_cut(form: str, inside: str) -> None:
     """Any text between ordinary quotes, in two parts: always JSON that UTF-8 can carry."""
     for at in range(len(inside) + 1):

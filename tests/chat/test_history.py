@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -28,10 +28,10 @@ CALLED = (
 
 
 @pytest.fixture(scope="module", params=FOLDERS or [None], ids=NAMES or ["small"])
-def served(request: Any, overlay: None, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
-    if request.param is not None:
-        folder = tokenizers_.write_genuine(tmp_path_factory.mktemp("template"), request.param)
-    return server.run(Server(str(folder)).start())
+def served(request: Any, both: Server) -> Iterator[Server]:
+    both.use_template(request.param.read_text() if request.param else None)
+    yield both
+    both.use_template(None)
 
 
 def post(served: Server, path: str, body: dict[str, Any]) -> httpx.Response:
@@ -89,6 +89,7 @@ def test_responses_items_come_back_as_one_turn(served: Server, encode: Any) -> N
         if name != "results between":
             prompts.add(text)
         assert text.count("<|turn>model\n") == 1, (name, text)
+        assert "Wait. " in text
         assert "unknown" not in text
         for tool in ("get", "set-it"):
             assert f"call:{tool}{{" in text or tokenizers_.artifacts() is None
@@ -164,6 +165,7 @@ def test_thinking_is_switched_by_every_apis_own_field(served: Server, encode: An
         assert ("<|think|>" in prompt(served)) == thinks, (api, fields)
 
 
+USED = {"type": "tool_use", "id": "c", "name": "get", "input": {}}
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {"messages": [USER, {"role": "robot", "content": "x"}]}, "messages[1]"),
     ("chat", {"messages": [USER, {"role": "tool", "tool_call_id": "no", "content": "x"}]}, "'no'"),
@@ -183,6 +185,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "'no'",
     ),
     ("messages", {"thinking": {"type": "perhaps"}}, "thinking"),
+    ("messages", {"chat_template_kwargs": [1]}, "chat_template_kwargs"),
+    ("messages", {"messages": [{"role": "robot", "content": "x"}]}, "messages"),
+    ("messages", {"messages": [{"role": "user", "content": [{"type": "weather"}]}]}, "messages"),
+    ("messages", {"messages": [USER, {"role": "assistant", "content": [USED, USED]}]}, "tool_calls[1]"),
+    ("responses", {"chat_template_kwargs": [1]}, "chat_template_kwargs"),
 ]
 
 
@@ -296,3 +303,17 @@ def test_reasoning_content_does_not_replace_reasoning() -> None:
     messages = [{"role": "assistant", "content": "", "reasoning": "a", "reasoning_content": "b"}]
     prepare(messages)
     assert messages[0]["reasoning"] == "a"
+
+
+def test_results_behind_a_message_of_the_user_are_with_their_call() -> None:
+    """A result of ``/v1/messages`` that has an image becomes a message of the user as well."""
+    calls = [{"id": i, "type": "function", "function": {"name": "f", "arguments": "{}"}} for i in "ab"]
+    messages: list[Any] = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": calls}]
+    image = {"role": "user", "content": "an image"}
+    results = [{"role": "tool", "tool_call_id": i, "content": i} for i in "ab"]
+    messages += [results[0], image, results[1]]
+    prepare(messages)
+    assert messages[2:] == [*results, image]
+    before = list(messages)
+    prepare(messages)
+    assert messages == before

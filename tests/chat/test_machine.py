@@ -1,4 +1,6 @@
-"""The state machine against the reference, over arbitrary sequences of control and text tokens."""
+"""The state machine against the reference, over arbitrary sequences of control and text tokens.
+
+A few hundred examples each; `make fuzz` asks the same reference millions of times."""
 
 from __future__ import annotations
 
@@ -103,7 +105,7 @@ def compare(message: Message, meaning: reference.Meaning) -> None:
 
 
 @given(data=st.data(), reasoning=st.booleans(), tools=st.booleans(), shown=st.booleans(), parallel=st.booleans())
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_agrees_with_the_reference(
     subject: Subject, data: st.DataObject, reasoning: bool, tools: bool, shown: bool, parallel: bool
 ) -> None:
@@ -126,7 +128,7 @@ def test_agrees_with_the_reference(
 
 
 @given(data=st.data(), seen=st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_tokens_of_the_vocabulary(subject: Subject, data: st.DataObject, seen: bool) -> None:
     """Not only the words above: any token, bytes of characters as well; also where its text is known by now."""
     tokens = data.draw(subject.anything)
@@ -152,7 +154,7 @@ OPTIONS = st.builds(
 
 
 @given(data=st.data(), options=OPTIONS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_any_cut_gives_the_same(subject: Subject, data: st.DataObject, options: Options) -> None:
     tokens = data.draw(subject.outputs)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=6)))
@@ -178,7 +180,7 @@ def cut_up(subject: Subject, tokens: list[int], cuts: Sequence[int], options: Op
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_nothing_is_lost_or_doubled(subject: Subject, data: st.DataObject) -> None:
     """Without calls, reasoning and content together are the text of all ordinary tokens, labels apart."""
     tokens = [t for t in data.draw(subject.outputs) if t != CHANNEL]
@@ -196,7 +198,7 @@ def test_nothing_is_lost_or_doubled(subject: Subject, data: st.DataObject) -> No
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_no_text_of_control_tokens(subject: Subject, data: st.DataObject) -> None:
     looks = [t for c in "<>|" for t in subject.vocabulary.core.encode(c, add_special_tokens=False).ids]
     tokens = [t for t in data.draw(subject.outputs) if t not in looks]
@@ -208,7 +210,7 @@ def test_no_text_of_control_tokens(subject: Subject, data: st.DataObject) -> Non
 
 
 @given(data=st.data(), include=st.booleans(), shown=st.booleans(), reasoning=st.booleans())
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_stop_strings(subject: Subject, data: st.DataObject, include: bool, shown: bool, reasoning: bool) -> None:
     """The engine has cut the content at a stop string; the parser cuts at the same character, whatever the delta."""
     tokens = data.draw(subject.outputs)
@@ -258,7 +260,7 @@ def test_bytes_that_are_no_text_cost_no_more(subject: Subject) -> None:
 
 @example(["a", "b"])
 @given(st.lists(st.text(max_size=5), min_size=1, max_size=4))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_required_and_named_choices(subject: Subject, values: list[str]) -> None:
     """JSON of any content, token by token, is what json.loads makes of it; cut anywhere it stays JSON."""
     calls = [{"name": f"f{i}", "parameters": {"v": v, "n": [i, {"x": None}]}} for i, v in enumerate(values)]

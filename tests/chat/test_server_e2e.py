@@ -18,7 +18,7 @@ from vllm_gemma4_spec.chat.patches import CHAT_OUTPUT
 from vllm_gemma4_spec.registry import PATCHER
 
 from . import server
-from .scenarios import SCENARIOS, TOOLS, Scenario
+from .scenarios import FEW, SCENARIOS, TOOLS, Scenario
 from .server import MODEL, Server, all_at_once, by
 from .test_serving import USER, differences, expected
 
@@ -35,8 +35,8 @@ OUTPUT = (
 
 
 @pytest.fixture(scope="module")
-def served(overlay: None, folder: Any) -> Server:
-    return server.run(Server(str(folder)).start())
+def served(overlay: None, both: Server) -> Server:
+    return both
 
 
 def http(served: Server, library: Any = httpx) -> Any:
@@ -183,7 +183,11 @@ def blocks(message: Any) -> list[tuple[str, Any]]:
     return out
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "scenario",
+    [pytest.param(s, marks=[] if s.name in FEW else pytest.mark.slow) for s in SCENARIOS],
+    ids=[s.name for s in SCENARIOS],
+)
 def test_every_endpoint_says_the_same(served: Server, scenario: Scenario, encode: Any, plain: Any) -> None:
     """/v1/responses and /v1/messages, streamed and not, against the reference."""
     tokens = scenario.tokens(encode, plain)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, MutableSequence, Sequence
 from typing import Any
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -36,8 +36,9 @@ class _Calls:
         self._answered[call_id] = True
 
 
-def prepare(messages: Sequence[Any], name: str = "messages") -> None:
-    """Check the messages of a chat and complete them in place: ``reasoning_content`` is ``reasoning``.
+def prepare(messages: MutableSequence[Any], name: str = "messages") -> None:
+    """Check the messages of a chat and complete them in place: ``reasoning_content`` is ``reasoning``, results stand
+    behind the message that calls.
 
     Args:
         name: what errors call the list.
@@ -61,6 +62,12 @@ def prepare(messages: Sequence[Any], name: str = "messages") -> None:
                     _check_call(call, calls, f"{where}.tool_calls[{n}]")
         elif role == "tool" and message.get("tool_call_id"):
             calls.answered(message["tool_call_id"], where)
+    ordered: list[Any] = []
+    for message in messages:
+        result = isinstance(message, Mapping) and message.get("role") == "tool" and message.get("tool_call_id")
+        ordered.insert(_behind_call(ordered, result) if result else len(ordered), message)
+    if any(a is not b for a, b in zip(ordered, messages, strict=True)):
+        messages[:] = ordered
 
 
 def _check_call(call: Mapping[str, Any], calls: _Calls, where: str) -> None:
@@ -189,12 +196,24 @@ def _add(messages: list[Message], field: str, text: str) -> None:
 
 
 def _insert_result(messages: list[Message], item: Mapping[str, Any]) -> None:
-    """Templates look for results right behind the message that calls."""
-    at = next(i for i, m in enumerate(messages) if any(c["id"] == item["call_id"] for c in m.get("tool_calls") or ()))
-    at += 1
-    while at < len(messages) and messages[at]["role"] == "tool":
+    result = {"role": "tool", "tool_call_id": item["call_id"], "content": item.get("output")}
+    messages.insert(_behind_call(messages, item["call_id"]), result)
+
+
+def _behind_call(messages: Sequence[Any], call_id: Any) -> int:
+    """Where the result of a call belongs: templates look for it right behind the message that calls."""
+    at = len(messages)
+    while at and not _calls(messages[at - 1], call_id):
+        at -= 1
+    while at < len(messages) and isinstance(messages[at], Mapping) and messages[at].get("role") == "tool":
         at += 1
-    messages.insert(at, {"role": "tool", "tool_call_id": item["call_id"], "content": item.get("output")})
+    return at
+
+
+def _calls(message: Any, call_id: Any) -> bool:
+    if not isinstance(message, Mapping):
+        return False
+    return any(call.get("id") == call_id for call in message.get("tool_calls") or ())
 
 
 def _text(content: Any) -> str:

@@ -33,7 +33,10 @@ _ASKED: ContextVar[_Asked | None] = ContextVar("gemma4_messages_asked", default=
 
 async def _asked(request: Any, raw_request: Any) -> _Asked:
     body = await raw_request.json() if raw_request is not None else {}
-    template = dict(body.get("chat_template_kwargs") or {})
+    template = body.get("chat_template_kwargs") or {}
+    if not isinstance(template, dict):
+        raise HistoryError("chat_template_kwargs: not an object")
+    template = dict(template)
     thinking = body.get("thinking")
     if thinking is not None:
         kind = thinking.get("type") if isinstance(thinking, dict) else thinking

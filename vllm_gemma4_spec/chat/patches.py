@@ -51,6 +51,8 @@ CHAT_OUTPUT = Patch(
     edits=(
         Edit(f"{_RENDER}.__init__", startup.render_init),
         Edit(f"{_RENDER}.preprocess_chat", startup.preprocess_chat),
+        Edit(f"{_RENDER}.render_chat", startup.render_chat),
+        Edit(f"{_BATCH}.render_batch_chat_request", startup.render_chat),
         Edit(f"{_SERVING}._parse_tool_calls_from_content", completions.parsed_calls),
         Edit(f"{_CHAT}.chat_completion_stream_generator", completions.stream_generator),
         Edit(f"{_CHAT}.chat_completion_full_generator", completions.full_generator),

@@ -55,7 +55,7 @@ class ReadableItems:
 def _readable(body: bytes) -> bytes:
     try:
         request = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return body  # vLLM has an answer to that
     if not isinstance(request, dict) or not isinstance(request.get("input"), list):
         return body
@@ -69,6 +69,8 @@ def build_app(original: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         app = original(*args, **kwargs)
         app.user_middleware.append(Middleware(ReadableItems))
+        if app.middleware_stack is not None:  # SageMaker's bootstrap, the last thing vLLM does, has built it
+            app.middleware_stack = app.build_middleware_stack()
         return app
 
     return wrapper

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm import envs
 
-from vllm_gemma4_spec.chat.history import prepare
+from vllm_gemma4_spec.chat.history import HistoryError, prepare
 from vllm_gemma4_spec.chat.requests import Parsers, Plan
 from vllm_gemma4_spec.chat.seen import SeenStops
 from vllm_gemma4_spec.chat.tokens import TokenizerError, vocabulary
@@ -89,6 +89,20 @@ def preprocess_chat(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def render_chat(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``OpenAIServingRender.render_chat`` and ``OpenAIServingChatBatch.render_batch_chat_request``: what is wrong
+    with a history is an answer, not an error that the server logs with its stack."""
+
+    @functools.wraps(original)
+    async def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await original(self, *args, **kwargs)
+        except HistoryError as error:
+            return self.create_error_response(error)
+
+    return wrapper
+
+
 def _template_arguments(render: Any, request: Any, given: dict[str, Any] | None) -> dict[str, Any]:
     """The arguments of the template that the request's own ``chat_template_kwargs`` go before.
 
@@ -100,7 +114,10 @@ def _template_arguments(render: Any, request: Any, given: dict[str, Any] | None)
     if effort is not None:
         arguments["enable_thinking"] = effort != "none"
     if given is None:
-        arguments |= getattr(request, "chat_template_kwargs", None) or {}
+        own = getattr(request, "chat_template_kwargs", None) or {}
+        if not isinstance(own, dict):
+            raise HistoryError("chat_template_kwargs: not an object")
+        arguments |= own
     return arguments
 
 
