@@ -89,12 +89,30 @@ def test_responses_items_come_back_as_one_turn(served: Server, encode: Any) -> N
         if name != "results between":
             prompts.add(text)
         assert text.count("<|turn>model\n") == 1, (name, text)
-        assert "Wait. " in text
+        assert "Wait." in text
         assert "unknown" not in text
         for tool in ("get", "set-it"):
             assert f"call:{tool}{{" in text or tokenizers_.artifacts() is None
             assert f"response:{tool}{{" in text or tokenizers_.artifacts() is None
+    parts = [{**r, "output": [{"type": "input_text", "text": r["output"]}]} for r in results(output)]
+    asked(served, encode, "/v1/responses", {**first, "input": [USER, *output, *parts]})
+    prompts.add(prompt(served))
     assert len(prompts) == 1
+
+
+def test_a_stored_response_comes_back_as_one_turn(served: Server, encode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served.app.state.openai_serving_responses, "enable_store", True)
+    body = {"tools": FLAT, "reasoning": {"effort": "high"}, "instructions": "Be kind."}
+    answer = asked(served, encode, "/v1/responses", {**body, "input": "Hi"}, CALLED)
+    asked(served, encode, "/v1/responses", {**body, "input": [USER, *answer["output"], *results(answer["output"])]})
+    wanted = prompt(served)
+    more = {"input": results(answer["output"]), "previous_response_id": answer["id"]}
+    third = asked(served, encode, "/v1/responses", {**body, **more})
+    assert prompt(served) == wanted
+    asked(served, encode, "/v1/responses", {**body, "input": "And?", "previous_response_id": third["id"]})
+    assert prompt(served).startswith(wanted.partition("<|tool_response>")[0])
+    assert prompt(served).count("Be kind.") == 1
+    assert "Done." in prompt(served)
 
 
 def test_every_api_makes_the_same_prompt_of_the_same_history(served: Server, encode: Any) -> None:
@@ -206,6 +224,8 @@ def test_bad_items_are_named(served: Server, encode: Any) -> None:
     assert reply.status_code == 400
     assert "messages[1].tool_calls[1]" in reply.json()["error"]["message"]
     asked(served, encode, "/v1/chat/completions", {"messages": [USER]})
+    reply = post(served, "/v1/chat/completions", {"messages": [USER], "stop": ["a", ""]})
+    assert (reply.status_code, "empty string" in reply.text) == (400, True)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -82,16 +82,17 @@ def preprocess_chat(original: Callable[..., Any]) -> Callable[..., Any]:
         if own is not None and parsers is not None and not envs.VLLM_USE_EXPERIMENTAL_PARSER_CONTEXT:
             request.skip_special_tokens = own
             plan = Plan.of(parsers, request, self.renderer.tokenizer)
-            if plan.options.stop:
-                request.stop = SeenStops.of(plan.options.stop, plan)
+            if plan.options.stop:  # all of them: vLLM refuses one that is empty
+                request.stop = SeenStops.of([request.stop] if isinstance(request.stop, str) else request.stop, plan)
         return result
 
     return wrapper
 
 
-def render_chat(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``OpenAIServingRender.render_chat`` and ``OpenAIServingChatBatch.render_batch_chat_request``: what is wrong
-    with a history is an answer, not an error that the server logs with its stack."""
+def refusals(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``OpenAIServingRender.render_chat``, ``OpenAIServingChatBatch.render_batch_chat_request`` and
+    ``OpenAIServingResponses.create_responses``: what is wrong with a history is an answer, not an error that the server
+    logs with its stack."""
 
     @functools.wraps(original)
     async def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
