@@ -55,4 +55,4 @@ def test_without_a_compiler_marlin_stays_and_the_log_says_so(
         assert not small_batch_gemm.available()
     finally:
         small_batch_gemm.available.cache_clear()
-    assert said == ["NVFP4 products of few rows stay on Marlin: libnvrtc.so.12: cannot open shared object file"]
+    assert said == ["Small-batch NVFP4 GEMMs stay on Marlin: libnvrtc.so.12: cannot open shared object file"]

@@ -89,7 +89,7 @@ def preprocess_chat(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def refusals(original: Callable[..., Any]) -> Callable[..., Any]:
+def history_errors(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps ``OpenAIServingRender.render_chat``, ``OpenAIServingChatBatch.render_batch_chat_request`` and
     ``OpenAIServingResponses.create_responses``: what is wrong with a history is an answer, not an error that the server
     logs with its stack."""

@@ -19,7 +19,7 @@ LORA_ALIASES = Patch(
     name="lora-aliases",
     group=Group.CORRECTNESS,
     why="Gemma4Model holds its layers under two names. A LoRA adapter is set under the one and cleared again under "
-    "the other, for which it has no weights: requests with an adapter are answered as without, with and without "
+    "the other, for which it has no weights: requests with an adapter get the base model's answer, with and without "
     "speculation.",
     how="A layer that is registered already is not registered under a second name.",
     retire="A release whose LoRA manager passes over aliases, or whose Gemma4Model has none.",

@@ -150,7 +150,7 @@ def _register(_module: Any) -> None:
 
 
 def attach_router(original: Callable[[Any], None]) -> Callable[[Any], None]:
-    """``attach_router``: where vLLM's ``/metrics`` reads multiprocess files alone, one that shows our figures, too."""
+    """``attach_router``: where vLLM's ``/metrics`` reads multiprocess files alone, one that shows our metrics, too."""
 
     @functools.wraps(original)
     def wrapper(app: Any) -> None:

@@ -81,7 +81,7 @@ def try_schedule_encoder_inputs(original: Callable[..., Any]) -> Callable[..., A
 
 
 def initialize_attn_backend(original: Callable[..., None]) -> Callable[..., None]:
-    """``GPUModelRunner.initialize_attn_backend``: says so where images can but attend causally."""
+    """``GPUModelRunner.initialize_attn_backend``: warns if a backend attends causally to images."""
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,6 +1,6 @@
 """How torch.compile makes the small kernels of a draft model.
 
-A draft pass runs some 300 kernels of 1 to 3 us each, norms and activations between the products. Programmatic
+A draft pass runs some 300 kernels of 1 to 3 us each, norms and activations between the GEMMs. Programmatic
 dependent launch lets each of them start while the one before ends, and a reduction over one hidden state
 (2,560 values) is read once instead of once per sum.
 """

@@ -132,7 +132,7 @@ def checkpoint_prefix(prefix: str) -> str:
 
 
 def float_modules(model_name: str) -> frozenset[str]:
-    """The modules that a checkpoint holds unquantized, after a look at all its headers if it lies here.
+    """The modules that a checkpoint holds unquantized, after reading all its headers if it lies here.
 
     Raises:
         CheckpointError: a shard or a tensor is not what it must be. ``vllm serve`` ends with that line.

@@ -57,7 +57,7 @@ def block_table_init(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def add_row(original: Callable[..., None]) -> Callable[..., None]:
-    """``BlockTable.add_row``: what the row's last request left behind its end becomes block 0, the null block."""
+    """``BlockTable.add_row``: clears entries that the row's last request left past the new end."""
 
     @functools.wraps(original)
     def wrapper(self: Any, block_ids: list[int], row_idx: int) -> None:

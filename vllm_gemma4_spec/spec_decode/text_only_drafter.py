@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_gemma4_spec import scope
 
-# What a checkpoint's top level says about the language model, too.
+# Keys of a multimodal config that its language model needs, too.
 _CARRIED_OVER = ("dtype", "quantization_config", "tie_word_embeddings")
 
 
