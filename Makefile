@@ -7,6 +7,7 @@ BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 GPU_PYTHON ?= python3
 PART    ?=
+JOBS    ?= 2
 # Tests read the genuine tokenizer, templates and configs where this names them, and say what they skip.
 export GEMMA4_ARTIFACTS ?=
 
@@ -27,8 +28,9 @@ $(STAMP): pyproject.toml constraints/cpu.txt constraints/cpu-overrides.txt
 demo: setup
 	$(BIN)/vllm-gemma4-spec demo
 
+# Engines in the tests compute with one thread each, so JOBS files are tested at a time.
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu"

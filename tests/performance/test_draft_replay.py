@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.support.engine import acceptance, engine, generate, random_prompts
-from vllm_gemma4_spec.performance.draft_graphs import GRAPHS, DraftGraphs, _Graph, with_draft_length, decode_batch_sizes
+from vllm_gemma4_spec.performance.draft_graphs import GRAPHS, DraftGraphs, _Graph, decode_batch_sizes, with_draft_length
 from vllm_gemma4_spec.spec_decode.slot_mapping import PADDING_SLOT_ID, group_slot_mappings
 
 K = 3

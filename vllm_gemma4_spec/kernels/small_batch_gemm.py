@@ -202,7 +202,7 @@ def available() -> bool:
     """Whether the kernel compiles here; if not, the log says once why, and vLLM's kernels stay."""
     try:
         _kernel(_TILES[0], False, False)
-    except (OSError, RuntimeError) as error:
+    except (ImportError, RuntimeError) as error:
         logger.warning("Small-batch NVFP4 GEMMs stay on Marlin: %s", str(error).splitlines()[0])
         return False
     return True

@@ -47,7 +47,7 @@ COUNTERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("saturated", "zeroed"),
     ),
     "drafts_skipped": (
-        "Drafts (one per request and step) not made, within k tokens of the maximum length.",
+        "Drafts (one per request and step) not made, because the batch was near the maximum length.",
         "",
         ("",),
     ),

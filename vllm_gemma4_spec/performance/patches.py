@@ -64,7 +64,7 @@ DRAFT_PIECES = Patch(
     group=Group.CONVENIENCE,
     why="Only EAGLE's dispatcher is given piecewise CUDA graphs, so the passes of a draft model in a batch that also "
     "holds a prompt are launched kernel by kernel.",
-    how="The draft model's dispatcher gets the target's sizes, too; vLLM's own dummy runs then capture piecewise graphs.",
+    how="The draft model's dispatcher gets the target's sizes, too; vLLM's dummy runs then capture piecewise graphs.",
     retire="A release that initializes the dispatcher of draft models.",
     scope="Draft models of engines with a Gemma 4 as target or drafter.",
     related="none found",

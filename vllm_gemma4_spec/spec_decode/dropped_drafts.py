@@ -1,4 +1,4 @@
-"""Counts the drafts that a step went without: within k tokens of the maximum length the drafter is not run."""
+"""Counts dropped drafts: those of steps near the maximum length, in which vLLM does not run the drafter."""
 
 from __future__ import annotations
 

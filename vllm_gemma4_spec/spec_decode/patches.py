@@ -259,8 +259,9 @@ ACCEPTANCE_WATCH = Patch(
 SKIPPED_DRAFTS = Patch(
     name="skipped-drafts",
     group=Group.CONVENIENCE,
-    why="Within k tokens of the maximum length the drafter is not run, for every request of the batch, and no metric "
-    "says so: tok/s falls, and so does acceptance under async scheduling, where zeros stand in for the drafts.",
+    why="When every request of a batch is within k tokens of the maximum length (with EAGLE heads: when one is), vLLM "
+    "runs no draft pass and no metric says so. tok/s falls; under async scheduling so does acceptance, as zeros are "
+    "verified in place of drafts.",
     how="Steps that sample without a call of propose_draft_token_ids are counted, as "
     "gemma4_spec_drafts_skipped_total at /metrics.",
     retire="A release that counts them.",
