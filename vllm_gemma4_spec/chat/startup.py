@@ -19,6 +19,9 @@ def render_init(original: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
         TokenizerError: a parser named ``gemma4`` was asked for and the tokenizer is not Gemma 4's.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
     """
 
     @functools.wraps(original)
@@ -42,6 +45,9 @@ def preprocess_chat(original: Callable[..., Any]) -> Callable[..., Any]:
 
     vLLM's text parsers need the control tokens in the text, so there they set ``skip_special_tokens`` to
     False whatever the request says. The parser on token ids needs no text: the request keeps its own.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
     """
 
     @functools.wraps(original)
