@@ -12,7 +12,8 @@ JOBS    ?= 2
 export GEMMA4_ARTIFACTS ?=
 
 .PHONY: setup demo test test-slow test-gpu test-gpus test-exporters offline-bundle soak test-load test-faults fuzz \
-    test-upstream lint types check fingerprints ledger fields schemas reference plan-measured constraints drift supply-chain audit \
+    test-clients constraints-clients test-upstream lint types check fingerprints ledger fields schemas reference \
+    plan-measured constraints drift supply-chain audit \
     wheel docs clean
 
 setup: $(STAMP)
@@ -56,6 +57,27 @@ test-upstream: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --override constraints/cpu-overrides.txt \
 	    --constraint constraints/cpu.txt --editable '.[cpu,upstream]'
 	$(BIN)/python tools/upstream_tests.py --page docs/evidence/upstream-tests.md
+
+# Client libraries in pinned releases, in environments of their own (0.6 GB), against the demo server; writes the table of
+# docs/reference/clients.md anew. Not all of them take the same release of openai.
+CLIENTS ?= .venv-clients
+test-clients: setup
+	for each in current instructor llama-index; do \
+	    test -x $(CLIENTS)/$$each/bin/python || $(PYTHON) -m venv $(CLIENTS)/$$each && \
+	    $(BIN)/uv pip install --quiet --python $(CLIENTS)/$$each/bin/python \
+	        --requirement constraints/clients/$$each.txt || exit 1; \
+	done
+	GEMMA4_CLIENTS=$(abspath $(CLIENTS)) GEMMA4_CLIENTS_PAGE=docs/reference/clients.md \
+	    $(BIN)/python -m pytest -m slow tests/clients
+
+# The newest releases of them.
+constraints-clients: setup
+	for each in "current anthropic langchain-anthropic langchain-openai litellm openai openai-agents \
+	        pydantic-ai-slim[openai]" "instructor instructor" "llama-index llama-index-llms-openai-like"; do \
+	    set -- $$each; name=$$1; shift; \
+	    printf '%s\n' "$$@" | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --upgrade \
+	        --custom-compile-command "make constraints-clients" - --output-file constraints/clients/$$name.txt || exit 1; \
+	done
 
 # 64 clients on the CPU server, and the same on stock vLLM; faults on both; fuzzing of every parser (about an hour).
 test-load: setup

@@ -17,7 +17,8 @@ from typing import Any
 from vllm.entrypoints.chat_utils import make_tool_call_id
 from vllm.entrypoints.openai.engine.protocol import DeltaFunctionCall, DeltaMessage, DeltaToolCall, FunctionCall
 
-from vllm_gemma4_spec.chat.machine import Kind, Piece
+from vllm_gemma4_spec.chat.events import Kind
+from vllm_gemma4_spec.chat.machine import Piece
 from vllm_gemma4_spec.chat.requests import Parsers, Plan
 from vllm_gemma4_spec.chat.results import Choice, Message
 
