@@ -105,7 +105,7 @@ test-exporters: setup
 	    $(EXPORTERS)/$$name/bin/python -m pip install --quiet accelerate requests "$$@" || exit 1; \
 	done
 	GEMMA4_EXPORTERS=$(abspath $(EXPORTERS)) GEMMA4_EXPORTERS_PAGE=docs/how-to/checkpoints.md \
-	    $(BIN)/python -m pytest -m slow tests/checkpoints/test_exporters.py
+	    $(BIN)/python -m pytest -m slow tests/checkpoints/test_exporters.py tests/mtp/test_reference.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -61,6 +61,8 @@ def vllm_alone(checkpoint: Checkpoint, method: str | None, nan: bool) -> str:
     algorithm = layers.algorithm(checkpoint.quantization)
     if _renamed(checkpoint):
         return "fails while loading: experts are named moe.experts"
+    if checkpoint.config.get("model_type") == "gemma4_assistant":
+        return "refuses it: Gemma 4's MTP assistants came with 0.21.0"
     if method is None:
         return "loads it unquantized"
     if _compressed(checkpoint):
@@ -82,6 +84,8 @@ def vllm_alone(checkpoint: Checkpoint, method: str | None, nan: bool) -> str:
 
 def with_overlay(checkpoint: Checkpoint, method: str | None, destroyed: int, intact: int) -> str:
     """What the plugin changes; ``destroyed`` and ``intact`` count NaN blocks by their codes."""
+    if checkpoint.config.get("model_type") == "gemma4_assistant":
+        return 'drafts with it for its own target: --speculative-config \'{"model": …, "num_speculative_tokens": 4}\''
     if _compressed(checkpoint):
         return "loads it on any backend"
     if not checkpoint.quantized:
