@@ -1,4 +1,4 @@
-"""What vLLM 0.19.1 does with a checkpoint, alone and with the overlay, on each kind of machine.
+"""What vLLM 0.19.1 does with a checkpoint, alone and with the plugin, on each kind of machine.
 
 Told from the same description of layers that loading checks (:mod:`~vllm_gemma4_spec.checkpoints.layers`).
 """
@@ -45,7 +45,7 @@ def _compressed(checkpoint: Checkpoint) -> bool:
 
 
 def fp8_without_kernel(section: dict[str, Any], method: str | None) -> str | None:
-    """The name of an 8-bit float format that 0.19.1 cannot multiply with on a CPU and the overlay does not emulate."""
+    """The name of an 8-bit float format that 0.19.1 cannot multiply with on a CPU and the plugin does not emulate."""
     algorithm = layers.algorithm(section)
     if method == "modelopt" and algorithm not in ("", "FP8", layers.MIXED, *layers.NVFP4):
         return algorithm
@@ -68,7 +68,7 @@ def vllm_alone(checkpoint: Checkpoint, method: str | None, nan: bool) -> str:
     if algorithm in layers.NVFP4 and algorithm != "NVFP4":
         return f"refuses it: quant_algo {algorithm} is unknown"
     if algorithm == layers.MIXED:
-        return "loads NVFP4 layers without mending them and no experts; refuses it on a CPU"
+        return "loads NVFP4 layers without repairing them and no experts; refuses it on a CPU"
     if not _nvfp4(checkpoint):
         return f"loads it as {method}, if it knows the format"
     if _float_experts(checkpoint):
@@ -81,7 +81,7 @@ def vllm_alone(checkpoint: Checkpoint, method: str | None, nan: bool) -> str:
 
 
 def with_overlay(checkpoint: Checkpoint, method: str | None, destroyed: int, intact: int) -> str:
-    """What the overlay changes; ``destroyed`` and ``intact`` count NaN blocks by their codes."""
+    """What the plugin changes; ``destroyed`` and ``intact`` count NaN blocks by their codes."""
     if _compressed(checkpoint):
         return "loads it on any backend"
     if not checkpoint.quantized:
@@ -100,7 +100,7 @@ def with_overlay(checkpoint: Checkpoint, method: str | None, destroyed: int, int
 
 
 def machines(checkpoint: Checkpoint, method: str | None) -> dict[str, str]:
-    """Kind of machine -> what happens there with the overlay."""
+    """Kind of machine -> what happens there with the plugin."""
     section, modules = checkpoint.quantization, checkpoint.quantized.values()
     if method is None:
         return dict.fromkeys((CPU, HOPPER, BLACKWELL), "unquantized")
