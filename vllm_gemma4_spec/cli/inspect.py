@@ -70,6 +70,6 @@ def _print(report: object) -> None:
             table.add_row(layer.module, str(layer.blocks), str(layer.destroyed), str(layer.intact))
         show(console, table)
     console.print(f"vLLM 0.19.1 alone: {report.vllm_alone}", highlight=False)
-    console.print(f"with the overlay:  {report.with_overlay}", highlight=False)
+    console.print(f"with the plugin:  {report.with_overlay}", highlight=False)
     for machine, text in report.machines.items():
         console.print(f"  {machine}: {text}", highlight=False)
