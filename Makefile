@@ -12,8 +12,8 @@ JOBS    ?= 2
 export GEMMA4_ARTIFACTS ?=
 
 .PHONY: setup demo test test-slow test-gpu test-gpus test-exporters offline-bundle soak test-load test-faults fuzz \
-    test-clients test-upstream lint types check fingerprints ledger fields schemas plan-measured constraints \
-    constraints-clients drift supply-chain audit \
+    test-clients test-upstream lint types check fingerprints ledger fields schemas reference \
+    plan-measured constraints constraints-clients drift supply-chain audit \
     wheel docs clean
 
 setup: $(STAMP)
@@ -122,6 +122,7 @@ fingerprints: setup
 
 ledger: setup
 	$(BIN)/python tools/patch_records.py ledger
+	$(BIN)/python -m tools.wrapper_docs
 
 # After the list of a request's fields was changed.
 fields: setup
@@ -130,6 +131,10 @@ fields: setup
 # After what a command prints with --json was changed.
 schemas: setup
 	$(BIN)/python -m vllm_gemma4_spec.ops.output docs/reference/json.md
+
+# After a setting, a command's option or a metric was changed.
+reference: setup
+	$(BIN)/python tools/reference_pages.py
 
 # After a results file of benchmarks/full_shape.py was added: what `plan` predicts from.
 plan-measured: setup
@@ -158,6 +163,7 @@ audit: setup
 
 wheel: setup
 	$(BIN)/uv build --python $(BIN)/python --out-dir dist
+	$(BIN)/uv build --python $(BIN)/python --out-dir dist --wheel demo
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
