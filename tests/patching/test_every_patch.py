@@ -242,6 +242,11 @@ SHOWN = {
         f"{_REQUESTS}::test_budgets_are_kept[near-3]",
         r"assert",
     ),
+    "min-tokens": Shown(
+        f"{_REQUESTS}::test_stock_vllm_forgets_grammar_budget_and_stop_strings",
+        f"{_REQUESTS}::test_every_answer_is_that_of_plain_decoding[self-5]",
+        r"\('least 12', 5\)",
+    ),
     "stop-strings": Shown(
         f"{_REQUESTS}::test_stock_vllm_forgets_grammar_budget_and_stop_strings",
         f"{_REQUESTS}::test_the_stop_string_that_ends_first_ends_the_answer[near-3]",

@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING
 from vllm_gemma4_spec.patching.patch import Edit, Group, Lazy, Patch
 
 if TYPE_CHECKING:
-    from vllm_gemma4_spec.requests import responses_stream, stop_strings, structured_output, thinking_budget, validation
+    from vllm_gemma4_spec.requests import (
+        min_tokens,
+        responses_stream,
+        stop_strings,
+        structured_output,
+        thinking_budget,
+        validation,
+    )
 else:  # a wrapper's module is imported only after the module of vLLM that it patches
+    min_tokens = Lazy("vllm_gemma4_spec.requests.min_tokens")
     responses_stream = Lazy("vllm_gemma4_spec.requests.responses_stream")
     stop_strings = Lazy("vllm_gemma4_spec.requests.stop_strings")
     structured_output = Lazy("vllm_gemma4_spec.requests.structured_output")
@@ -80,6 +88,26 @@ THINKING_BUDGET = Patch(
     ),
 )
 
+MIN_TOKENS = Patch(
+    name="min-tokens",
+    group=Group.CORRECTNESS,
+    why="After the last draft of a step vLLM still forbids the end of the answer where min_tokens was not reached at "
+    "the step's beginning, though the drafts have reached it: the answer goes on past its end.",
+    how="The processor counts the drafts of a step before the token after them.",
+    retire="A release whose rejection sampler counts the drafts for the token after them.",
+    scope="Engines whose target is a Gemma 4 and that speculate; of their requests, those with min_tokens.",
+    related="none found",
+    edits=(
+        Edit(
+            f"{_RUNNER}:build_logitsprocs",
+            min_tokens.build_logitsprocs,
+            source="vllm.v1.sample.logits_processor:build_logitsprocs",
+        ),
+        Edit(f"{_REJECTION}.forward", min_tokens.forward),
+    ),
+    watches=("vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor",),
+)
+
 STOP_STRINGS = Patch(
     name="stop-strings",
     group=Group.CORRECTNESS,
@@ -143,4 +171,11 @@ REQUEST_ERRORS = Patch(
     watches=("vllm.entrypoints.utils:create_error_response",),
 )
 
-PATCHES: tuple[Patch, ...] = (GRAMMAR_POSITIONS, THINKING_BUDGET, STOP_STRINGS, RESPONSES_SCHEMA, REQUEST_ERRORS)
+PATCHES: tuple[Patch, ...] = (
+    GRAMMAR_POSITIONS,
+    THINKING_BUDGET,
+    MIN_TOKENS,
+    STOP_STRINGS,
+    RESPONSES_SCHEMA,
+    REQUEST_ERRORS,
+)
