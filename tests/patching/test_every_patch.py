@@ -247,6 +247,11 @@ SHOWN = {
         f"{_REQUESTS}::test_every_answer_is_that_of_plain_decoding[self-5]",
         r"\('least 12', 5\)",
     ),
+    "allowed-tokens": Shown(
+        "requests/test_allowed_tokens::test_stock_leaves_them_to_another_request",
+        "requests/test_allowed_tokens::test_each_request_keeps_its_own",
+        r"assert \[",
+    ),
     "stop-strings": Shown(
         f"{_REQUESTS}::test_stock_vllm_forgets_grammar_budget_and_stop_strings",
         f"{_REQUESTS}::test_the_stop_string_that_ends_first_ends_the_answer[near-3]",

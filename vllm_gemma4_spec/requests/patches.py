@@ -8,6 +8,7 @@ from vllm_gemma4_spec.patching.patch import Edit, Group, Lazy, Patch
 
 if TYPE_CHECKING:
     from vllm_gemma4_spec.requests import (
+        allowed_tokens,
         min_tokens,
         responses_stream,
         stop_strings,
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
         validation,
     )
 else:  # a wrapper's module is imported only after the module of vLLM that it patches
+    allowed_tokens = Lazy("vllm_gemma4_spec.requests.allowed_tokens")
     min_tokens = Lazy("vllm_gemma4_spec.requests.min_tokens")
     responses_stream = Lazy("vllm_gemma4_spec.requests.responses_stream")
     stop_strings = Lazy("vllm_gemma4_spec.requests.stop_strings")
@@ -108,6 +110,24 @@ MIN_TOKENS = Patch(
     watches=("vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor",),
 )
 
+ALLOWED_TOKENS = Patch(
+    name="allowed-tokens",
+    group=Group.CORRECTNESS,
+    why="When a request moves to another row of the batch, its allowed_token_ids stay behind for the next one in its "
+    "old row, and where two rows are swapped one request's replace the other's: answers avoid tokens that they may "
+    "have, or break their grammar (HTTP 200).",
+    how="A row is cleared for a request without allowed ids, and of two rows that are swapped each gets the other's.",
+    retire="#43931 and #48419, once a release has both.",
+    scope="Engines whose target or drafter is a Gemma 4, while one of their requests has allowed_token_ids.",
+    related="#43894, #43931, #48419",
+    edits=(
+        Edit(f"{_RUNNER}:GPUModelRunner._update_states", allowed_tokens.update_states),
+        Edit("vllm.v1.worker.gpu_input_batch:InputBatch.add_request", allowed_tokens.add_request),
+        Edit("vllm.v1.worker.gpu_input_batch:InputBatch.swap_states", allowed_tokens.swap_states),
+    ),
+    watches=("vllm.v1.worker.gpu_input_batch:InputBatch.condense",),
+)
+
 STOP_STRINGS = Patch(
     name="stop-strings",
     group=Group.CORRECTNESS,
@@ -175,6 +195,7 @@ PATCHES: tuple[Patch, ...] = (
     GRAMMAR_POSITIONS,
     THINKING_BUDGET,
     MIN_TOKENS,
+    ALLOWED_TOKENS,
     STOP_STRINGS,
     RESPONSES_SCHEMA,
     REQUEST_ERRORS,
