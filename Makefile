@@ -12,7 +12,8 @@ JOBS    ?= 2
 export GEMMA4_ARTIFACTS ?=
 
 .PHONY: setup demo test test-slow test-gpu test-gpus test-exporters offline-bundle soak test-load test-faults fuzz \
-    test-upstream lint types check fingerprints ledger fields schemas plan-measured constraints drift supply-chain audit \
+    test-clients constraints-clients test-upstream lint types check fingerprints ledger fields schemas reference \
+    plan-measured constraints drift supply-chain audit \
     wheel docs clean
 
 setup: $(STAMP)
@@ -57,6 +58,27 @@ test-upstream: setup
 	    --constraint constraints/cpu.txt --editable '.[cpu,upstream]'
 	$(BIN)/python tools/upstream_tests.py --page docs/evidence/upstream-tests.md
 
+# Client libraries in pinned releases, in environments of their own (0.6 GB), against the demo server; writes the table of
+# docs/reference/clients.md anew. Not all of them take the same release of openai.
+CLIENTS ?= .venv-clients
+test-clients: setup
+	for each in current instructor llama-index; do \
+	    test -x $(CLIENTS)/$$each/bin/python || $(PYTHON) -m venv $(CLIENTS)/$$each && \
+	    $(BIN)/uv pip install --quiet --python $(CLIENTS)/$$each/bin/python \
+	        --requirement constraints/clients/$$each.txt || exit 1; \
+	done
+	GEMMA4_CLIENTS=$(abspath $(CLIENTS)) GEMMA4_CLIENTS_PAGE=docs/reference/clients.md \
+	    $(BIN)/python -m pytest -m slow tests/clients
+
+# The newest releases of them.
+constraints-clients: setup
+	for each in "current anthropic langchain-anthropic langchain-openai litellm openai openai-agents \
+	        pydantic-ai-slim[openai]" "instructor instructor" "llama-index llama-index-llms-openai-like"; do \
+	    set -- $$each; name=$$1; shift; \
+	    printf '%s\n' "$$@" | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --upgrade \
+	        --custom-compile-command "make constraints-clients" - --output-file constraints/clients/$$name.txt || exit 1; \
+	done
+
 # 64 clients on the CPU server, and the same on stock vLLM; faults on both; fuzzing of every parser (about an hour).
 test-load: setup
 	$(BIN)/python -m pytest -m slow tests/load -s
@@ -100,6 +122,7 @@ fingerprints: setup
 
 ledger: setup
 	$(BIN)/python tools/patch_records.py ledger
+	$(BIN)/python -m tools.wrapper_docs
 
 # After the list of a request's fields was changed.
 fields: setup
@@ -108,6 +131,10 @@ fields: setup
 # After what a command prints with --json was changed.
 schemas: setup
 	$(BIN)/python -m vllm_gemma4_spec.ops.output docs/reference/json.md
+
+# After a setting, a command's option or a metric was changed.
+reference: setup
+	$(BIN)/python tools/reference_pages.py
 
 # After a results file of benchmarks/full_shape.py was added: what `plan` predicts from.
 plan-measured: setup
@@ -136,6 +163,7 @@ audit: setup
 
 wheel: setup
 	$(BIN)/uv build --python $(BIN)/python --out-dir dist
+	$(BIN)/uv build --python $(BIN)/python --out-dir dist --wheel demo
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

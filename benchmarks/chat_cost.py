@@ -6,6 +6,8 @@ answers, in blocks: a few runs that do not count, then some of which the median 
 all alike, and each finds Python's caches as a server that has nothing else to do leaves them. Ratios are medians over
 the blocks.
 
+`--before` adds the package as another checkout has it, in the same process and the same blocks: what a change costs.
+
 `--request` adds whole requests: from the request object to the last byte, with template, tokenizer, detokenizer and
 stop strings, all that a server does but sampling.
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import importlib
 import itertools
 import json
 import logging
@@ -125,6 +128,18 @@ async def whole(server: Any, patched: bool, fields: dict[str, Any], tokens: list
     return time.process_time() - started
 
 
+def of_checkout(folder: Path, into: Path) -> Callable[..., Any]:
+    """``completions.stream_generator`` of another checkout, under another package's name."""
+    source = folder / "vllm_gemma4_spec"
+    for file in source.rglob("*.py"):
+        copy = into / "before_spec" / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(file.read_text().replace("vllm_gemma4_spec", "before_spec"))
+    sys.path.insert(0, str(into))
+    wrapper: Callable[..., Any] = importlib.import_module("before_spec.chat.completions").stream_generator
+    return wrapper
+
+
 async def block(once: Callable[[], Awaitable[float]], size: int) -> float:
     """The median of some runs after others, as many as answers of ``size`` tokens allow."""
     runs = max(1, min(9, 1000 // size))
@@ -147,6 +162,9 @@ async def compare(measured: Any, ways: dict[str, Any], tokens: list[int], blocks
     differences = [o - s for o, s in zip(seconds["overlay"], seconds["stock"], strict=True)]
     row["overlay/stock"] = round(statistics.median(ratios), 3)
     row["more, us an answer"] = round(1e6 * statistics.median(differences), 1)
+    if "before" in ways:
+        ratios = [o / b for o, b in zip(seconds["overlay"], seconds["before"], strict=True)]
+        row["overlay/before"] = round(statistics.median(ratios), 3)
     return row
 
 
@@ -171,6 +189,8 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             "stock": (servers["parsed"], stock),
             "overlay": (servers["parsed"], overlay),
         }
+        if args.before:
+            ways["before"] = (servers["parsed"], of_checkout(args.before, Path(folder) / "before")(stock))
         encode = servers["plain"].engine.tokenizer.encode
         gc.collect()
         gc.freeze()  # vLLM's modules: collecting them again and again would be most of the time
@@ -227,6 +247,7 @@ def main() -> None:
     parser.add_argument(
         "--blocks", type=int, default=15, help="blocks; fewer of answers above 1,000 tokens (default 15)"
     )
+    parser.add_argument("--before", type=Path, help="another checkout of this project, measured beside")
     parser.add_argument("--request", action="store_true", help="measure whole requests, too")
     parser.add_argument("--request-tokens", type=int, nargs="+", default=[12, 60, 250], help="lengths for them")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")

@@ -6,7 +6,7 @@ Every engine is a process of its own: ``stock`` (plain decoding without this pac
 ``spec`` (speculation) and, on request, ``spec-adaptive`` (adaptive k) and what a part is worth: ``spec-eager``
 (without the graphs), ``spec-sync`` (without async scheduling), ``spec-plain-compile`` (without the drafter's own
 compiler settings), ``spec-whole`` (a whole drafter on each rank of ``--tp``); ``spec@5`` is ``spec`` with k = 5.
-Times exclude prompts and a warm-up of every batch size; figures are medians of ``--repeats``. With ``--tp 2`` every
+Times exclude prompts and a warm-up of every batch size; times are medians of ``--repeats``. With ``--tp 2`` every
 engine has two ranks, one card each; times and bytes are the first rank's.
 """
 
@@ -51,7 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ap.add_argument("--tokens", type=int, default=128, help="tokens generated per request")
     ap.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     ap.add_argument("--repeats", type=int, default=3)
-    ap.add_argument("--target-layers", type=int, help="cut the target, for a quick look at the drafter")
+    ap.add_argument("--target-layers", type=int, help="cut the target, for a quick run of the drafter")
     ap.add_argument("--compile", type=int, default=3, choices=(0, 3), help="vLLM's compilation mode")
     ap.add_argument("--kv-gib", type=float, default=6.0, help="KV cache of every engine, in GiB")
     ap.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks, one card each")

@@ -34,7 +34,7 @@ LIMIT = 1.0  # percent of a decode step
 VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
     "NVFP4": ("NVFP4", {}),
     "NVFP4_AWQ": ("NVFP4_AWQ", {"VLLM_GEMMA4_SPEC_SCALE_IN_PRODUCT": "0"}),
-    "NVFP4_AWQ in product": ("NVFP4_AWQ", {"VLLM_GEMMA4_SPEC_SCALE_IN_PRODUCT": "1"}),
+    "NVFP4_AWQ in GEMM": ("NVFP4_AWQ", {"VLLM_GEMMA4_SPEC_SCALE_IN_PRODUCT": "1"}),
 }
 # Engines start side by side, so Inductor would tune the same norm differently in each: 2 % of a layer, seen.
 SAME_KERNELS = {"TORCHINDUCTOR_DETERMINISTIC": "1"}

@@ -165,7 +165,7 @@ def load(device: str, small: bool) -> dict[str, Any]:
 
     from vllm_gemma4_spec.checkpoints import files
 
-    linear.mend = timing("scan", linear.mend)
+    linear.repair = timing("scan", linear.repair)
     nvfp4.narrow_ = timing("narrow", nvfp4.narrow_)
     files.read_headers = timing("headers", files.read_headers)
     BaseModelLoader.load_model = timing("load", BaseModelLoader.load_model)

@@ -89,7 +89,7 @@ def main() -> int:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--out", type=Path, default=Path("quick-start.json"))
     ap.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "gemma4-quick-start")
-    ap.add_argument("--layers", type=int, help="keep this many layers of each (a multiple of six): a quick look")
+    ap.add_argument("--layers", type=int, help="keep this many layers of each (a multiple of six): a quick run")
     ap.add_argument("--memory", type=float, default=0.9, help="--gpu-memory-utilization")
     ap.add_argument("--long", type=int, default=100_000, help="tokens of the long prompt")
     ap.add_argument("--write-only", action="store_true", help="write the checkpoints and stop")

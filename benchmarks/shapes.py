@@ -24,7 +24,7 @@ def text_config(name: str, layers: int | None = None) -> dict[str, Any]:
     """The published config of the language model.
 
     Args:
-        layers: keep this many layers only (for a quick look; figures of such a model mean little).
+        layers: keep this many layers only (for a quick run; times of such a model mean little).
     """
     published = json.loads((artifacts() / "gemma4/models" / MODELS[name] / "config.json").read_text())
     config: dict[str, Any] = published["text_config"]

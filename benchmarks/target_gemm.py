@@ -42,7 +42,7 @@ def layer(n: int, k: int, device: str) -> Any:
     return made, before
 
 
-def product(made: Any, x: torch.Tensor, most_rows: int) -> torch.Tensor:
+def gemm(made: Any, x: torch.Tensor, most_rows: int) -> torch.Tensor:
     """By the streaming kernel up to ``most_rows`` rows, by Marlin above."""
     weights = (made.weight, made.weight_scale, made.weight_global_scale, made.workspace)
     return stream_gemm.linear(x, None, *weights, made.output_size_per_partition, most_rows)
@@ -58,11 +58,11 @@ def check(shapes: dict[str, tuple[int, int]], device: str) -> list[dict[str, Any
         w = torch.cat([e2m1, -e2m1])[nibbles] * before.scale.double().repeat_interleave(16, 1) * GLOBAL_SCALE
         x = torch.randn(64, k, device=device).bfloat16()
         wanted = x.double() @ w.T
-        ours, marlin = product(made, x, 64), product(made, x, 0)
+        ours, marlin = gemm(made, x, 64), gemm(made, x, 0)
         errors = [((y.double() - wanted).norm() / wanted.norm()).item() for y in (ours, marlin)]
         rows = (1, 2, 4, 5, 8, 9, 16, 17, 33, 63)
         same = {
-            what: [r for r in rows if torch.equal(product(made, x[:r].contiguous(), most), whole[:r])]
+            what: [r for r in rows if torch.equal(gemm(made, x[:r].contiguous(), most), whole[:r])]
             for what, most, whole in (("ours", 64, ours), ("marlin", 0, marlin))
         }
         found.append({"gemm": name, "error": errors[0], "marlin_error": errors[1], "rows_with_the_bits_of_64": same})
@@ -117,7 +117,7 @@ def main() -> None:
                 def call(names: list[str] = names, most: int = most, inputs: Any = inputs) -> None:
                     for layers in made:
                         for name in names:
-                            product(layers[name], inputs[name], most)
+                            gemm(layers[name], inputs[name], most)
 
                 label = names[0] if len(names) == 1 else "layer"
                 row.setdefault(label, {})[what] = round(graph_us(call) / len(made), 2)

@@ -46,8 +46,8 @@ def main() -> int:
         download += ["--python-version", args.python]
         download += [word for platform in PLATFORMS for word in ("--platform", platform)]
         subprocess.run([*download, *pinned()], check=True)
-        build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(wheels), str(ROOT)]
-        subprocess.run(build, check=True)
+        build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(wheels)]
+        subprocess.run([*build, str(ROOT), str(ROOT / "demo")], check=True)
         (folder / "install.sh").write_text(INSTALL)
         archive = ["git", "archive", "--prefix=checkout/", f"--output={folder / 'checkout.tar'}", "HEAD"]
         subprocess.run(archive, cwd=ROOT, check=True)

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 
 class Gemma4SpecError(Exception):
-    """Base of all errors raised for something a user can mend.
+    """Base of all errors raised for something a user can fix.
 
     No ``ValueError`` while a checkpoint or a drafter is read: pydantic would wrap that in lines of its own. The message
     stays one line, and draws nothing on a terminal, whatever names it quotes.

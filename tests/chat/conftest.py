@@ -40,9 +40,10 @@ def encode(tokenizer: Any) -> Any:
 def plain(tokenizer: Any) -> Any:
     """Text to ids of ordinary tokens only, however much it looks like control tokens."""
 
-    def encode_plain(text: str) -> list[int]:
+    def encode_plain(text: str, character: str = "", count: int = 0) -> list[int]:
         # Added tokens are found in the text as a whole; a character at a time is none of them.
-        return [t for character in text for t in tokenizer.encode(character, add_special_tokens=False)]
+        tokens = [t for c in text for t in tokenizer.encode(c, add_special_tokens=False)]
+        return tokens + [tokenizer.convert_tokens_to_ids(f"<0x{b:02X}>") for b in character.encode()[:count]]
 
     return encode_plain
 
@@ -58,6 +59,12 @@ def overlay() -> Iterator[None]:
     yield
     if not was_on:
         PATCHER.undo([CHAT_OUTPUT])
+
+
+@pytest.fixture(scope="session")
+def both(overlay: None, folder: Path) -> server.Server:
+    """The server with both parsers that all tests of answers ask: making one takes seconds."""
+    return server.run(server.Server(str(folder)).start())
 
 
 def pytest_sessionfinish() -> None:

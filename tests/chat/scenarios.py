@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 TOOLS = [
@@ -23,12 +23,14 @@ C = "<|tool_call>call:"
 Z = "<tool_call|>"
 Q = '<|"|>'
 TURN = "<turn|>"
+ALL = -1  # max_tokens: as many as there are
 RESPONSE = "<|tool_response>"
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """``parts``: text whose control tokens are real, and ``("plain", text)`` of ordinary tokens only."""
+    """``parts``: text whose control tokens are real, ``("plain", text)`` of ordinary tokens only, and ``("bytes", text,
+    character, count)``: the text and the first bytes of the character."""
 
     name: str
     parts: tuple[Any, ...]
@@ -36,7 +38,15 @@ class Scenario:
     after_tool: bool = False  # the prompt ends after a tool's response
 
     def tokens(self, encode: Callable[[str], list[int]], plain: Callable[[str], list[int]]) -> list[int]:
-        return [t for part in self.parts for t in (plain(part[1]) if isinstance(part, tuple) else encode(part))]
+        out: list[int] = []
+        for part in self.parts:
+            out += encode(part) if isinstance(part, str) else plain(*part[1:])
+        return out
+
+    def cut_at(self, length: int) -> Scenario:
+        """With its tokens counted."""
+        cut = {"max_tokens": length} if self.request.get("max_tokens") == ALL else {}
+        return replace(self, request={**self.request, **cut})
 
     @property
     def tools(self) -> bool:
@@ -127,7 +137,12 @@ SCENARIOS = [
     _("past the end of a turn", T + "A" + TURN + "B<eos>CC DD", ignore_eos=True, max_tokens=8, **THINK),
     _("a stop string", T + "Think." + E + "One, two, three." + TURN, stop=["two"], **THINK),
     _("a stop string that is shown", "One, two, three." + TURN, stop=["two"], include_stop_str_in_output=True),
-    _("a stop string in reasoning", T + "One, two, three." + E + "A" + TURN, stop=["two", "zzz"], **THINK),
+    _(
+        "a stop string in reasoning does not stop",
+        T + "One, two, three." + E + "A" + TURN,
+        stop=["two", "zzz"],
+        **THINK,
+    ),
     _(
         "stop strings that never match",
         T + "Think it over." + E + "The answer." + TURN,
@@ -137,4 +152,140 @@ SCENARIOS = [
     _("stop strings and a call", T + "Hm." + E + C + "get{n:1}" + Z + RESPONSE, stop=["zzzzzzzzzzzz"], **WITH, **THINK),
     _("without reasoning", T + "Think." + E + "Answer." + TURN, include_reasoning=False, **THINK),
     _("an end of sequence that is shown", "A" + TURN, include_stop_str_in_output=True, skip_special_tokens=False),
+    # A call that is cut leaves nothing of its syntax.
+    _("cut in the word call", "Ok. <|tool_call>cal", max_tokens=ALL, **WITH),
+    _("cut after call:", "Ok. " + C, max_tokens=ALL, **WITH),
+    _("cut in the name", "Ok. " + C + "get", max_tokens=ALL, **WITH),
+    _("cut behind the name", "Ok. " + C + "get ", max_tokens=ALL, **WITH),
+    _("cut at the brace", "Ok. " + C + "get{", max_tokens=ALL, **WITH),
+    _("cut in a key", "Ok. " + C + "get{location", max_tokens=ALL, **WITH),
+    _("cut behind a key", "Ok. " + C + "get{location:", max_tokens=ALL, **WITH),
+    _("cut in a word", "Ok. " + C + "get{a:true", max_tokens=ALL, **WITH),
+    _("cut in a quoted key", "Ok. " + C + "get{" + Q + "city", max_tokens=ALL, **WITH),
+    _("cut in an array", "Ok. " + C + "get{l:[1,2", max_tokens=ALL, **WITH),
+    _("cut in an object", "Ok. " + C + "get{o:{a:1,b", max_tokens=ALL, **WITH),
+    _("cut behind a comma", "Ok. " + C + "get{n:1,", max_tokens=ALL, **WITH),
+    _("cut behind the last brace", "Ok. " + C + "get{n:1}", max_tokens=ALL, **WITH),
+    _("cut in ordinary quotes", "Ok. " + C + 'get{city:"Par', max_tokens=ALL, **WITH),
+    _("cut in the second call's name", C + "get{n:1}" + Z + C + "se", max_tokens=ALL, **WITH),
+    _("cut at the second call's mark", C + "get{n:1}" + Z + "<|tool_call>", max_tokens=ALL, **WITH),
+    _("a name and no arguments", "Ok. " + C + "get" + Z + TURN, **WITH),
+    _("a name, ended by the turn", "Ok. " + C + "get" + TURN, **WITH),
+    _("a key, ended by the turn", "Ok. " + C + "get{location" + TURN, **WITH),
+    _("nothing between the marks", "Ok. <|tool_call>" + Z + TURN, **WITH),
+    # Half a character is none.
+    _("content cut inside a character", ("bytes", "Hi ", "🫠", 2), max_tokens=ALL),
+    _("reasoning cut inside a character", T, ("bytes", "Hi ", "🫠", 3), max_tokens=ALL, **THINK),
+    _("an argument cut inside a character", C + "get{city:" + Q, ("bytes", "Hi ", "🫠", 1), max_tokens=ALL, **WITH),
+    _("half a character, then the turn's end", ("bytes", "Hi ", "🫠", 1), TURN),
+    _("half a character inside", ("bytes", "Hi ", "🫠", 1), " there" + TURN),
+    # One call only: whatever comes behind it.
+    _("one call only, of two", C + "get{n:1}" + Z + C + "get{n:2}" + Z + RESPONSE, parallel_tool_calls=False, **WITH),
+    _(
+        "one call only, then a broken one",
+        C + "get{n:1}" + Z + C + "get{n}" + Z + TURN,
+        parallel_tool_calls=False,
+        **WITH,
+    ),
+    _(
+        "one call only, then a cut one",
+        C + "get{n:1}" + Z + C + "get{n:2,city",
+        parallel_tool_calls=False,
+        max_tokens=ALL,
+        **WITH,
+    ),
+    _(
+        "one call only, then half a name",
+        C + "get{n:1}" + Z + C + "ge",
+        parallel_tool_calls=False,
+        max_tokens=ALL,
+        **WITH,
+    ),
+    _(
+        "one call only, the first is broken",
+        C + "get{n}" + Z + C + "get{n:2}" + Z + TURN,
+        parallel_tool_calls=False,
+        **WITH,
+    ),
+    _(
+        "one call only, then an answer",
+        C + "get{n:1}" + Z + C + "get{n:2}" + Z + "Done." + TURN,
+        parallel_tool_calls=False,
+        **WITH,
+    ),
+    # Values that JSON cannot hold, or that look like something else.
+    _("a number beyond every float", C + "get{n:1e400,m:-2.5E+999}" + Z + RESPONSE, **WITH),
+    _("a number below every float", C + "get{n:1e-400,m:0.0}" + Z + RESPONSE, **WITH),
+    _("an integer of many digits", C + "get{n:" + "1234567890" * 500 + "}" + Z + RESPONSE, **WITH),
+    _("quotes in a bare value", C + 'get{q:"a" or "b",n:1}' + Z + RESPONSE, **WITH),
+    _("commas in quotes in a bare value", C + 'get{q:"a, b" or "c}",n:1}' + Z + RESPONSE, **WITH),
+    _("a quoted word in a bare value", C + 'get{q:say "x, y" twice,n:1}' + Z + RESPONSE, **WITH),
+    _("inches", C + 'get{d:5" pipe,n:1}' + Z + RESPONSE, **WITH),
+    _("quotes in a bare value of an array", C + 'get{q:["a" or "b","c"]}' + Z + RESPONSE, **WITH),
+    _("an ordinary quote and space", C + 'get{city:"Paris" , n:1 }' + Z + RESPONSE, **WITH),
+    _("half a surrogate", C + 'get{city:"a\\ud83d b",n:"\\ud83d\\ude00"}' + Z + RESPONSE, **WITH),
+    _("an empty key", C + "get{:1}" + Z + RESPONSE, **WITH),
+    _("empty keys inside", C + "get{a:{:1,b:2},:3}" + Z + RESPONSE, **WITH),
+    # A turn's header that the model writes itself.
+    _("a header before the answer", "<|turn>model\nThe answer." + TURN),
+    _("a header before reasoning", "<|turn>model\n" + T + "Hm." + E + "The answer." + TURN, **THINK),
+    _("a header before a call", "<|turn>model\n" + C + "get{n:1}" + Z + RESPONSE, **WITH),
+    _("a header in the middle", "First." + "<|turn>model\n" + "Second." + TURN),
+    _("a header cut inside", "<|turn>mo", max_tokens=ALL),
+    _("a header without its line end", "<|turn>model" + C + "get{n:1}" + Z + RESPONSE, **WITH),
+    _("another header", "<|turn>user\nWhat?" + TURN),
+    _("no header", "<|turn>modelling\nWhat?" + TURN),
+    _("a header that is asked for", "<|turn>model\nThe answer." + TURN, skip_special_tokens=False),
+    # What stands between the marks beside a call.
+    _("two calls in one pair of marks", C + "get{n:1}call:set-it{n:2}" + Z + RESPONSE, **WITH),
+    _("three calls in one pair of marks", C + "get{n:1}, call:set-it{}\n:get{n:3}" + Z + RESPONSE, **WITH),
+    _("two calls in one pair of marks, cut", C + "get{n:1}call:se", max_tokens=ALL, **WITH),
+    _("a brace too many", C + "get{n:1}}" + Z + RESPONSE, **WITH),
+    _("junk behind a call", C + "get{n:1})]; I called it" + Z + RESPONSE, **WITH),
+    _("a brace too many, no close", C + "get{n:1}}" + TURN, **WITH),
+    _("text behind a call without its close", C + "get{n:1} Called it." + TURN, **WITH),
+    _("no word call", "<|tool_call>:get{n:1}" + Z + RESPONSE, **WITH),
+    _("no word call, cut", "Ok. <|tool_call>:ge", max_tokens=ALL, **WITH),
+    # Stop strings: what a user sees.
+    _("a line end stops, after thinking", T + "Think it over." + E + "One.\nTwo." + TURN, stop=["\n"], **THINK),
+    _("a line end in reasoning does not stop", T + "One.\nTwo." + E + "A" + TURN, stop=["\n"], **THINK),
+    _(
+        "unseen reasoning does not stop",
+        T + "One.\nTwo." + E + "A\nB" + TURN,
+        stop=["\n"],
+        include_reasoning=False,
+        **THINK,
+    ),
+    _("the label does not stop", T + "Hm." + E + "A thought." + TURN, stop=["thought"], **THINK),
+    _("the label and a line end", T + "Hm." + E + "A." + TURN, stop=["thought\n", "ght\n"], **THINK),
+    _(
+        "a call does not stop",
+        "So. " + C + "get{city:" + Q + "a\nb" + Q + "}" + Z + RESPONSE,
+        stop=["\n", "call", "{"],
+        **WITH,
+    ),
+    _("content behind a call stops", "A" + C + "get{n:1}" + Z + "B\nC" + TURN, stop=["\n"], **WITH),
+    _("no stop string across kinds", T + "ab" + E + "cd ef" + TURN, stop=["bc", "d e"], **THINK),
+    _("a header does not stop", "<|turn>model\nOne\nTwo" + TURN, stop=["\n"]),
 ]
+
+# One or two of every kind, for tests that cost much a scenario; the others are slow there.
+FEW = {
+    "reasoning, content, a call",
+    "every kind of argument",
+    "other special tokens in content",
+    "cut in the name",
+    "cut in a word",
+    "content cut inside a character",
+    "one call only, then a cut one",
+    "a number beyond every float",
+    "quotes in a bare value",
+    "an empty key",
+    "a header before a call",
+    "a header cut inside",
+    "two calls in one pair of marks",
+    "junk behind a call",
+    "no word call",
+    "a line end stops, after thinking",
+    "a call does not stop",
+}

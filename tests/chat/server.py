@@ -218,6 +218,17 @@ class Server:
             self.app.state.openai_serving_responses.parser = type("OwnParser", (_WrappedParser,), own)
         return self
 
+    def use_template(self, template: str | None) -> None:
+        """Another chat template than the tokenizer's; None: that one again."""
+        state = self.app.state
+        for serving in (
+            state.openai_serving_render,
+            state.openai_serving_chat,
+            state.openai_serving_responses,
+            state.anthropic_serving_messages,
+        ):
+            serving.chat_template = template
+
     def script(self, *tokens: Sequence[int], cut: Cut = ONE_BY_ONE) -> None:
         self.engine.script, self.engine.cut = list(tokens), cut
 

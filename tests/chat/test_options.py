@@ -22,11 +22,6 @@ FORCED = [{"name": "get", "parameters": {"city": 'a "b" \\ {'}}, {"name": "set-i
 
 
 @pytest.fixture(scope="module")
-def both(overlay: None, folder: Any) -> Server:
-    return server.run(Server(str(folder)).start())
-
-
-@pytest.fixture(scope="module")
 def tools_only(overlay: None, folder: Any) -> Server:
     return server.run(Server(str(folder), reasoning="").start())
 
@@ -76,6 +71,32 @@ def test_every_token_has_its_logprobs(both: Server, encode: Any, tokenizer: Any)
     assert len(choice["logprobs"]) == len(encode(CALLED))
 
 
+@pytest.mark.parametrize("shown", [False, True])
+def test_beam_search(both: Server, encode: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, shown: bool) -> None:
+    """It has taken the end of sequence off, or left it where it is to be shown; the rest is text."""
+    from vllm.logprobs import Logprob
+    from vllm.outputs import CompletionOutput, RequestOutput
+
+    script = [*encode("<|channel>thought\nHm.<channel|>Answer."), tokenizer.eos_token_id]
+    begin: list[int] = []
+
+    async def generate(prompt: Any, params: Any, request_id: str, **_: Any) -> Any:
+        ids = list(prompt["prompt_token_ids"])
+        begin.append(len(ids))
+        at = len(ids) - begin[0]
+        on_script = ids[begin[0] :] == script[:at] and at < len(script)
+        first = script[at] if on_script else 236776
+        others = {t: Logprob(-30.0 - t) for t in range(300, 300 + params.logprobs - 1)}
+        logprobs = {first: Logprob(-0.1 if on_script else -29.0), **others}
+        output = CompletionOutput(0, "", [first], None, [logprobs], finish_reason="length")
+        yield RequestOutput(request_id, None, ids, None, [output], True)
+
+    monkeypatch.setattr(both.engine, "generate", generate)
+    request = {"use_beam_search": True, "n": 2, "max_tokens": len(script) + 1, "temperature": 0.0}
+    best = ask(both, script, include_stop_str_in_output=shown, **request)[0]
+    assert (best["reasoning"], best["content"], best["finish_reason"]) == ("Hm.", "Answer.", "stop")
+
+
 def test_token_ids_come_back(both: Server, encode: Any) -> None:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
@@ -114,9 +135,9 @@ def test_echo(both: Server, encode: Any) -> None:
     assert choice["content"] == "So far so good."
 
 
-@pytest.mark.parametrize("indent", [None, 2])
-def test_tool_choice_required(both: Server, encode: Any, indent: int | None) -> None:
-    tokens = encode("<|channel>thought\nHm.<channel|>" + json.dumps(FORCED, indent=indent) + "<turn|>")
+@pytest.mark.parametrize(("indent", "end"), [(None, ""), (2, ""), (2, "\n"), (None, " \n\n")])
+def test_tool_choice_required(both: Server, encode: Any, indent: int | None, end: str) -> None:
+    tokens = encode("<|channel>thought\nHm.<channel|>" + json.dumps(FORCED, indent=indent) + end + "<turn|>")
     (choice,) = every_way(both, tokens, tools=TOOLS, tool_choice="required", **THINK)
     assert [[n, json.loads(a)] for n, a in choice["calls"]] == [[c["name"], c["parameters"]] for c in FORCED]
     assert choice["reasoning"] == "Hm."

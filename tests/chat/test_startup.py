@@ -53,3 +53,48 @@ def test_without_the_parsers_any_tokenizer_will_do(overlay: None, tmp_path: Path
 def test_a_tokenizer_without_its_file_is_refused() -> None:
     with pytest.raises(TokenizerError, match=r"no tokenizer\.json"):
         vocabulary(object())
+
+
+class Lines:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from vllm_gemma4_spec.chat import startup
+
+        self.said: list[str] = []
+        monkeypatch.setattr(startup.logger, "info", lambda text, *values: self.said.append(text % values))
+
+
+@pytest.mark.parametrize(
+    ("parsers", "wanted", "unwanted"),
+    [
+        (("gemma4", "gemma4"), "Gemma4ReasoningParser and Gemma4ToolParser", "missing"),
+        (("gemma4", None), "missing: --enable-auto-tool-choice --tool-call-parser gemma4", "--reasoning-parser"),
+        (("", "gemma4"), "missing: --reasoning-parser gemma4", "--tool-call-parser"),
+        (("", None), "no parser reads it; missing: --reasoning-parser gemma4", "Gemma4ToolParser"),
+        (("granite", None), "GraniteReasoningParser and not by the parser gemma4", "missing"),
+    ],
+)
+def test_the_log_says_which_parser_is_in_force(
+    overlay: None,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    parsers: tuple[str, str | None],
+    wanted: str,
+    unwanted: str,
+) -> None:
+    lines = Lines(monkeypatch)
+    server.run(Server(str(folder), *parsers).start())
+    (line,) = [line for line in lines.said if line.startswith("chat output")]
+    assert wanted in line
+    assert unwanted not in line
+
+
+def test_a_parser_made_from_gemma_4s_keeps_the_fix(overlay: None) -> None:
+    from vllm.reasoning.gemma4_reasoning_parser import Gemma4ReasoningParser
+    from vllm.tool_parsers.gemma4_tool_parser import Gemma4ToolParser
+
+    from vllm_gemma4_spec.chat.requests import Parsers
+
+    own = type("Own", (Gemma4ReasoningParser,), {}), type("OwnTools", (Gemma4ToolParser,), {})
+    assert Parsers.of(*own) == Parsers(True, True)
+    assert Parsers.of(own[0], None) == Parsers(True, False)
+    assert Parsers.of(own[0], type("Other", (), {})) is None

@@ -50,7 +50,7 @@ def export(name: str, folder: Path) -> None:
     if recipe == "bf16":
         model.save_pretrained(folder)
         return
-    with quantizer.modelopt_mended(clamp=name.endswith("-clamped")):
+    with quantizer.modelopt_fixed(clamp=name.endswith("-clamped")):
         quantizer.quantize(model, recipe, lambda m: [m(input_ids=row[None]) for row in tiny.calibration()], RANK)
         quantizer.export(model, str(folder))
 

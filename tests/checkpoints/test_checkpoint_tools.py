@@ -74,7 +74,7 @@ def test_decoding_equals_the_reference(name: str) -> None:
         raw = [tensors[f"{module.module}.{part}"][1] for part in ("weight", "weight_scale", "weight_scale_2")]
         packed, scale = torch.from_numpy(raw[0].copy()), torch.from_numpy(raw[1].copy()).view(torch.float8_e4m3fn)
         if nvfp4.has_nan(scale):
-            nvfp4.mend_(scale, nvfp4.find_nan(packed, scale))
+            nvfp4.repair_(scale, nvfp4.find_nan(packed, scale))
         ours = nvfp4.dequantize(packed, scale, torch.tensor(raw[2].item()))
         assert torch.equal(ours, torch.from_numpy(reference.decode(*raw)))
         exact = nvfp4.decode(packed, scale, torch.bfloat16).float()
@@ -192,14 +192,14 @@ def test_only_affected_shards_are_rewritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_interrupted_it_leaves_nothing(stop: int, error: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = snapshot(FIXTURES / "31b-awq-full")
-    mend, calls = repairing._mend, iter(range(1, 99))
+    repair, calls = repairing._repair, iter(range(1, 99))
 
     def failing(*arguments: Any) -> Any:
         if next(calls) == stop:
             raise error
-        return mend(*arguments)
+        return repair(*arguments)
 
-    monkeypatch.setattr(repairing, "_mend", failing)
+    monkeypatch.setattr(repairing, "_repair", failing)
     with pytest.raises((KeyboardInterrupt, CheckpointError)):
         repairing.repair(Checkpoint(FIXTURES / "31b-awq-full"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

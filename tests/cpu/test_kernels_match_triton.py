@@ -19,7 +19,8 @@ from vllm_gemma4_spec.cpu.launch import CpuKernel
 from vllm_gemma4_spec.cpu.patches import CPU_KERNELS
 from vllm_gemma4_spec.registry import PATCHER
 
-CASES_PER_KERNEL = 200
+FEWEST = 60
+CASES_PER_KERNEL = [FEWEST, pytest.param(400, marks=pytest.mark.slow)]
 FORMS: dict[str, CpuKernel] = {
     f"{source}:{name}_kernel": form
     for source, module in ((kernel_cases.DRAFT, draft_kernels), (kernel_cases.REJECTION, rejection_kernels))
@@ -29,11 +30,11 @@ FORMS: dict[str, CpuKernel] = {
 Results = tuple[dict[str, list[tuple[kernel_cases.Case, kernel_cases.Case]]], dict[str, list[str]]]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+@pytest.fixture(scope="module", params=CASES_PER_KERNEL)
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """``{kernel: [(case before, case after the Triton kernel ran)]}`` and ``{kernel: its parameters}``."""
     folder: Path = tmp_path_factory.mktemp("triton")
-    before = kernel_cases.make_cases(CASES_PER_KERNEL, seed=1)
+    before = kernel_cases.make_cases(request.param, seed=1)
     torch.save(before, folder / "cases.pt")
     interpreted("tests.cpu.triton_reference", folder / "cases.pt", folder / "results.pt")
     loaded = torch.load(folder / "results.pt", weights_only=False)
@@ -60,14 +61,14 @@ def difference(case: kernel_cases.Case, after: kernel_cases.Case) -> str | None:
 @pytest.mark.parametrize("kernel", FORMS)
 def test_same_as_triton(kernel: str, results: Results) -> None:
     pairs = results[0][kernel]
-    assert len(pairs) == CASES_PER_KERNEL
+    assert len(pairs) >= FEWEST
     changed = 0
     for before, after in pairs:
         case = copy.deepcopy(before)
         FORMS[kernel][case["grid"]](*case["args"].values())
         assert difference(case, after) is None
         changed += difference(before, after) is not None
-    assert changed > 0.8 * CASES_PER_KERNEL  # the Triton kernel did run on the cases
+    assert changed > 0.8 * len(pairs)  # the Triton kernel did run on the cases
 
 
 @pytest.mark.parametrize("kernel", FORMS)
@@ -139,9 +140,9 @@ def test_vllm_launches_the_step_form(results: Results) -> None:
 
 
 def test_cases_reach_the_corners() -> None:
-    """What the kernels branch on occurs among the cases."""
+    """What the kernels branch on occurs among the fewest cases that are run."""
     args = defaultdict(list)
-    for case in kernel_cases.make_cases(CASES_PER_KERNEL, seed=1):
+    for case in kernel_cases.make_cases(FEWEST, seed=1):
         args[case["kernel"].partition(":")[2]].append(case["args"])
     steps = args["eagle_step_slot_mapping_metadata_kernel"]
     assert any((a["positions_ptr"] + 1 >= a["max_model_len"]).any() for a in steps)

@@ -42,3 +42,10 @@ def _leaves(node: object) -> list[str]:
     values = node.values() if isinstance(node, dict) else node
     assert isinstance(values, list) or hasattr(values, "__iter__")
     return [leaf for value in values for leaf in _leaves(value)]  # type: ignore[union-attr]
+
+
+def test_pages_made_from_the_code_are_current() -> None:
+    from tools import reference_pages
+
+    for name, page in reference_pages.PAGES.items():
+        assert (reference_pages.FOLDER / name).read_text() == page(), f"make reference: {name}"

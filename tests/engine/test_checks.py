@@ -22,7 +22,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.save(config, tmp_path_factory.mktemp("wide") / "model")
 
 
-def refusal(model: Path, drafter: Path | None = None) -> str:
+def error(model: Path, drafter: Path | None = None) -> str:
     with pytest.raises(EngineConfigError) as caught, engine(model, drafter):
         pass
     assert "\n" not in str(caught.value)
@@ -31,15 +31,15 @@ def refusal(model: Path, drafter: Path | None = None) -> str:
 
 def test_head_sizes_that_a_cpu_cannot_attend_with(wide: Path, tiny: dict[str, Path]) -> None:
     """Stock starts, and its engine ends at the first request."""
-    assert f"{wide}: global_head_dim is 512, and the CPU attention of vLLM 0.19.1 takes 32, 64, " in refusal(wide)
-    assert f"{wide}: global_head_dim is 512" in refusal(tiny["target"], wide)
+    assert f"{wide}: global_head_dim is 512, and the CPU attention of vLLM 0.19.1 takes 32, 64, " in error(wide)
+    assert f"{wide}: global_head_dim is 512" in error(tiny["target"], wide)
 
 
 def test_the_v2_model_runner(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """No patch of the model runner would be in its way, while their state says on."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    assert "VLLM_USE_V2_MODEL_RUNNER=1: the V2 model runner" in refusal(tiny["target"])
-    assert "unset it" in refusal(tiny["target"], tiny["drafter"])
+    assert "VLLM_USE_V2_MODEL_RUNNER=1: the V2 model runner" in error(tiny["target"])
+    assert "unset it" in error(tiny["target"], tiny["drafter"])
 
 
 def test_stock_takes_every_setting(tiny: dict[str, Path], wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,5 +60,5 @@ def test_left_out_means_in_no_process(tiny: dict[str, Path], tmp_path: Path, env
     done = run(tiny["target"], "draft", tmp_path, **env)
     text = done.stdout + done.stderr
     assert done.returncode != 0
-    assert "spec decode is not supported" in text  # the worker is stock: vLLM's refusal on the CPU
+    assert "spec decode is not supported" in text  # the worker is stock: vLLM's error on the CPU
     assert "patches on" not in text

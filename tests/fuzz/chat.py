@@ -6,7 +6,9 @@ The words are those of the property tests, so that random sequences reach the st
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import re
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +20,10 @@ from tests.chat.tokenizer import small_tokenizer_json
 from tests.fuzz.source import Source, pieces
 from vllm_gemma4_spec.chat.arguments import Arguments
 from vllm_gemma4_spec.chat.detokenize import TextStream
+from vllm_gemma4_spec.chat.events import BOUNDARY, Event, SeenText
 from vllm_gemma4_spec.chat.machine import Options, OutputParser, Tools
 from vllm_gemma4_spec.chat.results import Choice, Message
-from vllm_gemma4_spec.chat.stops import Item, StopGuard
+from vllm_gemma4_spec.chat.stops import StopGuard
 from vllm_gemma4_spec.chat.tokens import Vocabulary, vocabulary
 
 MORE_TEXTS = [
@@ -37,6 +40,19 @@ MORE_TEXTS = [
     "0",
     "u",
     "n",
+]
+MORE_TEXTS += [
+    "model\n",
+    "mo",
+    "user\n",
+    "call:g{}",
+    ":g{",
+    '"a" or "b"',
+    '"a, b"',
+    "1e400",
+    "\\ud83d",
+    "\\ude00",
+    "9" * 99,
 ]
 MORE_TEXTS += ["é", "中", "�", "\x00", "\u2028", "'", "\t", "\r\n", "call:g{", "thought", "n:", "null", "]", "}", "'"]
 
@@ -63,6 +79,10 @@ class Words:
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.core.decode(list(ids), skip_special_tokens=False)) if ids else ""
+
+    def byte(self, token: int) -> int | None:
+        code = token - self.first_byte
+        return code if 0 <= code < 256 else None
 
     def tokens(self, data: bytes) -> list[int]:
         words = self.words
@@ -131,18 +151,20 @@ def machine(data: bytes) -> None:
     parts = pieces(tokens, cuts)
     streamed = read(options, prompt, [output(p) for p in parts[:-1]] + [output(parts[-1], "length")])
     assert streamed == whole, (streamed, whole)
-    if options.include_reasoning and options.parallel_calls:
-        meaning = reference.understand(
-            tokens,
-            w.decode,
-            w.special,
-            prompt=prompt,
-            reasoning=options.reasoning,
-            tools=tools is Tools.AUTO,
-            shown=options.special_text,
-        )
-        agree(whole, meaning)
-        assert whole.finish_reason == meaning.finish("length")
+    meaning = reference.understand(
+        tokens,
+        w.decode,
+        w.special,
+        prompt=prompt,
+        reasoning=options.reasoning,
+        tools=tools is Tools.AUTO,
+        shown=options.special_text,
+        include_reasoning=options.include_reasoning,
+        parallel=options.parallel_calls,
+        byte=w.byte,
+    )
+    agree(whole, meaning)
+    assert whole.finish_reason == meaning.finish("length")
 
 
 def forced(data: bytes) -> None:
@@ -156,6 +178,7 @@ def forced(data: bytes) -> None:
         tokens += w.encode("{" if named else '[{"name": "f", "parameters": {')
     cuts = source.cuts(600)
     tokens += [t for b in source.rest() for t in w.texts[b % len(w.texts)]]
+    tokens = reference._whole_characters(tokens, w.byte)
     cuts = [min(c, len(tokens)) for c in cuts]
     whole = read(options, (), [output(tokens, "length")])
     parts = pieces(tokens, cuts)
@@ -164,18 +187,22 @@ def forced(data: bytes) -> None:
     text = w.decode(tokens)
     if not whole.tool_calls:
         # Syntax of a call that never came, and space before it, is the only text that may be missing.
-        assert whole.content in (text, text.lstrip(reference.SPACE)), (whole.content, text)
+        begun = not named and not whole.content and re.match(r"\s*(\[|$)", text)
+        assert begun or whole.content in (text, text.lstrip(reference.SPACE)), (whole.content, text)
     elif named:
         meaning = reference.Meaning()
         pairs = Pairs()
-        meaning.calls.append(["g", pairs])
+        call = ["g", pairs, True]
+        meaning.parts.append(("call", call))
         body = text.lstrip(reference.SPACE)
         try:
-            end = reference._object(body, 1, pairs)
-            meaning.content = body[end:].lstrip(reference.SPACE)
+            meaning.say("content", body[reference._object(body, 1, pairs, native=False) :].lstrip(reference.SPACE))
+        except reference.CutCallError:
+            call[2] = False
         except reference.BrokenCallError as broken:
-            meaning.whole, meaning.content = False, body[broken.args[0] :]
-        agree(whole, meaning)
+            call[2] = False
+            meaning.say("content", body[broken.args[0] :])
+        agree(whole, meaning.sum_up())
     try:
         wanted = json.loads(text, parse_constant=_refuse)
     except (ValueError, AssertionError):
@@ -210,13 +237,17 @@ def arguments(data: bytes) -> None:
         assert joined[0] == "{}"
         return
     pairs = Pairs()
+    cut = False
     try:
         whole, rest = True, body[reference._object(body, begin + 1, pairs) :].replace(MARK, "").lstrip(reference.SPACE)
+    except reference.CutCallError:
+        whole, rest, cut = False, "", True
     except reference.BrokenCallError as broken:
         whole, rest = False, body[broken.args[0] :].replace(MARK, "")
     got = joined[2].lstrip(reference.SPACE) if whole else joined[2]
-    assert (joined[1], got) == (whole, rest), (joined, body)
+    assert (joined[1], got if not cut else "") == (whole, rest), (joined, body)
     assert read_json(joined[0]) == pairs, (joined[0], pairs)
+    json.dumps(json.loads(joined[0], parse_int=str, parse_float=str), ensure_ascii=False).encode()
 
 
 def _arguments(parts: Sequence[str]) -> tuple[str, bool, str]:
@@ -237,92 +268,110 @@ def _arguments(parts: Sequence[str]) -> tuple[str, bool, str]:
             rest += "".join(parts[i + 1 :])
         if arguments.complete:
             return out, True, rest.lstrip(reference.SPACE)
-        closing, unsaid = arguments.close()
+        closing, unsaid = arguments.close(cut=False)
         return out + closing, False, unsaid + rest
     if arguments.complete:
         return out, True, ""
-    closing, unsaid = arguments.close()
-    return out + closing, False, unsaid
+    closing, _ = arguments.close(cut=True)
+    return out + closing, False, ""
 
 
 def stop_strings(data: bytes) -> None:
-    """The engine stops at a string: the parser cuts at the same character, whatever the deltas."""
+    """The engine searches the text that is seen, and stops there: the answer ends there, whatever the deltas."""
     source, w = Source(data), words()
     flags = source.byte()
     include, shown = bool(flags & 1), bool(flags & 2)
     at, length = source.byte() << 8 | source.byte(), 1 + source.below(5)
     extra = source.below(4)
+    how: dict[str, Any] = {"shown": shown, "include_reasoning": flags & 12 != 12, "parallel": flags & 48 != 48}
     cuts = source.cuts(600)
     prompt = w.tokens(bytes(source.byte() for _ in range(source.below(4))))
     tokens = w.tokens(source.rest())
     tokens = [t for t in tokens if t in w.special or w.vocabulary.texts[t]]  # a token at a time, no bytes
-    texts = [(w.special[t] if shown else "") if t in w.special else w.decode([t]) for t in tokens]
+    options = Options(
+        include_stop=include,
+        special_text=shown,
+        include_reasoning=how["include_reasoning"],
+        parallel_calls=how["parallel"],
+    )
+    # What the engine sees, token by token, as its detokenizer does.
+    engine, seen, texts = OutputParser(w.vocabulary, options, prompt), SeenText(), []
+    for token in tokens:
+        texts.append(seen.add_all(engine.feed(token)))
     text = "".join(texts)
     if len(text) < 2:
         return
     at %= len(text)
-    stop = text[at : at + length]
+    stop = text[at : at + length].strip(BOUNDARY).partition(BOUNDARY)[0]
     found = text.find(stop)
-    engine = found + (len(stop) if include else 0)
+    if not stop:
+        return
     # The token that completes the stop string is in the last delta, with up to `extra` more behind it.
-    last, seen = 0, 0
-    while seen + len(texts[last]) < found + len(stop):
-        seen += len(texts[last])
+    last, length = 0, 0
+    while length + len(texts[last]) < found + len(stop):
+        length += len(texts[last])
         last += 1
     tokens = tokens[: last + 1 + extra]
     cuts = [min(c, last) for c in cuts]
     parts = pieces(tokens, cuts)
-    options = Options(stop=(stop, "never matches"), include_stop=include, special_text=shown)
-    deltas = [output(p) for p in parts[:-1]] + [output(parts[-1], "stop", "x" * engine, stop)]
-    meaning = reference.understand(
-        tokens, w.decode, w.special, prompt=prompt, shown=shown, stop=stop, include_stop=include
-    )
+    options = options._replace(stop=(stop, "never matches"))
+    given = "x" * (found + (len(stop) if include else 0))
+    deltas = [output(p) for p in parts[:-1]] + [output(parts[-1], "stop", given, stop)]
+    meaning = reference.understand(tokens, w.decode, w.special, prompt=prompt, stop=stop, include_stop=include, **how)
     agree(read(options, prompt, deltas), meaning)
 
 
 def guard(data: bytes) -> None:
-    """The stop guard by itself: it lets text through in order, whole, and up to the match."""
+    """The stop guard by itself: it lets events through in order, whole, and up to the match."""
     source = Source(data)
     stops = tuple("".join(source.pick("ab<|") for _ in range(1 + source.below(4))) for _ in range(1 + source.below(3)))
     flags = source.byte()
     include, quick = bool(flags & 1), bool(flags & 2)
-    items = []
-    while source.left and len(items) < 200:
+    events = []
+    while source.left and len(events) < 200:
         b = source.byte()
-        items.append(Item("".join("ab<|"[b >> i & 3] for i in range(0, b % 5, 2)), 100 if b & 128 else -1))
-    text = "".join(i.text for i in items)
+        spelled = "".join("ab<|"[b >> i & 3] for i in range(0, 1 + b % 5, 2))
+        events.append(
+            Event("call", spelled) if b & 192 == 192 else Event("content" if b & 128 else "reasoning", spelled)
+        )
+    seen = SeenText()
+    texts = [seen.add(e) for e in events]
+    text = "".join(texts)
     matches = [(text.find(s) + len(s), text.find(s), s) for s in stops if s in text]
     held = StopGuard(stops, include)
-    out: list[Item] = []
-
-    def push(item: Item) -> None:
-        nonlocal out
-        if quick and item.token < 0 and held.takes_text:
-            out.append(Item(held.push_text(item.text)))
-        else:
-            out += held.push(item)
-
-    if not matches:
-        for item in items:
-            push(item)
-        out += held.finish()
-        assert "".join(i.text for i in out) == text
-        assert [i for i in out if i.token >= 0] == [i for i in items if i.token >= 0]
-        return
-    end, begin, stop = min(matches)
-    seen = 0
-    for item in items:
-        if seen + len(item.text) >= end and seen < end:
+    out: list[Event] = []
+    end, begin, stop = min(matches) if matches else (len(text) + 1, 0, "")
+    length = 0
+    for event, own in zip(events, texts, strict=True):
+        length += len(own)
+        if length >= end:
             held.stopped(stop, begin + (len(stop) if include else 0))
-        seen += len(item.text)
-        push(item)
-        if seen >= end:
+        if quick and event.kind != "call" and held.takes(event.kind):
+            out.append(event._replace(text=held.push_text(event.text)))
+        else:
+            out += held.push(event)
+        if length >= end:
             break
     out += held.finish()
-    wanted = text[: end if include else begin]
-    got = "".join(i.text for i in out)
-    # A control token is never cut in two.
-    assert got == wanted or (wanted.startswith(got) and any(i.token >= 0 and i.text for i in items)), (got, wanted)
+    got = [(e.kind, e.text) for e in out if e.text]
+    wanted, left = [], len(text) if not matches else end if include else begin
+    for event, own in zip(events, texts, strict=True):
+        if event.kind != "content":
+            # One that stands at the cut is in front of the stop string, not behind it.
+            if left > len(own) or (left >= len(own) and not (include and matches)):
+                wanted.append((event.kind, event.text))
+            left -= len(own)
+            continue
+        shown = own[: max(0, left)].lstrip(BOUNDARY)
+        left -= len(own)
+        if shown:
+            wanted.append((event.kind, shown))
+    assert _runs(got) == _runs(wanted), (got, wanted, stop)
+
+
+def _runs(parts: list[tuple[Any, str]]) -> list[tuple[Any, str]]:
+    """Neighbours of one kind joined."""
+    return [(kind, "".join(t for _, t in run)) for kind, run in itertools.groupby(parts, lambda p: p[0])]
 
 
 def text(data: bytes) -> None:

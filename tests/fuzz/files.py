@@ -1,6 +1,6 @@
 """What is read from disk and from the environment: checkpoints, configs, settings, logs.
 
-Every refusal is one of this package's errors, one line long; nothing outside a checkpoint's folder is opened.
+Every error is one of this package's errors, one line long; nothing outside a checkpoint's folder is opened.
 """
 
 from __future__ import annotations

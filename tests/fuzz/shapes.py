@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.chat.reference import CALL, CHANNEL, END_CALL, END_CHANNEL, QUOTE
+from tests.chat.reference import CALL, CHANNEL, END_CALL, END_CHANNEL, QUOTE, TURN
 from tests.fuzz.chat import Words, output, read
 from vllm_gemma4_spec.chat.machine import Options, Tools
 
@@ -55,6 +55,15 @@ def shapes(w: Words) -> dict[str, Callable[[int], Shape]]:
         "spaces before a call": call("", " "),
         "spaces before a name": call("call:", " "),
         "name": call("call:", "a"),
+        "quoted value": call('call:f{a:"', "ab ,}"),
+        "quotes in a bare value": call("call:f{a:", ' "a" '),
+        "calls in one pair of marks": call("", "call:f{a:1}"),
+        "braces after a call": call("call:f{}", "}"),
+        "half surrogates": forced(Tools.NAMED, '{"a": "', "\\ud83d"),
+        "turns": plain(TURN),
+        "turns with a header": plain(TURN, *w.encode("model\n")),
+        "turns with half a header": plain(TURN, *w.encode("mode")),
+        "kinds in turn, stop strings": plain(CHANNEL, *a, END_CHANNEL, *a, stop=STOP),
         "text after a call": call("call:f{}", "a "),
         "quotes after a call": lambda n: (Options(), [CALL, *w.encode("call:f{}"), *[QUOTE] * n]),
         "required: spaces": forced(Tools.REQUIRED, "", " "),

@@ -87,7 +87,7 @@ def test_a_targets_linear(name: str, rank: int, measured: Any) -> None:
 
 @pytest.mark.parametrize("name", DRAFTER)
 def test_a_drafters_linear(name: str, measured: Any) -> None:
-    """The GEMM for few rows, with its own copy of the weights, and Marlin above."""
+    """The small-batch GEMM, with its own copy of the weights, and Marlin above."""
     kind, columns, outputs = DRAFTER[name]
     members = [nvfp4.tensors(n, columns, seed, 0) for seed, n in enumerate(outputs)]
     layer = nvfp4.linear(name.split()[0], kind, columns, outputs, members, drafter=True)
@@ -105,7 +105,7 @@ def test_the_small_batch_gemm_equals_marlin(cuda: None, measured: Any) -> None:
     worst = 0.0
     for name, (kind, columns, outputs) in DRAFTER.items():
         members = [nvfp4.tensors(n, columns, seed, 0) for seed, n in enumerate(outputs)]
-        for parts in members:  # the scale is inside one of the products only
+        for parts in members:  # the scale is inside one of the GEMMs only
             parts["pre_quant_scale"].fill_(1.0)
         layer = nvfp4.linear(name.split()[0], kind, columns, outputs, members, drafter=True)
         for rows in (1, 5, 20):

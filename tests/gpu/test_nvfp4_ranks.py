@@ -1,4 +1,4 @@
-"""NVFP4_AWQ and NVFP4_SVD cut over several cards: scales, low-rank factors and few-row copies of each rank's part.
+"""NVFP4_AWQ and NVFP4_SVD cut over several cards: scales, low-rank factors and small-batch copies of each rank's part.
 
 float16 through Marlin, bfloat16 through the small-batch GEMM where it takes over. Ranks add in another order, so a
 rounding may turn an answer: the log-probabilities of first tokens are compared with one card's, and a model accepts

@@ -91,7 +91,7 @@ def test_stock_walks_the_context_in_one_piece(monkeypatch: pytest.MonkeyPatch) -
 
 
 class Gemma4MLP(torch.nn.Module):
-    """A drafter's MLP whose gate and up projection has been packed for the few-row kernel."""
+    """A drafter's MLP whose gate and up projection has been packed for the small-batch kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ def loaded_drafter(monkeypatch: pytest.MonkeyPatch, drafter: Any = GEMMA4) -> tu
     return model, known[0]
 
 
-def test_a_drafters_activation_is_part_of_its_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drafters_activation_is_part_of_its_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
     mlp, known = loaded_drafter(monkeypatch)
     assert known
     assert mlp.gate_up_proj.rows_gelu

@@ -1,4 +1,4 @@
-"""The CUDA kernel of few-row NVFP4 products, run on the CPU as it stands, against W = E2M1 * scale * scale_2."""
+"""The CUDA kernel of small-batch NVFP4 GEMMs, run on the CPU as it stands, against W = E2M1 * scale * scale_2."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def weight(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random codes and every kind of block scale: subnormal, zero, negative, the largest."""
     codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
     scale = torch.randint(0, 256, (n, k // 16), dtype=torch.uint8)
-    scale[(scale & 0x7F) == 0x7F] = 0x7E  # NaN is mended before
+    scale[(scale & 0x7F) == 0x7F] = 0x7E  # NaN is repaired before
     return codes, scale.view(torch.float8_e4m3fn)
 
 
@@ -79,7 +79,7 @@ def run(
         ctypes.c_void_p(t.data_ptr()) for t in (*packed, x, x if pre is None else pre, y, scale, partial, arrivals)
     ]
     library.run(*pointers, len(x), n, x.shape[1], how.warps, how.split, how.parts)
-    assert not arrivals.any()  # ready for the next product
+    assert not arrivals.any()  # ready for the next GEMM
     return y
 
 
@@ -97,7 +97,7 @@ def run(
         (61, 32, 256, Launch(2, 1, 1), False),
     ],
 )
-def test_the_kernel_gives_the_product(libraries: Any, tokens: int, n: int, k: int, how: Launch, gelu: bool) -> None:
+def test_the_kernel_gives_the_gemm(libraries: Any, tokens: int, n: int, k: int, how: Launch, gelu: bool) -> None:
     torch.manual_seed(tokens)
     codes, scale = weight(n, k)
     x = torch.randn(tokens, k).bfloat16()

@@ -91,7 +91,7 @@ def run(get: Any, x: torch.Tensor, packed: Any, n: int, blocks: int, pre: torch.
         (61, 256, 256, 2, True),
     ],
 )
-def test_the_kernel_gives_the_product(libraries: Any, rows: int, n: int, k: int, blocks: int, scaled: bool) -> None:
+def test_the_kernel_gives_the_gemm(libraries: Any, rows: int, n: int, k: int, blocks: int, scaled: bool) -> None:
     torch.manual_seed(rows)
     codes, scale = weight(n, k)
     x = torch.randn(rows, k).bfloat16()

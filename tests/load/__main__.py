@@ -1,4 +1,4 @@
-"""``python -m tests.load``: prints counts, leaks and differences; exit code 1 if there is anything to mend."""
+"""``python -m tests.load``: prints counts, leaks and differences; exit code 1 if there is anything to fix."""
 
 from __future__ import annotations
 

@@ -33,15 +33,15 @@ def held(server: Server) -> Held:
     )
 
 
-def figures(server: Server) -> dict[str, float]:
-    return live.look(http.samples(server.url), time.monotonic()).values
+def metrics(server: Server) -> dict[str, float]:
+    return live.sample_server(http.samples(server.url), time.monotonic()).values
 
 
 def settled(server: Server, seconds: float = 60.0) -> dict[str, float]:
-    """The engine's figures once no request is left, or after ``seconds``."""
+    """The engine's metrics once no request is left, or after ``seconds``."""
     end = time.monotonic() + seconds
     while True:
-        now = figures(server)
+        now = metrics(server)
         busy = now["vllm:num_requests_running"] + now["vllm:num_requests_waiting"] + now["vllm:kv_cache_usage_perc"]
         if not busy or time.monotonic() > end:
             return now

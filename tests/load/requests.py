@@ -10,7 +10,7 @@ from vllm_gemma4_spec.demo import measure, run
 
 # Greedy requests: (max_tokens, more fields). Cut in the middle of anything; to the end; far beyond it.
 LIMITS = ((160, {}), (7, {}), (24, {}), (160, {"ignore_eos": True}), (160, {"stop": ["apples", "\n2."]}))
-# Requests that must be refused, and the status of the refusal.
+# Requests that must be refused, and the status of the answer.
 WRONG: tuple[tuple[dict[str, Any], int], ...] = (
     ({"model": "no-such-model"}, 404),
     ({"temperature": -1}, 400),

@@ -1,4 +1,4 @@
-"""The overlay's figures where vLLM's ``/metrics`` serves the files of prometheus_client's multiprocess mode."""
+"""The overlay's metrics where vLLM's ``/metrics`` serves the files of prometheus_client's multiprocess mode."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ def test_stock_shows_what_the_files_hold_and_no_more() -> None:
 
 
 @pytest.mark.usefixtures("several_servers")
-def test_figures_beside_those_of_the_files(tmp_path: Path) -> None:
+def test_metrics_beside_those_of_the_files(tmp_path: Path) -> None:
     from prometheus_client.values import MultiProcessValue
 
     vllm_gemma4_spec.apply()
     reports.write()
     value = MultiProcessValue(lambda: 7)("counter", "vllm:seen", "vllm:seen_total", (), (), "in a file")
     value.inc(3)
-    figures = shown()
-    assert figures["vllm:seen_total"] == 3
-    assert figures["gemma4_spec_process"] == 1
-    assert figures["gemma4_spec_drafts_skipped_total"] == reports._counts["drafts_skipped"][""]  # of this process
+    metrics = shown()
+    assert metrics["vllm:seen_total"] == 3
+    assert metrics["gemma4_spec_process"] == 1
+    assert metrics["gemma4_spec_drafts_skipped_total"] == reports._counts["drafts_skipped"][""]  # of this process
 
 
 @pytest.mark.slow
@@ -72,18 +72,18 @@ def test_either_of_two_api_servers_shows_every_process(
             time.sleep(1)
         while not {"ApiServer_0", "ApiServer_1"} <= answered(tmp_path / "log"):  # either may take a new connection
             assert time.monotonic() < end
-            figures = server.samples(url)
-            assert processes(figures) == everyone
-            assert "vllm:generation_tokens_total" in {s.name for s in figures}
+            metrics = server.samples(url)
+            assert processes(metrics) == everyone
+            assert "vllm:generation_tokens_total" in {s.name for s in metrics}
         done = gemma4_spec("doctor", "--url", url, "--workers", "1", "--json")
         assert done.returncode == 0, done.stdout
         assert printed("top", gemma4_spec("top", "--url", url, "--interval", "0.2", "--json"))["processes"] == 4
 
 
-def processes(figures: list[Sample]) -> list[str]:
-    return sorted(s.labels["process"] for s in figures if s.name == "gemma4_spec_process")
+def processes(metrics: list[Sample]) -> list[str]:
+    return sorted(s.labels["process"] for s in metrics if s.name == "gemma4_spec_process")
 
 
 def answered(log: Path) -> set[str]:
-    """The processes that answered a look at ``/metrics``."""
+    """The processes that answered a request for ``/metrics``."""
     return {line.split()[0].strip("(") for line in log.read_text().splitlines() if "GET /metrics" in line}

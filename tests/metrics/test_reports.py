@@ -184,7 +184,7 @@ def test_nan_blocks_repaired_are_those_that_inspect_finds(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_stock_counts_no_skipped_draft(tiny: dict[str, Path]) -> None:
+def test_stock_counts_no_dropped_draft(tiny: dict[str, Path]) -> None:
     before = shown()
     with without(SKIPPED_DRAFTS), engine(tiny["target"], tiny["close"], 3, max_model_len=64) as llm:
         generate(llm, random_prompts([40]), 24)

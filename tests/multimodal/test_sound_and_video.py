@@ -1,4 +1,4 @@
-"""Sound and video for an E4B-like target with an audio tower: logits of transformers, answers as without drafts."""
+"""Sound and video for an E4B-like target with an audio tower: logits of transformers; drafts change no answer."""
 
 from __future__ import annotations
 

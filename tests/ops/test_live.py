@@ -39,13 +39,13 @@ def samples(drafts: float, accepted: list[float], tokens: float) -> list[Sample]
     ]
 
 
-def test_rates_between_two_looks() -> None:
-    one = live.look(samples(10, [8, 4], 100), 5.0)
-    two = live.look(samples(30, [26, 8], 150), 7.0)
-    figures = live.between(one, two)
-    assert figures.accepted_by_position == (0.9, 0.2)
-    assert figures.acceptance_length == pytest.approx(2.1)
-    assert figures.output_tok_s == 50  # both engines
+def test_rates_between_two_samples() -> None:
+    one = live.sample_server(samples(10, [8, 4], 100), 5.0)
+    two = live.sample_server(samples(30, [26, 8], 150), 7.0)
+    rates = live.between(one, two)
+    assert rates.accepted_by_position == (0.9, 0.2)
+    assert rates.acceptance_length == pytest.approx(2.1)
+    assert rates.output_tok_s == 50  # both engines
     assert live.between(two, two).acceptance_length is None
 
 
@@ -57,9 +57,11 @@ def test_latencies_and_prefix_hits_are_those_of_the_interval() -> None:
         out += [Sample("vllm:prefix_cache_queries_total", {}, 100 * scale)]
         return [*out, Sample("vllm:prefix_cache_hits_total", {}, 25 * scale), *samples(10, [8], 100 * scale)]
 
-    now = live.between(live.look(at(1), 0.0), live.look(at(3), 1.0))
+    now = live.between(live.sample_server(at(1), 0.0), live.sample_server(at(3), 1.0))
     assert (now.ttft_ms, now.itl_ms, now.prefix_hits, now.k) == (pytest.approx(50), pytest.approx(50), 0.25, 1)
-    restarted = live.between(live.look([*at(9), Sample("vllm:prompt_tokens_total", {}, 9)], 0.0), live.look(at(1), 1.0))
+    restarted = live.between(
+        live.sample_server([*at(9), Sample("vllm:prompt_tokens_total", {}, 9)], 0.0), live.sample_server(at(1), 1.0)
+    )
     assert restarted.output_tok_s == 200
 
 
@@ -172,9 +174,9 @@ def _complete(url: str, prompt: int = 3, max_tokens: int = 9) -> None:
 def test_top_of_a_real_server(speculating_server: str) -> None:
     done = gemma4_spec("top", "--url", speculating_server, "--interval", "0.2", "--json")
     assert done.returncode == 0, done.stderr
-    figures = printed("top", done)
-    assert figures["processes"] == 2
-    assert figures["patches"]["draft-groups"] == 2
+    rates = printed("top", done)
+    assert rates["processes"] == 2
+    assert rates["patches"]["draft-groups"] == 2
     text = gemma4_spec("top", "--url", speculating_server, "--interval", "0.2").stdout
     assert "in all 2 processes" in text
     assert "\x1b[" not in text
@@ -213,7 +215,7 @@ def test_drafts_skipped_in_the_worker_are_shown_by_the_api_server(speculating_se
 
 
 @pytest.mark.slow
-def test_the_dashboard_asks_for_figures_that_exist(speculating_server: str) -> None:
+def test_the_dashboard_asks_for_metrics_that_exist(speculating_server: str) -> None:
     _complete(speculating_server)
     known = {s.name for s in server.samples(speculating_server)}
     asked = {

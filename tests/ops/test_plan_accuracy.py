@@ -1,4 +1,4 @@
-"""``benchmarks/plan_accuracy.py`` on a results file whose figures are those of the plan: it must find no difference."""
+"""``benchmarks/plan_accuracy.py`` on a results file whose values are those of the plan: it must find no difference."""
 
 from __future__ import annotations
 

@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
+from tests.support.fresh import run, run_from_nothing
 from vllm_gemma4_spec.patching import fingerprint, ledger
 from vllm_gemma4_spec.patching.patch import Group
 from vllm_gemma4_spec.registry import PATCHES
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` in a fresh Python: what is patched where is a matter of whole processes."""
-    # Not VLLM_DIST_IDENT and the like, which an engine in this process leaves behind.
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("VLLM_")}
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=clean | {"PYTHONPATH": str(ROOT), "VLLM_LOGGING_LEVEL": "INFO"} | env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
 
 # Imports every module that a patch touches, so that nothing stays "waiting".
 IMPORT_ALL = """
@@ -125,7 +107,9 @@ def test_register_imports_nothing_heavy_and_is_quick_in_modules() -> None:
 
 
 def test_importing_the_package_imports_no_vllm() -> None:
-    done = run("import sys, vllm_gemma4_spec; print([m for m in ('vllm', 'torch', 'wrapt') if m in sys.modules])")
+    done = run_from_nothing(
+        "import sys, vllm_gemma4_spec; print([m for m in ('vllm', 'torch', 'wrapt') if m in sys.modules])"
+    )
     assert done.stdout.strip() == "[]", done.stderr
 
 
@@ -170,21 +154,35 @@ print("patched:", [t for t, o in raw().items() if getattr(o, "__module__", "").s
     assert "patched: []" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("env", "message"),
-    [
-        ({"VLLM_GEMMA4_SPEC_PATCH_DRAFT_GRUOPS": "0"}, "VLLM_GEMMA4_SPEC_PATCH_DRAFT_GRUOPS: no such patch switch"),
-        ({"VLLM_GEMMA4_SPEC_CHEKC": "1"}, "VLLM_GEMMA4_SPEC_CHEKC: no such setting"),
-        ({"VLLM_GEMMA4_SPEC": "maybe"}, "VLLM_GEMMA4_SPEC='maybe': expected one of 0, 1"),
-        ({"VLLM_GEMMA4_SPEC_ADAPTIVE_K": "1"}, "VLLM_GEMMA4_SPEC_ADAPTIVE_K='1': expected a number from 0 to below 1"),
-        ({"VLLM_GEMMA4_SPEC_ADAPTIVE_K": "nan"}, "expected a number from 0 to below 1; unset it for '0'"),
-        ({"VLLM_GEMMA4_SPEC_ADAPTIVE_K": "on"}, "expected a number from 0 to below 1"),
-    ],
+WRONG_SWITCHES = (
+    ({"VLLM_GEMMA4_SPEC_PATCH_DRAFT_GRUOPS": "0"}, "VLLM_GEMMA4_SPEC_PATCH_DRAFT_GRUOPS: no such patch switch"),
+    ({"VLLM_GEMMA4_SPEC_CHEKC": "1"}, "VLLM_GEMMA4_SPEC_CHEKC: no such setting"),
+    ({"VLLM_GEMMA4_SPEC": "maybe"}, "VLLM_GEMMA4_SPEC='maybe': expected one of 0, 1"),
+    ({"VLLM_GEMMA4_SPEC_ADAPTIVE_K": "1"}, "VLLM_GEMMA4_SPEC_ADAPTIVE_K='1': expected a number from 0 to below 1"),
+    ({"VLLM_GEMMA4_SPEC_ADAPTIVE_K": "nan"}, "expected a number from 0 to below 1; unset it for '0'"),
+    ({"VLLM_GEMMA4_SPEC_ADAPTIVE_K": "on"}, "expected a number from 0 to below 1"),
 )
-def test_a_wrong_switch_is_one_line(env: dict[str, str], message: str) -> None:
-    done = run("import vllm_gemma4_spec as o\ntry: o.apply()\nexcept ValueError as e: print(e)", **env)
-    assert message in done.stdout
-    assert len(done.stdout.strip().splitlines()) == 1
+
+
+def test_a_wrong_switch_is_one_line() -> None:
+    """All in one process: a start that is refused leaves nothing behind."""
+    done = run(
+        f"""
+        import os, vllm_gemma4_spec as ours
+        for env in {[env for env, _ in WRONG_SWITCHES]}:
+            os.environ.update(env)
+            try:
+                ours.apply()
+            except ValueError as error:
+                print(error)
+            for name in env:
+                del os.environ[name]
+        """
+    )
+    lines = done.stdout.strip().splitlines()
+    assert len(lines) == len(WRONG_SWITCHES), done.stdout + done.stderr
+    for line, (_, message) in zip(lines, WRONG_SWITCHES, strict=True):
+        assert message in line
 
 
 def test_switches() -> None:

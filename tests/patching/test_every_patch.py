@@ -108,7 +108,7 @@ SHOWN = {
         r"_gemma4_spec_acceptance",
     ),
     "skipped-drafts": Shown(
-        "metrics/test_reports::test_stock_counts_no_skipped_draft",
+        "metrics/test_reports::test_stock_counts_no_dropped_draft",
         "metrics/test_reports::test_drafts_skipped_are_the_requests_that_were_not_drafted_for",
         r"assert 0 > 0",
     ),
@@ -168,8 +168,8 @@ SHOWN = {
         r"object has no attribute",
     ),
     "draft-pieces": Shown(
-        f"{_GRAPHS}::test_stock_gives_a_draft_model_no_pieces",
-        f"{_GRAPHS}::test_vllms_own_method_gives_a_draft_model_pieces",
+        f"{_GRAPHS}::test_stock_gives_a_draft_model_no_piecewise_graphs",
+        f"{_GRAPHS}::test_vllms_own_method_gives_a_draft_model_piecewise_graphs",
         r"assert \[\] == \[",
     ),
     "adaptive-k": Shown(
@@ -209,7 +209,7 @@ SHOWN = {
     ),
     "draft-products": Shown(
         f"{_KERNELS}::test_stock_loads_a_drafter_as_any_model",
-        f"{_KERNELS}::test_a_drafters_activation_is_part_of_its_product",
+        f"{_KERNELS}::test_a_drafters_activation_is_part_of_its_gemm",
         r"assert False",
     ),
     "modelopt-nvfp4": Shown(
@@ -279,7 +279,7 @@ SHOWN = {
     ),
     "server-figures": Shown(
         "metrics/test_api_servers::test_stock_shows_what_the_files_hold_and_no_more",
-        "metrics/test_api_servers::test_figures_beside_those_of_the_files",
+        "metrics/test_api_servers::test_metrics_beside_those_of_the_files",
         r"KeyError: 'gemma4_spec_process'",
     ),
 }
@@ -297,6 +297,13 @@ def test_every_patch_names_its_tests_and_they_exist() -> None:
             file, name = node(test).split("::")
             functions = [n.name for n in ast.parse(Path(file).read_text()).body if isinstance(n, ast.FunctionDef)]
             assert name.partition("[")[0] in functions, test
+
+
+def test_every_wrapper_names_its_patch_its_evidence_and_the_related_change() -> None:
+    from tools import wrapper_docs
+
+    for path, paragraphs in wrapper_docs.wanted().items():
+        assert wrapper_docs.written(path.read_text(), paragraphs) == path.read_text(), f"make ledger: {path}"
 
 
 @pytest.mark.slow

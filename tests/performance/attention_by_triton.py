@@ -14,7 +14,7 @@ if __name__ == "__main__":
 
     from vllm_gemma4_spec.performance import split_attention
 
-    HEADS, KV_HEADS, SIZE, BLOCK, SEGMENTS, ROOM = 8, 2, 32, 16, 16, 16
+    HEADS, KV_HEADS, SIZE, BLOCK, SEGMENTS, ROOM = 4, 2, 16, 16, 8, 16
     ran: list[str] = []
     for name in ("kernel_unified_attention_2d", "kernel_unified_attention_3d"):
         kernel = getattr(ops, name)
@@ -42,7 +42,7 @@ if __name__ == "__main__":
         return out
 
     results = []
-    for query_len, lengths, window in ((4, [300], 0), (5, [77, 130], 40), (4, [64, 5, 33], 0), (5, [40] * 4, 0)):
+    for query_len, lengths, window in ((4, [200], 0), (5, [77, 130], 40), (4, [64, 5, 33], 0), (5, [40] * 4, 0)):
         torch.manual_seed(query_len)
         num_seqs, tokens, pages = len(lengths), len(lengths) * query_len, -(-max(lengths) // BLOCK)
         q = torch.randn(tokens, HEADS, SIZE) / 4

@@ -10,7 +10,7 @@ import pytest
 from tests.support.engine import acceptance, engine, generate, random_prompts
 from tests.support.stock import without
 from vllm_gemma4_spec.metrics import reports
-from vllm_gemma4_spec.performance.adaptive_k import DraftDepth
+from vllm_gemma4_spec.performance.adaptive_k import DraftLength
 from vllm_gemma4_spec.performance.patches import ADAPTIVE_K
 
 K = 3
@@ -18,7 +18,7 @@ LENGTHS = (5, 40, 90, 17, 33)
 LIMITS = (20, 26, 32, 38, 44)  # they end one after the other
 
 
-def left_out() -> int:
+def dropped() -> int:
     return reports._counts["drafts_left_out"][""]
 
 
@@ -31,8 +31,8 @@ def test_answers_are_those_of_plain_decoding(tiny: dict[str, Path], kind: str, m
     # Counts go out once a second; here with every step.
     monkeypatch.setattr("vllm_gemma4_spec.performance.adaptive_k._REPORT_SECONDS", -1.0)
     with engine(tiny["target"], tiny[kind], K, max_num_seqs=4) as llm:
-        before, missing = acceptance(llm), left_out()
-        answers, counts, missing = generate(llm, prompts, LIMITS), acceptance(llm) - before, left_out() - missing
+        before, missing = acceptance(llm), dropped()
+        answers, counts, missing = generate(llm, prompts, LIMITS), acceptance(llm) - before, dropped() - missing
     assert answers == plain
     if kind == "target":  # a drafter that is always right runs all its passes, and nothing it drafts is rejected
         assert missing == 0
@@ -65,48 +65,48 @@ def test_stock_runs_every_pass_whatever_is_accepted(tiny: dict[str, Path], monke
 
 
 def test_a_request_that_accepts_nothing_goes_down_to_one_pass_and_back() -> None:
-    depth = DraftDepth(K, 0.2)
-    assert depth.choose(["a"]) == K
+    draft_length = DraftLength(K, 0.2)
+    assert draft_length.choose(["a"]) == K
     for _ in range(10):
-        depth.observe("a", depth.choose(["a"]), 0)
-    assert depth.choose(["a"]) == 1
+        draft_length.observe("a", draft_length.choose(["a"]), 0)
+    assert draft_length.choose(["a"]) == 1
     for _ in range(40):
-        chosen = depth.choose(["a"])
-        depth.observe("a", chosen, chosen)
-    assert depth.choose(["a"]) == K
+        chosen = draft_length.choose(["a"])
+        draft_length.observe("a", chosen, chosen)
+    assert draft_length.choose(["a"]) == K
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.5, 0.7, 0.9, 1.0])
 @pytest.mark.parametrize("cost", [0.05, 0.2, 0.5])
-def test_the_depth_chosen_yields_the_most_tokens_per_time(rate: float, cost: float) -> None:
-    depth = DraftDepth(8, cost)
-    depth.rate = lambda request: rate  # type: ignore[method-assign]
+def test_the_draft_length_chosen_yields_the_most_tokens_per_time(rate: float, cost: float) -> None:
+    draft_length = DraftLength(8, cost)
+    draft_length.rate = lambda request: rate  # type: ignore[method-assign]
 
     def speed(passes: int) -> float:
         return sum(rate**i for i in range(passes + 1)) / (1 + cost * (passes - 1))
 
-    chosen = depth.choose(["a"])
+    chosen = draft_length.choose(["a"])
     assert speed(chosen) == pytest.approx(max(speed(passes) for passes in range(1, 9)))
 
 
 def test_every_request_counts_by_its_own_acceptance() -> None:
-    depth = DraftDepth(8, 0.2)
+    draft_length = DraftLength(8, 0.2)
     for _ in range(50):
-        depth.observe("good", 8, 8)
-        depth.observe("bad", 8, 0)
-    assert depth.rate("good") > 0.9
-    assert depth.rate("bad") < 0.2
-    assert depth.choose(["bad"]) == 1
-    assert depth.choose(["good"]) == 8
-    assert depth.choose(["good", "bad"]) == 8  # one of two pays for both
-    assert depth.choose(["good", "bad", "bad", "bad", "bad"]) == 1
-    depth.choose(["new"])
-    assert depth.rate("bad") < depth.rate("new") < depth.rate("good")  # the average position
+        draft_length.observe("good", 8, 8)
+        draft_length.observe("bad", 8, 0)
+    assert draft_length.rate("good") > 0.9
+    assert draft_length.rate("bad") < 0.2
+    assert draft_length.choose(["bad"]) == 1
+    assert draft_length.choose(["good"]) == 8
+    assert draft_length.choose(["good", "bad"]) == 8  # one of two pays for both
+    assert draft_length.choose(["good", "bad", "bad", "bad", "bad"]) == 1
+    draft_length.choose(["new"])
+    assert draft_length.rate("bad") < draft_length.rate("new") < draft_length.rate("good")  # the average position
 
 
 def test_requests_that_left_are_forgotten() -> None:
-    depth = DraftDepth(K, 0.2)
+    draft_length = DraftLength(K, 0.2)
     for i in range(1000):
-        depth.observe(f"r{i}", K, 1)
-        depth.choose([f"r{i}"])
-    assert len(depth._requests) < 100
+        draft_length.observe(f"r{i}", K, 1)
+        draft_length.choose([f"r{i}"])
+    assert len(draft_length._requests) < 100

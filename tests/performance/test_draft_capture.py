@@ -101,13 +101,13 @@ def test_none_while_every_pass_is_checked(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("FULL_AND_PIECEWISE", "cuda", True, True),
         ("PIECEWISE", "cuda", True, True),
-        ("FULL_DECODE_ONLY", "cuda", True, False),  # the model is not compiled in pieces
+        ("FULL_DECODE_ONLY", "cuda", True, False),  # the model is not compiled piecewise
         ("NONE", "cuda", True, False),
         ("FULL_AND_PIECEWISE", "cpu", True, False),
         ("FULL_AND_PIECEWISE", "cuda", False, False),  # EAGLE: vLLM does it itself
     ],
 )
-def test_pieces_where_the_target_has_them(mode: str, device: str, draft_model: bool, wanted: bool) -> None:
+def test_piecewise_graphs_where_the_target_has_them(mode: str, device: str, draft_model: bool, wanted: bool) -> None:
     given: list[Any] = []
     self = runner(mode=mode, draft_model=draft_model)
     self.device = SimpleNamespace(type=device)
@@ -116,7 +116,7 @@ def test_pieces_where_the_target_has_them(mode: str, device: str, draft_model: b
     assert given == ([self.compilation_config.cudagraph_mode] if wanted else [])
 
 
-def test_pieces_of_another_models_drafter_are_left_to_vllm() -> None:
+def test_piecewise_graphs_of_another_models_drafter_are_left_to_vllm() -> None:
     given: list[Any] = []
     self = runner(model=LLAMA)
     self.device, self.drafter.initialize_cudagraph_keys = SimpleNamespace(type="cuda"), given.append
@@ -177,12 +177,12 @@ def dispatched(self: Any) -> list[Any]:
     return given
 
 
-def test_vllms_own_method_gives_a_draft_model_pieces() -> None:
+def test_vllms_own_method_gives_a_draft_model_piecewise_graphs() -> None:
     PATCHER.apply([DRAFT_PIECES])
     assert dispatched(runner(mode="PIECEWISE")) == [runner(mode="PIECEWISE").compilation_config.cudagraph_mode]
 
 
-def test_stock_gives_a_draft_model_no_pieces() -> None:
+def test_stock_gives_a_draft_model_no_piecewise_graphs() -> None:
     with without(DRAFT_PIECES):
         assert dispatched(runner(mode="PIECEWISE")) == []
 

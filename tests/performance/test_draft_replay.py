@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.support.engine import acceptance, engine, generate, random_prompts
-from vllm_gemma4_spec.performance.draft_graphs import GRAPHS, DraftGraphs, _Graph, at_depth, decode_batch_sizes
+from vllm_gemma4_spec.performance.draft_graphs import GRAPHS, DraftGraphs, _Graph, decode_batch_sizes, with_draft_length
 from vllm_gemma4_spec.spec_decode.slot_mapping import PADDING_SLOT_ID, group_slot_mappings
 
 K = 3
@@ -47,14 +47,14 @@ class Rerun(DraftGraphs):
     """Graphs whose replay calls the captured function on the same buffers."""
 
     def capture(self, pool: Any, warmups: int = 0) -> None:
-        for n, depth in itertools.product(self.batch_sizes, self._depths):
-            drafts = torch.full((n, depth), -1, dtype=torch.int64)
-            self._graphs[n, depth] = _Graph(
-                SimpleNamespace(replay=lambda n=n, d=depth, drafts=drafts: drafts.copy_(self.run(n, d))), drafts
+        for n, draft_length in itertools.product(self.batch_sizes, self._draft_lengths):
+            drafts = torch.full((n, draft_length), -1, dtype=torch.int64)
+            self._graphs[n, draft_length] = _Graph(
+                SimpleNamespace(replay=lambda n=n, d=draft_length, drafts=drafts: drafts.copy_(self.run(n, d))), drafts
             )
 
-    def run(self, num_reqs: int, depth: int) -> torch.Tensor:
-        with self._as_captured(), at_depth(self._proposer, depth):
+    def run(self, num_reqs: int, draft_length: int) -> torch.Tensor:
+        with self._as_captured(), with_draft_length(self._proposer, draft_length):
             return self._run(num_reqs)
 
 
@@ -69,7 +69,7 @@ def attach(llm: Any, batch_sizes: list[int]) -> dict[str, Any]:
     graphs = Rerun(drafter, groups, table.get_device_tensor, type(drafter).propose, batch_sizes, range(1, K + 1))
     graphs.capture(None)
     setattr(drafter, GRAPHS, graphs)
-    seen: dict[str, Any] = {"replays": 0, "padded": 0, "originals": 0, "different": 0, "depths": set()}
+    seen: dict[str, Any] = {"replays": 0, "padded": 0, "originals": 0, "different": 0, "draft_lengths": set()}
     wrapped = type(drafter).propose
 
     def propose(**kwargs: Any) -> torch.Tensor:
@@ -77,7 +77,7 @@ def attach(llm: Any, batch_sizes: list[int]) -> dict[str, Any]:
         drafts = wrapped(drafter, **kwargs)
         if graphs.fits(cad, kwargs["num_rejected_tokens_gpu"], kwargs["mm_embed_inputs"]):
             seen["replays"] += 1
-            seen["depths"].add(drafts.shape[1])
+            seen["draft_lengths"].add(drafts.shape[1])
             seen["padded"] += cad.num_reqs not in batch_sizes
             seen["different"] += int((drafts != wrapped.__wrapped__(drafter, **kwargs)).sum())
         else:
@@ -107,8 +107,8 @@ def test_replays_draft_what_the_original_drafts(
     assert seen["replays"] > 5
     assert seen["padded"] > 0  # three requests in the graph of four
     assert seen["originals"] > 0  # prompts
-    assert K in seen["depths"]
-    assert (len(seen["depths"]) > 1) == (cost != "0")
+    assert K in seen["draft_lengths"]
+    assert (len(seen["draft_lengths"]) > 1) == (cost != "0")
     if kind == "target":
         assert counts.accepted == counts.proposed > 0
     else:

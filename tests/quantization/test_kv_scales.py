@@ -19,7 +19,7 @@ from tests.support.kv_scales import with_kv_scales
 
 
 def test_the_kernel_drops_the_scales_of_fp8_queries(tmp_path: Path) -> None:
-    """Why queries must stay in 16 bits. Should this fail, a newer vLLM has mended its kernel."""
+    """Why queries must stay in 16 bits. Should this fail, a newer vLLM has fixed its kernel."""
     interpreted("tests.quantization.kv_scales_by_triton", tmp_path / "out.pt")
     results = torch.load(tmp_path / "out.pt")
     right = results["float32", 1.0]

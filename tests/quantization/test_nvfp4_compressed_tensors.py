@@ -133,7 +133,7 @@ def test_stock_has_no_nvfp4_on_a_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_nan_block_scales_are_mended_here_too(tmp_path: Path) -> None:
+def test_nan_block_scales_are_repaired_here_too(tmp_path: Path) -> None:
     """In an expert and in a linear, codes intact; the reference applies the rule."""
 
     def broken(tensors: Tensors) -> Tensors:

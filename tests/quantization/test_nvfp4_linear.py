@@ -165,7 +165,7 @@ def test_members_the_checkpoint_lacks_have_no_say(poison: float) -> None:
 
 
 @pytest.mark.usefixtures("world")
-def test_nan_scales_are_mended_by_the_rule() -> None:
+def test_nan_scales_are_repaired_by_the_rule() -> None:
     """Codes intact: 448 with the NaN's sign; all sixteen are 7: zero. Nothing else changes."""
 
     def break_three(shard: Any, parts: Tensors) -> None:

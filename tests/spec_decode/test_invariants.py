@@ -48,7 +48,7 @@ def test_each_broken_invariant_is_named(tiny: dict[str, Path], monkeypatch: pyte
         another_positions_slot: "another position's|does not own",
         a_longer_sequence: "but a sequence length of",
         a_length_of_one: "but a sequence length of 1",
-        swapped_positions: "stands where",
+        swapped_positions: "out of order",
     }
     found: dict[str, int] = {}
     passes: list[int] = []

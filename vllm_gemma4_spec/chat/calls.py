@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Protocol
 
 import regex  # a dependency of vLLM; unlike `re` it knows partial matches
 
-from vllm_gemma4_spec.chat.arguments import Arguments
+from vllm_gemma4_spec.chat.arguments import Arguments, unescaped
 
 _PREFIX = "call:"
-_HEAD = re.compile(r"call:\s*([^\s{}]+)\s*\Z")
+# Models leave out the word now and then: `:NAME{`.
+_HEAD = re.compile(r"(?:call)?:\s*([^\s{}]+)\s*\Z")
+_HEAD_BEGUN = re.compile(r"c|ca|cal|call|(?:call)?:\s*[^\s{}]*\s*")
 _SPACE = " \t\r\n"
+_BETWEEN = _SPACE + "}]),;"  # what models put behind a call's last brace
 
 
 class Sink(Protocol):
@@ -26,13 +28,14 @@ class Sink(Protocol):
 
     def end_call(self, complete: bool) -> None: ...
 
+    def lose_call(self) -> None:
+        """A call was cut before its arguments: nothing of it is given out."""
+
 
 class Reader(Protocol):
     """Reads what stands where calls may stand; what is no call goes to the sink as content."""
 
     def text(self, text: str) -> None: ...
-
-    def quote(self, mark: str) -> bool: ...
 
     def end(self) -> None: ...
 
@@ -40,9 +43,9 @@ class Reader(Protocol):
 class _OneCall:
     """The arguments of the call that has begun."""
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: Sink, native: bool = False) -> None:
         self._sink = sink
-        self._arguments = Arguments()
+        self._arguments = Arguments(native)
         self.over = False  # no more text belongs to it
         self.whole = False  # and it was read to its last brace
 
@@ -50,87 +53,117 @@ class _OneCall:
         """Read on; returns the text after the call, or from where it cannot be read on."""
         out, rest = self._arguments.text(text)
         self._sink.arguments(out)
-        return self._settle(rest)
-
-    def quote(self, mark: str) -> bool:
-        """Read a quote token, whose text is ``mark`` if it is shown; False where it cannot stand."""
-        out = self._arguments.quote(mark)
-        if out is not None:
-            self._sink.arguments(out)
-        return out is not None
-
-    def _settle(self, rest: str) -> str:
         if self._arguments.complete:
             if not self.over:
                 self._sink.end_call(True)
             self.over = self.whole = True
         elif rest:
-            rest = self._broken() + rest
+            rest = self._close(cut=False) + rest
         return rest
 
-    def _broken(self) -> str:
-        out, unsaid = self._arguments.close()
+    def quote(self, mark: str) -> str | None:
+        """Read a quote token, whose text is ``mark`` if it is shown; returns text, as :meth:`text` does, where it
+        cannot stand."""
+        out = self._arguments.quote(mark)
+        if out is None:
+            return self._close(cut=False)
+        self._sink.arguments(out)
+        return None
+
+    def _close(self, cut: bool) -> str:
+        out, unsaid = self._arguments.close(cut)
         self._sink.arguments(out)
         self._sink.end_call(False)
         self.over = True
         return unsaid
 
-    def end(self) -> str:
-        """No more text; returns what was read and is in no argument."""
-        return "" if self.over else self._broken()
+    def end(self) -> None:
+        """No more text. What had begun and is in no argument is half a call, and no content."""
+        if not self.over:
+            self._close(cut=True)
 
 
 class NativeCall:
-    """What stands between ``<|tool_call>`` and ``<tool_call|>``: ``call:NAME{ARGUMENTS}``."""
+    """What stands between ``<|tool_call>`` and ``<tool_call|>``: ``call:NAME{ARGUMENTS}``, once or more often."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
         self._space = ""  # before the head
         self._head = ""
         self._call: _OneCall | None = None
+        self._whole = 0  # calls read to the end
+        self._junk: list[str] = []  # text behind the last of them
         self._plain = False  # from here on it is no call
 
     def text(self, text: str) -> None:
-        if not self._plain and self._call is None:
-            text = self._read_head(text)
-        if not self._plain and self._call is not None:
-            text = self._call.text(text)
-            self._plain = self._call.over and bool(text)
-        if text:
-            self._sink.content(text)
+        while text:
+            if self._plain:
+                return self._sink.content(text)
+            if self._junk:
+                return self._junk.append(text)
+            text = self._read_head(text) if self._call is None else self._arguments(self._call, text)
+        return None
+
+    def _arguments(self, call: _OneCall, text: str) -> str:
+        rest = call.text(text)
+        if call.whole:
+            self._call, self._space, self._head = None, "", ""
+            self._whole += 1
+        elif call.over:
+            self._plain = True
+        return rest
 
     def _read_head(self, text: str) -> str:
         """Returns what is left to read: the arguments, or all of it if this is no call."""
-        head, brace, rest = text.partition("{")
         if not self._head:
-            stripped = head.lstrip()
-            self._space += head[: len(head) - len(stripped)]
-            head = stripped
+            stripped = text.lstrip(_BETWEEN if self._whole else None)
+            self._space += "" if self._whole else text[: len(text) - len(stripped)]
+            text = stripped
+        head, brace, rest = text.partition("{")
         self._head += head
         match = _HEAD.match(self._head) if brace else None
         if match:
             self._sink.begin_call(match[1])
-            self._call = _OneCall(self._sink)
+            self._call = _OneCall(self._sink, native=True)
             return brace + rest
-        if not brace and _PREFIX.startswith(self._head[: len(_PREFIX)]):
+        if not brace and (_PREFIX.startswith(self._head[: len(_PREFIX)]) or self._head[:1] == ":"):
+            return ""
+        text = self._space + self._head + brace + rest
+        if self._whole:
+            self._junk.append(text)
             return ""
         self._plain = True
-        return self._space + self._head + brace + rest
+        return text
 
     def quote(self, mark: str) -> bool:
-        if self._plain or self._call is None or self._call.over:
-            self._plain |= bool(mark) and self._call is not None  # the space behind it is text
+        if self._call is None:
             return False
-        if self._call.quote(mark):
+        unsaid = self._call.quote(mark)
+        if unsaid is None:
             return True
-        self._sink.content(self._call.end())
-        self._plain = True
+        self._call, self._plain = None, True
+        self._sink.content(unsaid)
         return False
 
-    def end(self) -> None:
-        rest = self._call.end() if self._call is not None else "" if self._plain else self._space + self._head
-        if rest:
-            self._sink.content(rest)
+    def end(self, closed: bool) -> None:
+        """No more text.
+
+        Args:
+            closed: ``<tool_call|>`` ended it, so what stands behind its last call was part of the call.
+        """
+        if self._call is not None:
+            self._call.end()
+        elif self._plain:
+            return
+        elif _HEAD_BEGUN.fullmatch(self._head):
+            self._sink.lose_call()
+        elif self._whole:
+            if not closed:
+                self._sink.content("".join(self._junk) or self._head)
+        elif self._head:
+            self._sink.content(self._space + self._head)
+        elif not closed:
+            self._sink.lose_call()
 
 
 class NamedCall:
@@ -156,13 +189,9 @@ class NamedCall:
         if text:
             self._sink.content(text)
 
-    def quote(self, mark: str) -> bool:
-        return False
-
     def end(self) -> None:
-        rest = self._call.end() if self._call is not None else ""
-        if rest:
-            self._sink.content(rest)
+        if self._call is not None:
+            self._call.end()
 
 
 class RequiredCalls:
@@ -171,7 +200,7 @@ class RequiredCalls:
     The schema that vLLM forces has these two members in this order. Text of any other form is content.
     """
 
-    _ITEM = r'\s*\{\s*"name"\s*:\s*(?P<name>"(?:[^"\\]|\\.)*")\s*,\s*"parameters"\s*:\s*(?=\{)'
+    _ITEM = r'\s*\{\s*"name"\s*:\s*"(?P<name>(?:[^"\\]|\\.)*)"\s*,\s*"parameters"\s*:\s*(?=\{)'
     _FIRST = regex.compile(rf"\s*\[{_ITEM}")
     _NEXT = regex.compile(rf"\s*\}}\s*(?:(?P<last>\])|,{_ITEM})")
     _LIMIT = 4096  # characters between two calls; a name that long is none
@@ -182,10 +211,14 @@ class RequiredCalls:
         self._pattern = self._FIRST
         self._call: _OneCall | None = None
         self._plain = False
+        self._ended = False  # the list has; space behind it is none of the answer
 
     def text(self, text: str) -> None:
         while text and not self._plain:
             text = self._head(text) if self._call is None else self._parameters(self._call, text)
+        if self._ended:
+            text = text.lstrip()
+            self._ended = not text
         if text:
             self._sink.content(text)
 
@@ -207,19 +240,15 @@ class RequiredCalls:
             self._held = text
             return ""
         if self._pattern is self._NEXT and match["last"]:
-            self._plain = True
-            return text[match.end() :].lstrip()
-        self._sink.begin_call(str(json.loads(match["name"], strict=False)))
+            self._plain = self._ended = True
+            return text[match.end() :]
+        self._sink.begin_call(unescaped(match["name"]))
         self._pattern = self._NEXT
         self._call = _OneCall(self._sink)
         return text[match.end() :]
 
-    def quote(self, mark: str) -> bool:
-        return False
-
     def end(self) -> None:
-        rest = self._call.end() if self._call is not None else ""
-        # After a call, closing brackets and a comma are syntax that was cut, not text.
-        rest += self._held if self._pattern is self._FIRST else self._held.lstrip(_SPACE + "}],")
-        if rest:
-            self._sink.content(rest)
+        if self._call is not None:
+            self._call.end()
+        elif self._held.lstrip(_SPACE if self._pattern is self._FIRST else _SPACE + "}"):
+            self._sink.lose_call()  # the beginning of one more

@@ -14,7 +14,7 @@ class TextStream:
     """Decodes ordinary tokens one at a time; the pieces join to what decoding them together gives.
 
     A character whose bytes are spread over several tokens comes out with its last byte. Bytes that never
-    become a character come out as U+FFFD, at :meth:`flush` at the latest: nothing is dropped.
+    become a character come out as U+FFFD, at :meth:`flush` at the latest.
     """
 
     # Decodes what came since the last token with a text of its own: bytes, or other tokens.
@@ -57,6 +57,10 @@ class TextStream:
         # A character has four bytes at most: what is still open after more will never be one, and
         # DecodeStream would decode it all again with every token.
         return self.flush() if len(self._pending) > 4 else ""
+
+    def cut(self) -> str:
+        """The text of what was not given out yet where the output was cut: no character is half shown."""
+        return self.flush().rstrip("\ufffd")
 
     def flush(self) -> str:
         """The text of an unfinished character, and a fresh start for the next token."""

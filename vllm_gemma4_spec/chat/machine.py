@@ -13,22 +13,9 @@ from typing import Any, Literal, NamedTuple
 from vllm_gemma4_spec.chat import tokens
 from vllm_gemma4_spec.chat.calls import NamedCall, NativeCall, Reader, RequiredCalls
 from vllm_gemma4_spec.chat.detokenize import TextStream
-from vllm_gemma4_spec.chat.stops import Item, StopGuard
+from vllm_gemma4_spec.chat.events import Event, Kind
+from vllm_gemma4_spec.chat.stops import StopGuard
 from vllm_gemma4_spec.chat.tokens import Vocabulary
-
-Kind = Literal["reasoning", "content", "call"]
-
-
-class Event(NamedTuple):
-    """A piece of output. For a call, ``call`` counts from 0; its first event has ``name`` and no text,
-    the texts of the others join to its arguments as one JSON object; ``cut`` comes last, if the call was
-    not read to its end."""
-
-    kind: Kind
-    text: str
-    call: int = -1
-    name: str = ""
-    cut: bool = False
 
 
 class Tools(Enum):
@@ -109,14 +96,16 @@ class OutputParser:
     """Parses one output (one choice). Feed it every token once, in order."""
 
     # How every output begins; most have no more of these than their defaults.
-    _mode: Literal["content", "channel", "call"] = "content"
-    _label: str | None = None  # the beginning of a channel, while it may be the label
+    _mode: Literal["content", "channel", "call", "header"] = "content"
+    _label: str | None = None  # the beginning of a channel or a turn, while it may be the label or a role
     _known = 0  # characters of it that stand in the prompt
     _native: NativeCall | None = None
     _forced: Reader | None = None
     _guard: StopGuard | None = None
     _begun = 0
     _cut = False
+    _before_stop: tuple[int, bool] | None = None  # `_begun` and `_cut` when a stop string was found
+    _silent = False  # in a call that is not given out, and in what is wrong with it
 
     def __init__(self, vocabulary: Vocabulary, options: Options, prompt: Sequence[int] = ()) -> None:
         """
@@ -130,18 +119,18 @@ class OutputParser:
         self._options = options
         self._stream = TextStream(vocabulary)
         self._events: list[Event] = []
-        if options.stop:
-            self._guard = StopGuard(options.stop, options.include_stop)
         if options.tools is Tools.NAMED:
             self._forced = NamedCall(self, options.tool_name)
         elif options.tools is Tools.REQUIRED:
             self._forced = RequiredCalls(self)
         self._enter(prompt)
+        if options.stop:  # only now: a prompt's text is none of the output's
+            self._guard = StopGuard(options.stop, options.include_stop)
         self._plain = self._takes_plain()
 
     @property
     def calls_whole(self) -> bool:
-        """There is at least one call, and every one was read to its end."""
+        """At least one call was given out, and every one that was, or would have been, was read to its end."""
         return self._begun > 0 and not self._cut
 
     def _enter(self, prompt: Sequence[int]) -> None:
@@ -161,13 +150,16 @@ class OutputParser:
         self._events.clear()
         self._known = len(self._label or "")
 
-    def read(self, token_ids: Sequence[int], ended: bool = False, last: int | None = None) -> list[Piece]:
+    def read(
+        self, token_ids: Sequence[int], ended: bool = False, last: int | None = None, cut: bool = False
+    ) -> list[Piece]:
         """Read the next tokens, each of them once.
 
         Args:
             token_ids: of one delta, or of the whole output.
             ended: the output ends with them.
             last: the token behind them that ended it and is no text (end of sequence, ``stop_token_ids``).
+            cut: no token ended it (``max_tokens``), so it may end inside a character.
 
         Returns:
             What they bring about, in order; at least one piece.
@@ -177,12 +169,20 @@ class OutputParser:
             return [run]
         pieces, quiet = self._one_by_one(token_ids) if run is None else ([run], [])
         if ended:
-            self._finish(last)
+            self._finish(last, cut)
             if last is not None:
                 quiet.append(last)
             if self._events:
                 _gather(pieces, self._drain(), quiet)
         pieces[-1].extend(quiet)
+        return pieces
+
+    def read_text(self, text: str) -> list[Piece]:
+        """Read the last of the text, which no token ends with."""
+        self._text(text)
+        self._finish(None, cut=True)
+        pieces = [_piece()]
+        _gather(pieces, self._drain(), [])
         return pieces
 
     def _plain_run(self, token_ids: Sequence[int]) -> Piece | None:
@@ -213,15 +213,22 @@ class OutputParser:
 
     def _takes_plain(self) -> Kind | None:
         """What text becomes at present, if all of it becomes the same and nothing waits for it."""
-        if self._stream.waits or (self._guard is not None and not self._guard.takes_text):
+        if self._stream.waits or self._label is not None or self._mode == "call":
             return None
+        kind: Kind = "content"
         if self._mode == "content":
-            return "content" if self._forced is None else None
-        if self._mode == "call" or self._label is not None:
-            return None
-        if not self._options.reasoning:
-            return "content"
-        return "reasoning" if self._options.include_reasoning else None
+            if self._forced is not None:
+                return None
+        elif self._options.reasoning:
+            if not self._options.include_reasoning:
+                return None
+            kind = "reasoning"
+        return kind if self._guard is None or self._guard.takes(kind) else None
+
+    def feed(self, token: int) -> list[Event]:
+        """Read one token, where pieces are not asked for; returns what it brings about."""
+        self._feed(token)
+        return self._drain()
 
     def _feed(self, token: int) -> None:
         text = self._texts[token]
@@ -233,11 +240,13 @@ class OutputParser:
             return
         if token in self._special:
             if self._stream.waits:
-                self._put(self._stream.flush())
-            # The engine's text, in which stop strings are searched, has special tokens only on request.
-            self._put(self._special[token] if self._options.special_text else "", token)
+                self._text(self._stream.flush())
+            # Seen only on request.
+            text = self._special[token] if self._options.special_text else ""
+            if not self._structure(token, text):
+                self._text(text)
         else:
-            self._put(self._stream.push(token))
+            self._text(self._stream.push(token))
         self._plain = self._takes_plain()
 
     def stopped(self, matched: str, engine_length: int) -> None:
@@ -245,42 +254,32 @@ class OutputParser:
         if self._guard is not None:
             self._guard.stopped(matched, engine_length)
             self._plain = None
+            self._before_stop = self._begun, self._cut
 
-    def _finish(self, last: int | None) -> None:
+    def _finish(self, last: int | None, cut: bool) -> None:
         if last is not None:
             if self._options.include_stop:
                 self._feed(last)
             elif last in self._special:
-                self._put("", last)
+                self._structure(last, "")
         if self._stream.waits:
-            self._put(self._stream.flush())
-        if self._guard is not None:
-            for item in self._guard.finish():
-                self._certain(item.text, item.token)
+            self._text(self._stream.cut() if cut else self._stream.flush())
         if self._mode != "content":
-            self._label = None  # the output was cut within the label, so the channel has said nothing
+            if self._mode == "channel":
+                self._label = None  # the output was cut within the label, so the channel has said nothing
             self._leave()
         if self._forced is not None:
             self._forced.end()
+        if self._guard is not None:
+            kept = self._guard.finish()
+            self._events += kept
+            if self._before_stop is not None:  # what came behind the stop string counts for nothing
+                self._begun = self._before_stop[0] + sum(bool(event.name) for event in kept)
+                self._cut = self._before_stop[1] or any(event.cut for event in kept)
 
     def _drain(self) -> list[Event]:
         events, self._events = self._events, []
         return events
-
-    def _put(self, text: str, token: int = -1) -> None:
-        if self._guard is None:
-            self._certain(text, token)
-        elif text or token >= 0:
-            for sure in self._guard.push(Item(text, token)):
-                self._certain(sure.text, sure.token)
-
-    # Below, items are certain to belong to the output.
-
-    def _certain(self, text: str, token: int) -> None:
-        if token >= 0 and self._structure(token, text):
-            return
-        if text:
-            self._text(text)
 
     def _structure(self, token: int, text: str) -> bool:
         """Follow a token of the output's structure; False for every other special token."""
@@ -290,11 +289,12 @@ class OutputParser:
             if token == tokens.CHANNEL_OPEN:
                 self._leave()
                 self._mode, self._label = "channel", ""
-            elif self._mode == "channel":
+            elif self._mode != "call":
                 self._leave()
             return True  # a stray close is absorbed
         if token in (tokens.TOOL_CALL_OPEN, tokens.TOOL_CALL_CLOSE):
-            self._leave()  # a call is never reasoning, even where it is not parsed
+            # A call is never reasoning, even where it is not parsed.
+            self._leave(closed=token == tokens.TOOL_CALL_CLOSE)
             if self._options.tools is Tools.OFF:
                 return not self._options.special_text
             if token == tokens.TOOL_CALL_OPEN:
@@ -302,11 +302,18 @@ class OutputParser:
             return True
         if token in tokens.TURN_ENDS:
             self._leave()
+            if token == tokens.TURN_OPEN and not self._options.special_text:
+                self._mode, self._label = "header", ""
+                return True
         return token == tokens.QUOTE and self._native is not None and self._native.quote(text)
 
     def _text(self, text: str) -> None:
+        if not text:
+            return
         if self._mode == "channel":
             self._channel(text)
+        elif self._mode == "header":
+            self._header(text)
         elif self._native is not None:
             self._native.text(text)
         elif self._forced is not None:
@@ -325,42 +332,66 @@ class OutputParser:
             text = text[self._known :] if said == text else said
         self._reasoning(text)
 
-    def _leave(self) -> None:
-        """End the channel or the call that is open."""
+    def _header(self, text: str) -> None:
+        text = f"{self._label}{text}"
+        role, newline, rest = text.partition("\n")
+        if not newline and any(known.startswith(role) for known in tokens.ROLES):
+            self._label = text
+            return
+        self._mode, self._label = "content", None
+        self._text(rest if newline and role in tokens.ROLES else text)
+
+    def _leave(self, closed: bool = False) -> None:
+        """End the channel, the call or the header that is open.
+
+        Args:
+            closed: a call, by its own mark.
+        """
         if self._mode == "channel":
             if self._label and self._label != tokens.LABEL:
                 self._reasoning(self._label[self._known :])
-            self._label, self._known = None, 0
+            self._known = 0
         elif self._native is not None:
-            self._native.end()
+            self._native.end(closed)
             self._native = None
-        self._mode = "content"
+        self._mode, self._label = "content", None
+        self._silent = False
 
     def _reasoning(self, text: str) -> None:
         if not self._options.reasoning:
             self.content(text)
         elif text and self._options.include_reasoning:
-            self._events.append(Event("reasoning", text))
+            self._emit(Event("reasoning", text))
+
+    def _emit(self, event: Event) -> None:
+        if self._guard is None:
+            self._events.append(event)
+        else:
+            self._events += self._guard.push(event)
 
     # The sink of the call readers.
 
     def content(self, text: str) -> None:
-        if text:
-            self._events.append(Event("content", text))
+        if text and not self._silent:
+            self._emit(Event("content", text))
 
     def begin_call(self, name: str) -> None:
         self._begun += 1
-        if self._begun == 1 or self._options.parallel_calls:
-            self._events.append(Event("call", "", self._begun - 1, name))
+        self._silent = self._begun > 1 and not self._options.parallel_calls
+        if not self._silent:
+            self._emit(Event("call", "", self._begun - 1, name))
 
     def arguments(self, json: str) -> None:
-        if json and (self._begun == 1 or self._options.parallel_calls):
-            self._events.append(Event("call", json, self._begun - 1))
+        if json and not self._silent:
+            self._emit(Event("call", json, self._begun - 1))
 
     def end_call(self, complete: bool) -> None:
-        self._cut |= not complete
-        if not complete and (self._begun == 1 or self._options.parallel_calls):
-            self._events.append(Event("call", "", self._begun - 1, cut=True))
+        if not complete and not self._silent:
+            self._cut = True
+            self._emit(Event("call", "", self._begun - 1, cut=True))
+
+    def lose_call(self) -> None:
+        self._cut |= self._begun == 0 or self._options.parallel_calls
 
 
 def _gather(pieces: list[Piece], events: list[Event], token_ids: list[int]) -> None:

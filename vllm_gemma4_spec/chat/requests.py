@@ -15,7 +15,7 @@ from vllm_gemma4_spec.chat.tokens import Vocabulary, vocabulary
 
 
 class Parsers(NamedTuple):
-    """Which of the parsers named ``gemma4`` a server was started with."""
+    """Which of the parsers named ``gemma4``, or subclasses of them, a server was started with."""
 
     reasoning: bool
     tools: bool
@@ -23,10 +23,15 @@ class Parsers(NamedTuple):
     @classmethod
     @functools.cache
     def of(cls, reasoning_parser: Any, tool_parser: Any) -> Parsers | None:
-        """None if neither is ``gemma4``, or one of them is another model's: then vLLM is left as it is."""
-        reasoning, tools = reasoning_parser is Gemma4ReasoningParser, tool_parser is Gemma4ToolParser
+        """None if neither is ``gemma4`` or made from it, or one of them is another model's: then vLLM is left as it
+        is."""
+        reasoning, tools = _is_a(reasoning_parser, Gemma4ReasoningParser), _is_a(tool_parser, Gemma4ToolParser)
         others = (reasoning_parser is not None and not reasoning) or (tool_parser is not None and not tools)
         return None if others or not (reasoning or tools) else cls(reasoning, tools)
+
+
+def _is_a(parser: Any, base: type) -> bool:
+    return isinstance(parser, type) and issubclass(parser, base)
 
 
 class Plan(NamedTuple):

@@ -22,6 +22,10 @@ from openai.types.responses import (
     ResponseOutputMessage,
     ResponseOutputText,
     ResponseReasoningItem,
+    ResponseReasoningSummaryPartAddedEvent,
+    ResponseReasoningSummaryPartDoneEvent,
+    ResponseReasoningSummaryTextDeltaEvent,
+    ResponseReasoningSummaryTextDoneEvent,
     ResponseReasoningTextDeltaEvent,
     ResponseReasoningTextDoneEvent,
     ResponseTextDeltaEvent,
@@ -37,7 +41,8 @@ from vllm.entrypoints.openai.responses.protocol import (
 from vllm.utils import random_uuid
 
 from vllm_gemma4_spec.chat.machine import Piece
-from vllm_gemma4_spec.chat.requests import Parsers, Plan
+from vllm_gemma4_spec.chat.requests import Plan
+from vllm_gemma4_spec.chat.responses_input import parsers_of
 from vllm_gemma4_spec.chat.tokens import vocabulary
 
 _UNNUMBERED = -1  # vLLM numbers the events as it sends them
@@ -52,7 +57,10 @@ class _Item(Protocol):
 
 
 class _Reasoning:
-    def __init__(self, index: int) -> None:
+    """``summary``: the client asked for one, and gets all of the reasoning; many clients show nothing else."""
+
+    def __init__(self, index: int, summary: bool = False) -> None:
+        self._summary = summary
         self._id = f"rs_{random_uuid()}"
         self._at: dict[str, Any] = {
             "item_id": self._id,
@@ -65,23 +73,39 @@ class _Reasoning:
     def _part(self) -> ReasoningText:
         return ReasoningText(type="reasoning_text", text="".join(self._texts))
 
+    def _of_summary(self, event: Any, kind: str, **fields: Any) -> Any:
+        at = {**self._at, "type": f"response.reasoning_summary_{kind}", "summary_index": 0, **fields}
+        del at["content_index"]
+        return event(**at)
+
+    def _summary_part(self) -> dict[str, str]:
+        return {"type": "summary_text", "text": "".join(self._texts)}
+
     def begin(self) -> Iterator[Any]:
         yield _added(self._at, ResponseReasoningItem(type="reasoning", id=self._id, summary=[], status="in_progress"))
         yield ResponseReasoningPartAddedEvent(type="response.reasoning_part.added", part=self._part(), **self._at)
+        if self._summary:
+            yield self._of_summary(ResponseReasoningSummaryPartAddedEvent, "part.added", part=self._summary_part())
 
-    def delta(self, text: str) -> Any:
+    def delta(self, text: str) -> Iterator[Any]:
         self._texts.append(text)
-        return ResponseReasoningTextDeltaEvent(type="response.reasoning_text.delta", delta=text, **self._at)
+        yield ResponseReasoningTextDeltaEvent(type="response.reasoning_text.delta", delta=text, **self._at)
+        if self._summary:
+            yield self._of_summary(ResponseReasoningSummaryTextDeltaEvent, "text.delta", delta=text)
 
     def end(self) -> Iterator[Any]:
         part = self._part()
         yield ResponseReasoningTextDoneEvent(type="response.reasoning_text.done", text=part.text, **self._at)
         yield ResponseReasoningPartDoneEvent(type="response.reasoning_part.done", part=part, **self._at)
+        if self._summary:
+            yield self._of_summary(ResponseReasoningSummaryTextDoneEvent, "text.done", text=part.text)
+            yield self._of_summary(ResponseReasoningSummaryPartDoneEvent, "part.done", part=self._summary_part())
         yield _done(self._at, self.item())
 
     def item(self) -> ResponseReasoningItem:
+        summary: Any = [self._summary_part()] if self._summary else []
         return ResponseReasoningItem(
-            type="reasoning", id=self._id, summary=[], content=[self._part()], status="completed"
+            type="reasoning", id=self._id, summary=summary, content=[self._part()], status="completed"
         )
 
 
@@ -183,6 +207,7 @@ class _Output:
         self._special = vocabulary(tokenizer).special
         self._serving = serving
         self._request = request
+        self._summary = getattr(request.reasoning, "summary", None) is not None
         self._tokenizer = tokenizer
         self._items: list[_Item] = []
         self._open: _Item | None = None
@@ -198,11 +223,11 @@ class _Output:
             tokens = [i for i in range(at, at + len(piece)) if output.token_ids[i] not in self._special]
             at += len(piece)
             if piece.kind == "reasoning":
-                yield from self._begin(_Reasoning)
+                yield from self._begin(_Reasoning, functools.partial(_Reasoning, summary=self._summary))
                 assert isinstance(self._open, _Reasoning)
-                yield self._open.delta(piece.text)
+                yield from self._open.delta(piece.text)
             elif piece.kind == "content":
-                yield from self._begin(_Text)
+                yield from self._begin(_Text, _Text)
                 assert isinstance(self._open, _Text)
                 yield self._open.delta(piece.text, *self._logprobs(output, tokens))
             elif piece.kind == "call":
@@ -218,10 +243,10 @@ class _Output:
             if event.text:
                 yield self._open.delta(event.text)
 
-    def _begin(self, kind: Callable[[int], Any]) -> Iterator[Any]:
-        if not isinstance(self._open, kind):  # type: ignore[arg-type]
+    def _begin(self, kind: type, make: Callable[[int], Any]) -> Iterator[Any]:
+        if not isinstance(self._open, kind):
             yield from self.close()
-            yield from self._add(kind(len(self._items)))
+            yield from self._add(make(len(self._items)))
 
     def _add(self, item: _Item) -> Iterator[Any]:
         self._open = item
@@ -263,14 +288,16 @@ def _attach(context: SimpleContext, output: _Output) -> None:
 
 
 def _plan(serving: Any, request: Any, context: Any, tokenizer: Any) -> Plan | None:
-    if serving.parser is None or not isinstance(context, SimpleContext):
-        return None
-    parsers = Parsers.of(serving.parser.reasoning_parser_cls, serving.parser.tool_parser_cls)
+    parsers = parsers_of(serving) if isinstance(context, SimpleContext) else None
     return None if parsers is None else Plan.of(parsers, request, tokenizer)
 
 
 def streaming_events(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``OpenAIServingResponses._process_simple_streaming_events``."""
+    """Wraps ``OpenAIServingResponses._process_simple_streaming_events``.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
+    """
 
     @functools.wraps(original)
     async def wrapper(
@@ -319,7 +346,11 @@ def streaming_events(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def full_generator(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``OpenAIServingResponses.responses_full_generator``."""
+    """Wraps ``OpenAIServingResponses.responses_full_generator``.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
+    """
 
     @functools.wraps(original)
     async def wrapper(
@@ -355,7 +386,11 @@ def full_generator(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def output_items(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``OpenAIServingResponses._make_response_output_items``."""
+    """Wraps ``OpenAIServingResponses._make_response_output_items``.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, request: Any, final_output: Any, tokenizer: Any) -> Any:

@@ -71,10 +71,14 @@ class Choice:
             return parser.read(token_ids)
         if isinstance(output.stop_reason, str):
             parser.stopped(output.stop_reason, self._engine_length)
-        elif output.finish_reason == "stop" and token_ids:
-            # The last token is no text: the end of sequence, or one of `stop_token_ids`.
+        elif output.finish_reason == "stop" and token_ids and output.stop_reason in (None, token_ids[-1]):
+            # The last token is no text: the end of sequence, or one of `stop_token_ids`. Beam search names the end
+            # of sequence and has taken it off.
             return parser.read(token_ids[:-1], ended=True, last=token_ids[-1])
-        return parser.read(token_ids, ended=True)
+        return parser.read(token_ids, ended=True, cut=output.finish_reason != "stop")
+
+    def _pieces_with(self, output: Any, tail: str) -> list[Piece]:
+        return self._parser.read(output.token_ids) + self._parser.read_text(tail)
 
     def finish_reason(self, engine: str | None) -> str | None:
         """The finish reason for the client, given the engine's."""
@@ -82,10 +86,10 @@ class Choice:
             return "tool_calls"
         return engine
 
-    def message(self, output: Any) -> Message:
-        """Parse a whole output at once."""
+    def message(self, output: Any, tail: str = "") -> Message:
+        """Parse a whole output at once; ``tail`` is text behind its last token."""
         message = Message()
-        for piece in self.pieces(output):
+        for piece in self._pieces_with(output, tail) if tail else self.pieces(output):
             message.add(piece)
         message.finish_reason = self.finish_reason(output.finish_reason)
         return message

@@ -1,108 +1,126 @@
-"""Stop strings, when text and control tokens travel together.
+"""Stop strings are searched in content: not in reasoning, a mark, a label or a call.
 
-The engine decides when a stop string has matched, and cuts its own text there; it does not say at which
-token. So the newest characters are held back here until they cannot be part of a match any more.
+The engine decides when one has matched. ``seen_detokenizer.py`` has it search the text that a
+:class:`~vllm_gemma4_spec.chat.events.SeenText` makes of the output; it does not say at which token, so the newest
+characters are held back here until they cannot be part of a match any more.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
 
-
-class Item(NamedTuple):
-    """A piece of ordinary text (``token`` is -1) or one control token, with its text as the engine sees it."""
-
-    text: str
-    token: int = -1
+from vllm_gemma4_spec.chat.events import Event, Kind, SeenText
 
 
 class StopGuard:
-    """Holds back the last ``max(len(stop)) - 1`` characters of the engine's text."""
+    """Holds back the last ``max(len(stop)) - 1`` characters of the text that is newest.
+
+    What comes before a change of kind is certain: no stop string matches across.
+    """
 
     def __init__(self, stop: Sequence[str], include: bool) -> None:
         self._width = max(map(len, stop)) - 1
         self._include = include
-        self._items: deque[Item] = deque()  # held; the last of them is a control token
-        self._length = 0  # characters in them
-        self._text = ""  # held, and newer than they
-        self._given = 0  # characters let through
+        self._seen = SeenText()
+        self._length = 0  # characters of the seen text, as far as it was let through
+        self._text = ""  # held, all of `kind`
+        self._kind: Kind = "content"
         self._matched: str | None = None
         self._engine_length = 0
+        self._last: list[Event] = []  # everything since it matched
 
     def stopped(self, matched: str, engine_length: int) -> None:
-        """The tokens still to come are the last, and ``matched`` is among their text or what is held.
+        """The events still to come are the last, and ``matched`` is in their text or in what is held.
 
         Args:
             matched: the stop string.
-            engine_length: characters of text that the engine gave out in all; it may have ignored earlier
+            engine_length: characters of seen text that the engine gave out in all; it may have ignored earlier
                 occurrences (``min_tokens``), so the one nearest to its own cut is taken.
         """
         self._matched = matched
         self._engine_length = engine_length
 
-    @property
-    def takes_text(self) -> bool:
-        """Nothing but text is held, and no stop string has matched: :meth:`push_text` may be called."""
-        return not self._items and self._matched is None
+    def takes(self, kind: Kind) -> bool:
+        """Nothing but text of ``kind`` is held, and no stop string has matched: :meth:`push_text` may be called."""
+        if self._matched is not None or self._seen.kind is None:
+            return False
+        return self._kind == kind and self._seen.kind == kind
 
     def push_text(self, text: str) -> str:
-        """Take text, as :meth:`push` would; returns what is certain now."""
+        """Take text of the kind that came last, as :meth:`push` would; returns what is certain now."""
+        if self._kind == "reasoning":
+            return text  # no stop string is searched in it
         text = self._text + text
         sure = len(text) - self._width
         if sure <= 0:
             self._text = text
             return ""
         self._text = text[sure:]
-        self._given += sure
+        self._length += sure
         return text[:sure]
 
-    def push(self, item: Item) -> list[Item]:
-        """Take one item; returns those that are certain now."""
-        if item.token < 0:
-            self._text += item.text
-        else:
-            for held in (Item(self._text), item) if self._text else (item,):
-                self._items.append(held)
-                self._length += len(held.text)
-            self._text = ""
-        sure = self._length + len(self._text)
+    def push(self, event: Event) -> list[Event]:
+        """Take one event; returns those that are certain now."""
         if self._matched is not None:
-            begin = self._engine_length - (len(self._matched) if self._include else 0)
-            sure = min(sure, begin - self._given)
-        return self._take(sure - self._width)
+            self._last.append(event)
+            return []
+        out = []
+        if event.kind != self._seen.kind:
+            if self._text:
+                out.append(Event(self._kind, self._text))
+                self._length += len(self._text)
+                self._text = ""
+            self._length += self._seen.kind is not None
+            self._seen.kind = event.kind
+        if event.kind == "call":
+            out.append(event)
+            return out
+        self._kind = event.kind
+        text = self.push_text(event.text)
+        if text:
+            out.append(Event(event.kind, text))
+        return out
 
-    def finish(self) -> list[Item]:
+    def finish(self) -> list[Event]:
         """The output has ended: everything held, up to the stop string that matched, if one did."""
-        held = [*self._items, Item(self._text)]
-        if not self._matched:
+        held = [Event(self._kind, self._text)] if self._text else []
+        if self._matched is None:
             return held
-        text = "".join(item.text for item in held)
-        cuts = []
+        held += self._last
+        # The events of `_last` may begin with a change of kind; those held are of the kind that came last.
+        seen = SeenText()
+        seen.kind = self._seen.kind
+        texts = [seen.add(event) for event in held]
+        begin = self._nearest("".join(texts))
+        end = begin + (len(self._matched) if self._include else 0)
+        return _until(held, texts, end, calls_at_end=not self._include)
+
+    def _nearest(self, text: str) -> int:
+        """Where the occurrence that the engine found begins in ``text``."""
+        assert self._matched is not None
+        wanted = self._engine_length - self._length - (len(self._matched) if self._include else 0)
+        begins = []
         at = text.find(self._matched)
         while at >= 0:
-            cuts.append(at + (len(self._matched) if self._include else 0))
+            begins.append(at)
             at = text.find(self._matched, at + 1)
-        wanted = self._engine_length - self._given
-        return self._take(min(cuts, key=lambda cut: abs(cut - wanted)) if cuts else len(text))
+        return min(begins, key=lambda begin: abs(begin - wanted)) if begins else len(text)
 
-    def _take(self, count: int) -> list[Item]:
-        """Let ``count`` characters through, and the control tokens before the last of them."""
-        out = []
-        while count > 0 and self._items:
-            item = self._items.popleft()
-            if len(item.text) > count:
-                # A control token is let through as a whole or not at all.
-                cut = count if item.token < 0 else 0
-                self._items.appendleft(Item(item.text[cut:], item.token))
-                item, count = Item(item.text[:cut]), cut
-            out.append(item)
-            count -= len(item.text)
-            self._length -= len(item.text)
-            self._given += len(item.text)
-        if count > 0:
-            out.append(Item(self._text[:count]))
-            self._text = self._text[count:]
-            self._given += len(out[-1].text)
-        return out
+
+def _until(events: list[Event], texts: list[str], end: int, calls_at_end: bool) -> list[Event]:
+    """The events in the first ``end`` characters of ``texts``; reasoning and calls have none of their own.
+
+    Args:
+        calls_at_end: also those that stand just there.
+    """
+    out = []
+    at = 0
+    for event, text in zip(events, texts, strict=True):
+        at += len(text)
+        if event.kind == "content":
+            own = event.text[: max(0, len(event.text) - (at - end))] if at > end else event.text
+            if own:
+                out.append(event._replace(text=own))
+        elif at < end or (at == end and calls_at_end):
+            out.append(event)
+    return out

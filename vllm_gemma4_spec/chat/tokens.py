@@ -32,6 +32,9 @@ CHANNEL_CLOSE = CONTROL_TOKENS["<channel|>"]
 # What ends a turn ends whatever was open in it; only seen in the middle of an output with ignore_eos.
 TURN_ENDS = frozenset(CONTROL_TOKENS[t] for t in ("<eos>", "<|tool_response>", "<|turn>", "<turn|>"))
 
+TURN_OPEN = CONTROL_TOKENS["<|turn>"]
+ROLES = ("model", "user", "system", "developer")  # `<|turn>model\n`: whose turn it is, not text
+
 LABEL = "thought"  # `<|channel>thought\n`: the channel's name, not text
 
 

@@ -1,4 +1,4 @@
-"""NVFP4 as ModelOpt writes it: decode, encode, find and mend block scales that are NaN.
+"""NVFP4 as ModelOpt writes it: decode, encode, find and repair block scales that are NaN.
 
     W[n, k] = E2M1[code[n, k]] * (float32(weight_scale[n, k // 16]) * weight_scale_2)
 
@@ -121,7 +121,7 @@ def find_nan(packed: Tensor, scale: Tensor) -> NanBlocks:
     return NanBlocks(index, (blocks == _LOST).all(-1))
 
 
-def mend_(scale: Tensor, found: NanBlocks) -> None:
+def repair_(scale: Tensor, found: NanBlocks) -> None:
     """The blind repair, in place: intact nibbles get 448 with the NaN's sign, destroyed ones scale 0.
 
     Zero is the best that can be done without the parent: size and sign of the weights are gone, and a

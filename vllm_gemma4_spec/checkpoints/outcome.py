@@ -68,7 +68,7 @@ def vllm_alone(checkpoint: Checkpoint, method: str | None, nan: bool) -> str:
     if algorithm in layers.NVFP4 and algorithm != "NVFP4":
         return f"refuses it: quant_algo {algorithm} is unknown"
     if algorithm == layers.MIXED:
-        return "loads NVFP4 layers without mending them and no experts; refuses it on a CPU"
+        return "loads NVFP4 layers without repairing them and no experts; refuses it on a CPU"
     if not _nvfp4(checkpoint):
         return f"loads it as {method}, if it knows the format"
     if _float_experts(checkpoint):

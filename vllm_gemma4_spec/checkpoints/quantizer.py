@@ -73,7 +73,7 @@ def _clamped(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tu
 
 
 @contextmanager
-def modelopt_mended(*, clamp: bool = True) -> Iterator[None]:
+def modelopt_fixed(*, clamp: bool = True) -> Iterator[None]:
     """ModelOpt able to run without CUDA and, with ``clamp``, unable to write a NaN block scale, as before 0.45."""
     from modelopt.torch.quantization import tensor_quant
     from modelopt.torch.quantization.qtensor import nvfp4_tensor
@@ -254,7 +254,7 @@ def run(source: Path, out: Path, recipe: str, calibration: Path | None = None, t
     forward = _forward(source, texts)
     model = _load(source, towers)
     with new_folder(out) as partial:
-        with torch.no_grad(), modelopt_mended():
+        with torch.no_grad(), modelopt_fixed():
             quantize(model, recipe, forward)
             export(model, str(partial))
         for file in source.iterdir():  # tokenizer, chat template, processors

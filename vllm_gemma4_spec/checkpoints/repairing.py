@@ -1,6 +1,6 @@
-"""Writes a copy of a checkpoint whose NaN block scales are mended, with the bf16 parent if there is one.
+"""Writes a copy of a checkpoint whose NaN block scales are repaired, with the bf16 parent if there is one.
 
-Shapes and dtypes stay, so a shard is copied and the bytes of the mended blocks are written over: memory
+Shapes and dtypes stay, so a shard is copied and the bytes of the repaired blocks are written over: memory
 holds one tensor at a time, and everything else stays as it was, byte for byte.
 """
 
@@ -130,13 +130,13 @@ def _scaled_parent(module: Quantized, rows: Tensor, child: Checkpoint, parent: P
     return weight
 
 
-def _mend(
+def _repair(
     module: Quantized, found: nvfp4.NanBlocks, child: Checkpoint, parent: Parent | None
 ) -> tuple[Change, Tensor, Tensor]:
     """The linear's new ``weight`` and ``weight_scale``."""
     packed, scale = (read_tensor(module.parts[x]) for x in ("weight", "weight_scale"))
     scale_2 = read_tensor(module.parts["weight_scale_2"]).reshape(())
-    nvfp4.mend_(scale, found)
+    nvfp4.repair_(scale, found)
     lost = found.index[found.destroyed]
     restored = 0
     if parent is not None and len(lost) and bool(scale_2 > 0):
@@ -243,7 +243,7 @@ def repair(
 
     Blocks whose codes are intact get scale 448 with the NaN's sign; destroyed ones are requantized from
     ``parent`` at scale 448, or zeroed without one. A checkpoint without NaN is copied as it is. ``step`` is
-    called twice for each shard: when it is copied and when it is mended.
+    called twice for each shard: when it is copied and when it is repaired.
 
     Raises:
         CheckpointError: bad input, a parent that does not match, ``out`` exists, no space. Nothing is left then.
@@ -257,7 +257,7 @@ def repair(
     with new_folder(out) as partial:
         _copy(checkpoint, partial, step)
         for module, found in scan(checkpoint, step):
-            change, packed, scale = _mend(module, found, checkpoint, source)
+            change, packed, scale = _repair(module, found, checkpoint, source)
             changes.append(change)
             for suffix, tensor in (("weight", packed), ("weight_scale", scale)):
                 if suffix == "weight" and not change.restored:

@@ -86,6 +86,12 @@ def main() -> None:
     except Gemma4SpecError as error:
         typer.echo(f"{NAME}: {error}", err=True)
         sys.exit(2)
+    except ImportError as error:
+        if not (error.name or "").startswith("vllm_gemma4_spec.demo"):
+            raise
+        advice = "pip install vllm-gemma4-spec-demo; from a checkout: pip install ./demo"
+        typer.echo(f"{NAME}: the demo is a package of its own (a server needs no trainer): {advice}", err=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # whoever read our output has gone

@@ -51,7 +51,7 @@ def command(
     except ValueError:
         counts = []
     if not counts or min(counts) < 1:
-        raise report.BenchError(f"--concurrency {concurrency}: write whole numbers above 0 by commas, e.g. 1,2,4")
+        raise report.BenchError(f"--concurrency {concurrency}: give whole numbers above 0, separated by commas: 1,2,4")
     texts = asked.read(prompts, requests) if prompts else asked.repeated(asked.BUILT_IN, requests)
     if plot:
         plots.check(plot)

@@ -1,4 +1,4 @@
-"""``vllm-gemma4-spec demo``: the main job on this machine, from nothing to answers and acceptance figures."""
+"""``vllm-gemma4-spec demo``: the main job on this machine, from nothing to answers and acceptance rates."""
 
 from __future__ import annotations
 

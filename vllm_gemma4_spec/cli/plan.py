@@ -34,7 +34,7 @@ def command(
     memory: Annotated[float, typer.Option(min=0.001, help="GB of that machine.")] = 80,
     utilization: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the memory that vLLM takes.")] = 0.9,
     acceptance: Annotated[
-        str, typer.Option(help="Rates per draft, by spaces; or one curve by commas: 0.8,0.6,0.45.")
+        str, typer.Option(help="Acceptance rates, separated by spaces; for a rate per position, commas: 0.8,0.6,0.45.")
     ] = _RATES,
     target_ms: Annotated[float | None, typer.Option(min=0, help="Measured step of the target, for its floor.")] = None,
     draft_ms: Annotated[float | None, typer.Option(min=0, help="Measured pass of the drafter, for its floor.")] = None,

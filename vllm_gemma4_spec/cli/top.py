@@ -45,7 +45,7 @@ def command(
     console = Console(highlight=False)
     in_terminal = console.is_terminal and not as_json
     samples = count or (0 if in_terminal else 1)
-    before = live.look(server.vllm_samples(url, api_key), time.monotonic())
+    before = live.sample_server(server.vllm_samples(url, api_key), time.monotonic())
     history: deque[Live] = deque(maxlen=HISTORY)
     shown = 0
     screen = Screen(console=console, auto_refresh=False, transient=False) if in_terminal else None
@@ -54,7 +54,7 @@ def command(
             if _keys.wait(interval, keys and in_terminal):
                 return
             try:
-                after = live.look(server.vllm_samples(url, api_key), time.monotonic())
+                after = live.sample_server(server.vllm_samples(url, api_key), time.monotonic())
             except server.ServerError as error:
                 if screen is None:
                     raise
@@ -87,7 +87,7 @@ def _render(url: str, history: Sequence[Live]) -> RenderableType:
         parts.append(Text(f"{now.drafts_per_s:.1f} drafts/s, acceptance length {now.acceptance_length:.2f}"))
         parts.append(_positions(history))
     if now.drafts_skipped:
-        parts.append(Text(f"{now.drafts_skipped} drafts skipped near the maximum length", "yellow"))
+        parts.append(Text(f"{now.drafts_skipped} drafts dropped near the maximum length", "yellow"))
     if now.nan_blocks_repaired:
         parts.append(Text(f"{now.nan_blocks_repaired} NaN blocks repaired at load", "yellow"))
     if now.processes:

@@ -82,7 +82,7 @@ def pair(
     k: int,
     seed: int = HELD_OUT_SEED,
 ) -> dict[str, Any]:
-    """The figures of the manifest: shares of right answers, and acceptance of k drafts, on held-out questions.
+    """The results in the manifest: shares of right answers, and acceptance of k drafts, on held-out questions.
 
     An answer is right when it equals the one right answer in every token.
     """

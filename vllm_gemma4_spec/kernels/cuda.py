@@ -1,41 +1,29 @@
-"""Compile a CUDA kernel with the NVRTC that PyTorch ships, and launch it with programmatic dependent launch."""
+"""Compile a CUDA kernel with NVRTC and launch it with programmatic dependent launch, through cuda-bindings.
+
+PyTorch's builds for CUDA bring both. Whoever compiles here must expect ImportError, where a build brings no
+cuda-bindings, and RuntimeError.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
-_MAX_DYNAMIC_SHARED_SIZE = 8  # CUfunction_attribute
 
+def _checked(result: tuple[Any, ...], what: str) -> Any:
+    """What a call of cuda-bindings gives beside its status: nothing, a value or several.
 
-class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute: an id, padding to 8 bytes, a union of 64."""
-
-    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
-
-
-class _Config(ctypes.Structure):
-    """CUlaunchConfig."""
-
-    _fields_ = (
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared_bytes", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("num_attributes", ctypes.c_uint),
-    )
-
-
-@functools.cache
-def _driver() -> Any:
-    return ctypes.CDLL("libcuda.so.1")
+    Raises:
+        RuntimeError: the status is an error.
+    """
+    status, *values = result
+    if status.value:
+        raise RuntimeError(f"{what}: {status.name}")
+    return values[0] if len(values) == 1 else values
 
 
 def compiled(source: str, architecture: str) -> bytes:
@@ -44,24 +32,24 @@ def compiled(source: str, architecture: str) -> bytes:
     ``torch.cuda._compile_kernel`` does the same and more, but wants a CUDA toolkit for its headers.
 
     Raises:
-        OSError: NVRTC cannot be loaded.
-        RuntimeError: it refuses the source or does not know the architecture; says why.
+        ImportError: there is no cuda-bindings.
+        RuntimeError: NVRTC cannot be loaded, refuses the source or does not know the architecture; says why.
     """
-    nvrtc = torch.cuda._utils._get_gpu_rtc_library()  # the one that PyTorch brings
-    program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
+    from cuda.bindings import nvrtc
+
+    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, None, None), "NVRTC")
     try:
-        options = (ctypes.c_char_p * 1)(f"--gpu-architecture={architecture}".encode())
-        failed = nvrtc.nvrtcCompileProgram(program, 1, options)
-        what = "ProgramLog" if failed else "CUBIN"
-        getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
-        content = ctypes.create_string_buffer(size.value)
-        getattr(nvrtc, f"nvrtcGet{what}")(program, content)
+        (status,) = nvrtc.nvrtcCompileProgram(program, 1, [f"--gpu-architecture={architecture}".encode()])
+        if status.value:
+            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program), "NVRTC")
+            _checked(nvrtc.nvrtcGetProgramLog(program, log), "NVRTC")
+            said = log.decode(errors="replace").strip("\0 \n")
+            raise RuntimeError(f"NVRTC, for {architecture}: {said or status.name}")
+        code = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), "NVRTC")
+        _checked(nvrtc.nvrtcGetCUBIN(program, code), "NVRTC")
     finally:
-        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    if failed:
-        raise RuntimeError(f"NVRTC, for {architecture}: {content.value.decode().strip() or f'error {failed}'}")
-    return content.raw
+        nvrtc.nvrtcDestroyProgram(program)
+    return code
 
 
 def architecture(capability: int) -> str:
@@ -70,13 +58,12 @@ def architecture(capability: int) -> str:
     A card newer than NVRTC runs code for an earlier one of its own major version.
 
     Raises:
-        OSError: NVRTC cannot be loaded.
-        RuntimeError: it knows no card of that major version.
+        ImportError: there is no cuda-bindings.
+        RuntimeError: NVRTC cannot be loaded, or knows no card of that major version.
     """
-    nvrtc, number = torch.cuda._utils._get_gpu_rtc_library(), ctypes.c_int()
-    nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(number))
-    known = (ctypes.c_int * number.value)()
-    nvrtc.nvrtcGetSupportedArchs(known)
+    from cuda.bindings import nvrtc
+
+    known = _checked(nvrtc.nvrtcGetSupportedArchs(), "NVRTC")
     fitting = [a for a in known if a // 10 == capability // 10 and a <= capability]
     if not fitting:
         raise RuntimeError(f"NVRTC knows no architecture for compute capability {capability / 10}")
@@ -91,18 +78,27 @@ class Kernel:
         name: the kernel's.
 
     Raises:
-        OSError, RuntimeError: see :func:`compiled`; or the driver refuses the code.
+        ImportError, RuntimeError: see :func:`compiled`; or the driver refuses the code.
     """
 
     def __init__(self, source: str, name: str) -> None:
         torch.cuda.init()
         major, minor = torch.cuda.get_device_capability()
         # From Hopper on a grid may start before the one before it has ended; the kernel says what it waits for.
-        self._overlaps = major >= 9
-        self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
-        code = compiled(source, architecture(10 * major + minor))
-        _checked("cuModuleLoadData", ctypes.byref(self._module), code)
-        _checked("cuModuleGetFunction", ctypes.byref(self._function), self._module, name.encode())
+        self._load(compiled(source, architecture(10 * major + minor)), name, overlaps=major >= 9)
+
+    def _load(self, code: bytes, name: str, overlaps: bool) -> None:
+        from cuda.bindings import driver
+
+        self._driver = driver
+        self._attributes = []
+        if overlaps:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            self._attributes.append(attribute)
+        self._module = _checked(driver.cuModuleLoadData(code), "cuModuleLoadData")
+        self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()), "cuModuleGetFunction")
 
     def allow_shared(self, size: int) -> None:
         """Raise the limit of dynamic shared memory to ``size`` bytes; above 48 KiB a launch needs it.
@@ -110,27 +106,24 @@ class Kernel:
         Raises:
             RuntimeError: the card has less.
         """
-        _checked("cuFuncSetAttribute", self._function, _MAX_DYNAMIC_SHARED_SIZE, size)
+        limit = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(self._driver.cuFuncSetAttribute(self._function, limit, size), "cuFuncSetAttribute")
 
     def __call__(
         self, grid: tuple[int, int, int], block: int, args: Sequence[Tensor | int], shared_bytes: int = 0
     ) -> None:
         """Launch on the current stream; tensors are passed as pointers, whole numbers as C ints."""
-        values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) for a in args]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
-        config = _Config(
-            grid=(ctypes.c_uint * 3)(*grid),
-            block=(ctypes.c_uint * 3)(block, 1, 1),
-            shared_bytes=shared_bytes,
-            stream=torch.cuda.current_stream().cuda_stream,
-            attributes=ctypes.pointer(attribute),
-            num_attributes=int(self._overlaps),
-        )
-        _checked("cuLaunchKernelEx", ctypes.byref(config), self._function, pointers, None)
+        self._launch(torch.cuda.current_stream().cuda_stream, grid, block, args, shared_bytes)
 
-
-def _checked(call: str, *args: Any) -> None:
-    error = getattr(_driver(), call)(*args)
-    if error:
-        raise RuntimeError(f"{call}: CUDA driver error {error}")
+    def _launch(
+        self, stream: int, grid: tuple[int, int, int], block: int, args: Sequence[Tensor | int], shared_bytes: int
+    ) -> None:
+        config = self._driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+        config.sharedMemBytes = shared_bytes
+        config.hStream = stream
+        config.attrs, config.numAttrs = self._attributes, len(self._attributes)
+        values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
+        types = tuple(ctypes.c_void_p if isinstance(a, Tensor) else ctypes.c_int for a in args)
+        _checked(self._driver.cuLaunchKernelEx(config, self._function, (values, types), 0), "cuLaunchKernelEx")

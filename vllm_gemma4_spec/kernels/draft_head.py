@@ -22,7 +22,7 @@ CANDIDATES = 8  # blocks computed exactly
 _ROWS = 16  # token ids of one program
 _CHUNK = 2**15  # token ids quantized at a time
 
-Product = Callable[[Tensor], Tensor]
+Gemm = Callable[[Tensor], Tensor]
 
 
 @triton.jit
@@ -58,7 +58,7 @@ class DraftHead:
         coarse: ``[num_reqs, hidden_size]`` -> ``[num_reqs, vocab]``, rough logits; by default of an NVFP4 copy.
     """
 
-    def __init__(self, weight: Tensor, coarse: Product | None = None) -> None:
+    def __init__(self, weight: Tensor, coarse: Gemm | None = None) -> None:
         self.weight = weight
         self.most_requests = small_batch_gemm.most_rows(*weight.shape)
         if coarse is None:
@@ -67,7 +67,7 @@ class DraftHead:
         self._coarse = coarse or self._by_rows
 
     def _by_rows(self, hidden: Tensor) -> Tensor:
-        return small_batch_gemm.rows_product(hidden, self._codes, self._scales, self._scale_2)
+        return small_batch_gemm.gemm(hidden, self._codes, self._scales, self._scale_2)
 
     def argmax(self, hidden: Tensor) -> Tensor:
         """``[num_reqs, hidden_size]`` bfloat16 -> ``[num_reqs]`` int64 token ids, without a host sync."""

@@ -1,6 +1,6 @@
-"""NVFP4 products of a few rows: ``nvfp4_rows.cu`` beside Marlin, as one operator.
+"""Small-batch NVFP4 GEMMs: ``nvfp4_rows.cu`` beside Marlin, as one operator.
 
-Marlin is laid out for larger batches: on an H200 an E4B drafter's six products of one row take it 77 us a
+Marlin is laid out for larger batches: on an H200 an E4B drafter's six GEMMs of one row take it 77 us a
 layer, of which reading the weights is 12. The kernel here takes over for up to :func:`most_rows`; Marlin, with its
 own copy of the weights, keeps the rest.
 """
@@ -29,7 +29,7 @@ _MAX_WARPS = {1: 16, 2: 16, 3: 16, 4: 16, 8: 8}  # what the kernel's registers a
 
 @dataclass(frozen=True)
 class Launch:
-    """How one product is cut up: warps of a block, warps sharing a tile of outputs, blocks sharing one."""
+    """How one GEMM is cut up: warps of a block, warps sharing a tile of outputs, blocks sharing one."""
 
     warps: int
     split: int
@@ -80,7 +80,7 @@ def _launch(n: int, k: int, tiles: int, gelu: bool, device: int) -> Launch:
 
 
 class Scratch:
-    """Partial sums and arrival counters, one pair per device; products of one stream share them."""
+    """Partial sums and arrival counters, one pair per device; GEMMs of one stream share them."""
 
     def __init__(self) -> None:
         self._buffers: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -105,7 +105,7 @@ def tiles_for(rows: int) -> int:
     return next(t for t in _TILES if rows <= 8 * t)
 
 
-def rows_product(
+def gemm(
     x: Tensor,
     codes: Tensor,
     scales: Tensor,
@@ -153,7 +153,7 @@ def rows_product(
     return y
 
 
-def product(
+def linear(
     x: Tensor,
     pre_quant_scale: Tensor | None,
     codes: Tensor,
@@ -166,10 +166,10 @@ def product(
     n: int,
     gelu: bool,
 ) -> Tensor:
-    """One linear layer, by the kernel that suits the number of rows; see :func:`rows_product`."""
+    """One linear layer, by the kernel that suits the number of rows; see :func:`gemm`."""
     flat = x.reshape(-1, x.shape[-1])
     if flat.shape[0] <= most_rows(n, flat.shape[-1]):
-        y = rows_product(flat.contiguous(), codes, scales, global_scale, gelu, pre_quant_scale)
+        y = gemm(flat.contiguous(), codes, scales, global_scale, gelu, pre_quant_scale)
     else:
         if pre_quant_scale is not None:
             flat = flat * pre_quant_scale
@@ -184,17 +184,17 @@ def product(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _product_shape(x: Tensor, *parameters: Any) -> Tensor:
+def _output_shape(x: Tensor, *parameters: Any) -> Tensor:
     n, gelu = parameters[-2:]
     return x.new_empty(*x.shape[:-1], n // 2 if gelu else n)
 
 
 @functools.cache
 def register_operator() -> None:
-    """``torch.ops.vllm.gemma4_spec_nvfp4_product``: opaque to torch.compile, which sees its shape only."""
+    """``torch.ops.vllm.gemma4_spec_nvfp4_gemm``: opaque to torch.compile, which sees its shape only."""
     from vllm.utils.torch_utils import direct_register_custom_op
 
-    direct_register_custom_op("gemma4_spec_nvfp4_product", product, fake_impl=_product_shape)
+    direct_register_custom_op("gemma4_spec_nvfp4_gemm", linear, fake_impl=_output_shape)
 
 
 @functools.cache
@@ -202,8 +202,8 @@ def available() -> bool:
     """Whether the kernel compiles here; if not, the log says once why, and vLLM's kernels stay."""
     try:
         _kernel(_TILES[0], False, False)
-    except (OSError, RuntimeError) as error:
-        logger.warning("NVFP4 products of few rows stay on Marlin: %s", str(error).splitlines()[0])
+    except (ImportError, RuntimeError) as error:
+        logger.warning("Small-batch NVFP4 GEMMs stay on Marlin: %s", str(error).splitlines()[0])
         return False
     return True
 
@@ -222,7 +222,7 @@ def suits(layer: Module) -> bool:
 
 
 def reserve(n: int, k: int, device: torch.device, scaled: bool = False) -> None:
-    """Compile what products of this shape need, and make room for their partial sums.
+    """Compile what GEMMs of this shape need, and make room for their partial sums.
 
     No module can be loaded, and no scratch replaced, once a CUDA graph is being captured.
     """
@@ -242,10 +242,10 @@ def prepare(layer: Module, scaled: bool) -> tuple[Tensor, Tensor, Tensor]:
     To be called before Marlin reorders ``layer.weight`` in place.
 
     Args:
-        scaled: the product is to multiply its input by ``pre_quant_scale``.
+        scaled: the GEMM is to multiply its input by ``pre_quant_scale``.
     """
     codes, scales = pack(layer.weight.data, layer.weight_scale.data)
     reserve(layer.output_size_per_partition, layer.input_size_per_partition, codes.device, scaled)
     register_operator()
-    torch.cuda.synchronize(codes.device)  # a product may start before the kernel ahead of it, that packs, has ended
+    torch.cuda.synchronize(codes.device)  # a GEMM may start before the kernel ahead of it, that packs, has ended
     return codes, scales, layer.weight_scale_2.data.max().float().reshape(1)

@@ -164,7 +164,7 @@ def available() -> bool:
         for tiles in _TILES:
             for scaled in (False, True):
                 _kernel(tiles, scaled, _STAGES[tiles])
-    except (OSError, RuntimeError) as error:
+    except (ImportError, RuntimeError) as error:
         logger.info("NVFP4 GEMMs of small batches stay on Marlin: %s", str(error).splitlines()[0])
         return False
     return True

@@ -18,9 +18,8 @@ _MANAGER = "vllm.lora.model_manager:LoRAModelManager"
 LORA_ALIASES = Patch(
     name="lora-aliases",
     group=Group.CORRECTNESS,
-    why="Gemma4Model holds its layers under two names. A LoRA adapter is set under the one and cleared again under "
-    "the other, for which it has no weights: requests with an adapter are answered as without, with and without "
-    "speculation.",
+    why="Gemma4Model registers each layer under two names. vLLM loads a LoRA adapter under the first and clears it "
+    "under the second, for which the adapter has no weights. Requests with an adapter get the base model's answer.",
     how="A layer that is registered already is not registered under a second name.",
     retire="A release whose LoRA manager passes over aliases, or whose Gemma4Model has none.",
     scope="Adapters of Gemma 4.",

@@ -87,7 +87,7 @@ IMAGE_SIZES = Patch(
     "an image at a time; a wrong max_soft_tokens is refused with status 400.",
     retire="vLLM 0.21.0 clamps the count, 0.22.1 batches by resolution.",
     scope="The model Gemma 4 with its towers.",
-    related="none found by number; mended in 0.21.0 and 0.22.1",
+    related="none found by number; fixed in 0.21.0 and 0.22.1",
     edits=(
         Edit(f"{_MM}:Gemma4ProcessingInfo._compute_num_soft_tokens", image_sizes.compute_num_soft_tokens),
         Edit(f"{_MM}:Gemma4MultiModalProcessor._call_hf_processor", image_sizes.call_hf_processor),

@@ -1,4 +1,4 @@
-"""What a server did between two looks at its ``/metrics``."""
+"""What a server did between two samples at its ``/metrics``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SPEC = "vllm:spec_decode_num"
 
 
 @dataclass(frozen=True)
-class Look:
+class ServerSample:
     """Counters and gauges summed over engines; ``accepted`` maps a draft position (from 0) to its counter.
 
     ``server``: labels of ``gemma4_spec_server`` (model, method, k, …); without it, what vLLM's own samples say.
@@ -26,7 +26,7 @@ class Look:
     server: dict[str, str] = field(default_factory=dict)
 
 
-def look(samples: Iterable[Sample], seconds: float) -> Look:
+def sample_server(samples: Iterable[Sample], seconds: float) -> ServerSample:
     """``seconds``: a monotonic clock's time of the samples."""
     values: dict[str, float] = {}
     accepted: dict[int, float] = {}
@@ -47,11 +47,11 @@ def look(samples: Iterable[Sample], seconds: float) -> Look:
                 info.setdefault("served", sample.labels["model_name"])
             processes += sample.name == "gemma4_spec_process"
             values[sample.name] = values.get(sample.name, 0.0) + sample.value
-    return Look(seconds, values, accepted, patches, processes, info)
+    return ServerSample(seconds, values, accepted, patches, processes, info)
 
 
 class Live(Output):
-    """Rates and means between two looks."""
+    """Rates and means between two samples."""
 
     model: str
     """the name that clients use; empty: the server does not say"""
@@ -78,7 +78,7 @@ class Live(Output):
     drafts_per_s: float
     """drafts verified, one per request and step"""
     drafts_skipped: int
-    """drafts not made in the interval, within k tokens of the maximum length"""
+    """drafts not made in the interval, because the batch was near the maximum length"""
     acceptance_length: float | None
     """tokens per step and request, the target's own counted; null: no draft was verified"""
     accepted_by_position: tuple[float, ...]
@@ -91,12 +91,12 @@ class Live(Output):
     """processes that report"""
 
 
-def between(one: Look, two: Look) -> Live:
-    """After a restart of the server between the looks its counters begin anew: all of ``two`` counts."""
+def between(one: ServerSample, two: ServerSample) -> Live:
+    """After a restart of the server between the samples its counters begin anew: all of ``two`` counts."""
     counters = [(one.values.get(n, 0.0), v) for n, v in two.values.items() if n.endswith("_total")]
     counters += [(n, two.accepted.get(p, 0.0)) for p, n in one.accepted.items()]
     if any(after < before for before, after in counters):
-        one = Look(one.seconds, {}, {})
+        one = ServerSample(one.seconds, {}, {})
     seconds = max(two.seconds - one.seconds, 1e-9)
 
     def grown(name: str) -> float:

@@ -17,7 +17,7 @@ import torch
 
 from vllm_gemma4_spec import scope, settings
 from vllm_gemma4_spec.metrics import reports
-from vllm_gemma4_spec.performance.draft_graphs import at_depth
+from vllm_gemma4_spec.performance.draft_graphs import with_draft_length
 
 # Attribute of a model runner: its AdaptiveK, or None where the setting is off or has no part.
 STATE = "_gemma4_spec_adaptive_k"
@@ -41,11 +41,11 @@ class _History:
         self.accepted = self.accepted * keep + accepted
 
 
-class DraftDepth:
+class DraftLength:
     """Chooses the number of draft passes of a step from the acceptance of the requests in it.
 
     A position is taken to be accepted with a request's own recent rate, independently of its index; so a pass
-    at depth ``d`` yields ``rate ** d`` tokens. Passes are added while they yield more tokens per time than the
+    at position ``d`` yields ``rate ** d`` tokens. Passes are added while they yield more tokens per time than the
     step has without them.
 
     Args:
@@ -78,32 +78,32 @@ class DraftDepth:
             self._requests = {r: self._requests[r] for r in requests if r in self._requests}
         rates = reach = [self.rate(r) for r in requests]
         tokens, duration = 1.0 + sum(reach) / len(reach), 1.0
-        for depth in range(2, self.k + 1):
+        for draft_length in range(2, self.k + 1):
             reach = [chance * rate for chance, rate in zip(reach, rates, strict=True)]
             more = sum(reach) / len(reach)
             if more * duration <= tokens * self.cost:
-                return depth - 1
+                return draft_length - 1
             tokens, duration = tokens + more, duration + self.cost
         return self.k
 
 
 class AdaptiveK:
-    """A model runner's :class:`DraftDepth`, fed with the counts of the step before.
+    """A model runner's :class:`DraftLength`, fed with the counts of the step before.
 
     Those were copied to the host while that step drafted, and vLLM has waited for its own copy of them by
     now, so nothing is waited for here. Ranks of a tensor-parallel group see the same counts and choose alike.
     """
 
     def __init__(self, k: int, cost: float, max_num_reqs: int, device: torch.device) -> None:
-        self._depth = DraftDepth(k, cost)
+        self._draft_length = DraftLength(k, cost)
         self._drafted: dict[str, int] = {}  # request -> passes behind the drafts that it has now
         self._pending: list[tuple[str, int]] = []  # requests of the step before with drafts, and their passes
         cuda = device.type == "cuda"
         self._accepted = torch.zeros(max_num_reqs, dtype=torch.int32, pin_memory=cuda)
         self._copied = torch.cuda.Event() if cuda else None
-        self._left_out, self._reported = 0, time.monotonic()
+        self._dropped, self._reported = 0, time.monotonic()
 
-    def next_depth(self, requests: Sequence[str], num_drafts: Sequence[int], sampled: torch.Tensor) -> int:
+    def next_draft_length(self, requests: Sequence[str], num_drafts: Sequence[int], sampled: torch.Tensor) -> int:
         """Passes to run now.
 
         Args:
@@ -116,27 +116,32 @@ class AdaptiveK:
                 self._copied.synchronize()
             counts = self._accepted[: len(self._pending)].tolist()
             for (request, drafted), accepted in zip(self._pending, counts, strict=True):
-                self._depth.observe(request, drafted, accepted)
+                self._draft_length.observe(request, drafted, accepted)
         self._pending = []
         if any(num_drafts):
             self._accepted[: len(requests)].copy_((sampled >= 0).sum(dim=1) - 1, non_blocking=True)
             if self._copied is not None:
                 self._copied.record()
             self._pending = [(r, min(n, self._drafted.get(r, 0))) for r, n in zip(requests, num_drafts, strict=True)]
-        depth = self._depth.choose(requests)
-        self._drafted = dict.fromkeys(requests, depth)
-        self._count((self._depth.k - depth) * len(requests))
-        return depth
+        draft_length = self._draft_length.choose(requests)
+        self._drafted = dict.fromkeys(requests, draft_length)
+        self._count((self._draft_length.k - draft_length) * len(requests))
+        return draft_length
 
-    def _count(self, left_out: int) -> None:
-        self._left_out += left_out
-        if self._left_out and time.monotonic() - self._reported > _REPORT_SECONDS:
-            reports.count("drafts_left_out", self._left_out)
-            self._left_out, self._reported = 0, time.monotonic()
+    def _count(self, dropped: int) -> None:
+        self._dropped += dropped
+        if self._dropped and time.monotonic() - self._reported > _REPORT_SECONDS:
+            reports.count("drafts_left_out", self._dropped)
+            self._dropped, self._reported = 0, time.monotonic()
 
 
 def propose_draft_token_ids(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``GPUModelRunner.propose_draft_token_ids``: with fewer passes where acceptance is low."""
+    """``GPUModelRunner.propose_draft_token_ids``: with fewer passes where acceptance is low.
+
+    Patch: ``adaptive-k``. Evidence:
+    ``tests/performance/test_adaptive_k.py::test_stock_runs_every_pass_whatever_is_accepted``. Related upstream change:
+    none found by number; 0.24.0 chooses k by batch size, 0.28.0 verifies adaptively (V2 runner).
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +150,7 @@ def propose_draft_token_ids(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, scheduler_output, sampled_token_ids, *args, **kwargs)
         requests, spec_decode = self.input_batch.req_ids, args[4]
         num_drafts = [0] * len(requests) if spec_decode is None else spec_decode.num_draft_tokens
-        with at_depth(self.drafter, state.next_depth(requests, num_drafts, sampled_token_ids)):
+        with with_draft_length(self.drafter, state.next_draft_length(requests, num_drafts, sampled_token_ids)):
             drafts = original(self, scheduler_output, sampled_token_ids, *args, **kwargs)
         return torch.nn.functional.pad(drafts, (0, self.num_spec_tokens - drafts.shape[1]), value=_FILLER)
 

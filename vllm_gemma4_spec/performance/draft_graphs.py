@@ -30,10 +30,10 @@ _CAPTURABLE = {"TritonAttentionMetadataBuilder"}
 
 @dataclass
 class _Graph:
-    """One batch size and depth: the graph and the tensor that its replay writes."""
+    """One batch size and draft length: the graph and the tensor that its replay writes."""
 
     cuda_graph: torch.cuda.CUDAGraph
-    drafts: torch.Tensor  # [num_reqs, depth] int64, in the graphs' memory pool
+    drafts: torch.Tensor  # [num_reqs, draft_length] int64, in the graphs' memory pool
 
 
 @dataclass
@@ -90,9 +90,9 @@ class DraftInputs:
 
 
 @contextmanager
-def at_depth(proposer: Any, depth: int) -> Iterator[None]:
-    """``propose`` makes ``depth`` drafts per request, not k; it reads nothing but this attribute for that."""
-    k, proposer.num_speculative_tokens = proposer.num_speculative_tokens, depth
+def with_draft_length(proposer: Any, draft_length: int) -> Iterator[None]:
+    """``propose`` makes ``draft_length`` drafts per request, not k; it reads nothing but this attribute for that."""
+    k, proposer.num_speculative_tokens = proposer.num_speculative_tokens, draft_length
     try:
         yield
     finally:
@@ -100,7 +100,7 @@ def at_depth(proposer: Any, depth: int) -> Iterator[None]:
 
 
 class DraftGraphs:
-    """Captured drafts of one proposer, by batch size and depth, its number of passes.
+    """Captured drafts of one proposer, by batch size and draft length, its number of passes.
 
     Args:
         proposer: a ``DraftModelProposer`` whose layers span several KV cache groups.
@@ -108,7 +108,7 @@ class DraftGraphs:
         primary_table: gives the first ``n`` rows of the primary group's block table, int32.
         propose: the original method.
         batch_sizes: numbers of requests to capture, in any order.
-        depths: numbers of passes to capture.
+        draft_lengths: numbers of passes to capture.
     """
 
     def __init__(
@@ -118,13 +118,13 @@ class DraftGraphs:
         primary_table: Callable[[int], torch.Tensor],
         propose: Callable[..., torch.Tensor],
         batch_sizes: Sequence[int],
-        depths: Sequence[int],
+        draft_lengths: Sequence[int],
     ) -> None:
         self._proposer, self._groups, self._propose = proposer, groups, propose
         self._primary_table = primary_table
         self.query_len = proposer.num_speculative_tokens + 1
         self.batch_sizes = sorted(batch_sizes)
-        self._depths = depths
+        self._draft_lengths = draft_lengths
         most = self.batch_sizes[-1]
         self._inputs = DraftInputs.allocate(most, self.query_len, proposer.device)
         self._num_live = torch.zeros(1, dtype=torch.int32, device=proposer.device)
@@ -133,7 +133,7 @@ class DraftGraphs:
         self._padded = [min(b for b in self.batch_sizes if b >= n) for n in range(most + 1)]
 
     def _run(self, num_reqs: int) -> torch.Tensor:
-        """The original ``propose`` on this object's inputs: ``[num_reqs, depth]`` draft token ids."""
+        """The original ``propose`` on this object's inputs: ``[num_reqs, draft_length]`` draft token ids."""
         inputs, tokens = self._inputs, num_reqs * self.query_len
         longest = self._proposer.vllm_config.model_config.max_model_len  # the target's: a drafter's may be shorter
         return self._propose(
@@ -169,15 +169,15 @@ class DraftGraphs:
         """
         self._num_live.fill_(0)
         with self._as_captured():
-            for depth, num_reqs in itertools.product(self._depths, reversed(self.batch_sizes)):
-                with at_depth(self._proposer, depth):
+            for draft_length, num_reqs in itertools.product(self._draft_lengths, reversed(self.batch_sizes)):
+                with with_draft_length(self._proposer, draft_length):
                     for _ in range(warmups if num_reqs == self.batch_sizes[-1] else 1):
                         self._run(num_reqs)
                     torch.cuda.synchronize()
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
                         drafts = self._run(num_reqs)
-                self._graphs[num_reqs, depth] = _Graph(graph, drafts)
+                self._graphs[num_reqs, draft_length] = _Graph(graph, drafts)
 
     def fits(self, cad: CommonAttentionMetadata, num_rejected: torch.Tensor | None, mm_inputs: Any) -> bool:
         """Every request brings k + 1 tokens, none of them an image's, and the batch is not too large."""
@@ -197,9 +197,9 @@ class DraftGraphs:
         cad: CommonAttentionMetadata,
         num_rejected: torch.Tensor,
     ) -> torch.Tensor:
-        """Drafts of a step that :meth:`fits`: ``[cad.num_reqs, depth]`` int64, the caller's own.
+        """Drafts of a step that :meth:`fits`: ``[cad.num_reqs, draft_length]`` int64, the caller's own.
 
-        The depth is what the proposer's ``num_speculative_tokens`` is now.
+        The draft length is what the proposer's ``num_speculative_tokens`` is now.
         """
         num_reqs = cad.num_reqs
         padded = self._padded[num_reqs]
@@ -248,7 +248,11 @@ def decode_batch_sizes(proposer: Any, capture_sizes: Sequence[int], max_num_seqs
 
 
 def propose(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """``SpecDecodeBaseProposer.propose``: replay where a graph fits, else the original."""
+    """``SpecDecodeBaseProposer.propose``: replay where a graph fits, else the original.
+
+    Patch: ``draft-graphs``. Evidence: ``tests/performance/test_draft_capture.py::test_stock_drafts_kernel_by_kernel``.
+    Related upstream change: #45258, open: the same lack for MTP drafters.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -267,8 +271,12 @@ def propose(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
 def update_cudagraph_mode(original: Callable[..., None]) -> Callable[..., None]:
     """``GPUModelRunner._check_and_update_cudagraph_mode``: a draft model, too, gets piecewise graphs.
 
-    0.19.1 initializes the dispatcher for EAGLE only; the drafter's dummy runs then capture the pieces. They
+    0.19.1 initializes the dispatcher for EAGLE only; the drafter's dummy runs then capture piecewise graphs. They
     serve the batches that no whole graph fits.
+
+    Patch: ``draft-pieces``. Evidence:
+    ``tests/performance/test_draft_capture.py::test_stock_gives_a_draft_model_no_piecewise_graphs``. Related upstream
+    change: none found.
     """
 
     @functools.wraps(original)

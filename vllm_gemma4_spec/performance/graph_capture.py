@@ -20,7 +20,11 @@ logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
 
 def capture_model(original: Callable[..., int]) -> Callable[..., int]:
-    """``GPUModelRunner.capture_model``: then the drafter's graphs."""
+    """``GPUModelRunner.capture_model``: then the drafter's graphs.
+
+    Patch: ``draft-graphs``. Evidence: ``tests/performance/test_draft_capture.py::test_stock_drafts_kernel_by_kernel``.
+    Related upstream change: #45258, open: the same lack for MTP drafters.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any) -> int:
@@ -49,8 +53,8 @@ def capture_drafts(runner: Any) -> int:
     groups = getattr(drafter, GROUPS)
     table = runner.input_batch.block_table[drafter.kv_cache_gid]
     k = drafter.num_speculative_tokens
-    depths = range(1, k + 1) if adaptive_k.adapts(runner.speculative_config) else (k,)
-    graphs = DraftGraphs(drafter, groups, table.get_device_tensor, type(drafter).propose, sizes, depths)
+    draft_lengths = range(1, k + 1) if adaptive_k.adapts(runner.speculative_config) else (k,)
+    graphs = DraftGraphs(drafter, groups, table.get_device_tensor, type(drafter).propose, sizes, draft_lengths)
 
     started, free, lacking = time.perf_counter(), torch.cuda.mem_get_info()[0], ""
     set_cudagraph_capturing_enabled(True)
@@ -77,7 +81,7 @@ def capture_drafts(runner: Any) -> int:
     setattr(drafter, GRAPHS, graphs)
     logger.info(
         "Drafter: %d CUDA graphs of whole drafts (1 to %d requests) in %.1f s, %.2f GiB",
-        len(sizes) * len(depths),
+        len(sizes) * len(draft_lengths),
         sizes[-1],
         time.perf_counter() - started,
         used / 2**30,

@@ -64,7 +64,7 @@ DRAFT_PIECES = Patch(
     group=Group.CONVENIENCE,
     why="Only EAGLE's dispatcher is given piecewise CUDA graphs, so the passes of a draft model in a batch that also "
     "holds a prompt are launched kernel by kernel.",
-    how="The draft model's dispatcher gets the target's sizes, too; vLLM's own dummy runs then capture the pieces.",
+    how="The draft model's dispatcher gets the target's sizes, too; vLLM's dummy runs then capture piecewise graphs.",
     retire="A release that initializes the dispatcher of draft models.",
     scope="Draft models of engines with a Gemma 4 as target or drafter.",
     related="none found",
@@ -82,7 +82,7 @@ ADAPTIVE_K = Patch(
     why="Every step runs k draft passes, also while the target rejects nearly all of them: with nothing accepted 31B + "
     "E4B decode at half the speed of plain decoding.",
     how="With VLLM_GEMMA4_SPEC_ADAPTIVE_K set, a step runs as many passes as recent acceptance pays for, at least one; "
-    "the drafts left out are token 0, to be rejected. Off by default.",
+    "dropped drafts are token 0, to be rejected. Off by default.",
     retire="A release that adapts the number of draft tokens.",
     scope="Draft models of engines with a Gemma 4 as target or drafter, with VLLM_GEMMA4_SPEC_ADAPTIVE_K set.",
     related="none found by number; 0.24.0 chooses k by batch size, 0.28.0 verifies adaptively (V2 runner)",

@@ -1,4 +1,4 @@
-"""Compressed-tensors NVFP4, linears and experts: mended as ModelOpt's are, and emulated on a CPU.
+"""Compressed-tensors NVFP4, linears and experts: repaired as ModelOpt's are, and emulated on a CPU.
 
 The format is ModelOpt's under other names, and its global scales divide:
 
@@ -20,11 +20,16 @@ from vllm.platforms import current_platform
 from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.errors import CheckpointError
 from vllm_gemma4_spec.quantization import emulation, moe, reload
-from vllm_gemma4_spec.quantization.nan_scales import mend
+from vllm_gemma4_spec.quantization.nan_scales import repair
 
 
 def linear_scheme(original: type) -> type:
-    """``CompressedTensorsW4A4Fp4`` or ``CompressedTensorsW4A16Fp4`` with its scales mended."""
+    """``CompressedTensorsW4A4Fp4`` or ``CompressedTensorsW4A16Fp4`` with its scales repaired.
+
+    Patch: ``compressed-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_compressed_tensors.py::test_stock_has_no_nvfp4_on_a_cpu``. Related upstream change:
+    #35733 (emulation, in 0.20.0).
+    """
     weight_only = original.__name__ == "CompressedTensorsW4A16Fp4"  # Marlin on every GPU
 
     class Nvfp4Scheme(original):
@@ -49,7 +54,7 @@ def linear_scheme(original: type) -> type:
             _settle(given, "" if layer.modelopt_dummy else f"{layer.prefix}.weight_global_scale")
             if hasattr(layer, "input_global_scale"):
                 _settle(layer.input_global_scale.data, "")
-            mend(layer, layer.prefix, layer.weight_packed.data, layer.weight_scale.data)
+            repair(layer, layer.prefix, layer.weight_packed.data, layer.weight_scale.data)
             layer.modelopt_checked = True
             if self.backend == NvFp4LinearBackend.EMULATION:
                 layer.weight_scale_2 = Parameter(1 / given, requires_grad=False)
@@ -103,16 +108,21 @@ def _settle(scales: Tensor, what: str) -> None:
 
 
 def experts_method(original: type) -> type:
-    """``CompressedTensorsW4A4Nvfp4MoEMethod`` with its scales mended; on a CPU, emulated."""
+    """``CompressedTensorsW4A4Nvfp4MoEMethod`` with its scales repaired; on a CPU, emulated.
 
-    class Mended(moe.SameKernel, original):
+    Patch: ``compressed-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_compressed_tensors.py::test_stock_has_no_nvfp4_on_a_cpu``. Related upstream change:
+    #35733 (emulation, in 0.20.0).
+    """
+
+    class Repaired(moe.SameKernel, original):
         def __init__(self, moe_config: Any, layer_name: str | None = None, use_a16: bool = False) -> None:
             super().__init__(moe_config, layer_name, use_a16)
             self.use_a16 = use_a16
 
         def process_weights_after_loading(self, layer: Module) -> None:
             _as_modelopt(layer, self.use_a16)
-            moe.mend_experts(layer)
+            moe.repair_experts(layer)
             if self.nvfp4_backend == NvFp4MoeBackend.MARLIN and layer.params_dtype == torch.bfloat16:
                 moe.narrow(layer)
             for name in ("w13", "w2"):  # what the original looks for; it makes the other names again
@@ -129,7 +139,7 @@ def experts_method(original: type) -> type:
             _as_modelopt(layer, self.use_a16)
             super().process_weights_after_loading(layer)
 
-    made = Emulated if current_platform.is_cpu() else Mended
+    made = Emulated if current_platform.is_cpu() else Repaired
     made.__name__ = made.__qualname__ = original.__name__  # FusedMoE looks at it
     return made
 

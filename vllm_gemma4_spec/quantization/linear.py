@@ -21,11 +21,11 @@ from vllm.model_executor.layers.quantization.utils.nvfp4_utils import NvFp4Linea
 from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.errors import CheckpointError
 from vllm_gemma4_spec.quantization import emulation, reload, small_batch_layers, stream_layers, tensors
-from vllm_gemma4_spec.quantization.nan_scales import mend
+from vllm_gemma4_spec.quantization.nan_scales import repair
 
 _NEEDED = ("weight", "weight_scale", "weight_scale_2", "input_scale")
 _KEY = "vllm_gemma4_spec_nvfp4"
-_NEUTRAL = {"pre_quant_scale": 1.0, "svdquant_lora_a": 0.0, "svdquant_lora_b": 0.0}  # what changes no product
+_NEUTRAL = {"pre_quant_scale": 1.0, "svdquant_lora_a": 0.0, "svdquant_lora_b": 0.0}  # what changes no result
 _EXTRA = tuple(_NEUTRAL)
 
 
@@ -107,7 +107,7 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
             kept.put_back()
 
     def _settle(self, layer: Module) -> None:
-        """Check what was loaded, drop what the checkpoint does not have, mend NaN scales."""
+        """Check what was loaded, drop what the checkpoint does not have, repair NaN scales."""
         ledger = layer.modelopt_ledger
         needed = _NEEDED[:3] if self.quant_config.weight_only else _NEEDED
         if self.quant_config.weight_only and not ledger.has("input_scale"):
@@ -119,7 +119,7 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
                     of = f" of member {index}" if ledger.members > 1 else ""
                     raise CheckpointError(f"{ledger.prefix}.{name}: the checkpoint has no such tensor{of}")
         _fill_absent(layer, present)
-        mend(layer, layer.prefix, layer.weight.data, layer.weight_scale.data)
+        repair(layer, layer.prefix, layer.weight.data, layer.weight_scale.data)
         for name in ("weight_scale_2", "input_scale"):
             _check_scalar(getattr(layer, name).data, f"{ledger.prefix}.{name}")
         if self.quant_config.quant_algo in (
@@ -163,7 +163,7 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
             _drop(layer, "svdquant_lora_b")
 
     def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        # torch.compile traces this: what a layer lacks costs nothing, the product fuses with what made x.
+        # torch.compile traces this: what a layer lacks costs nothing, the multiplication fuses with what made x.
         if layer.pre_quant_scale is not None and not (layer.rows_scaled or layer.stream_scaled):
             x = x * layer.pre_quant_scale
         if layer.rows_codes is not None:
@@ -182,7 +182,7 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
 def _tell_compiler(layer: Module) -> None:
     """Put what the layer has into vLLM's compile cache key: the same folder may be repaired or exported anew.
 
-    A cached graph without a product would otherwise run on a checkpoint that needs it.
+    A cached graph without a multiplication would otherwise run on a checkpoint that needs it.
     """
     additional = layer.__dict__.pop("modelopt_additional")
     if not isinstance(additional, dict):

@@ -1,4 +1,4 @@
-"""Experts of ModelOpt's NVFP4 checkpoints: NaN scales mended everywhere, emulated on a CPU.
+"""Experts of ModelOpt's NVFP4 checkpoints: NaN scales repaired everywhere, emulated on a CPU.
 
 vLLM recognises ModelOpt's expert tensors by the method's class name, so the names keep ``ModelOpt``.
 """
@@ -30,22 +30,22 @@ from vllm.platforms import current_platform
 from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.errors import CheckpointError
 from vllm_gemma4_spec.quantization import emulation, reload
-from vllm_gemma4_spec.quantization.nan_scales import mend
+from vllm_gemma4_spec.quantization.nan_scales import repair
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
 
 def fused_moe_method(quant_config: Any, moe_config: Any) -> FusedMoEMethodBase:
-    method = ModelOptNvFp4EmulatedMoE if current_platform.is_cpu() else ModelOptNvFp4MendedMoE
+    method = ModelOptNvFp4EmulatedMoE if current_platform.is_cpu() else ModelOptNvFp4RepairedMoE
     return method(quant_config, moe_config)
 
 
-def mend_experts(layer: Module) -> None:
+def repair_experts(layer: Module) -> None:
     """w13 uint8 [E, 2I, H/2] and w2 [E, H, I/2] with their scales; global scales must be finite."""
     layer.modelopt_checked = True
     for name in ("w13", "w2"):
         weight, scale = (getattr(layer, f"{name}_{x}").data for x in ("weight", "weight_scale"))
-        mend(layer, f"{layer.layer_name}.{name}", weight, scale)
+        repair(layer, f"{layer.layer_name}.{name}", weight, scale)
         for suffix in ("weight_scale_2", "input_scale"):
             if not bool(torch.isfinite(getattr(layer, f"{name}_{suffix}")).all()):
                 raise CheckpointError(f"{layer.layer_name}.{name}_{suffix}: NaN or infinity; quantize the model again")
@@ -113,8 +113,8 @@ def settle_input_scales(layer: Module, weight_only: bool) -> None:
             )
 
 
-class ModelOptNvFp4MendedMoE(SameKernel, ModelOptNvFp4FusedMoE):
-    """vLLM's method and kernels, with NaN block scales mended first."""
+class ModelOptNvFp4RepairedMoE(SameKernel, ModelOptNvFp4FusedMoE):
+    """vLLM's method and kernels, with NaN block scales repaired first."""
 
     def __init__(self, quant_config: Any, moe_config: Any) -> None:
         super().__init__(quant_config, moe_config)
@@ -130,7 +130,7 @@ class ModelOptNvFp4MendedMoE(SameKernel, ModelOptNvFp4FusedMoE):
 
     def process_weights_after_loading(self, layer: Module) -> None:
         settle_input_scales(layer, self.nvfp4_backend == NvFp4MoeBackend.MARLIN)
-        mend_experts(layer)
+        repair_experts(layer)
         if self.nvfp4_backend == NvFp4MoeBackend.MARLIN and layer.params_dtype == torch.bfloat16:
             narrow(layer)
         super().process_weights_after_loading(layer)
@@ -153,7 +153,7 @@ class EmulatedExperts(FusedMoEMethodBase):
         return bool(self.plain.is_monolithic)
 
     def process_weights_after_loading(self, layer: Module) -> None:
-        mend_experts(layer)
+        repair_experts(layer)
         scale_2 = {"w13": layer.w13_weight_scale_2.data, "w2": layer.w2_weight_scale_2.data}  # [E, 2], [E]
         scale_2["w13"] = scale_2["w13"].repeat_interleave(layer.w13_weight.shape[1] // scale_2["w13"].shape[1], 1)
         size = 2 * sum(getattr(layer, f"{name}_weight").numel() for name in scale_2)

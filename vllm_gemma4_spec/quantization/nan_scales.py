@@ -1,4 +1,4 @@
-"""NaN block scales at load: found, mended by the rule, counted, reported once per model."""
+"""NaN block scales at load: found, repaired by the rule, counted, reported once per model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from vllm_gemma4_spec.metrics import reports
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
 
-def mend(layer: Module, prefix: str, packed: Tensor, scale: Tensor) -> None:
-    """Mend ``scale`` float8_e4m3fn [..., K/16] of weights uint8 [..., K/2] in place; the count stays on the layer.
+def repair(layer: Module, prefix: str, packed: Tensor, scale: Tensor) -> None:
+    """Repair ``scale`` float8_e4m3fn [..., K/16] of weights uint8 [..., K/2] in place; the count stays on the layer.
 
     ``layer.modelopt_nan`` is ``{prefix: (blocks, of them destroyed)}``, set only where there are any. Afterwards
     no scale is NaN or negative.
@@ -28,7 +28,7 @@ def mend(layer: Module, prefix: str, packed: Tensor, scale: Tensor) -> None:
     nan, negative = nvfp4.survey(scale)
     if nan:
         found = nvfp4.find_nan(packed, scale)
-        nvfp4.mend_(scale, found)
+        nvfp4.repair_(scale, found)
         _count(layer, prefix, found)
     if negative:
         nvfp4.make_positive_(packed, scale)
@@ -73,7 +73,12 @@ def summary(model: Module) -> str | None:
 
 
 def reported(original: Callable[..., None]) -> Callable[..., None]:
-    """``process_weights_after_loading`` that says what was mended, or refuses the model in strict mode."""
+    """``process_weights_after_loading`` that says what was repaired, or refuses the model in strict mode.
+
+    Patch: ``modelopt-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
+    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
+    """
 
     def process_weights_after_loading(model: Module, *args: Any, **kwargs: Any) -> None:
         original(model, *args, **kwargs)
@@ -84,7 +89,7 @@ def reported(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def report(model: Module) -> None:
-    """Say and count what was mended since the last report.
+    """Say and count what was repaired since the last report.
 
     Raises:
         CheckpointError: something was, and the setting is strict.

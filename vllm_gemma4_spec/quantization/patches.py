@@ -72,12 +72,12 @@ KV_SCALES = Patch(
 DRAFT_PRODUCTS = Patch(
     name="draft-products",
     group=Group.CONVENIENCE,
-    why="Where NVFP4 runs on Marlin, the products of one to a few rows take several times what reading their weights "
-    "takes: 77 of the 105 us of an E4B layer on an H200 (the per-layer-input gate alone 23).",
+    why="Marlin's NVFP4 GEMMs take several times as long for one to a few rows as reading their weights takes: 77 of "
+    "the 105 us of an E4B layer on an H200 (the per-layer-input gate alone 23).",
     how="NVFP4 layers of a draft model get a second copy of their weight, in the order of a CUDA kernel for up to 64 "
-    "rows, compiled by NVRTC; gelu(gate) * up is part of it. Larger batches stay on Marlin, and so do targets but for "
-    "an o_proj with a pre_quant_scale (VLLM_GEMMA4_SPEC_SCALE_IN_PRODUCT).",
-    retire="A vLLM kernel for NVFP4 products of few rows.",
+    "rows, compiled by NVRTC; gelu(gate) * up is part of it. Larger batches stay on Marlin. Of a target's layers only "
+    "an o_proj with a pre_quant_scale takes the kernel (VLLM_GEMMA4_SPEC_SCALE_IN_PRODUCT).",
+    retire="A vLLM kernel for small-batch NVFP4 GEMMs.",
     scope="Draft models that are a Gemma 4; o_proj layers with a pre_quant_scale of a Gemma 4 target.",
     related="none found",
     edits=(Edit(f"{_DRAFT_MODEL}._get_model", small_batch_layers.get_model),),
@@ -104,10 +104,10 @@ PATCHES: tuple[Patch, ...] = (
         ),
         how=(
             "Subclasses of the NVFP4 and mixed configs choose subclasses of the linear methods, which add "
-            "pre_quant_scale and the low-rank branch, mend what was loaded and emulate where vLLM has no kernel; also "
-            "when weights are loaded again (reload_weights, update_weights), with the KV cache's scales."
+            "pre_quant_scale and the low-rank branch, repair what was loaded and emulate where vLLM has no kernel; "
+            "also when weights are loaded again (reload_weights, update_weights), with the KV cache's scales."
         ),
-        retire="vLLM reads pre_quant_scale and svdquant_lora_*, and mends or refuses NaN scales itself.",
+        retire="vLLM reads pre_quant_scale and svdquant_lora_*, and repairs or refuses NaN scales itself.",
         scope="Checkpoints in ModelOpt's NVFP4 forms, MIXED_PRECISION and FP8, whatever the model.",
         related="#35733 (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ "
         "and NVFP4_SVD",
@@ -168,7 +168,7 @@ PATCHES: tuple[Patch, ...] = (
             "Marlin's scales where a tensor's are far apart."
         ),
         how=(
-            "Subclasses of the two linear schemes and of the method for experts mend the scales and emulate "
+            "Subclasses of the two linear schemes and of the method for experts repair the scales and emulate "
             "where vLLM has no kernel."
         ),
         retire="vLLM emulates compressed-tensors NVFP4 on a CPU, and Marlin's scales keep their range.",

@@ -31,6 +31,10 @@ def with_config(original: Callable[..., Any]) -> Callable[..., Any]:
     What layers choose by it (``scope``, KV scales of layers that reuse KV) is chosen again while they are processed.
     A reload that fails leaves new weights in some layers and old ones in others: :func:`execute_model` refuses to go on
     with them until another one succeeds.
+
+    Patch: ``modelopt-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
+    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
     """
 
     @functools.wraps(original)
@@ -64,7 +68,12 @@ def _abandon(model: Module) -> None:
 
 
 def execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``Worker.execute_model``: no step with weights of two checkpoints."""
+    """``Worker.execute_model``: no step with weights of two checkpoints.
+
+    Patch: ``modelopt-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
+    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -82,6 +91,10 @@ def finalize(original: Callable[..., None]) -> Callable[..., None]:
     """``finalize_layerwise_processing``: scales of the KV cache, which 0.19.1 refuses to load again, and NaN scales.
 
     The first load of some formats ends here, too; attention layers have nothing pending then.
+
+    Patch: ``modelopt-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
+    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
     """
 
     @functools.wraps(original)

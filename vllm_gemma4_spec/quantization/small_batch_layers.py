@@ -1,4 +1,4 @@
-"""Which linear layers take the few-row kernel, of those that would run on Marlin.
+"""Which linear layers take the small-batch kernel, of those that would run on Marlin.
 
 All of a draft model: a draft pass has one row per request, k + 2 in its first pass. Only drafts come from it, so
 another order of additions than Marlin's changes no answer.
@@ -37,7 +37,11 @@ def _drafter() -> Iterator[None]:
 
 
 def get_model(original: Callable[..., Module]) -> Callable[..., Module]:
-    """``DraftModelProposer._get_model``: layers loaded meanwhile are the drafter's."""
+    """``DraftModelProposer._get_model``: layers loaded meanwhile are the drafter's.
+
+    Patch: ``draft-products``. Evidence: ``tests/kernels/test_patches.py::test_stock_loads_a_drafter_as_any_model``.
+    Related upstream change: none found.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any) -> Module:
@@ -70,7 +74,7 @@ def prepare(layer: Module) -> None:
 
     scaled = scale_stands_alone(layer)
     if not hasattr(layer, "rows_wanted"):  # weights that are loaded again are treated as the first were
-        target = scaled and scope.gemma4_engine(scope.current_config()) and _in_product(layer.weight.device)
+        target = scaled and scope.gemma4_engine(scope.current_config()) and _in_gemm(layer.weight.device)
         layer.rows_wanted = (_loading_drafter or target) and small_batch_gemm.suits(layer)
         layer.rows_gelu = False
     if not layer.rows_wanted:
@@ -81,7 +85,7 @@ def prepare(layer: Module) -> None:
         layer.register_parameter(name, Parameter(tensor, requires_grad=False))
 
 
-def _in_product(device: torch.device) -> bool:
+def _in_gemm(device: torch.device) -> bool:
     value = settings.SCALE_IN_PRODUCT.read()
     if value == "auto":
         return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= settings.ROOMY
@@ -89,7 +93,7 @@ def _in_product(device: torch.device) -> bool:
 
 
 def scale_stands_alone(layer: Module) -> bool:
-    """Whether ``pre_quant_scale`` would be a kernel of its own, and the product may take it in."""
+    """Whether ``pre_quant_scale`` would be a kernel of its own, and the GEMM may take it in."""
     return (
         layer.prefix.endswith(".o_proj")
         and layer.pre_quant_scale is not None
@@ -102,7 +106,7 @@ def linear(layer: Module, x: Tensor) -> Tensor:
 
     Multiplies by ``pre_quant_scale`` first if ``layer.rows_scaled``.
     """
-    return torch.ops.vllm.gemma4_spec_nvfp4_product(
+    return torch.ops.vllm.gemma4_spec_nvfp4_gemm(
         x,
         layer.pre_quant_scale if layer.rows_scaled else None,
         layer.rows_codes,

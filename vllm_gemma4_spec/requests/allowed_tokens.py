@@ -13,7 +13,12 @@ MARK = "_gemma4_spec_rows"
 
 
 def update_states(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``GPUModelRunner._update_states``, in which requests come, go and move: says whose batch it is."""
+    """``GPUModelRunner._update_states``, in which requests come, go and move: says whose batch it is.
+
+    Patch: ``allowed-tokens``. Evidence:
+    ``tests/requests/test_allowed_tokens.py::test_stock_leaves_them_to_another_request``. Related upstream change:
+    #43894, #43931, #48419.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -25,7 +30,12 @@ def update_states(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def add_request(original: Callable[..., int]) -> Callable[..., int]:
-    """``InputBatch.add_request``: a request without allowed ids does not get those that moved away from its row."""
+    """``InputBatch.add_request``: a request without allowed ids does not get those that moved away from its row.
+
+    Patch: ``allowed-tokens``. Evidence:
+    ``tests/requests/test_allowed_tokens.py::test_stock_leaves_them_to_another_request``. Related upstream change:
+    #43894, #43931, #48419.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, request: Any) -> int:
@@ -39,7 +49,12 @@ def add_request(original: Callable[..., int]) -> Callable[..., int]:
 
 
 def swap_states(original: Callable[..., None]) -> Callable[..., None]:
-    """``InputBatch.swap_states``: the original swaps views, so that both rows get the second's ids."""
+    """``InputBatch.swap_states``: the original swaps views, so that both rows get the second's ids.
+
+    Patch: ``allowed-tokens``. Evidence:
+    ``tests/requests/test_allowed_tokens.py::test_stock_leaves_them_to_another_request``. Related upstream change:
+    #43894, #43931, #48419.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, i1: int, i2: int) -> None:

@@ -37,7 +37,12 @@ class MinTokens(MinTokensLogitsProcessor):
 
 
 def build_logitsprocs(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``build_logitsprocs``: this processor in place of vLLM's."""
+    """``build_logitsprocs``: this processor in place of vLLM's.
+
+    Patch: ``min-tokens``. Evidence:
+    ``tests/requests/test_requests_engine.py::test_stock_vllm_forgets_grammar_budget_and_stop_strings``. Related
+    upstream change: none found.
+    """
 
     @functools.wraps(original)
     def wrapper(vllm_config: Any, device: Any, is_pin_memory: bool, *args: Any, **kwargs: Any) -> Any:
@@ -53,7 +58,12 @@ def build_logitsprocs(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``RejectionSampler.forward``: while it samples, the processor knows how many drafts each request has."""
+    """``RejectionSampler.forward``: while it samples, the processor knows how many drafts each request has.
+
+    Patch: ``min-tokens``. Evidence:
+    ``tests/requests/test_requests_engine.py::test_stock_vllm_forgets_grammar_budget_and_stop_strings``. Related
+    upstream change: none found.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:

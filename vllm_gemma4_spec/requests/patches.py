@@ -176,7 +176,7 @@ REQUEST_ERRORS = Patch(
     "as `param`, and in a stream only after HTTP 200. A negative thinking_token_budget is accepted.",
     how="What the frontend's check raises gets the field; requests that it may refuse are checked before their stream "
     "is made. A negative budget is refused.",
-    retire="A release that names the field in every refusal, before the stream.",
+    retire="A release that names the field in every error, before the stream.",
     scope="Engines whose target is a Gemma 4.",
     related="none found",
     edits=(

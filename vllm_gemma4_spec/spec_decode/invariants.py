@@ -54,7 +54,7 @@ def check_pass(
                 where = f"request {req_id}: position {at} of KV cache group {gid}"
                 block = slot // size
                 if at != position[start] + place:
-                    raise InvariantError(f"{where} stands where {position[start] + place} should")
+                    raise InvariantError(f"{where} is out of order: expected position {position[start] + place}")
                 if block not in owned:
                     raise InvariantError(f"{where} would be written to block {block}, which it does not own")
                 if owned[at // size] != block or slot % size != at % size:

@@ -137,7 +137,7 @@ TEXT_DRAFTER = Patch(
     name="text-drafter",
     group=Group.CORRECTNESS,
     why="A multimodal target is refused with a draft model, and all published Gemma 4 checkpoints are multimodal: "
-    "without the refusal the target's embeddings would go into the drafter, whose own towers would be built and "
+    "without this check the target's embeddings would go into the drafter, whose own towers would be built and "
     "loaded for nothing.",
     how="A draft model drafts from token ids, placeholders of images, audio and video included. A drafter's "
     "Gemma4ForConditionalGeneration config becomes that of its language model, Gemma4ForCausalLM.",
@@ -259,8 +259,9 @@ ACCEPTANCE_WATCH = Patch(
 SKIPPED_DRAFTS = Patch(
     name="skipped-drafts",
     group=Group.CONVENIENCE,
-    why="Within k tokens of the maximum length the drafter is not run, for every request of the batch, and no figure "
-    "says so: tok/s falls, and so does acceptance under async scheduling, where zeros stand in for the drafts.",
+    why="When every request of a batch is within k tokens of the maximum length (with EAGLE heads: when one is), vLLM "
+    "runs no draft pass and no metric says so. tok/s falls; under async scheduling so does acceptance, as zeros are "
+    "verified in place of drafts.",
     how="Steps that sample without a call of propose_draft_token_ids are counted, as "
     "gemma4_spec_drafts_skipped_total at /metrics.",
     retire="A release that counts them.",

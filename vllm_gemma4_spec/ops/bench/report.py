@@ -102,7 +102,7 @@ class Spread(Output):
 
 
 class Ratio(Output):
-    """`--url` over `--against` at one concurrency, run for run; null: no pair of runs has both figures."""
+    """`--url` over `--against` at one concurrency, run for run; null: no pair of runs has both results."""
 
     concurrency: int
     aggregate_tok_s: Spread | None

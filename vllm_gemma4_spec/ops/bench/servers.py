@@ -38,17 +38,17 @@ def identify(url: str, model: str | None, api_key: str | None = None) -> Server:
         samples = server.samples(url, api_key)
     except server.ServerError:  # not vLLM
         return Server(url=url, model=model or names[0])
-    look = live.look(samples, 0.0)
+    sample = live.sample_server(samples, 0.0)
     plugin = next((s.labels.get("version", "") for s in samples if s.name == "gemma4_spec_process"), "")
     return Server(
         url=url,
         model=model or names[0],
         vllm=version,
         plugin=plugin,
-        method=look.server.get("method", ""),
-        drafter=look.server.get("drafter", ""),
-        k=len(look.accepted),
-        started=look.values.get("process_start_time_seconds"),
+        method=sample.server.get("method", ""),
+        drafter=sample.server.get("drafter", ""),
+        k=len(sample.accepted),
+        started=sample.values.get("process_start_time_seconds"),
     )
 
 

@@ -45,27 +45,27 @@ def running(
     if not on:
         advice = "install vllm-gemma4-spec into the server's environment and look for 'patches on' in its log"
         yield Finding(SECTION, "plugin", State.PROBLEM, "no process reports it", "every process", advice)
-    yield from _speculation(live.look(samples, 0.0), info, speculates)
+    yield from _speculation(live.sample_server(samples, 0.0), info, speculates)
     yield from _configuration(info)
     if on:
         yield from _processes(on, info)
         yield from _engine([name for name, _ in on], workers)
 
 
-def _speculation(look: live.Look, info: Mapping[str, str], wanted: bool) -> Iterator[Finding]:
+def _speculation(sample: live.ServerSample, info: Mapping[str, str], wanted: bool) -> Iterator[Finding]:
     name = "speculation"
-    if not look.accepted:  # vLLM has these counters from the start, one for each position
+    if not sample.accepted:  # vLLM has these counters from the start, one for each position
         advice = "start it with --speculative-config, or give --no-speculation if it is meant to decode plainly"
         state, text = (State.PROBLEM, advice) if wanted else (State.OK, "")
         yield Finding(SECTION, name, state, "off", "on" if wanted else "off", text)
         return
-    drafts = look.values.get("vllm:spec_decode_num_drafts_total", 0.0)
+    drafts = sample.values.get("vllm:spec_decode_num_drafts_total", 0.0)
     method = f"{info['method']} with {info['drafter']}, " if info.get("method") else ""
-    found = f"{method}k = {len(look.accepted)}, {drafts:.0f} drafts verified"
+    found = f"{method}k = {len(sample.accepted)}, {drafts:.0f} drafts verified"
     if not drafts:
         yield Finding(SECTION, name, State.NOTE, found, advice="ask it something, then look again")
         return
-    shares = [look.accepted[p] / drafts for p in sorted(look.accepted)]
+    shares = [sample.accepted[p] / drafts for p in sorted(sample.accepted)]
     found += f", acceptance length {1 + sum(shares):.2f}, accepted by position " + " ".join(f"{s:.0%}" for s in shares)
     poor = drafts >= 100 and shares[0] < 0.05
     advice = "nearly every draft is rejected: the drafter does not fit the target; see the page on troubleshooting"

@@ -1,0 +1,109 @@
+"""Client libraries in pinned releases, and scripted agents, against the demo pair on a real ``vllm serve``.
+
+``GEMMA4_CLIENTS`` names the folder of the clients' environments (``make test-clients`` makes it). The table of
+docs/reference/clients.md is written where ``GEMMA4_CLIENTS_PAGE`` names the page.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.clients import agents, drive
+from vllm_gemma4_spec.demo import build, run
+from vllm_gemma4_spec.demo.server import Server
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = Path(os.environ.get("GEMMA4_CLIENTS") or ROOT / ".venv-clients")
+# Clients that do not take the newest release of openai have environments of their own.
+ENVIRONMENTS = {"instructor": "instructor", "llama_index": "llama-index"}
+BEGIN, END = "<!-- clients: begin -->", "<!-- clients: end -->"
+MARKS = ("<|", "|>", "call:", "thought\n")
+_rows: dict[str, list[str]] = {}
+
+pytestmark = pytest.mark.slow
+
+
+def python_of(client: str) -> Path:
+    return FOLDER / ENVIRONMENTS.get(client, "current") / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    pair, _ = build.ensure(build.default_folder())
+    arguments = run.serve_arguments(pair, speculate=True)
+    with Server(arguments, tmp_path_factory.mktemp("server") / "log") as server:
+        yield server
+    page = os.environ.get("GEMMA4_CLIENTS_PAGE")
+    if page and set(_rows) == set(drive.CLIENTS):
+        _write(Path(page))
+
+
+def _write(page: Path) -> None:
+    table = ["| client | API | reasoning | tool loop of two rounds | structured output |", "|---|---|---|---|---|"]
+    table += [f"| {' | '.join(_rows[client])} |" for client in drive.CLIENTS]
+    text = page.read_text()
+    head, _, rest = text.partition(BEGIN)
+    page.write_text("\n".join([head + BEGIN, "", *table, "", END]) + rest.partition(END)[2])
+
+
+def seen_by(client: str, url: str) -> dict[str, Any]:
+    python = python_of(client)
+    if not python.is_file():
+        pytest.skip(f"{python} is missing; `make test-clients` makes it")
+    environment = {**os.environ, "NO_PROXY": "*", "no_proxy": "*", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    command = [str(python), str(ROOT / "tests/clients/drive.py"), client, url]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return seen
+
+
+@pytest.mark.parametrize("client", drive.CLIENTS)
+def test_what_a_client_shows(served: Server, client: str) -> None:
+    seen = seen_by(client, served.url)
+    shows = drive.SHOWS[client]
+    for way in ("whole", "streamed"):
+        found = seen[way]
+        if "reasoning" in shows:
+            assert bool(found["reasoning"]) == shows["reasoning"], found
+            assert found["content"]
+        if "called" in found:
+            assert found["called"] == ["Oslo", "Rome"]
+            assert found["last"]
+        assert found["structured"]["city"] in ("Oslo", "Rome")
+        for text in (found.get("reasoning", ""), found.get("content", ""), found.get("last", "")):
+            assert not any(mark in text for mark in MARKS), text
+    assert seen["whole"] == seen["streamed"]
+    reasoning = {True: "shown", False: "the client has no field for it", None: "-"}[shows.get("reasoning")]
+    loop = "right" if "called" in seen["whole"] else "-"
+    structured = f"right ({shows['structured']})"
+    _rows[client] = [f"{shows['name']} {seen['version']}", shows["api"], reasoning, loop, structured]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_an_agent_on_responses(served: Server, stream: bool) -> None:
+    """Requests as Codex sends them: nothing stored, every item sent back, five turns with tools."""
+    turns = agents.on_responses(served.url, stream)
+    check_turns(turns)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_an_agent_on_messages(served: Server, stream: bool) -> None:
+    """Requests as Claude Code sends them: thinking, blocks with cache marks, five turns with tools."""
+    turns = agents.on_messages(served.url, stream)
+    check_turns(turns)
+
+
+def check_turns(turns: list[agents.Turn]) -> None:
+    assert [turn.calls for turn in turns] == [[("get_weather", {"city": city})] for city in agents.CITIES]
+    for turn, city in zip(turns, agents.CITIES, strict=True):
+        assert city in turn.answer, turn
+        assert turn.reasoning
+        assert not any(mark in text for text in (turn.answer, turn.reasoning) for mark in MARKS), turn

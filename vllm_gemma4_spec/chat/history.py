@@ -1,0 +1,228 @@
+"""What clients send back of a conversation, as the messages that the chat templates know. Nothing of vLLM in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, MutableMapping, MutableSequence, Sequence
+from typing import Any
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_ITEMS = ("message", "reasoning", "function_call", "function_call_output")
+_PARTIAL = ("in_progress", "incomplete")
+Message = dict[str, Any]
+
+
+class HistoryError(ValueError):
+    """An item of a conversation that no prompt can be made of; a server answers it with HTTP 400."""
+
+
+class _Calls:
+    """The calls made so far, and which of them have their result."""
+
+    def __init__(self) -> None:
+        self._answered: dict[str, bool] = {}
+
+    def made(self, call_id: Any, where: str) -> None:
+        if call_id in self._answered:
+            raise HistoryError(f"{where}: the call id {call_id!r} is used twice")
+        if call_id:
+            self._answered[call_id] = False
+
+    def answered(self, call_id: Any, where: str) -> None:
+        if call_id not in self._answered:
+            raise HistoryError(f"{where}: a result for the call {call_id!r}, which no message before it makes")
+        if self._answered[call_id]:
+            raise HistoryError(f"{where}: a second result for the call {call_id!r}")
+        self._answered[call_id] = True
+
+
+def prepare(messages: MutableSequence[Any], name: str = "messages") -> None:
+    """Check the messages of a chat and complete them in place: ``reasoning_content`` is ``reasoning``, results stand
+    behind the message that calls.
+
+    Args:
+        name: what errors call the list.
+
+    Raises:
+        HistoryError: an unknown role, arguments that are no JSON object, a result for no call, an id used twice.
+    """
+    calls = _Calls()
+    for i, message in enumerate(messages):
+        if not isinstance(message, MutableMapping):
+            continue
+        where, role = f"{name}[{i}]", message.get("role")
+        if role not in _ROLES:
+            raise HistoryError(f"{where}: the role {role!r} is none of {', '.join(_ROLES)}")
+        if role == "assistant":
+            if not message.get("reasoning") and isinstance(message.get("reasoning_content"), str):
+                message["reasoning"] = message["reasoning_content"]
+            if message.get("tool_calls") is not None:
+                message["tool_calls"] = list(message["tool_calls"])  # pydantic's iterators can be read once
+                for n, call in enumerate(message["tool_calls"]):
+                    _check_call(call, calls, f"{where}.tool_calls[{n}]")
+        elif role == "tool" and message.get("tool_call_id"):
+            calls.answered(message["tool_call_id"], where)
+    ordered: list[Any] = []
+    for message in messages:
+        result = isinstance(message, Mapping) and message.get("role") == "tool" and message.get("tool_call_id")
+        ordered.insert(_behind_call(ordered, result) if result else len(ordered), message)
+    if any(a is not b for a, b in zip(ordered, messages, strict=True)):
+        messages[:] = ordered
+
+
+def _check_call(call: Mapping[str, Any], calls: _Calls, where: str) -> None:
+    calls.made(call.get("id"), where)
+    check_arguments((call.get("function") or {}).get("arguments"), where)
+
+
+def check_arguments(arguments: Any, where: str) -> None:
+    """
+    Raises:
+        HistoryError: neither a JSON object nor nothing.
+    """
+    if isinstance(arguments, str) and arguments.strip():
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise HistoryError(f"{where}: the arguments are no JSON ({error})") from None
+    if arguments and not isinstance(arguments, Mapping):
+        raise HistoryError(f"{where}: the arguments are no JSON object")
+
+
+def readable_items(items: Sequence[Any]) -> list[Any]:
+    """Items of ``/v1/responses`` as clients send them, with what vLLM's types ask for beyond: ids, status, lists.
+
+    Raises:
+        HistoryError: an unknown type or role, or a part that is missing.
+    """
+    return [_readable(item, i) if isinstance(item, dict) else item for i, item in enumerate(items)]
+
+
+def _readable(item: Message, i: int) -> Message:
+    where, kind = f"input[{i}]", item.get("type") or "message"
+    if kind not in _ITEMS:
+        raise HistoryError(f"{where}: items of the type {kind!r} are not known ({', '.join(_ITEMS)} are)")
+    if kind == "reasoning":
+        read = {"id": f"rs_{i}", "summary": [], **{k: v for k, v in item.items() if v is not None}}
+        if read.pop("encrypted_content", None) and not _texts(read):
+            raise HistoryError(f"{where}: encrypted reasoning cannot be read here, and there is no other")
+        read["content"] = [{**part, "type": "reasoning_text"} for part in read.get("content") or ()]
+        return read
+    needed = {"function_call": ("call_id", "name"), "function_call_output": ("call_id",)}.get(kind, ("role",))
+    for field in needed:
+        if not isinstance(item.get(field), str) or not item[field]:
+            raise HistoryError(f"{where}: {field} is missing")
+    if kind == "function_call":
+        return {**item, "arguments": item.get("arguments") or "{}"}
+    if kind == "function_call_output":
+        output = item.get("output")
+        return item if isinstance(output, (str, list)) else {**item, "output": json.dumps(output)}
+    return _readable_message(item, i, where)
+
+
+def _readable_message(item: Message, i: int, where: str) -> Message:
+    content, role = item.get("content"), item["role"]
+    if role not in _ROLES or role == "tool":
+        raise HistoryError(f"{where}: the role {role!r} is none of {', '.join(_ROLES[:-1])}")
+    if not isinstance(content, list):
+        return {**item, "content": content or ""}
+    if role != "assistant":
+        parts = [{**p, "type": "input_text"} if isinstance(p, dict) and p.get("type") == "text" else p for p in content]
+        return {**item, "content": parts}
+    return {
+        "type": "message",
+        "id": item.get("id") or f"msg_{i}",
+        "role": role,
+        "status": item.get("status") or "completed",
+        "content": [
+            {"type": "output_text", "text": str(p.get("text") or p.get("refusal") or ""), "annotations": []}
+            for p in content
+            if isinstance(p, dict)
+        ],
+    }
+
+
+def from_items(items: Sequence[Any], before: Sequence[Message] = ()) -> list[Message]:
+    """Items of ``/v1/responses`` as messages: all that the assistant says up to a result is one of them.
+
+    Args:
+        items: input items and output items, as dicts or as objects of the ``openai`` package.
+        before: messages before them.
+
+    Raises:
+        HistoryError: as :func:`prepare`.
+    """
+    messages, calls = list(before), _Calls()
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            calls.made(call["id"], "previous_response_id")
+        if message["role"] == "tool":
+            calls.answered(message["tool_call_id"], "previous_response_id")
+    item: Mapping[str, Any] = {}
+    for i, given in enumerate(items):
+        item = given if isinstance(given, Mapping) else given.model_dump(exclude_none=True)
+        where, kind = f"input[{i}]", item.get("type") or "message"
+        if kind == "function_call_output":
+            calls.answered(item["call_id"], where)
+            _insert_result(messages, item)
+        elif kind == "function_call":
+            calls.made(item["call_id"], where)
+            check_arguments(item["arguments"], where)
+            function = {"name": item["name"], "arguments": item["arguments"]}
+            call = {"id": item["call_id"], "type": "function", "function": function}
+            _turn(messages).setdefault("tool_calls", []).append(call)
+        elif kind == "reasoning":
+            _add(messages, "reasoning", _texts(item))
+        elif item.get("role") == "assistant":
+            _add(messages, "content", _text(item.get("content")))
+        else:
+            messages.append({"role": item["role"], "content": item.get("content")})
+    if item.get("status") in _PARTIAL and messages and messages[-1]["role"] == "assistant":
+        messages[-1]["status"] = item["status"]  # vLLM lets the model go on with it
+    return messages
+
+
+def _turn(messages: list[Message]) -> Message:
+    """The message of the assistant that is being put together."""
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": None})
+    return messages[-1]
+
+
+def _add(messages: list[Message], field: str, text: str) -> None:
+    if text:
+        turn = _turn(messages)
+        turn[field] = (turn.get(field) or "") + text
+
+
+def _insert_result(messages: list[Message], item: Mapping[str, Any]) -> None:
+    result = {"role": "tool", "tool_call_id": item["call_id"], "content": item.get("output")}
+    messages.insert(_behind_call(messages, item["call_id"]), result)
+
+
+def _behind_call(messages: Sequence[Any], call_id: Any) -> int:
+    """Where the result of a call belongs: templates look for it right behind the message that calls."""
+    at = len(messages)
+    while at and not _calls(messages[at - 1], call_id):
+        at -= 1
+    while at < len(messages) and isinstance(messages[at], Mapping) and messages[at].get("role") == "tool":
+        at += 1
+    return at
+
+
+def _calls(message: Any, call_id: Any) -> bool:
+    if not isinstance(message, Mapping):
+        return False
+    return any(call.get("id") == call_id for call in message.get("tool_calls") or ())
+
+
+def _text(content: Any) -> str:
+    if not isinstance(content, list):
+        return str(content or "")
+    return "".join(str(part.get("text") or part.get("refusal") or "") for part in content)
+
+
+def _texts(item: Mapping[str, Any]) -> str:
+    """Of a reasoning item: what was thought, or else its summary."""
+    summary = [str(part.get("text") or "") for part in item.get("summary") or ()]
+    return _text(list(item.get("content") or ())) or "\n\n".join(summary)

@@ -1,0 +1,1 @@
+"""What a server shows at ``/metrics`` beside vLLM's own: processes, patches, dropped drafts, repaired scales."""
