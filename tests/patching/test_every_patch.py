@@ -245,7 +245,7 @@ SHOWN = {
     "min-tokens": Shown(
         f"{_REQUESTS}::test_stock_vllm_forgets_grammar_budget_and_stop_strings",
         f"{_REQUESTS}::test_every_answer_is_that_of_plain_decoding[self-5]",
-        r"\('least 12', 5\)",
+        r"\('least 8', 5\)",
     ),
     "allowed-tokens": Shown(
         "requests/test_allowed_tokens::test_stock_leaves_them_to_another_request",
