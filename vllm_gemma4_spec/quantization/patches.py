@@ -138,7 +138,6 @@ PATCHES: tuple[Patch, ...] = (
             ),
             Edit("vllm.v1.worker.gpu_worker:Worker.reload_weights", reload.with_config),
             Edit("vllm.v1.worker.gpu_worker:Worker.update_weights", reload.with_config),
-            Edit("vllm.v1.worker.gpu_worker:Worker.execute_model", reload.execute_model),
             Edit(f"{_LOADER}.reload.layerwise:finalize_layerwise_processing", reload.finalize),
         ),
         watches=(

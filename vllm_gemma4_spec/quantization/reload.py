@@ -21,7 +21,6 @@ from vllm_gemma4_spec import scope
 from vllm_gemma4_spec.errors import CheckpointError
 from vllm_gemma4_spec.quantization import nan_scales
 
-HALF = "_gemma4_spec_half_loaded"  # attribute of a worker: why its last reload has failed
 MARK = "modelopt_checked"  # a layer that one of this package's methods has processed
 
 
@@ -29,8 +28,6 @@ def with_config(original: Callable[..., Any]) -> Callable[..., Any]:
     """``Worker.reload_weights`` and ``update_weights``: the worker's config is current, as in the first load.
 
     What layers choose by it (``scope``, KV scales of layers that reuse KV) is chosen again while they are processed.
-    A reload that fails leaves new weights in some layers and old ones in others: :func:`execute_model` refuses to go on
-    with them until another one succeeds.
 
     Patch: ``modelopt-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
@@ -42,47 +39,7 @@ def with_config(original: Callable[..., Any]) -> Callable[..., Any]:
         if not (scope.gemma4_engine(self.vllm_config) or scope.modelopt_nvfp4(self.model_config)):
             return original(self, *args, **kwargs)
         with set_current_vllm_config(self.vllm_config):
-            try:
-                made = original(self, *args, **kwargs)
-            except Exception as error:
-                setattr(self, HALF, f"{type(error).__name__}: {error}")
-                _abandon(self.model_runner.get_model())
-                raise
-        self.__dict__.pop(HALF, None)
-        return made
-
-    return wrapper
-
-
-def _abandon(model: Module) -> None:
-    """Put every layer's own tensors back where loading has not come to its end; they are on the meta device."""
-    from vllm.model_executor.model_loader.reload import layerwise
-
-    for layer in model.modules():
-        info = layerwise.get_layerwise_info(layer)
-        if info.can_load() and info.kernel_tensors is not None:
-            layerwise._place_kernel_tensors(layer, info)
-            info.reset()
-    if hasattr(model, "_original_do_torchao_reload"):
-        model._do_torchao_reload = model._original_do_torchao_reload
-
-
-def execute_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``Worker.execute_model``: no step with weights of two checkpoints.
-
-    Patch: ``modelopt-nvfp4``. Evidence:
-    ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
-    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
-    """
-
-    @functools.wraps(original)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if HALF in self.__dict__:
-            raise CheckpointError(
-                f"the last reload of weights has failed, and half of them are new; load a whole checkpoint or start "
-                f"the engine again ({getattr(self, HALF)})"
-            )
-        return original(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
 
     return wrapper
 
