@@ -122,6 +122,7 @@ fingerprints: setup
 
 ledger: setup
 	$(BIN)/python tools/patch_records.py ledger
+	$(BIN)/python -m tools.wrapper_docs
 
 # After the list of a request's fields was changed.
 fields: setup

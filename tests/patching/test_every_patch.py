@@ -289,6 +289,13 @@ def test_every_patch_names_its_tests_and_they_exist() -> None:
             assert name.partition("[")[0] in functions, test
 
 
+def test_every_wrapper_names_its_patch_its_evidence_and_the_related_change() -> None:
+    from tools import wrapper_docs
+
+    for path, paragraphs in wrapper_docs.wanted().items():
+        assert wrapper_docs.written(path.read_text(), paragraphs) == path.read_text(), f"make ledger: {path}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("patch", SHOWN)
 def test_the_proof_fails_without_the_patch(patch: str) -> None:

@@ -161,7 +161,11 @@ def _echoable(conversation: list[Any]) -> list[Any]:
 
 
 def stream_generator(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``OpenAIServingChat.chat_completion_stream_generator``."""
+    """Wraps ``OpenAIServingChat.chat_completion_stream_generator``.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
+    """
 
     @functools.wraps(original)
     def wrapper(
@@ -200,7 +204,11 @@ def stream_generator(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def full_generator(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``OpenAIServingChat.chat_completion_full_generator``."""
+    """Wraps ``OpenAIServingChat.chat_completion_full_generator``.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
+    """
 
     @functools.wraps(original)
     async def wrapper(
@@ -244,7 +252,11 @@ def full_generator(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def parsed_calls(original: staticmethod[..., Any]) -> staticmethod[..., Any]:
-    """Wraps ``OpenAIServing._parse_tool_calls_from_content``: calls that came with the content are taken."""
+    """Wraps ``OpenAIServing._parse_tool_calls_from_content``: calls that came with the content are taken.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
+    """
     inner = original.__func__
 
     @functools.wraps(inner)
@@ -261,7 +273,11 @@ def parsed_calls(original: staticmethod[..., Any]) -> staticmethod[..., Any]:
 
 
 def batch_full_generator(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``OpenAIServingChatBatch.chat_completion_full_generator_batch``."""
+    """Wraps ``OpenAIServingChatBatch.chat_completion_full_generator_batch``.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
+    """
 
     @functools.wraps(original)
     async def wrapper(

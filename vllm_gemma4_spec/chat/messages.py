@@ -65,17 +65,29 @@ def _with_what_is_asked(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def create_messages(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``AnthropicServingMessages.create_messages``."""
+    """Wraps ``AnthropicServingMessages.create_messages``.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
+    """
     return _with_what_is_asked(original)
 
 
 def count_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``AnthropicServingMessages.count_tokens``."""
+    """Wraps ``AnthropicServingMessages.count_tokens``.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
+    """
     return _with_what_is_asked(original)
 
 
 def convert_request(original: Any) -> Any:
-    """Wraps ``AnthropicServingMessages._convert_anthropic_to_openai_request``."""
+    """Wraps ``AnthropicServingMessages._convert_anthropic_to_openai_request``.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
+    """
     inner = original.__func__
 
     @functools.wraps(inner)
@@ -91,7 +103,11 @@ def convert_request(original: Any) -> Any:
 
 
 def full_converter(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``AnthropicServingMessages.messages_full_converter``."""
+    """Wraps ``AnthropicServingMessages.messages_full_converter``.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, generator: Any) -> Any:
@@ -125,7 +141,11 @@ class _Watched:
 
 
 def stream_converter(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``AnthropicServingMessages.message_stream_converter``."""
+    """Wraps ``AnthropicServingMessages.message_stream_converter``.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, generator: AsyncIterator[str]) -> AsyncIterator[str]:

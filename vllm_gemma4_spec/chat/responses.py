@@ -293,7 +293,11 @@ def _plan(serving: Any, request: Any, context: Any, tokenizer: Any) -> Plan | No
 
 
 def streaming_events(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``OpenAIServingResponses._process_simple_streaming_events``."""
+    """Wraps ``OpenAIServingResponses._process_simple_streaming_events``.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
+    """
 
     @functools.wraps(original)
     async def wrapper(
@@ -342,7 +346,11 @@ def streaming_events(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def full_generator(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``OpenAIServingResponses.responses_full_generator``."""
+    """Wraps ``OpenAIServingResponses.responses_full_generator``.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
+    """
 
     @functools.wraps(original)
     async def wrapper(
@@ -378,7 +386,11 @@ def full_generator(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def output_items(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``OpenAIServingResponses._make_response_output_items``."""
+    """Wraps ``OpenAIServingResponses._make_response_output_items``.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, request: Any, final_output: Any, tokenizer: Any) -> Any:

@@ -63,7 +63,11 @@ def _readable(body: bytes) -> bytes:
 
 
 def build_app(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``build_app``: the middleware stands behind all others, so behind the check of API keys as well."""
+    """Wraps ``build_app``: the middleware stands behind all others, so behind the check of API keys as well.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
+    """
 
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -81,6 +85,9 @@ def make_request(original: Callable[..., Any]) -> Callable[..., Any]:
 
     vLLM makes a message of every item, so one answer comes back as several turns and a result is not found next to its
     call; of a stored response it keeps the text alone. It takes messages as they are, so it is given those.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
     """
 
     @functools.wraps(original)

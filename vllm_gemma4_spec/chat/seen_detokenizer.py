@@ -32,7 +32,11 @@ class SeenDetokenizer(BaseIncrementalDetokenizer):
 
 
 def from_new_request(original: Any) -> Any:
-    """Wraps ``IncrementalDetokenizer.from_new_request``."""
+    """Wraps ``IncrementalDetokenizer.from_new_request``.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
+    """
     inner: Callable[..., Any] = original.__func__
 
     @functools.wraps(inner)

@@ -24,6 +24,9 @@ def render_init(original: Callable[..., Any]) -> Callable[..., Any]:
 
     Raises:
         TokenizerError: a parser named ``gemma4`` was asked for and the tokenizer is not Gemma 4's.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
     """
 
     @functools.wraps(original)
@@ -50,6 +53,9 @@ def preprocess_chat(original: Callable[..., Any]) -> Callable[..., Any]:
     What was said before is checked, and thinking switched as the request says. vLLM's text parsers need the control
     tokens in the text, so there they set ``skip_special_tokens`` to False whatever the request says. The parser on
     token ids needs no text: the request keeps its own.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
     """
 
     @functools.wraps(original)
@@ -92,7 +98,11 @@ def preprocess_chat(original: Callable[..., Any]) -> Callable[..., Any]:
 def history_errors(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps ``OpenAIServingRender.render_chat``, ``OpenAIServingChatBatch.render_batch_chat_request`` and
     ``OpenAIServingResponses.create_responses``: what is wrong with a history is an answer, not an error that the server
-    logs with its stack."""
+    logs with its stack.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
+    """
 
     @functools.wraps(original)
     async def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -25,7 +25,11 @@ def eagle_step_slot_mapping_metadata(
     PAD_ID: int,
     batch_size: int,
 ) -> None:
-    """Advance every request by one draft token; past ``max_model_len`` it goes to position 0 and slot ``PAD_ID``."""
+    """Advance every request by one draft token; past ``max_model_len`` it goes to position 0 and slot ``PAD_ID``.
+
+    Patch: ``cpu-kernels``. Evidence: ``tests/patching/test_stock.py::test_triton_kernels_cannot_be_launched_on_a_cpu``.
+    Related upstream change: none found by number; 0.20.0 drafts on a CPU.
+    """
     rows = min(grid[0], batch_size)
     position = positions[:rows] + 1
     past_end = position >= max_model_len
@@ -52,7 +56,11 @@ def eagle_prepare_inputs_padded(
     num_rejected_tokens_gpu: torch.Tensor,  # [B] int32, output
     num_reqs: int,
 ) -> None:
-    """Count each request's rejected drafts and find its last token that was not rejected."""
+    """Count each request's rejected drafts and find its last token that was not rejected.
+
+    Patch: ``cpu-kernels``. Evidence: ``tests/patching/test_stock.py::test_triton_kernels_cannot_be_launched_on_a_cpu``.
+    Related upstream change: none found by number; 0.20.0 drafts on a CPU.
+    """
     rows = min(grid[0], num_reqs)
     cu = cu_num_draft_tokens[:rows]
     num_drafts = torch.diff(cu, prepend=cu.new_zeros(1))
@@ -75,7 +83,11 @@ def eagle_prepare_next_token_padded(
     stride_sampled_token_ids: int,
     BLOCK_SIZE_TOKENS: int,
 ) -> None:
-    """Take each request's last valid sampled token, or its backup token if it has none or is discarded."""
+    """Take each request's last valid sampled token, or its backup token if it has none or is discarded.
+
+    Patch: ``cpu-kernels``. Evidence: ``tests/patching/test_stock.py::test_triton_kernels_cannot_be_launched_on_a_cpu``.
+    Related upstream change: none found by number; 0.20.0 drafts on a CPU.
+    """
     rows = min(grid[0], num_reqs)
     sampled = sampled_token_ids[:rows, :num_sampled_tokens_per_req]
     kept = ~discard_request_mask[:rows].bool()
@@ -114,6 +126,9 @@ def copy_and_expand_eagle_inputs(
 
     A request of n input tokens gets n + ``num_padding_slots_per_request`` output tokens, one less if
     ``shift_input_ids`` drops its first token, so the outputs lie one after another without gaps.
+
+    Patch: ``cpu-kernels``. Evidence: ``tests/patching/test_stock.py::test_triton_kernels_cannot_be_launched_on_a_cpu``.
+    Related upstream change: none found by number; 0.20.0 drafts on a CPU.
     """
     rows, device = grid[0], target_token_ids.device
     slots = num_padding_slots_per_request

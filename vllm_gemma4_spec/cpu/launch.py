@@ -43,12 +43,20 @@ def _platform_is_cpu() -> bool:
 
 
 def without_triton(has_triton: bool) -> bool:
-    """The value of ``HAS_TRITON`` for a module that would launch a kernel on a CPU tensor."""
+    """The value of ``HAS_TRITON`` for a module that would launch a kernel on a CPU tensor.
+
+    Patch: ``cpu-kernels``. Evidence: ``tests/patching/test_stock.py::test_triton_kernels_cannot_be_launched_on_a_cpu``.
+    Related upstream change: none found by number; 0.20.0 drafts on a CPU.
+    """
     return has_triton and not _platform_is_cpu()
 
 
 def next_power_of_2(_: None) -> Any:
-    """``triton.next_power_of_2`` for vLLM's placeholder, which lacks it; the proposer calls it on the host."""
+    """``triton.next_power_of_2`` for vLLM's placeholder, which lacks it; the proposer calls it on the host.
+
+    Patch: ``cpu-kernels``. Evidence: ``tests/patching/test_stock.py::test_triton_kernels_cannot_be_launched_on_a_cpu``.
+    Related upstream change: none found by number; 0.20.0 drafts on a CPU.
+    """
     from vllm.utils.math_utils import next_power_of_2
 
     return staticmethod(next_power_of_2)

@@ -24,7 +24,11 @@ def rejection_greedy_sample(
     is_greedy: torch.Tensor | None,  # [B] bool; None: all are
     max_spec_len: int,
 ) -> None:
-    """Accept drafts up to the first that is not the target's argmax, which takes its place."""
+    """Accept drafts up to the first that is not the target's argmax, which takes its place.
+
+    Patch: ``cpu-kernels``. Evidence: ``tests/patching/test_stock.py::test_triton_kernels_cannot_be_launched_on_a_cpu``.
+    Related upstream change: none found by number; 0.20.0 drafts on a CPU.
+    """
     _write_accepted(
         output_token_ids[: grid[0]],
         cu_num_draft_tokens,
@@ -51,7 +55,11 @@ def rejection_random_sample(
     vocab_size: int,
     NO_DRAFT_PROBS: bool,
 ) -> None:
-    """Accept a draft with probability min(1, target / draft); the first rejected one gives way to a recovered token."""
+    """Accept a draft with probability min(1, target / draft); the first rejected one gives way to a recovered token.
+
+    Patch: ``cpu-kernels``. Evidence: ``tests/patching/test_stock.py::test_triton_kernels_cannot_be_launched_on_a_cpu``.
+    Related upstream change: none found by number; 0.20.0 drafts on a CPU.
+    """
     target_prob = _prob_of(target_probs, draft_token_ids, vocab_size)
     if NO_DRAFT_PROBS or draft_probs is None:
         accepted = target_prob >= uniform_probs
@@ -78,7 +86,11 @@ def expand(
     replace_to: int,
     MAX_NUM_TOKENS: int,
 ) -> None:
-    """Repeat each request's value once per token, with ``replace_from`` exchanged for ``replace_to``."""
+    """Repeat each request's value once per token, with ``replace_from`` exchanged for ``replace_to``.
+
+    Patch: ``cpu-kernels``. Evidence: ``tests/patching/test_stock.py::test_triton_kernels_cannot_be_launched_on_a_cpu``.
+    Related upstream change: none found by number; 0.20.0 drafts on a CPU.
+    """
     row, place, within = _requests_of(cu_num_tokens[: grid[0]], output.shape[0])
     value = input[: grid[0]]
     value = torch.where(value == replace_from, replace_to, value)
@@ -98,7 +110,11 @@ def sample_recovered_tokens(
     BLOCK_SIZE: int,
     NO_DRAFT_PROBS: bool,
 ) -> None:
-    """Sample each draft's replacement from max(0, target - draft); the lowest id wins a tie."""
+    """Sample each draft's replacement from max(0, target - draft); the lowest id wins a tie.
+
+    Patch: ``cpu-kernels``. Evidence: ``tests/patching/test_stock.py::test_triton_kernels_cannot_be_launched_on_a_cpu``.
+    Related upstream change: none found by number; 0.20.0 drafts on a CPU.
+    """
     # The kernel counts elements, so [T, 1] is as good as [T] to it.
     output_token_ids, draft_token_ids = output_token_ids.view(-1), draft_token_ids.reshape(-1)
     row, place, within = _requests_of(cu_num_draft_tokens[: grid[0]], output_token_ids.shape[0])

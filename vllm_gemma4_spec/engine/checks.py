@@ -11,7 +11,11 @@ from vllm_gemma4_spec.errors import EngineConfigError, stop
 
 
 def create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``EngineArgs.create_engine_config``: looks at the finished config, with all that vLLM fills in."""
+    """``EngineArgs.create_engine_config``: looks at the finished config, with all that vLLM fills in.
+
+    Patch: ``engine-checks``. Evidence: ``tests/engine/test_checks.py::test_stock_takes_every_setting``. Related
+    upstream change: none found.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:

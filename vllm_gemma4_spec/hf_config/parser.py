@@ -15,6 +15,9 @@ def parse(original: Callable[..., tuple[dict[str, Any], Any]]) -> Callable[..., 
     """``HFConfigParser.parse``: targets, drafters and assistants come through here, before any override.
 
     ``vllm serve`` ends with one line for a config that contradicts itself.
+
+    Patch: ``config-form``. Evidence: ``tests/patching/test_stock.py::test_sizes_by_layer_are_not_read``. Related
+    upstream change: #51744, fixed by #49797.
     """
 
     @functools.wraps(original)

@@ -24,6 +24,10 @@ def load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
     vLLM compares the last part of a module's name with those it can adapt, so an adapter's tensors for a tower, or for
     layers that the model lacks, are read and never used.
+
+    Patch: ``lora-adapters``. Evidence:
+    ``tests/patching/test_stock.py::test_the_class_of_published_checkpoints_takes_no_adapter``. Related upstream change:
+    none found.
     """
 
     @functools.wraps(original)

@@ -14,6 +14,9 @@ def register_module(original: Callable[..., None]) -> Callable[..., None]:
 
     ``Gemma4Model`` holds every layer as ``layers.N`` and again in its self- or cross-decoder. Adapters know the
     first name; under the second the manager finds no weights and clears those that it has just set.
+
+    Patch: ``lora-aliases``. Evidence: ``tests/lora/test_lora.py::test_stock_ignores_the_adapter``. Related upstream
+    change: none found.
     """
 
     @functools.wraps(original)

@@ -15,6 +15,9 @@ def embedder_init(original: Callable[..., None]) -> Callable[..., None]:
 
     Source: ``embedding_pre_projection_norm`` of transformers' class of the same name. Neither norm has
     weights, so the checkpoint is read as before.
+
+    Patch: ``embedder-norm``. Evidence: ``tests/multimodal/test_images.py::test_stock_projects_before_it_normalises``.
+    Related upstream change: #40411; in 0.20.0.
     """
 
     @functools.wraps(original)

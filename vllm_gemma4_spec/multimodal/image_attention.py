@@ -53,6 +53,9 @@ def try_schedule_encoder_inputs(original: Callable[..., Any]) -> Callable[..., A
 
     ``--disable-chunked-mm-input`` does not see to that: it passes over an image whose embeddings are cached, or whose
     beginning prefix caching has found. It also refuses videos longer than a step, whose frames attend by themselves.
+
+    Patch: ``image-attention``. Evidence: ``tests/multimodal/test_image_attention.py::test_stock_attends_causally``.
+    Related upstream change: #40106, #40534 (in 0.20.0), #47217 (in 0.26.0).
     """
 
     @functools.wraps(original)
@@ -81,7 +84,11 @@ def try_schedule_encoder_inputs(original: Callable[..., Any]) -> Callable[..., A
 
 
 def initialize_attn_backend(original: Callable[..., None]) -> Callable[..., None]:
-    """``GPUModelRunner.initialize_attn_backend``: warns if a backend attends causally to images."""
+    """``GPUModelRunner.initialize_attn_backend``: warns if a backend attends causally to images.
+
+    Patch: ``image-attention``. Evidence: ``tests/multimodal/test_image_attention.py::test_stock_attends_causally``.
+    Related upstream change: #40106, #40534 (in 0.20.0), #47217 (in 0.26.0).
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -123,6 +130,9 @@ def determine_batch_execution(original: Callable[..., Any]) -> Callable[..., Any
 
     Full graphs hold the kernel as it was captured, without ranges. The last tokens of an image, left over by prefix
     caching, can be as many as a verification has.
+
+    Patch: ``image-attention``. Evidence: ``tests/multimodal/test_image_attention.py::test_stock_attends_causally``.
+    Related upstream change: #40106, #40534 (in 0.20.0), #47217 (in 0.26.0).
     """
 
     @functools.wraps(original)
@@ -139,6 +149,9 @@ def build_attention_metadata(original: Callable[..., Any]) -> Callable[..., Any]
 
     A step without image tokens is left as it is, and so keeps the kernel that skips what is outside the window. The
     drafter builds its metadata itself: it reads ids, not pictures, and attends causally.
+
+    Patch: ``image-attention``. Evidence: ``tests/multimodal/test_image_attention.py::test_stock_attends_causally``.
+    Related upstream change: #40106, #40534 (in 0.20.0), #47217 (in 0.26.0).
     """
 
     @functools.wraps(original)

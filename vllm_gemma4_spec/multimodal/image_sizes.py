@@ -13,6 +13,9 @@ def compute_num_soft_tokens(original: Callable[..., int]) -> Callable[..., int]:
     """``Gemma4ProcessingInfo._compute_num_soft_tokens``: counted as transformers' image processor resizes.
 
     It clamps the longer side of an image that is narrower than one token; vLLM's own arithmetic does not.
+
+    Patch: ``image-sizes``. Evidence: ``tests/multimodal/test_image_sizes.py::test_stock_takes_one_resolution``. Related
+    upstream change: none found by number; fixed in 0.21.0 and 0.22.1.
     """
     from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
 
@@ -36,6 +39,9 @@ def call_hf_processor(original: Callable[..., Any]) -> Callable[..., Any]:
     """``Gemma4MultiModalProcessor._call_hf_processor``: what is wrong with one request ends that request alone.
 
     The original ends the process where a request's ``max_soft_tokens`` is none of Gemma 4's.
+
+    Patch: ``image-sizes``. Evidence: ``tests/multimodal/test_image_sizes.py::test_stock_takes_one_resolution``. Related
+    upstream change: none found by number; fixed in 0.21.0 and 0.22.1.
     """
 
     @functools.wraps(original)
@@ -53,6 +59,9 @@ def embed_multimodal(original: Callable[..., Any]) -> Callable[..., Any]:
 
     They come as a list of ``[patches, patch_pixels]`` where they cannot be stacked; the order stays. Within a
     resolution the original runs the tower for one image after another, so its memory does not grow with their number.
+
+    Patch: ``image-sizes``. Evidence: ``tests/multimodal/test_image_sizes.py::test_stock_takes_one_resolution``. Related
+    upstream change: none found by number; fixed in 0.21.0 and 0.22.1.
     """
 
     @functools.wraps(original)

@@ -29,6 +29,10 @@ def schedule(original: Callable[..., Any]) -> Callable[..., Any]:
 
     Never twice in a row, so each of them decodes in every second step at least. The scheduler and the runner know
     running requests that a step leaves out: a long prompt's chunk leaves others out, too.
+
+    Patch: ``image-turns``. Evidence:
+    ``tests/multimodal/test_image_turns.py::test_stock_lets_all_wait_behind_an_image``. Related upstream change: none
+    found.
     """
 
     @functools.wraps(original)

@@ -32,7 +32,12 @@ def first() -> Gemma4SpecError | None:
 
 
 def gate(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``original``, which is not called once a patch has failed: the process ends with that one line instead."""
+    """``original``, which is not called once a patch has failed: the process ends with that one line instead.
+
+    Patch: ``patch-failures``. Evidence:
+    ``tests/patching/test_failures.py::test_stock_makes_an_engine_whatever_has_failed``. Related upstream change: none
+    found.
+    """
 
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

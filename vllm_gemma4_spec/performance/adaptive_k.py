@@ -136,7 +136,12 @@ class AdaptiveK:
 
 
 def propose_draft_token_ids(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``GPUModelRunner.propose_draft_token_ids``: with fewer passes where acceptance is low."""
+    """``GPUModelRunner.propose_draft_token_ids``: with fewer passes where acceptance is low.
+
+    Patch: ``adaptive-k``. Evidence:
+    ``tests/performance/test_adaptive_k.py::test_stock_runs_every_pass_whatever_is_accepted``. Related upstream change:
+    none found by number; 0.24.0 chooses k by batch size, 0.28.0 verifies adaptively (V2 runner).
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,11 @@ HEAD = "_gemma4_spec_head"
 
 
 def get_top_tokens(original: None) -> Callable[[Any, torch.Tensor], torch.Tensor]:
-    """``Gemma4ForCausalLM.get_top_tokens``: argmax per tensor-parallel rank, then over (value, index) pairs."""
+    """``Gemma4ForCausalLM.get_top_tokens``: argmax per tensor-parallel rank, then over (value, index) pairs.
+
+    Patch: ``local-argmax``. Evidence: ``tests/patching/test_stock.py::test_local_argmax_ends_the_engine``. Related
+    upstream change: none found.
+    """
 
     def get_top_tokens(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """``[num_tokens, hidden_size]`` -> ``[num_tokens]`` int64 token ids."""
@@ -25,7 +29,11 @@ def get_top_tokens(original: None) -> Callable[[Any, torch.Tensor], torch.Tensor
 
 
 def load_model(original: Callable[..., None]) -> Callable[..., None]:
-    """``SpecDecodeBaseProposer.load_model``: then the two-pass head of a draft model, where it fits."""
+    """``SpecDecodeBaseProposer.load_model``: then the two-pass head of a draft model, where it fits.
+
+    Patch: ``draft-argmax``. Evidence: ``tests/kernels/test_patches.py::test_stock_computes_every_logit``. Related
+    upstream change: none found.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -55,7 +63,11 @@ def _head_of(model: Any) -> Any:
 
 
 def greedy_sample(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """``SpecDecodeBaseProposer._greedy_sample``: the two-pass argmax where there is one."""
+    """``SpecDecodeBaseProposer._greedy_sample``: the two-pass argmax where there is one.
+
+    Patch: ``draft-argmax``. Evidence: ``tests/kernels/test_patches.py::test_stock_computes_every_logit``. Related
+    upstream change: none found.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:

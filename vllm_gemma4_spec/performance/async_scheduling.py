@@ -17,6 +17,10 @@ def vllm_config(original: Callable[..., None]) -> Callable[..., None]:
 
     0.19.1 accepts ``--async-scheduling`` with ``draft_model``, only its default is off. What the user set,
     and what another option forbids, stays.
+
+    Patch: ``async-drafts``. Evidence:
+    ``tests/performance/test_async_drafts.py::test_the_window_of_the_real_length_keeps_its_blocks``. Related upstream
+    change: none found.
     """
 
     @functools.wraps(original)
@@ -46,7 +50,12 @@ def _can_be_async(config: Any) -> bool:
 
 
 def scheduler_init(original: Callable[..., None]) -> Callable[..., None]:
-    """``Scheduler.__init__``: with async scheduling, lengths are optimistic by up to k rejected drafts."""
+    """``Scheduler.__init__``: with async scheduling, lengths are optimistic by up to k rejected drafts.
+
+    Patch: ``async-drafts``. Evidence:
+    ``tests/performance/test_async_drafts.py::test_the_window_of_the_real_length_keeps_its_blocks``. Related upstream
+    change: none found.
+    """
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -63,6 +72,10 @@ def remove_skipped_blocks(original: Callable[..., None]) -> Callable[..., None]:
     A step is scheduled before the last one's rejections are known. Its ``num_computed_tokens`` counts all
     drafts as accepted, so a block that the sliding window still covers could be freed, and given away in the
     same step, up to k tokens too early.
+
+    Patch: ``async-drafts``. Evidence:
+    ``tests/performance/test_async_drafts.py::test_the_window_of_the_real_length_keeps_its_blocks``. Related upstream
+    change: none found.
     """
 
     @functools.wraps(original)

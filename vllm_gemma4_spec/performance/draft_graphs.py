@@ -248,7 +248,11 @@ def decode_batch_sizes(proposer: Any, capture_sizes: Sequence[int], max_num_seqs
 
 
 def propose(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """``SpecDecodeBaseProposer.propose``: replay where a graph fits, else the original."""
+    """``SpecDecodeBaseProposer.propose``: replay where a graph fits, else the original.
+
+    Patch: ``draft-graphs``. Evidence: ``tests/performance/test_draft_capture.py::test_stock_drafts_kernel_by_kernel``.
+    Related upstream change: #45258, open: the same lack for MTP drafters.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -269,6 +273,10 @@ def update_cudagraph_mode(original: Callable[..., None]) -> Callable[..., None]:
 
     0.19.1 initializes the dispatcher for EAGLE only; the drafter's dummy runs then capture piecewise graphs. They
     serve the batches that no whole graph fits.
+
+    Patch: ``draft-pieces``. Evidence:
+    ``tests/performance/test_draft_capture.py::test_stock_gives_a_draft_model_no_piecewise_graphs``. Related upstream
+    change: none found.
     """
 
     @functools.wraps(original)

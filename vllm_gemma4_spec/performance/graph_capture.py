@@ -20,7 +20,11 @@ logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
 
 def capture_model(original: Callable[..., int]) -> Callable[..., int]:
-    """``GPUModelRunner.capture_model``: then the drafter's graphs."""
+    """``GPUModelRunner.capture_model``: then the drafter's graphs.
+
+    Patch: ``draft-graphs``. Evidence: ``tests/performance/test_draft_capture.py::test_stock_drafts_kernel_by_kernel``.
+    Related upstream change: #45258, open: the same lack for MTP drafters.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any) -> int:

@@ -52,7 +52,11 @@ IN_SCOPE = "_gemma4_spec_in_scope"
 
 
 def builder_init(original: Callable[..., None]) -> Callable[..., None]:
-    """``TritonAttentionMetadataBuilder.__init__``: marks the scratch of an engine in scope."""
+    """``TritonAttentionMetadataBuilder.__init__``: marks the scratch of an engine in scope.
+
+    Patch: ``split-attention``. Evidence: ``tests/kernels/test_patches.py::test_stock_walks_the_context_in_one_piece``.
+    Related upstream change: none found for the choice of kernel; #43257, open, tunes it for head size 512.
+    """
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -67,6 +71,9 @@ def unified_attention(original: Callable[..., None]) -> Callable[..., None]:
     """``triton_attn.unified_attention``: tells the original that a short query has one token per request.
 
     The original reads ``max_seqlen_q`` and ``seq_threshold_3D`` for its choice of a kernel and for nothing else.
+
+    Patch: ``split-attention``. Evidence: ``tests/kernels/test_patches.py::test_stock_walks_the_context_in_one_piece``.
+    Related upstream change: none found for the choice of kernel; #43257, open, tunes it for head size 512.
     """
 
     @functools.wraps(original)

@@ -34,7 +34,12 @@ def is_whole(proposer: Any) -> bool:
 
 
 def raise_if_draft_tp_mismatch(original: Callable[[Any], None]) -> Callable[[Any], None]:
-    """``DraftModelProposer._raise_if_draft_tp_mismatch``: a drafter on one rank is none."""
+    """``DraftModelProposer._raise_if_draft_tp_mismatch``: a drafter on one rank is none.
+
+    Patch: ``whole-copies``. Evidence:
+    ``tests/patching/test_stock.py::test_a_whole_drafter_beside_several_ranks_is_refused``. Related upstream change:
+    none found.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any) -> None:
@@ -71,7 +76,12 @@ def _group_of_one() -> Any:
 
 
 def alone(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``load_model`` and ``dummy_run`` of a proposer: as one rank."""
+    """``load_model`` and ``dummy_run`` of a proposer: as one rank.
+
+    Patch: ``whole-copies``. Evidence:
+    ``tests/patching/test_stock.py::test_a_whole_drafter_beside_several_ranks_is_refused``. Related upstream change:
+    none found.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -85,6 +95,10 @@ def initialize_attn_backend(original: Callable[..., None]) -> Callable[..., None
     """``SpecDecodeBaseProposer.initialize_attn_backend``: metadata for the drafter's own number of heads.
 
     A builder takes its buffers' sizes from the target's heads on this rank, which may be fewer.
+
+    Patch: ``whole-copies``. Evidence:
+    ``tests/patching/test_stock.py::test_a_whole_drafter_beside_several_ranks_is_refused``. Related upstream change:
+    none found.
     """
 
     @functools.wraps(original)
@@ -105,7 +119,12 @@ def initialize_attn_backend(original: Callable[..., None]) -> Callable[..., None
 
 
 def propose(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """``SpecDecodeBaseProposer.propose``: as one rank, and then rank 0's drafts everywhere."""
+    """``SpecDecodeBaseProposer.propose``: as one rank, and then rank 0's drafts everywhere.
+
+    Patch: ``whole-copies``. Evidence:
+    ``tests/patching/test_stock.py::test_a_whole_drafter_beside_several_ranks_is_refused``. Related upstream change:
+    none found.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -24,7 +24,12 @@ from vllm_gemma4_spec.quantization.nan_scales import repair
 
 
 def linear_scheme(original: type) -> type:
-    """``CompressedTensorsW4A4Fp4`` or ``CompressedTensorsW4A16Fp4`` with its scales repaired."""
+    """``CompressedTensorsW4A4Fp4`` or ``CompressedTensorsW4A16Fp4`` with its scales repaired.
+
+    Patch: ``compressed-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_compressed_tensors.py::test_stock_has_no_nvfp4_on_a_cpu``. Related upstream change:
+    #35733 (emulation, in 0.20.0).
+    """
     weight_only = original.__name__ == "CompressedTensorsW4A16Fp4"  # Marlin on every GPU
 
     class Nvfp4Scheme(original):
@@ -103,7 +108,12 @@ def _settle(scales: Tensor, what: str) -> None:
 
 
 def experts_method(original: type) -> type:
-    """``CompressedTensorsW4A4Nvfp4MoEMethod`` with its scales repaired; on a CPU, emulated."""
+    """``CompressedTensorsW4A4Nvfp4MoEMethod`` with its scales repaired; on a CPU, emulated.
+
+    Patch: ``compressed-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_compressed_tensors.py::test_stock_has_no_nvfp4_on_a_cpu``. Related upstream change:
+    #35733 (emulation, in 0.20.0).
+    """
 
     class Repaired(moe.SameKernel, original):
         def __init__(self, moe_config: Any, layer_name: str | None = None, use_a16: bool = False) -> None:

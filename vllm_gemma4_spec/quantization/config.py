@@ -191,7 +191,12 @@ def _linear_method(config: Any) -> QuantizeMethodBase:
 
 
 def nvfp4_config(original: type) -> type:
-    """``Nvfp4Config``, which takes the place of ``ModelOptNvFp4Config``."""
+    """``Nvfp4Config``, which takes the place of ``ModelOptNvFp4Config``.
+
+    Patch: ``modelopt-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
+    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
+    """
     return _derived(original)
 
 

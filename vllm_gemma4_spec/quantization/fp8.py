@@ -19,7 +19,12 @@ _UNQUANTIZED = UnquantizedLinearMethod()
 
 
 def linear_method(original: type) -> type:
-    """``ModelOptFp8LinearMethod`` that passes over absent members of a fused layer and is weight-only on a CPU."""
+    """``ModelOptFp8LinearMethod`` that passes over absent members of a fused layer and is weight-only on a CPU.
+
+    Patch: ``modelopt-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
+    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
+    """
 
     class Fp8LinearMethod(original):
         def __init__(self, quant_config: Any) -> None:
@@ -73,7 +78,12 @@ def settle(scales: Tensor, what: str) -> None:
 
 
 def activation_dtypes(original: Any) -> Any:
-    """``get_supported_act_dtypes`` of FP8: weight-only on a CPU, so float32 is as good."""
+    """``get_supported_act_dtypes`` of FP8: weight-only on a CPU, so float32 is as good.
+
+    Patch: ``modelopt-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
+    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
+    """
 
     def get_supported_act_dtypes(self: Any) -> list[torch.dtype]:
         more = [torch.float32] if current_platform.is_cpu() else []

@@ -18,6 +18,10 @@ def process_weights_after_loading(original: Callable[..., None]) -> Callable[...
 
     A layer that reuses an earlier layer's KV takes that layer's scales. Where a scale is not 1, queries stay in
     16 bits: TRITON_ATTN multiplies neither keys nor values by their scales once the query is fp8.
+
+    Patch: ``kv-scales``. Evidence:
+    ``tests/quantization/test_kv_scales.py::test_the_kernel_drops_the_scales_of_fp8_queries``. Related upstream change:
+    #49262, open for the V1 runner: the same for MTP drafters.
     """
 
     @functools.wraps(original)
@@ -49,7 +53,12 @@ def process_weights_after_loading(original: Callable[..., None]) -> Callable[...
 
 
 def init_fp8_kv_scales(original: Callable[..., None]) -> Callable[..., None]:
-    """``GPUModelRunner.init_fp8_kv_scales`` (waking from sleep mode): a checkpoint's scales again, not 1."""
+    """``GPUModelRunner.init_fp8_kv_scales`` (waking from sleep mode): a checkpoint's scales again, not 1.
+
+    Patch: ``kv-scales``. Evidence:
+    ``tests/quantization/test_kv_scales.py::test_the_kernel_drops_the_scales_of_fp8_queries``. Related upstream change:
+    #49262, open for the V1 runner: the same for MTP drafters.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any) -> None:

@@ -22,7 +22,12 @@ asked: contextvars.ContextVar[tuple[str | None, str | None]] = contextvars.Conte
 
 
 def quantization_config(original: staticmethod[..., Any]) -> staticmethod[..., Any]:
-    """``VllmConfig._get_quantization_config`` for ``modelopt_fp4``: says which revision, and where downloads are."""
+    """``VllmConfig._get_quantization_config`` for ``modelopt_fp4``: says which revision, and where downloads are.
+
+    Patch: ``modelopt-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
+    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
+    """
 
     @functools.wraps(original.__func__)
     def wrapper(model_config: Any, load_config: Any) -> Any:
@@ -42,6 +47,10 @@ def checked_weights(original: Callable[..., Iterator[tuple[str, Tensor]]]) -> Ca
 
     The headers of all shards are compared before the first tensor is read, so a cut or incomplete download
     is named by file and tensor instead of loading for minutes.
+
+    Patch: ``modelopt-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
+    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
     """
 
     @functools.wraps(original)
@@ -65,6 +74,10 @@ def known_algorithm(original: Callable[..., Any]) -> Callable[..., Any]:
     """``_normalize_quantization_config`` that lets hf_quant_config.json's NVFP4_AWQ, NVFP4_SVD and others through.
 
     vLLM raises for an algorithm it does not know before any quantization config is asked.
+
+    Patch: ``modelopt-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
+    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
     """
 
     @functools.wraps(original)
@@ -85,6 +98,13 @@ def refused_on_cpu(original: Any) -> Any:
     """``from_config`` of a quantization config: formats without a CPU kernel end in one line, before weights load.
 
     0.19.1 fails while it builds the first layer, in the kernel's own words.
+
+    Patch: ``modelopt-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
+    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
+    Patch: ``compressed-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_compressed_tensors.py::test_stock_has_no_nvfp4_on_a_cpu``. Related upstream change:
+    #35733 (emulation, in 0.20.0).
     """
 
     def from_config(cls: Any, config: dict[str, Any]) -> Any:

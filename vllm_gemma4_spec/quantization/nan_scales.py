@@ -73,7 +73,12 @@ def summary(model: Module) -> str | None:
 
 
 def reported(original: Callable[..., None]) -> Callable[..., None]:
-    """``process_weights_after_loading`` that says what was repaired, or refuses the model in strict mode."""
+    """``process_weights_after_loading`` that says what was repaired, or refuses the model in strict mode.
+
+    Patch: ``modelopt-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
+    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
+    """
 
     def process_weights_after_loading(model: Module, *args: Any, **kwargs: Any) -> None:
         original(model, *args, **kwargs)

@@ -28,6 +28,10 @@ def with_config(original: Callable[..., Any]) -> Callable[..., Any]:
     """``Worker.reload_weights`` and ``update_weights``: the worker's config is current, as in the first load.
 
     What layers choose by it (``scope``, KV scales of layers that reuse KV) is chosen again while they are processed.
+
+    Patch: ``modelopt-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
+    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
     """
 
     @functools.wraps(original)
@@ -44,6 +48,10 @@ def finalize(original: Callable[..., None]) -> Callable[..., None]:
     """``finalize_layerwise_processing``: scales of the KV cache, which 0.19.1 refuses to load again, and NaN scales.
 
     The first load of some formats ends here, too; attention layers have nothing pending then.
+
+    Patch: ``modelopt-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
+    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
     """
 
     @functools.wraps(original)

@@ -37,7 +37,11 @@ def _drafter() -> Iterator[None]:
 
 
 def get_model(original: Callable[..., Module]) -> Callable[..., Module]:
-    """``DraftModelProposer._get_model``: layers loaded meanwhile are the drafter's."""
+    """``DraftModelProposer._get_model``: layers loaded meanwhile are the drafter's.
+
+    Patch: ``draft-products``. Evidence: ``tests/kernels/test_patches.py::test_stock_loads_a_drafter_as_any_model``.
+    Related upstream change: none found.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any) -> Module:

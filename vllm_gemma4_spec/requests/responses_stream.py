@@ -14,6 +14,9 @@ def responses_stream_generator(original: Callable[..., AsyncIterator[Any]]) -> C
 
     The original writes a response as ``schema_`` and reads it back as ``schema``, which ends the stream before its
     first event. The sampling parameters have been made by then: the format is only repeated to the client.
+
+    Patch: ``responses-schema``. Evidence: ``tests/requests/test_responses.py::test_stock_dies_before_the_first_event``.
+    Related upstream change: none found.
     """
 
     @functools.wraps(original)

@@ -15,7 +15,12 @@ BY_TOKEN = "_gemma4_spec_by_token"
 
 
 def engine_init(original: Callable[..., None]) -> Callable[..., None]:
-    """``LLMEngine.__init__``, ``AsyncLLM.__init__``: the output processor is told whose output it is."""
+    """``LLMEngine.__init__``, ``AsyncLLM.__init__``: the output processor is told whose output it is.
+
+    Patch: ``stop-strings``. Evidence:
+    ``tests/requests/test_requests_engine.py::test_stock_vllm_forgets_grammar_budget_and_stop_strings``. Related
+    upstream change: none found.
+    """
 
     @functools.wraps(original)
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -26,7 +31,12 @@ def engine_init(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def add_request(original: Callable[..., None]) -> Callable[..., None]:
-    """``OutputProcessor.add_request``: requests with stop strings are looked at token by token."""
+    """``OutputProcessor.add_request``: requests with stop strings are looked at token by token.
+
+    Patch: ``stop-strings``. Evidence:
+    ``tests/requests/test_requests_engine.py::test_stock_vllm_forgets_grammar_budget_and_stop_strings``. Related
+    upstream change: none found.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
@@ -40,7 +50,12 @@ def add_request(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def update(original: Callable[..., str | None]) -> Callable[..., str | None]:
-    """``BaseIncrementalDetokenizer.update``: tokens that a step has after the stop string are taken off its list."""
+    """``BaseIncrementalDetokenizer.update``: tokens that a step has after the stop string are taken off its list.
+
+    Patch: ``stop-strings``. Evidence:
+    ``tests/requests/test_requests_engine.py::test_stock_vllm_forgets_grammar_budget_and_stop_strings``. Related
+    upstream change: none found.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, new_token_ids: list[int], stop_terminated: bool) -> str | None:
@@ -83,7 +98,12 @@ def first_stop(text: str, seen: int, stop: list[str]) -> tuple[str, int] | None:
 
 
 def update_from_output(original: Callable[..., None]) -> Callable[..., None]:
-    """``LogprobsProcessor.update_from_output``: log-probabilities of the tokens that are left."""
+    """``LogprobsProcessor.update_from_output``: log-probabilities of the tokens that are left.
+
+    Patch: ``stop-strings``. Evidence:
+    ``tests/requests/test_requests_engine.py::test_stock_vllm_forgets_grammar_budget_and_stop_strings``. Related
+    upstream change: none found.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, output: Any) -> None:

@@ -19,7 +19,12 @@ WAITS_FOR = "_gemma4_spec_waits_for"
 
 
 def manager_init(original: Callable[..., None]) -> Callable[..., None]:
-    """``StructuredOutputManager.__init__``: in a Gemma 4 engine, be ready to read prompts."""
+    """``StructuredOutputManager.__init__``: in a Gemma 4 engine, be ready to read prompts.
+
+    Patch: ``grammar-positions``. Evidence:
+    ``tests/requests/test_requests_engine.py::test_stock_vllm_forgets_grammar_budget_and_stop_strings``. Related
+    upstream change: #44297, #44993, #50938.
+    """
 
     @functools.wraps(original)
     def __init__(self: Any, vllm_config: Any) -> None:
@@ -39,6 +44,10 @@ def grammar_init(original: Callable[..., None]) -> Callable[..., None]:
     """``grammar_init``: decide from the prompt what the grammar waits for, and leave the waiting to it.
 
     The manager's own flag, which holds for whole steps, says from the start that reasoning has ended.
+
+    Patch: ``grammar-positions``. Evidence:
+    ``tests/requests/test_requests_engine.py::test_stock_vllm_forgets_grammar_budget_and_stop_strings``. Related
+    upstream change: #44297, #44993, #50938.
     """
 
     @functools.wraps(original)
@@ -57,7 +66,12 @@ def grammar_init(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def create_grammar(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``_create_grammar``, in a thread of its own: the backend's grammar, put where it belongs."""
+    """``_create_grammar``, in a thread of its own: the backend's grammar, put where it belongs.
+
+    Patch: ``grammar-positions``. Evidence:
+    ``tests/requests/test_requests_engine.py::test_stock_vllm_forgets_grammar_budget_and_stop_strings``. Related
+    upstream change: #44297, #44993, #50938.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, request: Any) -> Any:

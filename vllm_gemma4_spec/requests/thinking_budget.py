@@ -97,7 +97,12 @@ class ThinkingBudget(LogitsProcessor):
 
 
 def build_logitsprocs(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``build_logitsprocs``: this processor in place of vLLM's, which is left out with speculation."""
+    """``build_logitsprocs``: this processor in place of vLLM's, which is left out with speculation.
+
+    Patch: ``thinking-budget``. Evidence:
+    ``tests/requests/test_requests_engine.py::test_stock_vllm_forgets_grammar_budget_and_stop_strings``. Related
+    upstream change: none found.
+    """
 
     @functools.wraps(original)
     def wrapper(vllm_config: Any, device: Any, is_pin_memory: bool, *args: Any, **kwargs: Any) -> Any:
@@ -117,7 +122,12 @@ def _budgets(sampling_metadata: Any) -> list[ThinkingBudget]:
 
 
 def forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``RejectionSampler.forward``: while it samples, the processor knows the drafts."""
+    """``RejectionSampler.forward``: while it samples, the processor knows the drafts.
+
+    Patch: ``thinking-budget``. Evidence:
+    ``tests/requests/test_requests_engine.py::test_stock_vllm_forgets_grammar_budget_and_stop_strings``. Related
+    upstream change: none found.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
@@ -134,7 +144,12 @@ def forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def apply_logits_processors(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``RejectionSampler.apply_logits_processors``: the original knows min_tokens alone."""
+    """``RejectionSampler.apply_logits_processors``: the original knows min_tokens alone.
+
+    Patch: ``thinking-budget``. Evidence:
+    ``tests/requests/test_requests_engine.py::test_stock_vllm_forgets_grammar_budget_and_stop_strings``. Related
+    upstream change: none found.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, logits: Any, sampling_metadata: Any, metadata: Any) -> Any:

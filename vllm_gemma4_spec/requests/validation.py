@@ -18,6 +18,9 @@ def verify(original: Callable[..., None]) -> Callable[..., None]:
 
     Raises:
         VLLMValidationError: a negative budget, or what the original raises, with the field that it is about.
+
+    Patch: ``request-errors``. Evidence: ``tests/requests/test_validation.py::test_stock_names_no_field``. Related
+    upstream change: none found.
     """
 
     @functools.wraps(original)
@@ -47,7 +50,11 @@ def verify(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def validate_params(original: Callable[..., None]) -> Callable[..., None]:
-    """``InputProcessor._validate_params``: the original names a budget without ``--reasoning-config`` in its text."""
+    """``InputProcessor._validate_params``: the original names a budget without ``--reasoning-config`` in its text.
+
+    Patch: ``request-errors``. Evidence: ``tests/requests/test_validation.py::test_stock_names_no_field``. Related
+    upstream change: none found.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -81,6 +88,9 @@ def generate(original: Callable[..., Any]) -> Callable[..., Any]:
     """``AsyncLLM.generate``: refuse before there is a stream, which would begin with HTTP 200.
 
     The original is a generator: it looks at a request when its first output is asked for.
+
+    Patch: ``request-errors``. Evidence: ``tests/requests/test_validation.py::test_stock_names_no_field``. Related
+    upstream change: none found.
     """
 
     @functools.wraps(original)
@@ -96,6 +106,9 @@ def responses_stream_generator(original: Callable[..., Any]) -> Callable[..., An
     """``OpenAIServingResponses.responses_stream_generator``, where ``generate`` is not called before the stream begins.
 
     Unrefused, the error would break the stream off without a word.
+
+    Patch: ``request-errors``. Evidence: ``tests/requests/test_validation.py::test_stock_names_no_field``. Related
+    upstream change: none found.
     """
 
     @functools.wraps(original)

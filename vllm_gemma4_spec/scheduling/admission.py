@@ -21,7 +21,11 @@ _ASK_CORE = "gemma4_spec_max_model_len"
 
 
 def scheduler_init(original: Callable[..., None]) -> Callable[..., None]:
-    """``Scheduler.__init__``: tell each sliding-window group's manager the most that a request holds at once."""
+    """``Scheduler.__init__``: tell each sliding-window group's manager the most that a request holds at once.
+
+    Patch: ``long-prompts``. Evidence: ``tests/scheduling/test_no_deadlock.py::test_stock_waits_for_ever``. Related
+    upstream change: #40946, in 0.20.0 (#39734, #39914).
+    """
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -35,7 +39,11 @@ def scheduler_init(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def can_fit_full_sequence(original: Callable[..., bool]) -> Callable[..., bool]:
-    """``KVCacheManager.can_fit_full_sequence``: sliding-window groups are asked for what is held at once."""
+    """``KVCacheManager.can_fit_full_sequence``: sliding-window groups are asked for what is held at once.
+
+    Patch: ``long-prompts``. Evidence: ``tests/scheduling/test_no_deadlock.py::test_stock_waits_for_ever``. Related
+    upstream change: #40946, in 0.20.0 (#39734, #39914).
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> bool:
@@ -55,6 +63,9 @@ def get_num_blocks_to_allocate(original: Callable[..., int]) -> Callable[..., in
     """``SlidingWindowManager.get_num_blocks_to_allocate``, inherited: no more than is held at once, at the gate only.
 
     What is allocated is counted as before.
+
+    Patch: ``long-prompts``. Evidence: ``tests/scheduling/test_no_deadlock.py::test_stock_waits_for_ever``. Related
+    upstream change: #40946, in 0.20.0 (#39734, #39914).
     """
 
     @functools.wraps(original)
@@ -72,6 +83,9 @@ def get_kv_cache_configs(original: Callable[..., Any]) -> Callable[..., Any]:
     0.19.1 sizes the pool without the drafts and the null block, and ``--num-gpu-blocks-override`` passes its check by.
     A request that has outgrown the pool would preempt itself for ever. The engine core hands a new length on to its
     workers, as with ``--max-model-len auto``.
+
+    Patch: ``long-prompts``. Evidence: ``tests/scheduling/test_no_deadlock.py::test_stock_waits_for_ever``. Related
+    upstream change: #40946, in 0.20.0 (#39734, #39914).
     """
 
     @functools.wraps(original)
@@ -102,6 +116,9 @@ def update_max_model_len(original: Callable[..., None]) -> Callable[..., None]:
     """``GPUModelRunner.update_max_model_len``: the drafter, too, ends at the new length.
 
     It has no slots beyond: 0.19.1 updates the target alone, with ``--max-model-len auto`` as well.
+
+    Patch: ``long-prompts``. Evidence: ``tests/scheduling/test_no_deadlock.py::test_stock_waits_for_ever``. Related
+    upstream change: #40946, in 0.20.0 (#39734, #39914).
     """
 
     @functools.wraps(original)
@@ -116,7 +133,11 @@ def update_max_model_len(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def core_max_model_len(_: None) -> Callable[[Any], int]:
-    """``EngineCore.gemma4_spec_max_model_len``, which 0.19.1 lacks: what the front end is to refuse by."""
+    """``EngineCore.gemma4_spec_max_model_len``, which 0.19.1 lacks: what the front end is to refuse by.
+
+    Patch: ``long-prompts``. Evidence: ``tests/scheduling/test_no_deadlock.py::test_stock_waits_for_ever``. Related
+    upstream change: #40946, in 0.20.0 (#39734, #39914).
+    """
 
     def gemma4_spec_max_model_len(self: Any) -> int:
         return int(self.vllm_config.model_config.max_model_len)
@@ -125,7 +146,11 @@ def core_max_model_len(_: None) -> Callable[[Any], int]:
 
 
 def async_supported_tasks(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``AsyncLLM.get_supported_tasks``, which a server calls before it serves: learn the engine cores' length."""
+    """``AsyncLLM.get_supported_tasks``, which a server calls before it serves: learn the engine cores' length.
+
+    Patch: ``long-prompts``. Evidence: ``tests/scheduling/test_no_deadlock.py::test_stock_waits_for_ever``. Related
+    upstream change: #40946, in 0.20.0 (#39734, #39914).
+    """
 
     @functools.wraps(original)
     async def wrapper(self: Any) -> Any:
@@ -139,7 +164,11 @@ def async_supported_tasks(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def supported_tasks(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``LLMEngine.get_supported_tasks``, which ``LLM`` calls when it is made: as :func:`async_supported_tasks`."""
+    """``LLMEngine.get_supported_tasks``, which ``LLM`` calls when it is made: as :func:`async_supported_tasks`.
+
+    Patch: ``long-prompts``. Evidence: ``tests/scheduling/test_no_deadlock.py::test_stock_waits_for_ever``. Related
+    upstream change: #40946, in 0.20.0 (#39734, #39914).
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any) -> Any:

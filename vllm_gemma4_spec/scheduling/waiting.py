@@ -28,7 +28,11 @@ class Watch:
 
 
 def schedule(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``Scheduler.schedule``: one line about a request that has waited for a minute with room to run it."""
+    """``Scheduler.schedule``: one line about a request that has waited for a minute with room to run it.
+
+    Patch: ``waiting-requests``. Evidence: ``tests/scheduling/test_no_deadlock.py::test_stock_waits_in_silence``.
+    Related upstream change: none found.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:

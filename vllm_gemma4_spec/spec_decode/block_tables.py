@@ -17,6 +17,10 @@ def scheduler_init(original: Callable[..., None]) -> Callable[..., None]:
     """``Scheduler.__init__``: tell the KV cache manager how many slots a first step must look ahead.
 
     With a KV connector the first step keeps none: the number of local blocks must equal the remote one's.
+
+    Patch: ``own-blocks``. Evidence:
+    ``tests/spec_decode/test_own_blocks.py::test_stock_writes_drafts_where_the_request_owns_nothing``. Related upstream
+    change: none found; since 0.23.0 the first step looks ahead.
     """
 
     @functools.wraps(original)
@@ -32,6 +36,10 @@ def allocate_slots(original: Callable[..., Any]) -> Callable[..., Any]:
     """``KVCacheManager.allocate_slots``: a new request's first step gets look-ahead slots, too.
 
     The scheduler passes 0 for it, and the drafter writes k tokens past the prompt in that very step.
+
+    Patch: ``own-blocks``. Evidence:
+    ``tests/spec_decode/test_own_blocks.py::test_stock_writes_drafts_where_the_request_owns_nothing``. Related upstream
+    change: none found; since 0.23.0 the first step looks ahead.
     """
 
     @functools.wraps(original)
@@ -45,7 +53,12 @@ def allocate_slots(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def block_table_init(original: Callable[..., None]) -> Callable[..., None]:
-    """``BlockTable.__init__``: a worker builds it with its config made current, and only then can it be asked for."""
+    """``BlockTable.__init__``: a worker builds it with its config made current, and only then can it be asked for.
+
+    Patch: ``own-blocks``. Evidence:
+    ``tests/spec_decode/test_own_blocks.py::test_stock_writes_drafts_where_the_request_owns_nothing``. Related upstream
+    change: none found; since 0.23.0 the first step looks ahead.
+    """
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -57,7 +70,12 @@ def block_table_init(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def add_row(original: Callable[..., None]) -> Callable[..., None]:
-    """``BlockTable.add_row``: clears entries that the row's last request left past the new end."""
+    """``BlockTable.add_row``: clears entries that the row's last request left past the new end.
+
+    Patch: ``own-blocks``. Evidence:
+    ``tests/spec_decode/test_own_blocks.py::test_stock_writes_drafts_where_the_request_owns_nothing``. Related upstream
+    change: none found; since 0.23.0 the first step looks ahead.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, block_ids: list[int], row_idx: int) -> None:
@@ -72,7 +90,12 @@ def add_row(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def move_row(original: Callable[..., None]) -> Callable[..., None]:
-    """``BlockTable.move_row`` (``condense``): the row that moved away leaves nothing behind."""
+    """``BlockTable.move_row`` (``condense``): the row that moved away leaves nothing behind.
+
+    Patch: ``own-blocks``. Evidence:
+    ``tests/spec_decode/test_own_blocks.py::test_stock_writes_drafts_where_the_request_owns_nothing``. Related upstream
+    change: none found; since 0.23.0 the first step looks ahead.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, src: int, tgt: int) -> None:

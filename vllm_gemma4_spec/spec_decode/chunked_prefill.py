@@ -20,6 +20,10 @@ def prepare_next_token_ids_padded(
 
     The original takes the last token of the whole prompt. An EAGLE head pairs it with the chunk's last
     hidden state and keeps the KV of that pair; a draft model computes that position again in the next chunk.
+
+    Patch: ``chunk-boundaries``. Evidence:
+    ``tests/eagle/test_heads.py::test_stock_follows_a_chunk_with_the_prompts_last_token``. Related upstream change: none
+    found.
     """
 
     @functools.wraps(original)

@@ -17,6 +17,10 @@ def create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any
     """``EngineArgs.create_speculative_config``: what the original would end on, for a draft model beside a Gemma 4.
 
     The rest is told from the finished config, by :func:`create_engine_config`.
+
+    Patch: ``drafter-checks``. Evidence:
+    ``tests/patching/test_stock.py::test_a_drafter_that_does_not_fit_is_not_named_in_one_line``. Related upstream
+    change: none found for the messages; #42516 repairs pipeline parallelism, without speculation.
     """
 
     @functools.wraps(original)
@@ -45,7 +49,12 @@ def create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any
 
 
 def create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``EngineArgs.create_engine_config``: the finished config, in which vLLM has filled in method and connector."""
+    """``EngineArgs.create_engine_config``: the finished config, in which vLLM has filled in method and connector.
+
+    Patch: ``drafter-checks``. Evidence:
+    ``tests/patching/test_stock.py::test_a_drafter_that_does_not_fit_is_not_named_in_one_line``. Related upstream
+    change: none found for the messages; #42516 repairs pipeline parallelism, without speculation.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:

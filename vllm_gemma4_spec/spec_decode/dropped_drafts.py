@@ -13,6 +13,12 @@ from vllm_gemma4_spec.metrics import reports
 
 
 def propose_draft_token_ids(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``GPUModelRunner.propose_draft_token_ids``: notes that this step drafts.
+
+    Patch: ``skipped-drafts``. Evidence: ``tests/metrics/test_reports.py::test_stock_counts_no_dropped_draft``. Related
+    upstream change: none found.
+    """
+
     @functools.wraps(original)
     def propose_draft_token_ids(self: Any, *args: Any, **kwargs: Any) -> Any:
         if scope.gemma4_speculation(self.vllm_config):
@@ -23,6 +29,12 @@ def propose_draft_token_ids(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``GPUModelRunner.sample_tokens``: counts a step that samples and does not draft; 0.19.1 counts none.
+
+    Patch: ``skipped-drafts``. Evidence: ``tests/metrics/test_reports.py::test_stock_counts_no_dropped_draft``. Related
+    upstream change: none found.
+    """
+
     @functools.wraps(original)
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
         if not scope.gemma4_speculation(self.vllm_config):

@@ -16,6 +16,10 @@ def load_weights(original: Callable[..., set[str]]) -> Callable[..., set[str]]:
 
     transformers 5.5.4 writes no k_proj, v_proj and k_norm for such layers. q_proj marks the fused qkv_proj
     as loaded; k_norm is what vLLM's loader then misses.
+
+    Patch: ``kv-shared-layers``. Evidence:
+    ``tests/patching/test_stock.py::test_a_saved_e4b_lacks_weights_that_nothing_reads``. Related upstream change: none
+    found; since 0.30.0 such layers have a q_proj only.
     """
 
     @functools.wraps(original)
@@ -33,6 +37,10 @@ def add_kv_sharing_layers(original: Callable[..., None]) -> Callable[..., None]:
 
     Such groups (``--disable-hybrid-kv-cache-manager`` with two head sizes) look each layer's spec up by
     name, and 0.19.1 adds the layer's name only.
+
+    Patch: ``kv-shared-layers``. Evidence:
+    ``tests/patching/test_stock.py::test_a_saved_e4b_lacks_weights_that_nothing_reads``. Related upstream change: none
+    found; since 0.30.0 such layers have a q_proj only.
     """
 
     @functools.wraps(original)

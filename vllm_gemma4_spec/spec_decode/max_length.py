@@ -22,6 +22,10 @@ def sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
 
     The original looks at the longest. What a drafter is not run for is missing from its KV cache ever after, and
     from every block of it that prefix caching hands on.
+
+    Patch: ``length-limit``. Evidence:
+    ``tests/spec_decode/test_max_length.py::test_without_the_patch_acceptance_decays``. Related upstream change: none
+    found.
     """
 
     @functools.wraps(original)
@@ -44,6 +48,10 @@ def proposer_init(original: Callable[..., None]) -> Callable[..., None]:
     """``SpecDecodeBaseProposer.__init__``: a draft model with a shorter maximum length masks what lies beyond it.
 
     0.19.1 masks slots and positions from the target's maximum length on.
+
+    Patch: ``length-limit``. Evidence:
+    ``tests/spec_decode/test_max_length.py::test_without_the_patch_acceptance_decays``. Related upstream change: none
+    found.
     """
 
     @functools.wraps(original)
@@ -59,7 +67,12 @@ def proposer_init(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def set_inputs_first_pass(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``set_inputs_first_pass``: no position past the drafter's rotary cache. What is drafted there is rejected."""
+    """``set_inputs_first_pass``: no position past the drafter's rotary cache. What is drafted there is rejected.
+
+    Patch: ``length-limit``. Evidence:
+    ``tests/spec_decode/test_max_length.py::test_without_the_patch_acceptance_decays``. Related upstream change: none
+    found.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +86,12 @@ def set_inputs_first_pass(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def propose(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``SpecDecodeBaseProposer.propose``: says whose passes they are."""
+    """``SpecDecodeBaseProposer.propose``: says whose passes they are.
+
+    Patch: ``length-limit``. Evidence:
+    ``tests/spec_decode/test_max_length.py::test_without_the_patch_acceptance_decays``. Related upstream change: none
+    found.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -90,6 +108,10 @@ def eagle_step_update(original: Callable[..., None]) -> Callable[..., None]:
     """``eagle_step_update_slot_mapping_and_metadata``: who has passed the maximum length stays past it.
 
     The original puts such a request at position 0, so that the draft after the next would write to position 1.
+
+    Patch: ``length-limit``. Evidence:
+    ``tests/spec_decode/test_max_length.py::test_without_the_patch_acceptance_decays``. Related upstream change: none
+    found.
     """
 
     @functools.wraps(original)

@@ -14,7 +14,11 @@ _in_scope: contextvars.ContextVar[bool] = contextvars.ContextVar("groups_of_gemm
 
 
 def get_kv_cache_groups(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``get_kv_cache_groups``: says whose groups they are."""
+    """``get_kv_cache_groups``: says whose groups they are.
+
+    Patch: ``one-group-windows``. Evidence: ``tests/patching/test_stock.py::test_one_group_takes_one_window``. Related
+    upstream change: none found.
+    """
 
     @functools.wraps(original)
     def wrapper(vllm_config: Any, kv_cache_spec: dict[str, Any]) -> Any:
@@ -32,6 +36,9 @@ def is_kv_cache_spec_uniform(original: Callable[..., bool]) -> Callable[..., boo
 
     The caller then finds that all layers need the same slots and puts them into one group that holds a
     spec per layer, as it does for two head sizes.
+
+    Patch: ``one-group-windows``. Evidence: ``tests/patching/test_stock.py::test_one_group_takes_one_window``. Related
+    upstream change: none found.
     """
 
     @functools.wraps(original)

@@ -14,6 +14,10 @@ def scheduler_init(original: Callable[..., None]) -> Callable[..., None]:
 
     An EAGLE layer's key at position p is made of token p + 1, so the last key of a hit may belong to another next
     token: one key that is off by one token costs a draft at most, never an answer.
+
+    Patch: ``prefix-hits``. Evidence:
+    ``tests/patching/test_stock.py::test_a_block_of_every_hit_is_dropped_beside_an_eagle_head``. Related upstream
+    change: #40624.
     """
 
     @functools.wraps(original)

@@ -22,7 +22,12 @@ GROUPS = "_gemma4_spec_groups"
 
 
 def keep_runner(original: Callable[..., None]) -> Callable[..., None]:
-    """``__init__``: the proposer is handed the model runner and forgets it; the block tables are there."""
+    """``__init__``: the proposer is handed the model runner and forgets it; the block tables are there.
+
+    Patch: ``draft-groups``. Evidence:
+    ``tests/patching/test_stock.py::test_draft_layers_in_several_groups_are_refused``. Related upstream change: none
+    found; since 0.32.0 the V2 runner drafts over several groups, eagerly.
+    """
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -35,7 +40,12 @@ def keep_runner(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def initialize_attn_backend(original: Callable[..., None]) -> Callable[..., None]:
-    """One call of the original per KV cache group and layer spec, for that group's draft layers alone."""
+    """One call of the original per KV cache group and layer spec, for that group's draft layers alone.
+
+    Patch: ``draft-groups``. Evidence:
+    ``tests/patching/test_stock.py::test_draft_layers_in_several_groups_are_refused``. Related upstream change: none
+    found; since 0.32.0 the V2 runner drafts over several groups, eagerly.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, kv_cache_config: KVCacheConfig, kernel_block_sizes: list[int] | None = None) -> None:
@@ -118,7 +128,12 @@ def _primary_group(proposer: Any, gids: list[int]) -> int:
 
 
 def get_slot_mapping(original: Callable[..., dict[str, torch.Tensor]]) -> Callable[..., dict[str, torch.Tensor]]:
-    """``_get_slot_mapping``: each draft layer's own group's slots instead of the primary group's for all."""
+    """``_get_slot_mapping``: each draft layer's own group's slots instead of the primary group's for all.
+
+    Patch: ``draft-groups``. Evidence:
+    ``tests/patching/test_stock.py::test_draft_layers_in_several_groups_are_refused``. Related upstream change: none
+    found; since 0.32.0 the V2 runner drafts over several groups, eagerly.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, num_tokens: int, slot_mapping: torch.Tensor | None = None) -> dict[str, torch.Tensor]:

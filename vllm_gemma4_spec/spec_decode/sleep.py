@@ -11,7 +11,12 @@ from vllm_gemma4_spec.errors import DrafterError
 
 
 def engine_sleep(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``EngineCore.sleep``: level 2 would drop a drafter's weights for good; 0.19.1 reloads the target's alone."""
+    """``EngineCore.sleep``: level 2 would drop a drafter's weights for good; 0.19.1 reloads the target's alone.
+
+    Patch: ``drafter-checks``. Evidence:
+    ``tests/patching/test_stock.py::test_a_drafter_that_does_not_fit_is_not_named_in_one_line``. Related upstream
+    change: none found for the messages; #42516 repairs pipeline parallelism, without speculation.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, level: int = 1, *args: Any, **kwargs: Any) -> Any:

@@ -18,6 +18,10 @@ def raise_if_multimodal(original: Callable[..., None]) -> Callable[..., None]:
     ``supports_mm_inputs`` follows the target. Left on, ``propose`` would put the target's embeddings, of
     another width and with a mask of another length, into a drafter that can take any. Placeholders of
     images, audio and video are tokens of the vocabulary the two share, so their ids are what is drafted from.
+
+    Patch: ``text-drafter``. Evidence:
+    ``tests/patching/test_stock.py::test_a_multimodal_target_is_refused_with_a_draft_model``. Related upstream change:
+    #42005; since 0.21.0 such a pair is warned about, no longer refused.
     """
 
     @functools.wraps(original)
@@ -34,6 +38,10 @@ def hf_config_override(original: staticmethod[..., Any]) -> staticmethod[..., An
 
     ``Gemma4ForCausalLM`` reads the same checkpoint (weights under ``model.language_model.``) and passes over
     those of the towers, which are then neither built nor loaded.
+
+    Patch: ``text-drafter``. Evidence:
+    ``tests/patching/test_stock.py::test_a_multimodal_target_is_refused_with_a_draft_model``. Related upstream change:
+    #42005; since 0.21.0 such a pair is warned about, no longer refused.
     """
 
     @functools.wraps(original.__func__)

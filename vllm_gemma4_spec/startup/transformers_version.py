@@ -11,7 +11,12 @@ from vllm_gemma4_spec.patching.version import require_transformers
 
 
 def get_head_size(original: Callable[[Any], int]) -> Callable[[Any], int]:
-    """``Gemma4ModelArchConfigConvertor.get_head_size``, the first to read a Gemma 4 config's head sizes."""
+    """``Gemma4ModelArchConfigConvertor.get_head_size``, the first to read a Gemma 4 config's head sizes.
+
+    Patch: ``transformers-version``. Evidence:
+    ``tests/startup/test_transformers_version.py::test_stock_asks_for_no_release``. Related upstream change: #51744,
+    fixed by #49797.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any) -> int:
