@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -318,6 +319,41 @@ def test_the_table_of_measured_times_is_that_of_the_results() -> None:
 )
 def test_a_card_in_any_spelling(spelled: str, card: str) -> None:
     assert timing.named(spelled).name == card
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "read"),
+    [("31B", 0.94, 0.94), ("26B-A4B", 0.84, 0.84), ("E4B", 0.156, 0.0249), ("E2B", 0.154, 0.0233)],
+)
+def test_an_assistant_has_no_kv_and_reads_what_is_published(name: str, size: float, read: float) -> None:
+    """GB in bf16; a head by centroids reads 6,144 of its 262,144 rows."""
+    target, assistant = (model.load(f"google/gemma-4-{name}-it{end}") for end in ("", "-assistant"))
+    assert assistant.weight_bytes / 1e9 == pytest.approx(size, rel=0.01)
+    assert assistant.read_bytes(1) / 1e9 == pytest.approx(read, rel=0.01)
+    alone, beside = (groups.plan_cache(target, drafter, 40 << 30, 4096) for drafter in (None, assistant))
+    assert beside == alone
+
+
+def test_an_assistant_has_the_matrices_of_its_checkpoint() -> None:
+    from vllm_gemma4_spec.mtp.config import Gemma4AssistantConfig
+    from vllm_gemma4_spec.mtp.weights import expected
+
+    for name, row in configs.published().items():
+        if row.get("model_type") != configs.ASSISTANT:
+            continue
+        text = row["text_config"] | {"layer_types": configs.text(row, name).layer_types}
+        shapes = expected(Gemma4AssistantConfig(**row | {"text_config": text}))
+        wanted = sum(math.prod(s) for n, s in shapes.items() if len(s) == 2 and "centroids" not in n)
+        assert model.load(name).weight_bytes == 2 * wanted
+
+
+def test_an_assistant_of_another_target_is_one_line() -> None:
+    done = in_process("plan", "--target", "google/gemma-4-31B-it", "--drafter", "google/gemma-4-E4B-it-assistant")
+    assert done.returncode == 2
+    assert "of hidden size 2560; gemma-4-31B-it has 5376" in done.stderr
+    done = in_process("plan", "--target", "google/gemma-4-31B-it-assistant")
+    assert done.returncode == 2
+    assert "give it as --drafter" in done.stderr
 
 
 def test_a_hub_id_is_looked_up_in_the_local_cache_first(tmp_path: Path) -> None:

@@ -142,6 +142,21 @@ SHOWN = {
         "multimodal/test_image_sizes::test_several_resolutions_one_image_at_a_time",
         r"Error",
     ),
+    "mtp-assistant": Shown(
+        "mtp/test_validation::test_stock_does_not_know_assistants",
+        "mtp/test_validation::test_the_method_is_mtp_given_or_not",
+        r"gemma4_assistant|Gemma4Assistant",
+    ),
+    "mtp-scheduling": Shown(
+        "mtp/test_stock_scheduling::test_stock_scheduling_stops_before_the_maximum_length",
+        "mtp/test_drafts::test_drafts_go_on_to_the_maximum_length[31b]",
+        r"assert \d+ > \d+",
+    ),
+    "mtp-checks": Shown(
+        "mtp/test_validation::test_stock_takes_another_targets_assistant",
+        "mtp/test_validation::test_another_targets_assistant",
+        r"DID NOT RAISE",
+    ),
     "lora-aliases": Shown(
         "lora/test_lora::test_stock_ignores_the_adapter",
         "lora/test_lora::test_requests_with_and_without_an_adapter[target]",

@@ -47,7 +47,7 @@ class Rerun(DraftGraphs):
     """Graphs whose replay calls the captured function on the same buffers."""
 
     def capture(self, pool: Any, warmups: int = 0) -> None:
-        for n, draft_length in itertools.product(self.batch_sizes, self._draft_lengths):
+        for n, draft_length in itertools.product(self.batch_sizes, self.draft_lengths):
             drafts = torch.full((n, draft_length), -1, dtype=torch.int64)
             self._graphs[n, draft_length] = _Graph(
                 SimpleNamespace(replay=lambda n=n, d=draft_length, drafts=drafts: drafts.copy_(self.run(n, d))), drafts

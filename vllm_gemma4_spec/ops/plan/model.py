@@ -173,6 +173,46 @@ class Model:
         return total
 
 
+@dataclass(frozen=True)
+class Assistant(Model):
+    """An MTP assistant: queries alone, no KV of its own, an output matrix of its own.
+
+    ``backbone``: the target's hidden size. ``head_rows``: rows of the output matrix that one token reads, centroids
+    included.
+    """
+
+    backbone: int = 0
+    head_rows: int = 0
+
+    @property
+    def first_shared(self) -> int:
+        return 0
+
+    @cached_property
+    def matrices(self) -> tuple[Matrix, ...]:
+        text, hidden = self.text, int(self.text.hidden_size)
+        out = [Matrix("pre_projection", 2 * self.backbone * hidden), Matrix("post_projection", self.backbone * hidden)]
+        for i in range(self.layers):
+            queries = hidden * int(text.num_attention_heads) * self.attention(i)[1]
+            at = f"model.layers.{i}"
+            out += [Matrix(f"{at}.self_attn.q_proj", queries), Matrix(f"{at}.self_attn.o_proj", queries)]
+            out.append(Matrix(f"{at}.mlp", 3 * hidden * int(text.intermediate_size)))
+        return tuple(out)
+
+    @property
+    def by_centroids(self) -> bool:
+        return self.head_rows != int(self.text.vocab_size)
+
+    def copies(self, marlin: bool, memory: float, drafter: bool) -> float:
+        """The NVFP4 copy of a head that is read whole; its linears have none."""
+        narrow = WEIGHT_BYTES["nvfp4"] / WEIGHT_BYTES["bf16"]
+        return 0.0 if self.by_centroids or self.weights == "float32" else self.head_bytes * narrow
+
+    def read_bytes(self, tokens: int) -> float:
+        rows = min(int(self.text.vocab_size), self.head_rows * tokens) / int(self.text.vocab_size)
+        return super().read_bytes(tokens) - self.head_bytes * (1 - rows)
+
+
 def _ignored(name: str, pattern: str) -> bool:
     """ModelOpt's ``exclude_modules`` and compressed-tensors' ``ignore``: globs, or a part of the name."""
     pattern = pattern.removeprefix("re:").rstrip("*").rstrip(".")
@@ -249,4 +289,11 @@ def load(model: str | Path, weights: str | None = None) -> Model:
     if found.weights not in WEIGHT_BYTES:
         raise PlanError(f"weights {found.weights!r}: choose from {', '.join(WEIGHT_BYTES)}")
     shards = sum(p.stat().st_size for p in file.parent.glob("*.safetensors")) if file else 0
-    return Model(name, text, found.weights, found.unquantized, shards or None, found.scaled, found.by_layer)
+    fields = (name, text, found.weights, found.unquantized, shards or None, found.scaled, found.by_layer)
+    if raw["model_type"] == configs.ASSISTANT:
+        own = configs.assistant(raw, str(file or model))
+        rows = int(text.vocab_size)
+        if own["use_ordered_embeddings"]:
+            rows = own["num_centroids"] + rows // own["num_centroids"] * own["centroid_intermediate_top_k"]
+        return Assistant(*fields, own["backbone_hidden_size"], rows)
+    return Model(*fields)
