@@ -12,8 +12,8 @@ JOBS    ?= 2
 export GEMMA4_ARTIFACTS ?=
 
 .PHONY: setup demo test test-slow test-gpu test-gpus test-exporters offline-bundle soak test-load test-faults fuzz \
-    test-clients constraints-clients test-upstream lint types check fingerprints ledger fields schemas reference \
-    plan-measured constraints drift supply-chain audit \
+    test-clients test-upstream lint types check fingerprints ledger fields schemas reference \
+    plan-measured constraints constraints-clients drift supply-chain audit \
     wheel docs clean
 
 setup: $(STAMP)
