@@ -14,7 +14,7 @@ export GEMMA4_ARTIFACTS ?=
 .PHONY: setup demo test test-slow test-gpu test-gpus test-exporters offline-bundle soak test-load test-faults fuzz \
     test-clients constraints-clients test-upstream lint types check fingerprints ledger fields schemas reference \
     plan-measured constraints drift supply-chain audit \
-    wheel docs clean
+    release-check wheel docs clean
 
 setup: $(STAMP)
 
@@ -160,6 +160,10 @@ supply-chain: setup
 audit: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python 'pip-audit>=2.9'
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints/cpu-tested.txt
+
+# What a release still needs; builds and uploads nothing.
+release-check: setup
+	$(BIN)/python tools/release_check.py
 
 wheel: setup
 	$(BIN)/uv build --python $(BIN)/python --out-dir dist
