@@ -12,9 +12,9 @@ JOBS    ?= 2
 export GEMMA4_ARTIFACTS ?=
 
 .PHONY: setup demo test test-slow test-gpu test-gpus test-exporters offline-bundle soak test-load test-faults fuzz \
-    test-clients test-upstream lint types check fingerprints ledger fields schemas reference \
-    plan-measured constraints constraints-clients drift supply-chain audit \
-    wheel docs clean
+    test-clients constraints-clients test-upstream lint types check fingerprints ledger fields schemas reference \
+    plan-measured constraints drift supply-chain audit \
+    release-check wheel docs clean
 
 setup: $(STAMP)
 
@@ -160,6 +160,10 @@ supply-chain: setup
 audit: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python 'pip-audit>=2.9'
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints/cpu-tested.txt
+
+# What a release still needs; builds and uploads nothing.
+release-check: setup
+	$(BIN)/python tools/release_check.py
 
 wheel: setup
 	$(BIN)/uv build --python $(BIN)/python --out-dir dist

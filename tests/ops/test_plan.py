@@ -152,6 +152,39 @@ def test_modules_left_out_of_quantization_stay_wide(tmp_path: Path) -> None:
     assert sizes["some"] - sizes["all"] == pytest.approx(kept * (2 - 0.5625))
 
 
+FIXTURES = ROOT / "tests" / "checkpoints" / "fixtures"
+
+
+@pytest.mark.parametrize("name", ["26b-mm-awq-lite", "31b-nvfp4", "e4b-awq-lite"])
+def test_formats_are_those_of_the_files(name: str) -> None:
+    """ModelOpt 0.42 left 26B's experts in bf16 and did not list them as excluded."""
+    read = model.load(FIXTURES / name)
+    formats = {m.name.partition("layers.0.")[2]: read._format(m) for m in (*read.matrices, *read.experts)}
+    assert read.weights == "nvfp4"
+    assert formats["self_attn.qkv_proj"] == formats["self_attn.o_proj"] == formats["mlp"] == "nvfp4"
+    assert formats.get("experts", "bf16") == formats.get("router.proj", "bf16") == "bf16"
+
+
+def test_mixed_precision_is_read_layer_by_layer(tmp_path: Path) -> None:
+    """From the config alone; and what is neither NVFP4 nor FP8 is refused, not guessed."""
+    layers = {
+        "model.layers.0.self_attn.q_proj": "FP8", "model.layers.0.mlp.down_proj": "NVFP4", "model.layers.1.mlp": "NVFP4"
+    }  # fmt: skip
+    config = tiny_models.target_config().to_dict() | {"model_type": "gemma4_text"}
+    quant: dict[str, Any] = {"quant_algo": "MIXED_PRECISION"}
+    quant["quantized_layers"] = {name: {"quant_algo": algorithm} for name, algorithm in layers.items()}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quant}))
+    read = model.load(tmp_path)
+    formats = {m.name.partition("language_model.")[2]: read._format(m) for m in read.matrices}
+    assert formats["layers.0.self_attn.qkv_proj"] == "fp8"
+    assert formats["layers.0.self_attn.o_proj"] == "bf16"
+    assert formats["layers.0.mlp"] == formats["layers.1.mlp"] == "nvfp4"
+    quant = {"quant_method": "awq", "modules_to_not_convert": ["an nvfp4 in a comment"]}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quant}))
+    with pytest.raises(configs.PlanError, match="quantized by 'awq'"):
+        model.load(tmp_path)
+
+
 @needs_configs
 @pytest.mark.parametrize("name", ["gemma-4-31B-it", "gemma-4-26B-A4B-it", "gemma-4-E4B-it"])
 def test_fields_are_those_that_transformers_reads(name: str) -> None:

@@ -250,17 +250,27 @@ SHOWN = {
     "grammar-positions": Shown(
         f"{_REQUESTS}::test_stock_vllm_forgets_grammar_budget_and_stop_strings",
         f"{_REQUESTS}::test_constrained_text_fits_its_constraint[near-3]",
-        r"assert",
+        r"\('(choice|regex|json|grammar)', \d+",
     ),
     "thinking-budget": Shown(
         f"{_REQUESTS}::test_stock_vllm_forgets_grammar_budget_and_stop_strings",
         f"{_REQUESTS}::test_budgets_are_kept[near-3]",
-        r"assert",
+        r"assert \d+ == \d+",
+    ),
+    "min-tokens": Shown(
+        f"{_REQUESTS}::test_stock_vllm_forgets_grammar_budget_and_stop_strings",
+        f"{_REQUESTS}::test_every_answer_is_that_of_plain_decoding[self-5]",
+        r"\('least 8', 5\)",
+    ),
+    "allowed-tokens": Shown(
+        "requests/test_allowed_tokens::test_stock_leaves_them_to_another_request",
+        "requests/test_allowed_tokens::test_each_request_keeps_its_own",
+        r"\('c', \[3, 4\]\)",
     ),
     "stop-strings": Shown(
         f"{_REQUESTS}::test_stock_vllm_forgets_grammar_budget_and_stop_strings",
         f"{_REQUESTS}::test_the_stop_string_that_ends_first_ends_the_answer[near-3]",
-        r"assert",
+        r"assert (None|'.*') == '",
     ),
     "responses-schema": Shown(
         "requests/test_responses::test_stock_dies_before_the_first_event",

@@ -15,6 +15,10 @@ def scheduler_init(original: Callable[..., None]) -> Callable[..., None]:
     """``Scheduler.__init__``: no prefix block is dropped and no slot kept for what an assistant never stores.
 
     Slots of the drafts that a step verifies are allocated with the step's own tokens.
+
+    Patch: ``mtp-scheduling``. Evidence:
+    ``tests/mtp/test_stock_scheduling.py::test_stock_scheduling_stops_before_the_maximum_length``. Related upstream
+    change: #40624 (prefix hits of hybrid models with a drafter); since 0.30.0 disable_eagle_block_drop.
     """
 
     @functools.wraps(original)
@@ -30,7 +34,12 @@ def scheduler_init(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def sample_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``GPUModelRunner.sample_tokens``: an assistant drafts at any length, as it writes nothing past it."""
+    """``GPUModelRunner.sample_tokens``: an assistant drafts at any length, as it writes nothing past it.
+
+    Patch: ``mtp-scheduling``. Evidence:
+    ``tests/mtp/test_stock_scheduling.py::test_stock_scheduling_stops_before_the_maximum_length``. Related upstream
+    change: #40624 (prefix hits of hybrid models with a drafter); since 0.30.0 disable_eagle_block_drop.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:

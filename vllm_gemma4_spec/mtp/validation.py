@@ -18,7 +18,11 @@ _LONGEST_DRAFT = 32  # beyond it a step verifies more tokens than any graph or a
 
 
 def create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``EngineArgs.create_speculative_config``, where the drafter is an assistant; others pass through."""
+    """``EngineArgs.create_speculative_config``, where the drafter is an assistant; others pass through.
+
+    Patch: ``mtp-checks``. Evidence: ``tests/mtp/test_validation.py::test_stock_takes_another_targets_assistant``.
+    Related upstream change: none found.
+    """
 
     @functools.wraps(original)
     def wrapper(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
