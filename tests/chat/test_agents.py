@@ -32,7 +32,7 @@ def test_five_turns(both: Server, encode: Any, agent: Any, stream: bool) -> None
 
         async def ask() -> httpx.Response:
             async with http(both) as client:
-                answer: httpx.Response = await client.post(path, json=body, headers=headers)
+                answer: httpx.Response = await client.post(path, json=body | {"model": server.MODEL}, headers=headers)
                 return answer
 
         return server.run(ask())

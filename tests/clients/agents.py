@@ -1,7 +1,5 @@
 """Five turns of an agent with tools, request by request, as Codex asks ``/v1/responses`` and Claude Code
 ``/v1/messages``: every request carries the whole conversation, in the fields that these programs send.
-
-With ``forced`` a turn's first request names the tool, for models that would not call it by themselves.
 """
 
 from __future__ import annotations
@@ -45,20 +43,20 @@ def to(url: str) -> Post:
     return post
 
 
-def on_responses(post: Post, stream: bool, forced: bool = False) -> list[Turn]:
+def on_responses(post: Post, stream: bool) -> list[Turn]:
     items: list[dict[str, Any]] = []
     turns = []
     for city in CITIES:
         turn = Turn()
         question = {"type": "input_text", "text": f"What is the weather in {city}?"}
         items.append({"type": "message", "role": "user", "content": [question]})
-        for n in range(3):
+        for _ in range(3):
             body = {
                 "model": MODEL,
                 "instructions": SYSTEM,
                 "input": items,
                 "tools": [{"type": "function", "strict": False, **FUNCTION}],
-                "tool_choice": {"type": "function", "name": "get_weather"} if forced and n == 0 else "auto",
+                "tool_choice": "auto",
                 "parallel_tool_calls": False,
                 "reasoning": {"effort": "medium", "summary": "auto"},
                 "store": False,
@@ -94,20 +92,20 @@ def on_responses(post: Post, stream: bool, forced: bool = False) -> list[Turn]:
     return turns
 
 
-def on_messages(post: Post, stream: bool, forced: bool = False) -> list[Turn]:
+def on_messages(post: Post, stream: bool) -> list[Turn]:
     messages: list[dict[str, Any]] = []
     turns = []
     for city in CITIES:
         turn = Turn()
         question = {"type": "text", "text": f"What is the weather in {city}?", "cache_control": {"type": "ephemeral"}}
         messages.append({"role": "user", "content": [question]})
-        for n in range(3):
+        for _ in range(3):
             body = {
                 "model": MODEL,
                 "system": [{"type": "text", "text": SYSTEM, "cache_control": {"type": "ephemeral"}}],
                 "messages": messages,
                 "tools": [{"name": "get_weather", "description": FUNCTION["description"], "input_schema": PARAMETERS}],
-                "tool_choice": {"type": "tool", "name": "get_weather"} if forced and n == 0 else {"type": "auto"},
+                "tool_choice": {"type": "auto"},
                 "metadata": {"user_id": "user_1_account__session_1"},
                 "thinking": {"type": "enabled", "budget_tokens": 1024},
                 "max_tokens": 160,

@@ -66,18 +66,19 @@ def test_text_of_the_prompt_is_never_in_the_answer() -> None:
 
 @pytest.mark.parametrize("shown", [False, True])
 @pytest.mark.parametrize("include", [False, True])
-def test_a_stop_string_is_not_found_in_the_label(include: bool, shown: bool) -> None:
+def test_a_stop_string_is_found_neither_in_the_label_nor_in_reasoning(include: bool, shown: bool) -> None:
     w = words()
+    said = [*w.encode("a ught b"), END_CHANNEL, *w.encode("c ught d")]
     label = w.encode("thought\n")
     for inside in ([], [PAD], [PAD, *w.encode("tho"), PAD]):
         known = len([t for t in inside if t != PAD])
         for cut in range(len(label) - known):
-            tokens = [*label[known:], *w.encode("a ught b")]
+            tokens = [*label[known:], *said]
             options = Options(stop=("ught",), include_stop=include, special_text=shown)
-            engine = "x" * (2 + (4 if include else 0))
+            engine = "x" * (3 + (4 if include else 0))  # a character stands where reasoning does
             deltas = [output(tokens[:cut]), output(tokens[cut:], "stop", engine, "ught")]
-            said = read(options, [CHANNEL, *inside], deltas).reasoning
-            assert said == ("a ught" if include else "a ")
+            answer = read(options, [CHANNEL, *inside], deltas)
+            assert (answer.reasoning, answer.content) == ("a ught b", "c ught" if include else "c ")
 
 
 def test_special_tokens_of_a_prompt_are_no_text_whatever_the_request_shows() -> None:
