@@ -52,7 +52,7 @@ offline-bundle: setup
 soak: setup
 	$(BIN)/python -m pytest -s -m slow tests/engine/test_soak.py
 
-# vLLM 0.19.1's own tests, without and with the overlay: an hour. Fetches its source distribution.
+# vLLM 0.19.1's own tests, without and with the plugin: an hour. Fetches its source distribution.
 test-upstream: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --override constraints/cpu-overrides.txt \
 	    --constraint constraints/cpu.txt --editable '.[cpu,upstream]'
@@ -105,7 +105,7 @@ test-exporters: setup
 	    $(EXPORTERS)/$$name/bin/python -m pip install --quiet accelerate requests "$$@" || exit 1; \
 	done
 	GEMMA4_EXPORTERS=$(abspath $(EXPORTERS)) GEMMA4_EXPORTERS_PAGE=docs/how-to/checkpoints.md \
-	    $(BIN)/python -m pytest -m slow tests/checkpoints/test_exporters.py
+	    $(BIN)/python -m pytest -m slow tests/checkpoints/test_exporters.py tests/mtp/test_reference.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What parsing costs: processor time per streamed token against the length of the answer, the overlay beside stock.
+"""What parsing costs: processor time per streamed token against the length of the answer, the plugin beside stock.
 
 The engine's outputs are played back through vLLM's own stream generator, so that the numbers hold what a client waits
 for: the parser, vLLM's chunks, and their JSON. `plain` is a server without parsers. The three take turns on the same
@@ -149,7 +149,7 @@ async def block(once: Callable[[], Awaitable[float]], size: int) -> float:
 
 
 async def compare(measured: Any, ways: dict[str, Any], tokens: list[int], blocks: int, *rest: Any) -> dict[str, Any]:
-    """Microseconds a token for each way, and the overlay's ratio to stock."""
+    """Microseconds a token for each way, and the plugin's ratio to stock."""
     fields, step = rest
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     names = [*ways]

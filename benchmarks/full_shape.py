@@ -39,7 +39,7 @@ ENGINES: dict[str, dict[str, str]] = {
 def parse(argv: list[str]) -> argparse.Namespace:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--target", default="31B", choices=("31B", "26B-A4B", "E4B"))
-    ap.add_argument("--drafter", default="E4B", choices=("E4B", "26B-A4B"))
+    ap.add_argument("--drafter", default="E4B", choices=("E4B", "26B-A4B", "mtp"), help="mtp: the target's assistant")
     ap.add_argument("--k", type=int, default=3, help="draft tokens per step")
     ap.add_argument("--engines", default="stock,plain,spec", help=f"of {', '.join(ENGINES)}")
     ap.add_argument("--concurrency", default="1,2,4,8,16")
@@ -86,11 +86,11 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
     query = k + 1 if speculative else 1
     options: dict[str, Any] = {}
     if speculative:
-        options["speculative_config"] = {
-            "method": "draft_model",
-            "model": str(shapes.write_model(args.drafter, work / "drafter")),
-            "num_speculative_tokens": k,
-        }
+        if args.drafter == "mtp":
+            drafter, method = shapes.write_assistant(args.target, work / "assistant"), "mtp"
+        else:
+            drafter, method = shapes.write_model(args.drafter, work / "drafter"), "draft_model"
+        options["speculative_config"] = {"method": method, "model": str(drafter), "num_speculative_tokens": k}
         if args.engine.startswith("spec-whole"):
             options["speculative_config"]["draft_tensor_parallel_size"] = 1
     if args.tp > 1:

@@ -127,6 +127,7 @@ def draft_parts(worker: Any, sizes: list[int], context: int) -> dict[str, dict[s
     """
     from vllm.distributed.parallel_state import graph_capture
 
+    from vllm_gemma4_spec.mtp.graphs import AssistantGraphs
     from vllm_gemma4_spec.performance.draft_graphs import GRAPHS, DraftGraphs
 
     runner = worker.model_runner
@@ -135,6 +136,8 @@ def draft_parts(worker: Any, sizes: list[int], context: int) -> dict[str, dict[s
     if graphs is None:
         return {}
     k = drafter.num_speculative_tokens
+    if isinstance(graphs, AssistantGraphs):
+        return _assistant_parts(drafter, graphs, sizes, context)
     first = DraftGraphs(drafter, graphs._groups, graphs._primary_table, graphs._propose, sizes, (1,))
     with graph_capture(device=runner.device):
         first.capture(torch.cuda.graph_pool_handle())
@@ -163,6 +166,23 @@ def draft_parts(worker: Any, sizes: list[int], context: int) -> dict[str, dict[s
     return out
 
 
+def _assistant_parts(drafter: Any, graphs: Any, sizes: list[int], context: int) -> dict[str, dict[str, float]]:
+    """:func:`draft_parts` of an assistant, whose passes are alike."""
+    k, out = drafter.num_speculative_tokens, {}
+    drafter.seq_lens.fill_(context)
+    drafter.positions.fill_(context - 1)
+    for n in sizes:
+        graph = graphs._graphs[graphs._padded[n], k][0]
+        whole = _median_ms(graph.replay)
+        began = time.perf_counter()
+        for _ in range(20):
+            graph.replay()
+        host = (time.perf_counter() - began) / 20 * 1e3
+        torch.cuda.synchronize()
+        out[str(n)] = {"whole": round(whole, 3), "pass": round(whole / k, 3), "host": round(host, 3)}
+    return out
+
+
 def profile_replay(worker: Any, size: int) -> list[tuple[str, float, float]]:
     """Kernels of one replay in order: name, start and duration in microseconds."""
     from torch.profiler import ProfilerActivity, profile
@@ -172,7 +192,8 @@ def profile_replay(worker: Any, size: int) -> list[tuple[str, float, float]]:
     graphs = worker.model_runner.drafter.__dict__.get(GRAPHS)
     if graphs is None:
         return []
-    graph = graphs._graphs[size, worker.model_runner.drafter.num_speculative_tokens].cuda_graph
+    captured = graphs._graphs[size, worker.model_runner.drafter.num_speculative_tokens]
+    graph = captured[0] if isinstance(captured, tuple) else captured.cuda_graph
     graph.replay()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as prof:

@@ -54,6 +54,46 @@ def write_model(name: str, folder: Path, layers: int | None = None) -> Path:
     return folder
 
 
+# Hidden size, inner size, query heads and whether the head goes by centroids, as published.
+_ASSISTANTS = {"31B": (1024, 8192, 32, False), "26B-A4B": (1024, 8192, 16, False), "E4B": (256, 2048, 4, True)}
+
+
+def write_assistant(target: str, folder: Path) -> Path:
+    """A folder with the config of the MTP assistant of ``target``, in bfloat16; there are no weights in it."""
+    published = json.loads((artifacts() / "gemma4/models" / MODELS[target] / "config.json").read_text())["text_config"]
+    hidden, inner, heads, centroids = _ASSISTANTS[target]
+    text = published | {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 4,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 0,
+        "enable_moe_block": False,
+        "num_experts": None,
+        "top_k_experts": None,
+        "use_double_wide_mlp": False,
+        "final_logit_softcapping": None,
+        "dtype": "bfloat16",
+    }
+    config = {
+        "model_type": "gemma4_assistant",
+        "architectures": ["Gemma4AssistantForCausalLM"],
+        "backbone_hidden_size": published["hidden_size"],
+        "use_ordered_embeddings": centroids,
+        "num_centroids": 2048,
+        "centroid_intermediate_top_k": 32,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+        "text_config": text,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    return folder
+
+
 @torch.no_grad()
 def random_weights(model: torch.nn.Module, *_: Any, **__: Any) -> None:
     """In the place of vLLM's ``initialize_dummy_weights``, which leaves NVFP4 codes and scales uninitialized.

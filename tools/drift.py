@@ -197,7 +197,7 @@ for still stand there, and does the release still need the patch? Newest release
 [On a newer vLLM](../how-to/newer-vllm.md).
 
 **What the plugin does there:** it is for 0.19.1. On every other release it ends the start with one line, `vLLM … is
-installed and this overlay is for 0.19.1; …`, and changes nothing; `VLLM_GEMMA4_SPEC=0` or uninstalling it lets vLLM
+installed and this plugin is for 0.19.1; …`, and changes nothing; `VLLM_GEMMA4_SPEC=0` or uninstalling it lets vLLM
 start. Patches whose code happens to be the same are not applied either: all were tested together, on 0.19.1.
 
 *same*: every target's source text is that of 0.19.1. *moved*: the same text in another module. *uses changed code*:

@@ -1,4 +1,4 @@
-"""pytest plugin for vLLM's own tests: the overlay as its switches say, in the test process, too.
+"""pytest plugin for vLLM's own tests: the plugin as its switches say, in the test process, too.
 
 Processes that the tests start load it as vLLM's plugin; the test process itself may never ask for plugins.
 """

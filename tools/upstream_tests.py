@@ -1,4 +1,4 @@
-"""vLLM 0.19.1's own tests, without and with the overlay: no outcome may get worse.
+"""vLLM 0.19.1's own tests, without and with the plugin: no outcome may get worse.
 
 ``make test-upstream``. Takes the release's source distribution from the package index, runs the tests that
 concern what is patched and can run on a CPU twice in the same environment, and compares their junit files.
@@ -123,7 +123,7 @@ Outcomes = dict[str, Outcome]
 
 @dataclass(frozen=True)
 class Patches:
-    """What of the overlay was there in a run of pytest.
+    """What of the plugin was there in a run of pytest.
 
     Attributes:
         states: patch -> its state at the end.
@@ -287,7 +287,7 @@ It ends with an error if any test gets worse, and writes this page.
 
 `facebook/opt-125m` is stood in for by transformers' default `OPTConfig` (no weights), `google/gemma-4-E2B-it` by the
 genuine tokenizer. What needs another download, or a GPU, fails both ways and is listed below. The rejection sampler's
-tests get better because its Triton kernels cannot be launched on a CPU, and have forms in PyTorch with the overlay.
+tests get better because its Triton kernels cannot be launched on a CPU, and have forms in PyTorch with the plugin.
 
 """
 
@@ -299,7 +299,7 @@ def report(found: Mapping[str, Mapping[str, Outcomes]], worse: Mapping[str, Diff
         found: group -> way -> outcomes.
         worse: the tests that got worse, by id.
     """
-    lines = [HEAD + "| tests of vLLM 0.19.1 | stock | with the overlay | better | worse |", "|---|---|---|---|---|"]
+    lines = [HEAD + "| tests of vLLM 0.19.1 | stock | with the plugin | better | worse |", "|---|---|---|---|---|"]
     better: list[str] = []
     neither: dict[str, Counter[str]] = {}
     for group, ways in found.items():
@@ -313,14 +313,14 @@ def report(found: Mapping[str, Mapping[str, Outcomes]], worse: Mapping[str, Diff
                 neither.setdefault(test.split("::")[0], Counter())[outcome.cause] += 1
     if missing := [g for g in GROUPS if g not in found]:
         lines += ["", f"**Not compared in this run:** {', '.join(missing)}."]
-    lines += ["", f"## Worse with the overlay: {len(worse)}", ""]
+    lines += ["", f"## Worse with the plugin: {len(worse)}", ""]
     lines += [f"- `{p.test}`: {p.stock.state} → {p.overlay.state}: {p.overlay.message}" for p in worse.values()] or [
         "None."
     ]
-    lines += ["", f"## Better with the overlay: {len(better)}", "", *(better or ["None."])]
+    lines += ["", f"## Better with the plugin: {len(better)}", "", *(better or ["None."])]
     lines += ["", f"## Failing both ways: {sum(n for c in neither.values() for n in c.values())}", ""]
     lines += [
-        "Alike without and with the overlay; the cause is read from the message.",
+        "Alike without and with the plugin; the cause is read from the message.",
         "",
         "| module | tests | cause |",
     ]
@@ -353,7 +353,7 @@ def main(
     page: Annotated[Path | None, typer.Option(help="Write the report (Markdown) here, too.")] = None,
     resume: Annotated[bool, typer.Option(help="Keep the results of groups that an earlier call has run.")] = False,
 ) -> None:
-    """Run vLLM's own tests without and with the overlay and compare every outcome."""
+    """Run vLLM's own tests without and with the plugin and compare every outcome."""
     if unknown := set(only or ()) - set(GROUPS):
         raise typer.BadParameter(f"no such group: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
     work = work.resolve()
@@ -404,7 +404,7 @@ def main(
     typer.echo(text)
     if page is not None:
         page.write_text(text)
-    problems += [f"worse with the overlay: {test}" for test in worse]
+    problems += [f"worse with the plugin: {test}" for test in worse]
     for line in problems:
         typer.echo(f"FAILED {line}", err=True)
     raise typer.Exit(1 if problems else 0)

@@ -11,6 +11,7 @@ from vllm_gemma4_spec.engine import patches as engine
 from vllm_gemma4_spec.hf_config import patches as hf_config
 from vllm_gemma4_spec.lora import patches as lora
 from vllm_gemma4_spec.metrics import patches as metrics
+from vllm_gemma4_spec.mtp import patches as mtp
 from vllm_gemma4_spec.multimodal import patches as multimodal
 from vllm_gemma4_spec.patching.engine import Patcher
 from vllm_gemma4_spec.patching.patch import Patch
@@ -28,6 +29,7 @@ PATCHES: tuple[Patch, ...] = (
     *spec_decode.PATCHES,
     *scheduling.PATCHES,
     *multimodal.PATCHES,
+    *mtp.PATCHES,
     *lora.PATCHES,
     *performance.PATCHES,
     *cpu.PATCHES,

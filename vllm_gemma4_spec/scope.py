@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
-# `model_type` in a Hugging Face config: with towers, and the language model alone.
-MODEL_TYPES = frozenset({"gemma4", "gemma4_text"})
+# `model_type` of an MTP assistant in vLLM, this package's and that of later releases; "gemma4_assistant" in its file.
+ASSISTANT = "gemma4_mtp"
+# `model_type` in a Hugging Face config: with towers, the language model alone, and an assistant.
+MODEL_TYPES = frozenset({"gemma4", "gemma4_text", ASSISTANT})
 
 
 def gemma4(hf_config: Any) -> bool:
@@ -42,6 +44,12 @@ def gemma4_drafter(vllm_config: Any) -> bool:
     """Whether the engine speculates with a Gemma 4 as its draft model."""
     spec = getattr(vllm_config, "speculative_config", None)
     return getattr(spec, "method", None) == "draft_model" and gemma4_model(getattr(spec, "draft_model_config", None))
+
+
+def is_assistant(speculative_config: Any) -> bool:
+    """Whether a ``SpeculativeConfig``'s drafter is an MTP assistant of Gemma 4; False for None."""
+    draft = getattr(speculative_config, "draft_model_config", None)
+    return getattr(getattr(draft, "hf_config", None), "model_type", None) == ASSISTANT
 
 
 def current_config() -> Any:

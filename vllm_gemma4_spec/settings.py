@@ -1,4 +1,4 @@
-"""Environment variables of the overlay, all named ``VLLM_GEMMA4_SPEC…``.
+"""Environment variables of the plugin, all named ``VLLM_GEMMA4_SPEC…``.
 
 They are declared to vLLM (``vllm.envs.environment_variables``), so vLLM does not report them as unknown,
 hands them to its workers, and makes them part of its torch.compile cache key.

@@ -1,9 +1,13 @@
 """Five turns of an agent with tools, request by request, as Codex asks ``/v1/responses`` and Claude Code
-``/v1/messages``: every request carries the whole conversation, in the fields that these programs send."""
+``/v1/messages``: every request carries the whole conversation, in the fields that these programs send.
+
+With ``forced`` a turn's first request names the tool, for models that would not call it by themselves.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,26 +33,32 @@ def _events(reply: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
 
 
-def _post(url: str, path: str, body: dict[str, Any], headers: dict[str, str]) -> httpx.Response:
-    reply = httpx.post(url + path, json=body, headers=headers, timeout=300, trust_env=False)
-    assert reply.status_code == 200, reply.text
-    return reply
+Post = Callable[[str, dict[str, Any], dict[str, str]], httpx.Response]  # path, body, headers
 
 
-def on_responses(url: str, stream: bool) -> list[Turn]:
+def to(url: str) -> Post:
+    """Requests to a server."""
+
+    def post(path: str, body: dict[str, Any], headers: dict[str, str]) -> httpx.Response:
+        return httpx.post(url + path, json=body, headers=headers, timeout=300, trust_env=False)
+
+    return post
+
+
+def on_responses(post: Post, stream: bool, forced: bool = False) -> list[Turn]:
     items: list[dict[str, Any]] = []
     turns = []
     for city in CITIES:
         turn = Turn()
         question = {"type": "input_text", "text": f"What is the weather in {city}?"}
         items.append({"type": "message", "role": "user", "content": [question]})
-        for _ in range(3):
+        for n in range(3):
             body = {
                 "model": MODEL,
                 "instructions": SYSTEM,
                 "input": items,
                 "tools": [{"type": "function", "strict": False, **FUNCTION}],
-                "tool_choice": "auto",
+                "tool_choice": {"type": "function", "name": "get_weather"} if forced and n == 0 else "auto",
                 "parallel_tool_calls": False,
                 "reasoning": {"effort": "medium", "summary": "auto"},
                 "store": False,
@@ -58,7 +68,8 @@ def on_responses(url: str, stream: bool) -> list[Turn]:
                 "temperature": 0,
                 "max_output_tokens": 160,
             }
-            reply = _post(url, "/v1/responses", body, {"originator": "codex_cli_rs"})
+            reply = post("/v1/responses", body, {"originator": "codex_cli_rs"})
+            assert reply.status_code == 200, reply.text
             if stream:
                 output = [e["item"] for e in _events(reply) if e["type"] == "response.output_item.done"]
             else:
@@ -83,19 +94,20 @@ def on_responses(url: str, stream: bool) -> list[Turn]:
     return turns
 
 
-def on_messages(url: str, stream: bool) -> list[Turn]:
+def on_messages(post: Post, stream: bool, forced: bool = False) -> list[Turn]:
     messages: list[dict[str, Any]] = []
     turns = []
     for city in CITIES:
         turn = Turn()
         question = {"type": "text", "text": f"What is the weather in {city}?", "cache_control": {"type": "ephemeral"}}
         messages.append({"role": "user", "content": [question]})
-        for _ in range(3):
+        for n in range(3):
             body = {
                 "model": MODEL,
                 "system": [{"type": "text", "text": SYSTEM, "cache_control": {"type": "ephemeral"}}],
                 "messages": messages,
                 "tools": [{"name": "get_weather", "description": FUNCTION["description"], "input_schema": PARAMETERS}],
+                "tool_choice": {"type": "tool", "name": "get_weather"} if forced and n == 0 else {"type": "auto"},
                 "metadata": {"user_id": "user_1_account__session_1"},
                 "thinking": {"type": "enabled", "budget_tokens": 1024},
                 "max_tokens": 160,
@@ -103,7 +115,8 @@ def on_messages(url: str, stream: bool) -> list[Turn]:
                 "stream": stream,
             }
             headers = {"anthropic-version": "2023-06-01", "anthropic-beta": "interleaved-thinking-2025-05-14"}
-            reply = _post(url, "/v1/messages?beta=true", body, headers)
+            reply = post("/v1/messages?beta=true", body, headers)
+            assert reply.status_code == 200, reply.text
             blocks = _blocks(_events(reply)) if stream else reply.json()["content"]
             messages.append({"role": "assistant", "content": blocks})
             results = []

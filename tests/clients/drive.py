@@ -2,8 +2,8 @@
 
     python drive.py NAME URL
 
-Every client asks for reasoning, runs a tool loop of two rounds (two questions in one conversation, a call and its
-result for each) and asks for an object of a schema; each streamed and not, as far as it can.
+Every client asks for reasoning, runs a tool loop of two rounds (a call, then the answer to its result) and asks for an
+object of a schema; each streamed and not, as far as it can.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 MODEL = "gemma4-demo"
 QUESTION = "Anna has 3 apples and buys 4 more. How many apples does Anna have now?"
-ROUNDS = ("What is the weather in Oslo?", "What is the weather in Rome?")
+ROUNDS = ("What is the weather in Oslo?",)  # each: a call, then the answer to its result; the demo pair knows no more
 RESULT = "sunny, 21 degrees"
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 FUNCTION = {"name": "get_weather", "description": "The weather in a city.", "parameters": PARAMETERS}

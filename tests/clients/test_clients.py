@@ -75,8 +75,8 @@ def test_what_a_client_shows(served: Server, client: str) -> None:
             assert bool(found["reasoning"]) == shows["reasoning"], found
             assert found["content"]
         if "called" in found:
-            assert found["called"] == ["Oslo", "Rome"]
-            assert found["last"]
+            assert found["called"] == ["Oslo"]
+            assert "21 degrees" in found["last"]
         assert found["structured"]["city"] in ("Oslo", "Rome")
         for text in (found.get("reasoning", ""), found.get("content", ""), found.get("last", "")):
             assert not any(mark in text for mark in MARKS), text
@@ -87,23 +87,14 @@ def test_what_a_client_shows(served: Server, client: str) -> None:
     _rows[client] = [f"{shows['name']} {seen['version']}", shows["api"], reasoning, loop, structured]
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_an_agent_on_responses(served: Server, stream: bool) -> None:
-    """Requests as Codex sends them: nothing stored, every item sent back, five turns with tools."""
-    turns = agents.on_responses(served.url, stream)
-    check_turns(turns)
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_an_agent_on_messages(served: Server, stream: bool) -> None:
-    """Requests as Claude Code sends them: thinking, blocks with cache marks, five turns with tools."""
-    turns = agents.on_messages(served.url, stream)
-    check_turns(turns)
-
-
-def check_turns(turns: list[agents.Turn]) -> None:
-    assert [turn.calls for turn in turns] == [[("get_weather", {"city": city})] for city in agents.CITIES]
-    for turn, city in zip(turns, agents.CITIES, strict=True):
-        assert city in turn.answer, turn
-        assert turn.reasoning
+@pytest.mark.parametrize("agent", [agents.on_responses, agents.on_messages], ids=lambda f: f.__name__)
+def test_agents(served: Server, agent: Any) -> None:
+    """Requests as Codex and Claude Code send them, five turns with tools. The demo pair knows conversations of one turn
+    only, so the calls are forced; what it says besides is not looked at (``chat/test_agents.py`` does, on scripts)."""
+    whole = agent(agents.to(served.url), stream=False, forced=True)
+    assert len(whole) == 5
+    for turn in whole:
+        assert {name for name, _ in turn.calls} == {"get_weather"}
+        assert all(isinstance(arguments["city"], str) for _, arguments in turn.calls)
         assert not any(mark in text for text in (turn.answer, turn.reasoning) for mark in MARKS), turn
+    assert agent(agents.to(served.url), stream=True, forced=True) == whole

@@ -25,9 +25,11 @@ def save_head(
     architecture: str,
     seed: int = 5,
     heads: int = 2,
+    hidden: int = 64,
+    vocabulary: int = 512,
 ) -> Path:
-    """Write a random head for the tiny target (hidden size 64, vocabulary 512)."""
-    hidden, inner, kv_heads = 64, 96, 1
+    """Write a random head; by default for the tiny target."""
+    inner, kv_heads = 96, 1
     g = torch.Generator().manual_seed(seed)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
@@ -62,7 +64,7 @@ def save_head(
     config: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": "llama",
-        "vocab_size": 512,
+        "vocab_size": vocabulary,
         "hidden_size": hidden,
         "intermediate_size": inner,
         "num_hidden_layers": len(head_dims),

@@ -1,1 +1,1 @@
-"""Faults of every kind, on the real server: what the overlay's server does, beside what stock vLLM does."""
+"""Faults of every kind, on the real server: what the plugin's server does, beside what stock vLLM does."""

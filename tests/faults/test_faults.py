@@ -1,4 +1,4 @@
-"""Each fault hits the overlay's server and stock vLLM's: both do the same, none hangs, the overlay answers rightly.
+"""Each fault hits the plugin's server and stock vLLM's: both do the same, none hangs, the plugin answers rightly.
 
 What stock vLLM's parsers make of the same tokens depends on how they are cut into deltas: its texts are not judged.
 """

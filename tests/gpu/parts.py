@@ -57,6 +57,7 @@ _ALL = (
     # A last-bit difference between two batch shapes can round a key to the next fp8 value; see the file.
     Part("fp8_cache", 200, own={"VLLM_BATCH_INVARIANT": "1"}),
     Part("images", 200),
+    Part("mtp", 300),
     Part("nvfp4_layers", 200),
     Part("checkpoints", 240),
     Part("reload", 120),

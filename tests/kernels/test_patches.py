@@ -178,7 +178,7 @@ def test_a_drafter_gets_its_head_when_it_is_loaded(
     def load(self: Any, target: Any) -> None:
         self.model = "loaded"
 
-    monkeypatch.setattr(argmax, "_head_of", head_of)
+    monkeypatch.setattr(argmax, "head_of", head_of)
     logits = SimpleNamespace(compute_logits=lambda hidden: hidden)
     proposer = SimpleNamespace(vllm_config=vllm_config(GEMMA4, drafter), device=torch.device(device))
     argmax.load_model(load)(proposer, None)

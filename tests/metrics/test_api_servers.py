@@ -1,4 +1,4 @@
-"""The overlay's metrics where vLLM's ``/metrics`` serves the files of prometheus_client's multiprocess mode."""
+"""The plugin's metrics where vLLM's ``/metrics`` serves the files of prometheus_client's multiprocess mode."""
 
 from __future__ import annotations
 

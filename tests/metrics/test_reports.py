@@ -1,4 +1,4 @@
-"""The overlay's own counters against what really happened in the engine."""
+"""The plugin's own counters against what really happened in the engine."""
 
 from __future__ import annotations
 

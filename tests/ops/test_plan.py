@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -151,6 +152,39 @@ def test_modules_left_out_of_quantization_stay_wide(tmp_path: Path) -> None:
     assert sizes["some"] - sizes["all"] == pytest.approx(kept * (2 - 0.5625))
 
 
+FIXTURES = ROOT / "tests" / "checkpoints" / "fixtures"
+
+
+@pytest.mark.parametrize("name", ["26b-mm-awq-lite", "31b-nvfp4", "e4b-awq-lite"])
+def test_formats_are_those_of_the_files(name: str) -> None:
+    """ModelOpt 0.42 left 26B's experts in bf16 and did not list them as excluded."""
+    read = model.load(FIXTURES / name)
+    formats = {m.name.partition("layers.0.")[2]: read._format(m) for m in (*read.matrices, *read.experts)}
+    assert read.weights == "nvfp4"
+    assert formats["self_attn.qkv_proj"] == formats["self_attn.o_proj"] == formats["mlp"] == "nvfp4"
+    assert formats.get("experts", "bf16") == formats.get("router.proj", "bf16") == "bf16"
+
+
+def test_mixed_precision_is_read_layer_by_layer(tmp_path: Path) -> None:
+    """From the config alone; and what is neither NVFP4 nor FP8 is refused, not guessed."""
+    layers = {
+        "model.layers.0.self_attn.q_proj": "FP8", "model.layers.0.mlp.down_proj": "NVFP4", "model.layers.1.mlp": "NVFP4"
+    }  # fmt: skip
+    config = tiny_models.target_config().to_dict() | {"model_type": "gemma4_text"}
+    quant: dict[str, Any] = {"quant_algo": "MIXED_PRECISION"}
+    quant["quantized_layers"] = {name: {"quant_algo": algorithm} for name, algorithm in layers.items()}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quant}))
+    read = model.load(tmp_path)
+    formats = {m.name.partition("language_model.")[2]: read._format(m) for m in read.matrices}
+    assert formats["layers.0.self_attn.qkv_proj"] == "fp8"
+    assert formats["layers.0.self_attn.o_proj"] == "bf16"
+    assert formats["layers.0.mlp"] == formats["layers.1.mlp"] == "nvfp4"
+    quant = {"quant_method": "awq", "modules_to_not_convert": ["an nvfp4 in a comment"]}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quant}))
+    with pytest.raises(configs.PlanError, match="quantized by 'awq'"):
+        model.load(tmp_path)
+
+
 @needs_configs
 @pytest.mark.parametrize("name", ["gemma-4-31B-it", "gemma-4-26B-A4B-it", "gemma-4-E4B-it"])
 def test_fields_are_those_that_transformers_reads(name: str) -> None:
@@ -285,6 +319,41 @@ def test_the_table_of_measured_times_is_that_of_the_results() -> None:
 )
 def test_a_card_in_any_spelling(spelled: str, card: str) -> None:
     assert timing.named(spelled).name == card
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "read"),
+    [("31B", 0.94, 0.94), ("26B-A4B", 0.84, 0.84), ("E4B", 0.156, 0.0249), ("E2B", 0.154, 0.0233)],
+)
+def test_an_assistant_has_no_kv_and_reads_what_is_published(name: str, size: float, read: float) -> None:
+    """GB in bf16; a head by centroids reads 6,144 of its 262,144 rows."""
+    target, assistant = (model.load(f"google/gemma-4-{name}-it{end}") for end in ("", "-assistant"))
+    assert assistant.weight_bytes / 1e9 == pytest.approx(size, rel=0.01)
+    assert assistant.read_bytes(1) / 1e9 == pytest.approx(read, rel=0.01)
+    alone, beside = (groups.plan_cache(target, drafter, 40 << 30, 4096) for drafter in (None, assistant))
+    assert beside == alone
+
+
+def test_an_assistant_has_the_matrices_of_its_checkpoint() -> None:
+    from vllm_gemma4_spec.mtp.config import Gemma4AssistantConfig
+    from vllm_gemma4_spec.mtp.weights import expected
+
+    for name, row in configs.published().items():
+        if row.get("model_type") != configs.ASSISTANT:
+            continue
+        text = row["text_config"] | {"layer_types": configs.text(row, name).layer_types}
+        shapes = expected(Gemma4AssistantConfig(**row | {"text_config": text}))
+        wanted = sum(math.prod(s) for n, s in shapes.items() if len(s) == 2 and "centroids" not in n)
+        assert model.load(name).weight_bytes == 2 * wanted
+
+
+def test_an_assistant_of_another_target_is_one_line() -> None:
+    done = in_process("plan", "--target", "google/gemma-4-31B-it", "--drafter", "google/gemma-4-E4B-it-assistant")
+    assert done.returncode == 2
+    assert "of hidden size 2560; gemma-4-31B-it has 5376" in done.stderr
+    done = in_process("plan", "--target", "google/gemma-4-31B-it-assistant")
+    assert done.returncode == 2
+    assert "give it as --drafter" in done.stderr
 
 
 def test_a_hub_id_is_looked_up_in_the_local_cache_first(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_importing_the_package_imports_no_vllm() -> None:
         ),
         pytest.param(
             "import vllm; vllm.__version__ = '0.20.0'",
-            "vLLM 0.20.0 is installed and this overlay is for 0.19.1",
+            "vLLM 0.20.0 is installed and this plugin is for 0.19.1",
             marks=pytest.mark.slow,  # test_on_another_release_the_start_ends_with_one_line says so, too
         ),
     ],
@@ -242,8 +242,8 @@ def test_on_another_release_the_start_ends_with_one_line(version: str) -> None:
     refused = run(code)
     assert refused.returncode == 1
     assert refused.stderr.strip().splitlines()[-1] == (
-        f"vllm-gemma4-spec: vLLM {version} is installed and this overlay is for 0.19.1; install vllm==0.19.1, "
-        "or set VLLM_GEMMA4_SPEC=0 to run without the overlay"
+        f"vllm-gemma4-spec: vLLM {version} is installed and this plugin is for 0.19.1; install vllm==0.19.1, "
+        "or set VLLM_GEMMA4_SPEC=0 to run without the plugin"
     )
     assert "Traceback" not in refused.stderr
     off = run(code, VLLM_GEMMA4_SPEC="0")

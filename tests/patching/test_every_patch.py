@@ -142,6 +142,21 @@ SHOWN = {
         "multimodal/test_image_sizes::test_several_resolutions_one_image_at_a_time",
         r"Error",
     ),
+    "mtp-assistant": Shown(
+        "mtp/test_validation::test_stock_does_not_know_assistants",
+        "mtp/test_validation::test_the_method_is_mtp_given_or_not",
+        r"gemma4_assistant|Gemma4Assistant",
+    ),
+    "mtp-scheduling": Shown(
+        "mtp/test_stock_scheduling::test_stock_scheduling_stops_before_the_maximum_length",
+        "mtp/test_drafts::test_drafts_go_on_to_the_maximum_length[31b]",
+        r"assert \d+ > \d+",
+    ),
+    "mtp-checks": Shown(
+        "mtp/test_validation::test_stock_takes_another_targets_assistant",
+        "mtp/test_validation::test_another_targets_assistant",
+        r"DID NOT RAISE",
+    ),
     "lora-aliases": Shown(
         "lora/test_lora::test_stock_ignores_the_adapter",
         "lora/test_lora::test_requests_with_and_without_an_adapter[target]",
@@ -235,17 +250,27 @@ SHOWN = {
     "grammar-positions": Shown(
         f"{_REQUESTS}::test_stock_vllm_forgets_grammar_budget_and_stop_strings",
         f"{_REQUESTS}::test_constrained_text_fits_its_constraint[near-3]",
-        r"assert",
+        r"\('(choice|regex|json|grammar)', \d+",
     ),
     "thinking-budget": Shown(
         f"{_REQUESTS}::test_stock_vllm_forgets_grammar_budget_and_stop_strings",
         f"{_REQUESTS}::test_budgets_are_kept[near-3]",
-        r"assert",
+        r"assert \d+ == \d+",
+    ),
+    "min-tokens": Shown(
+        f"{_REQUESTS}::test_stock_vllm_forgets_grammar_budget_and_stop_strings",
+        f"{_REQUESTS}::test_every_answer_is_that_of_plain_decoding[self-5]",
+        r"\('least 8', 5\)",
+    ),
+    "allowed-tokens": Shown(
+        "requests/test_allowed_tokens::test_stock_leaves_them_to_another_request",
+        "requests/test_allowed_tokens::test_each_request_keeps_its_own",
+        r"\('c', \[3, 4\]\)",
     ),
     "stop-strings": Shown(
         f"{_REQUESTS}::test_stock_vllm_forgets_grammar_budget_and_stop_strings",
         f"{_REQUESTS}::test_the_stop_string_that_ends_first_ends_the_answer[near-3]",
-        r"assert",
+        r"assert (None|'.*') == '",
     ),
     "responses-schema": Shown(
         "requests/test_responses::test_stock_dies_before_the_first_event",

@@ -23,6 +23,7 @@ LAYERS = (
     ("kernels", "metrics"),
     ("chat", "cpu", "engine", "lora", "multimodal", "quantization", "requests", "scheduling", "spec_decode", "startup"),
     ("performance",),
+    ("mtp",),
     ("registry",),
     ("demo", "ops", "plugin"),
     ("cli",),

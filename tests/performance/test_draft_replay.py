@@ -47,7 +47,7 @@ class Rerun(DraftGraphs):
     """Graphs whose replay calls the captured function on the same buffers."""
 
     def capture(self, pool: Any, warmups: int = 0) -> None:
-        for n, draft_length in itertools.product(self.batch_sizes, self._draft_lengths):
+        for n, draft_length in itertools.product(self.batch_sizes, self.draft_lengths):
             drafts = torch.full((n, draft_length), -1, dtype=torch.int64)
             self._graphs[n, draft_length] = _Graph(
                 SimpleNamespace(replay=lambda n=n, d=draft_length, drafts=drafts: drafts.copy_(self.run(n, d))), drafts
@@ -113,6 +113,32 @@ def test_replays_draft_what_the_original_drafts(
         assert counts.accepted == counts.proposed > 0
     else:
         assert 0 < counts.accepted < counts.proposed
+
+
+def test_padding_stands_in_the_null_block_and_the_batch_where_it_was() -> None:
+    """What a replay of three requests in the graph of four reads: no request's tokens but theirs."""
+    tables = [torch.full((4, 5), 7, dtype=torch.int32) for _ in range(3)]
+    groups = SimpleNamespace(block_tables=lambda rows: [t[:rows] for t in tables[1:]])
+    proposer: Any = SimpleNamespace(num_speculative_tokens=K, device=torch.device("cpu"))
+    graphs = Rerun(proposer, groups, lambda rows: tables[0][:rows], None, [1, 2, 4], [K])  # type: ignore[arg-type]
+    drafts, ran = torch.arange(4 * K).view(4, K), []
+    graphs._graphs[4, K] = _Graph(SimpleNamespace(replay=lambda: ran.append(True)), drafts)
+    graphs._inputs.seq_lens.fill_(900)  # of an earlier step
+    tokens = torch.arange(3 * (K + 1), dtype=torch.int32)
+    last, rejected, lengths = torch.tensor([[4, 5, 6], [0, 1, 3], [50, 60, 70]], dtype=torch.int32)
+    cad: Any = SimpleNamespace(num_reqs=3, seq_lens=lengths)
+    made = graphs.replay(tokens, tokens.long() + 40, last, cad, rejected)
+    assert ran == [True]
+    assert graphs._num_live.tolist() == [3]
+    assert graphs._inputs.seq_lens.tolist() == [50, 60, 70, K + 1]
+    for table in tables:
+        assert table.tolist() == [[7] * 5] * 3 + [[0] * 5]
+    assert torch.equal(graphs._inputs.token_ids[: len(tokens)], tokens)
+    assert torch.equal(graphs._inputs.positions[: len(tokens)], tokens.long() + 40)
+    assert graphs._inputs.next_token_ids[:3].tolist() == last.tolist()
+    assert graphs._inputs.num_rejected[:3].tolist() == rejected.tolist()
+    drafts.zero_()  # the next replay
+    assert made.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
 
 
 def test_batches_that_no_graph_fits() -> None:

@@ -35,6 +35,7 @@ FOLDERS = {
     "kernels",
     "lora",
     "metrics",
+    "mtp",
     "multimodal",
     "ops",
     "ops/bench",

@@ -14,6 +14,7 @@ from vllm_gemma4_spec.demo import data, template
 
 Request = dict[str, Any]
 
+DEFAULT_MAX_TOKENS = 16  # SamplingParams' own max_tokens
 LOGPROB_TOLERANCE = 1e-3  # float32, batches of other shapes
 STOPS = ["1", "2", "3", "4", "5", ", ", "is", " has", "The", ".", "\n", "call", " Anna", "apples", "thought"]
 SCHEMA = {
@@ -150,7 +151,7 @@ def smaller(request: Request) -> list[Request]:
         elif isinstance(value, int) and not isinstance(value, bool) and value > 1:
             out += [{"prompt": prompt, "params": {**params, name: v}} for v in {value // 2, value - 1}]
     out += [{"prompt": half, "params": params} for half in _halves(prompt)] if len(prompt) > 1 else []
-    return out
+    return [r for r in out if r["params"].get("min_tokens", 0) <= r["params"].get("max_tokens", DEFAULT_MAX_TOKENS)]
 
 
 def _halves(values: list[Any]) -> list[list[Any]]:

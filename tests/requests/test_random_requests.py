@@ -27,12 +27,19 @@ OPTIONS: dict[str, Any] = {
     "generation_config": "auto",
 }
 FAST, SLOW = 40, 2000
+LENGTHS = (1, 2, 3, 5, 8)  # drafts a step; each gets its share of the requests
 
 
-def compare(asked: Sequence[generator.Request], plain: Callable[[], Any], speculating: Callable[[], Any]) -> list[int]:
-    """Places of the requests that the two engines answer differently."""
-    with plain() as llm:
-        wanted = generator.answers(llm, asked)
+def compare(
+    asked: Sequence[generator.Request],
+    plain: Callable[[], Any],
+    speculating: Callable[[], Any],
+    wanted: Sequence[Any] | None = None,
+) -> list[int]:
+    """Places of the requests that the two engines answer differently; ``wanted``: plain answers known already."""
+    if wanted is None:
+        with plain() as llm:
+            wanted = generator.answers(llm, asked)
     with speculating() as llm:
         before = acceptance(llm)
         got = generator.answers(llm, asked)
@@ -41,8 +48,13 @@ def compare(asked: Sequence[generator.Request], plain: Callable[[], Any], specul
     return [i for i, (a, b) in enumerate(zip(wanted, got, strict=True)) if not generator.same(a, b)]
 
 
-def check(asked: list[generator.Request], plain: Callable[[], Any], speculating: Callable[[], Any]) -> None:
-    differing = compare(asked, plain, speculating)
+def check(
+    asked: list[generator.Request],
+    plain: Callable[[], Any],
+    speculating: Callable[[], Any],
+    wanted: Sequence[Any] | None = None,
+) -> None:
+    differing = compare(asked, plain, speculating, wanted)
     if differing:
 
         def differ(tried: list[generator.Request]) -> list[bool]:
@@ -60,19 +72,38 @@ def test_answers_are_those_of_plain_decoding(tmp_path: Path) -> None:
     check(asked, lambda: engine(target, **OPTIONS), lambda: engine(target, drafter, 4, **OPTIONS))
 
 
-@pytest.mark.slow
-def test_two_thousand_requests_to_the_demo_pair() -> None:
-    from transformers import AutoTokenizer
-
+@pytest.fixture(scope="module")
+def demo() -> Any:
     from vllm_gemma4_spec.demo import build
 
-    pair, _ = build.ensure(build.default_folder())
-    stream = generator.requests(11, AutoTokenizer.from_pretrained(pair.target))
-    for k in (1, 2, 3, 5, 8):
-        asked = list(itertools.islice(stream, SLOW // 5))
-        check(
-            asked, lambda: engine(pair.target, **OPTIONS), lambda k=k: engine(pair.target, pair.drafter, k, **OPTIONS)
-        )
+    return build.ensure(build.default_folder())[0]
+
+
+@pytest.fixture(scope="module")
+def thousands(demo: Any) -> dict[int, tuple[list[generator.Request], list[Any]]]:
+    """k -> requests, and what plain decoding answers: one engine for all of them."""
+    from transformers import AutoTokenizer
+
+    asked = list(itertools.islice(generator.requests(11, AutoTokenizer.from_pretrained(demo.target)), SLOW))
+    with engine(demo.target, **OPTIONS) as llm:
+        wanted = generator.answers(llm, asked)
+    share = SLOW // len(LENGTHS)
+    return {
+        k: (asked[at : at + share], wanted[at : at + share])
+        for k, at in zip(LENGTHS, range(0, SLOW, share), strict=True)
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", LENGTHS)
+def test_two_thousand_requests_to_the_demo_pair(thousands: Any, demo: Any, k: int) -> None:
+    asked, wanted = thousands[k]
+    check(
+        asked,
+        lambda: engine(demo.target, **OPTIONS),
+        lambda: engine(demo.target, demo.drafter, k, **OPTIONS),
+        wanted,
+    )
 
 
 def test_a_failure_shrinks_to_what_it_takes() -> None:

@@ -20,6 +20,7 @@ from tests.support.engine import acceptance, engine
 START, END = 100, 101
 BUDGETS = (0, 1, 2, 4, 9)
 STOPS = range(0, 16, 3)  # words of the script
+LEAST = (4, 8, 12)  # min_tokens: some answers end where a step's drafts have just reached them
 ALL_LEFT = range(scripted.THOUGHTS)
 SOME_CHOICE = [*CHOICES, *WITHOUT_SPACES["choice"]["choice"]]
 CONSTRAINED = ("choice", "regex", "json", "grammar")
@@ -51,6 +52,8 @@ ENGINES: dict[str, tuple[str | None, int, dict[str, Any]]] = {
         3,
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}},
     ),
+    "eagle": ("eagle", 3, {"speculative": {"method": "eagle"}}),
+    "eagle-5": ("eagle", 5, {"speculative": {"method": "eagle"}}),
     **{
         backend: ("near", 3, {"structured_outputs_config": OPTIONS["structured_outputs_config"] | {"backend": backend}})
         for backend in ("guidance", "outlines")
@@ -66,6 +69,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "target": scripted.save(folder / "target"),
         "near": scripted.save(folder / "near", scripted.mistakes()),
+        "eagle": scripted.save_eagle(folder / "eagle"),
     }
 
 
@@ -97,6 +101,8 @@ def cases(backend: str) -> dict[str, Callable[[], dict[str, Any]]]:
     out["several"] = lambda: choice(n=2, temperature=1.0, top_k=1, seed=3)
     out["ignore-eos"] = lambda: choice(ignore_eos=True, max_tokens=30)
     out["min-tokens"] = lambda: structured({"regex": "[0-9]{1,9}"}) | {"min_tokens": 6}
+    for least in LEAST:
+        out[f"least {least}"] = lambda least=least: {"min_tokens": least}
     out["logprobs"] = lambda: choice(logprobs=3)
     out |= {f"{name} grammar": choice for name in NO_CHANNEL | CHANNEL}
     for b in BUDGETS:
@@ -122,7 +128,7 @@ def runs(models: dict[str, Path]) -> Callable[[str], dict[str, Any]]:
         if name not in made:
             drafter, k, options = (None, 0, {}) if name == "plain" else ENGINES[name.removeprefix("plain ")]
             if name.startswith("plain "):
-                drafter, options = None, {n: v for n, v in options.items() if n != "speculative_config"}
+                drafter, options = None, {n: v for n, v in options.items() if not n.startswith("speculative")}
             made[name] = ask_all(models, drafter, k, options)
         return made[name]
 
@@ -174,6 +180,7 @@ def test_every_answer_is_that_of_plain_decoding(runs: Any, name: str) -> None:
     ]
     assert different == []
     assert speculating["counts"].accepted > 0
+    assert name.startswith(("target", "self")) or speculating["counts"].accepted < speculating["counts"].proposed
     assert name != "preemption" or speculating["preempted"] > 0
     for a, b in zip(plain["logprobs"], speculating["logprobs"], strict=True):
         assert len(a.outputs[0].logprobs) == len(a.outputs[0].token_ids) == len(b.outputs[0].logprobs)
@@ -253,6 +260,7 @@ def test_stock_vllm_forgets_grammar_budget_and_stop_strings(models: dict[str, Pa
         "budget": {"thinking_token_budget": 2},
         "stop": {"stop": [word(14), word(13)]},
         "no channel": structured({"choice": CHOICES}),
+        "least": {"min_tokens": 12},
     }
     with contextlib.ExitStack() as stack:
         for patch in PATCHES:
@@ -277,6 +285,9 @@ def test_stock_vllm_forgets_grammar_budget_and_stop_strings(models: dict[str, Pa
     assert any(list(o.outputs[0].token_ids).index(END) > 2 for o in made["budget"])
     assert {o.outputs[0].stop_reason for o in made["stop"]} != {word(13)}
     assert made["no channel"][0].outputs[0].text not in CHOICES
+    # From the end of reasoning on the script has 8 tokens: five answers must go on, and the one of 13 does, too.
+    longer = [left for left, o in enumerate(made["least"]) if len(o.outputs[0].token_ids) > 8 + left]
+    assert longer == [0, 1, 2, 3, 4, 5]
 
 
 def _fits_json(text: str) -> bool:

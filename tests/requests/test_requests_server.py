@@ -190,3 +190,40 @@ def test_bad_input_is_refused_by_name_and_the_server_goes_on(server: Server, nam
     assert error["param"] == field
     assert field in error["message"]
     assert post(server, ASKED["completions choice"]).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def limited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A speculating server without ``--reasoning-config``, whose KV cache holds less than the longest context."""
+    pair, _ = build.ensure(build.default_folder())
+    arguments = [*run.serve_arguments(pair, True), "--num-gpu-blocks-override", "60"]
+    with Server(arguments, tmp_path_factory.mktemp("limited") / "log") as started:
+        yield started
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_budget_without_reasoning_config_is_refused(limited: Server, stream: bool) -> None:
+    reply = post(limited, chat(thinking_token_budget=4), stream=stream)
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["param"] == "thinking_token_budget"
+    assert "thinking_token_budget" in reply.json()["error"]["message"]
+    assert post(limited, chat()).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_prompt_that_can_never_fit_is_refused_with_what_fits(limited: Server, stream: bool) -> None:
+    models = httpx.get(f"{limited.url}/v1/models", timeout=60, trust_env=False).json()
+    longest = models["data"][0]["max_model_len"]
+    many = "one two three four five " * longest
+    refused = [
+        post(limited, completions(prompt=many), stream=stream),
+        post(limited, chat(messages=[{"role": "user", "content": many}]), stream=stream),
+        post(limited, completions(prompt=[200] * (longest + 1), max_tokens=1), stream=stream),
+    ]
+    for reply in refused:
+        assert reply.status_code == 400, reply.text
+        assert f"maximum context length is {longest} tokens" in reply.json()["error"]["message"]
+    # The longest that fits, to its end.
+    reply = post(limited, completions(prompt=[200] * (longest - 8), max_tokens=8, ignore_eos=True), stream=False)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["usage"]["completion_tokens"] == 8

@@ -20,6 +20,7 @@ from vllm_gemma4_spec.demo import data, template
 from vllm_gemma4_spec.demo.tokenizer import CONTROL_TOKENS, VOCAB_SIZE, build
 
 THOUGHTS = 12  # tokens of reasoning from the first to the one before <channel|>
+EAGLE_NOISE = 0.3
 STRENGTH = 24.0  # logit of the next token; the softcap is at 30
 
 
@@ -84,4 +85,23 @@ def save(folder: Path, changes: Mapping[int, int] | None = None, **shape: Any) -
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 106, 50], "bos_token_id": 2}')
+    return folder
+
+
+def save_eagle(folder: Path) -> Path:
+    """An EAGLE head that follows the script too, and is wrong where the target's hidden state outweighs the token."""
+    from safetensors.torch import load_file, save_file
+
+    from tests.eagle.reference_head import save_head
+
+    size = 256
+    save_head(folder, "eagle", ["full_attention"], [32], "LlamaForCausalLM", hidden=size, vocabulary=VOCAB_SIZE)
+    weights = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(2)
+    noise = EAGLE_NOISE * torch.randn(size, size, generator=generator) / size**0.5
+    weights["fc.weight"] = torch.cat([torch.eye(size), noise], dim=1)  # embedding of the token, hidden state
+    for name, weight in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.zero_()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder

@@ -85,7 +85,7 @@ def test_the_report_names_what_differs_and_what_fails(found: dict[str, upstream_
     pairs = upstream_tests.differences(found["stock"], found["overlay"])
     page = upstream_tests.report({"group": found}, {p.test: p for p in pairs if p.worse})
     assert "| group | 4 passed, 1 xfailed, 1 skipped, 2 failed, 1 error |" in page
-    assert "## Worse with the overlay: 2" in page
+    assert "## Worse with the plugin: 2" in page
     assert "test_better`: failed → passed" in page
     assert "needs a download" in page
     assert "needs a package" in page

@@ -1,4 +1,4 @@
-"""What a checkpoint is, layer kind by layer kind, and what vLLM alone and the overlay make of it."""
+"""What a checkpoint is, layer kind by layer kind, and what vLLM alone and the plugin make of it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Report(BaseModel):
     clean: bool
     vllm_alone: str
     with_overlay: str
-    machines: dict[str, str] = Field(description="kind of machine -> what happens there with the overlay")
+    machines: dict[str, str] = Field(description="kind of machine -> what happens there with the plugin")
 
 
 def read_tensor(info: TensorInfo) -> torch.Tensor:

@@ -26,6 +26,8 @@ FLOATS = ("BF16", "F16", "F32")
 # ModelOpt 0.42.0's name of the low-rank factors -> the one that other exporters and our layers use
 _LORA = {f".weight_quantizer._svdquant_lora_{x}": f".svdquant_lora_{x}" for x in "ab"}
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_INSIDE = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?")
+_TOWER = re.compile(r"\.(?:vision_tower|audio_tower|embed_vision|embed_audio)\.")
 _SUFFIXES = frozenset(
     {"weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b"}
 )
@@ -206,6 +208,62 @@ def _is_nvfp4(parts: Mapping[str, TensorInfo]) -> bool:
     if weight is None:
         return "weight_scale_2" in parts or (scale is not None and len(scale.shape) == 2)
     return "weight_scale_2" in parts or (weight.dtype == "U8" and "weight_scale" in parts)
+
+
+def short(module: str) -> str:
+    """A module's name inside the language model, whichever class the checkpoint has: ``layers.0.mlp.down_proj``."""
+    return _INSIDE.sub("", canonical(f"{module}.").removesuffix("."))
+
+
+def config_formats(section: Mapping[str, Any]) -> tuple[str | None, dict[str, str]]:
+    """What a quantization config alone says: the format of all layers, and of each where it names them one by one.
+
+    Formats are ``nvfp4`` and ``fp8``; None stands for one that is neither. With a list of layers, the first value is
+    the widest-spread of theirs, and layers that are not in the list are unquantized.
+    """
+    named = {short(module): _format(name) for module, name in layer_algorithms(section).items()}
+    if named:
+        other = next((name for module, name in layer_algorithms(section).items() if not _format(name)), None)
+        if other is not None:
+            return None, {}
+        kinds = [kind for kind in named.values() if kind]
+        return max(sorted(set(kinds)), key=kinds.count), {module: kind for module, kind in named.items() if kind}
+    if algorithm(section):
+        return _format(algorithm(section)), {}
+    groups = section.get("config_groups")
+    weights = (
+        [g.get("weights") for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
+    )
+    found = {_bits_format(w) for w in weights}
+    if not weights and str(section.get("quant_method")).lower() in ("fp8", "modelopt_fp4", "nvfp4"):
+        return ("fp8" if str(section["quant_method"]).lower() == "fp8" else "nvfp4"), {}
+    return (found.pop() if len(found) == 1 else None), {}
+
+
+def _bits_format(weights: Any) -> str | None:
+    """Of one group of compressed-tensors."""
+    if not isinstance(weights, Mapping) or weights.get("type") != "float":
+        return None
+    return {"4": "nvfp4", "8": "fp8"}.get(str(weights.get("num_bits")))
+
+
+def _format(name: str) -> str | None:
+    return "nvfp4" if name in NVFP4 else "fp8" if name.startswith("FP8") else None
+
+
+def tensor_formats(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Module -> ``nvfp4``, ``fp8``, ``bf16`` or ``float32`` of every weight matrix of the language model, by headers.
+
+    Matrices of other dtypes (INT4) are left out.
+    """
+    out = {}
+    for name, info in tensors.items():
+        module = short(name.removesuffix(".weight").removesuffix(".weight_packed"))
+        kind = {"U8": "nvfp4", "F8_E4M3": "fp8", "F32": "float32", "BF16": "bf16", "F16": "bf16"}.get(info.dtype)
+        is_weight = name.endswith((".weight", ".weight_packed", ".experts.gate_up_proj", ".experts.down_proj"))
+        if is_weight and kind and len(info.shape) >= 2 and not _TOWER.search(f".{module}"):
+            out[module] = kind
+    return out
 
 
 def float_modules(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> list[str]:

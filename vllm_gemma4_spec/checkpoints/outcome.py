@@ -1,4 +1,4 @@
-"""What vLLM 0.19.1 does with a checkpoint, alone and with the overlay, on each kind of machine.
+"""What vLLM 0.19.1 does with a checkpoint, alone and with the plugin, on each kind of machine.
 
 Told from the same description of layers that loading checks (:mod:`~vllm_gemma4_spec.checkpoints.layers`).
 """
@@ -45,7 +45,7 @@ def _compressed(checkpoint: Checkpoint) -> bool:
 
 
 def fp8_without_kernel(section: dict[str, Any], method: str | None) -> str | None:
-    """The name of an 8-bit float format that 0.19.1 cannot multiply with on a CPU and the overlay does not emulate."""
+    """The name of an 8-bit float format that 0.19.1 cannot multiply with on a CPU and the plugin does not emulate."""
     algorithm = layers.algorithm(section)
     if method == "modelopt" and algorithm not in ("", "FP8", layers.MIXED, *layers.NVFP4):
         return algorithm
@@ -61,6 +61,8 @@ def vllm_alone(checkpoint: Checkpoint, method: str | None, nan: bool) -> str:
     algorithm = layers.algorithm(checkpoint.quantization)
     if _renamed(checkpoint):
         return "fails while loading: experts are named moe.experts"
+    if checkpoint.config.get("model_type") == "gemma4_assistant":
+        return "refuses it: Gemma 4's MTP assistants came with 0.21.0"
     if method is None:
         return "loads it unquantized"
     if _compressed(checkpoint):
@@ -81,7 +83,9 @@ def vllm_alone(checkpoint: Checkpoint, method: str | None, nan: bool) -> str:
 
 
 def with_overlay(checkpoint: Checkpoint, method: str | None, destroyed: int, intact: int) -> str:
-    """What the overlay changes; ``destroyed`` and ``intact`` count NaN blocks by their codes."""
+    """What the plugin changes; ``destroyed`` and ``intact`` count NaN blocks by their codes."""
+    if checkpoint.config.get("model_type") == "gemma4_assistant":
+        return 'drafts with it for its own target: --speculative-config \'{"model": …, "num_speculative_tokens": 4}\''
     if _compressed(checkpoint):
         return "loads it on any backend"
     if not checkpoint.quantized:
@@ -100,7 +104,7 @@ def with_overlay(checkpoint: Checkpoint, method: str | None, destroyed: int, int
 
 
 def machines(checkpoint: Checkpoint, method: str | None) -> dict[str, str]:
-    """Kind of machine -> what happens there with the overlay."""
+    """Kind of machine -> what happens there with the plugin."""
     section, modules = checkpoint.quantization, checkpoint.quantized.values()
     if method is None:
         return dict.fromkeys((CPU, HOPPER, BLACKWELL), "unquantized")

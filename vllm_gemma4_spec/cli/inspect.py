@@ -18,6 +18,8 @@ def command(
 ) -> None:
     """Show architecture, quantization per kind of layer, NaN block scales and what vLLM does with it.
 
+    Of an MTP assistant the tensors are compared with its network.
+
     Exit code: 0 clean, 1 NaN block scales, 2 the checkpoint cannot be read.
 
     Example: vllm-gemma4-spec inspect ./gemma-4-31B-NVFP4
@@ -26,6 +28,10 @@ def command(
     from vllm_gemma4_spec.cli._progress import shards
 
     checkpoint = _checks.checkpoint(path)
+    if checkpoint.config.get("model_type") == "gemma4_assistant":
+        from vllm_gemma4_spec.mtp import weights
+
+        weights.compare_checkpoint(checkpoint)
     _checks.say("importing torch", as_json)
     from vllm_gemma4_spec.checkpoints.inspection import Report, inspect
 
@@ -64,6 +70,6 @@ def _print(report: object) -> None:
             table.add_row(layer.module, str(layer.blocks), str(layer.destroyed), str(layer.intact))
         show(console, table)
     console.print(f"vLLM 0.19.1 alone: {report.vllm_alone}", highlight=False)
-    console.print(f"with the overlay:  {report.with_overlay}", highlight=False)
+    console.print(f"with the plugin:  {report.with_overlay}", highlight=False)
     for machine, text in report.machines.items():
         console.print(f"  {machine}: {text}", highlight=False)

@@ -1,4 +1,4 @@
-"""``vllm-gemma4-spec patches``: what the overlay changes in vLLM, and whether it fits the one installed."""
+"""``vllm-gemma4-spec patches``: what the plugin changes in vLLM, and whether it fits the one installed."""
 
 from __future__ import annotations
 

@@ -11,43 +11,17 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from vllm.triton_utils import tl, triton
 
 from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.kernels import small_batch_gemm
+from vllm_gemma4_spec.kernels.block_logits import block_logits
 from vllm_gemma4_spec.kernels.packing import COLUMNS, pack
 
 BLOCK = 128  # token ids that are candidates together
 CANDIDATES = 8  # blocks computed exactly
-_ROWS = 16  # token ids of one program
 _CHUNK = 2**15  # token ids quantized at a time
 
 Gemm = Callable[[Tensor], Tensor]
-
-
-@triton.jit
-def _exact_kernel(  # type: ignore[no-untyped-def]
-    hidden,  # [num_reqs, size] bfloat16
-    weight,  # [vocab, size] bfloat16
-    blocks,  # [num_reqs, candidates] int64
-    logits,  # [num_reqs, candidates, block] float32
-    size,
-    candidates: tl.constexpr,
-    block: tl.constexpr,
-    rows: tl.constexpr,
-    columns: tl.constexpr,
-):
-    """Grid ``(num_reqs, candidates, block / rows)``."""
-    request, candidate, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    within = part * rows + tl.arange(0, rows)
-    token = tl.load(blocks + request * candidates + candidate) * block + within
-    column = tl.arange(0, columns)
-    total = tl.zeros((rows, columns), tl.float32)
-    for start in range(0, size, columns):
-        w = tl.load(weight + token[:, None] * size + start + column[None, :]).to(tl.float32)
-        h = tl.load(hidden + request.to(tl.int64) * size + start + column).to(tl.float32)
-        total += w * h[None, :]
-    tl.store(logits + (request * candidates + candidate) * block + within, tl.sum(total, axis=1))
 
 
 class DraftHead:
@@ -74,11 +48,7 @@ class DraftHead:
         hidden = hidden.contiguous()
         scores = self._coarse(hidden).unflatten(-1, (-1, BLOCK)).amax(-1)
         blocks = scores.topk(CANDIDATES, dim=-1, sorted=False).indices
-        logits = torch.empty(len(hidden), CANDIDATES * BLOCK, dtype=torch.float32, device=hidden.device)
-        _exact_kernel[(len(hidden), CANDIDATES, BLOCK // _ROWS)](
-            hidden, self.weight, blocks, logits, hidden.shape[1], CANDIDATES, BLOCK, _ROWS, COLUMNS
-        )
-        best = logits.argmax(-1, keepdim=True)
+        best = block_logits(hidden, self.weight, blocks, BLOCK).argmax(-1, keepdim=True)
         return (blocks.gather(-1, best // BLOCK) * BLOCK + best % BLOCK).squeeze(-1)
 
 

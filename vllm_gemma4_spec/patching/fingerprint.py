@@ -132,7 +132,7 @@ def check(symbols: Iterable[str], version: str) -> None:
     if wrong:
         raise TargetError(
             f"vLLM {version} is not the 0.19.1 these patches were written for: {'; '.join(wrong)}. "
-            "Install vllm==0.19.1, or set VLLM_GEMMA4_SPEC=0 to run without the overlay."
+            "Install vllm==0.19.1, or set VLLM_GEMMA4_SPEC=0 to run without the plugin."
         )
 
 

@@ -52,8 +52,8 @@ def require_supported() -> str:
     found = require_installed()
     if found != SUPPORTED:
         raise VersionError(
-            f"vLLM {found} is installed and this overlay is for {SUPPORTED}; install vllm=={SUPPORTED}, "
-            "or set VLLM_GEMMA4_SPEC=0 to run without the overlay"
+            f"vLLM {found} is installed and this plugin is for {SUPPORTED}; install vllm=={SUPPORTED}, "
+            "or set VLLM_GEMMA4_SPEC=0 to run without the plugin"
         )
     return found
 

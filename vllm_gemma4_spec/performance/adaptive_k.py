@@ -158,11 +158,11 @@ def propose_draft_token_ids(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def adapts(speculative_config: Any) -> bool:
-    """Whether the setting is on and has a part: draft models, whose drafts stay on the GPU."""
+    """Whether the setting is on and has a part: draft models and assistants, whose drafts stay on the GPU."""
     return (
         settings.ADAPTIVE_K.number() > 0
         and speculative_config is not None
-        and speculative_config.uses_draft_model()
+        and (speculative_config.uses_draft_model() or scope.is_assistant(speculative_config))
         and not speculative_config.disable_padded_drafter_batch
         and not speculative_config.parallel_drafting
         and speculative_config.num_speculative_tokens > 1

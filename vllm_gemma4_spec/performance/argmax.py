@@ -39,13 +39,13 @@ def load_model(original: Callable[..., None]) -> Callable[..., None]:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if scope.gemma4_drafter(self.vllm_config) and self.device.type == "cuda":
-            setattr(self, HEAD, _head_of(self.model))
+            setattr(self, HEAD, head_of(self.model))
 
     return wrapper
 
 
-def _head_of(model: Any) -> Any:
-    """A ``DraftHead``, or None where lm_head is sharded, quantized, or of another shape."""
+def head_of(model: Any) -> Any:
+    """A ``DraftHead``, or None where a drafter's lm_head is sharded, quantized, or of another shape."""
     from vllm.distributed import get_tensor_model_parallel_world_size
 
     from vllm_gemma4_spec.kernels import draft_head
@@ -55,7 +55,7 @@ def _head_of(model: Any) -> Any:
     if get_tensor_model_parallel_world_size() > 1 or not isinstance(weight, torch.Tensor):
         return None
     # Rows that pad the vocabulary would take part in the maximum.
-    if not draft_head.suits(weight) or weight.shape[0] != model.config.vocab_size:
+    if not draft_head.suits(weight) or weight.shape[0] != model.config.get_text_config().vocab_size:
         return None
     made = draft_head.DraftHead(weight.data)
     torch.cuda.synchronize()

@@ -20,6 +20,7 @@ from vllm_gemma4_spec import scope
 # A row of this many values is kept in registers; Inductor's own limit is 1,024.
 _LONGEST_ROW = 8192
 _PDL = "triton.enable_pdl"
+TAG = "draft_model"  # vLLM's name for the graphs of a draft model; assistants use it, too
 
 
 class Choices(InductorChoices):
@@ -52,11 +53,17 @@ def get_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def wrapper(self: Any) -> Any:
-        if scope.gemma4_drafter(self.vllm_config) and _takes_pdl() and config.inductor_choices_class is None:
-            config.inductor_choices_class = Choices  # for the process; it differs under _PDL only
+        if scope.gemma4_drafter(self.vllm_config):
+            use_choices()
         return original(self)
 
     return wrapper
+
+
+def use_choices() -> None:
+    """Inductor asks :class:`Choices` from now on."""
+    if _takes_pdl() and config.inductor_choices_class is None:
+        config.inductor_choices_class = Choices  # for the process; it differs under _PDL only
 
 
 def backend(original: Callable[..., None]) -> Callable[..., None]:
@@ -72,7 +79,7 @@ def backend(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if self.prefix == "draft_model" and scope.gemma4_model(self.vllm_config.model_config) and _takes_pdl():
+        if self.prefix == TAG and scope.gemma4_model(self.vllm_config.model_config) and _takes_pdl():
             self.inductor_config.setdefault(_PDL, True)  # what a user set stays, for target and drafter
 
     return wrapper

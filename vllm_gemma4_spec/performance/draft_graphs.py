@@ -25,7 +25,7 @@ from vllm_gemma4_spec import scope
 GRAPHS = "_gemma4_spec_draft_graphs"
 # What these build is a function of device tensors alone; another backend may read a host value (a sequence
 # length, a schedule) that a replay would not refresh.
-_CAPTURABLE = {"TritonAttentionMetadataBuilder"}
+CAPTURABLE = {"TritonAttentionMetadataBuilder"}
 
 
 @dataclass
@@ -124,7 +124,7 @@ class DraftGraphs:
         self._primary_table = primary_table
         self.query_len = proposer.num_speculative_tokens + 1
         self.batch_sizes = sorted(batch_sizes)
-        self._draft_lengths = draft_lengths
+        self.draft_lengths = draft_lengths
         most = self.batch_sizes[-1]
         self._inputs = DraftInputs.allocate(most, self.query_len, proposer.device)
         self._num_live = torch.zeros(1, dtype=torch.int32, device=proposer.device)
@@ -169,7 +169,7 @@ class DraftGraphs:
         """
         self._num_live.fill_(0)
         with self._as_captured():
-            for draft_length, num_reqs in itertools.product(self._draft_lengths, reversed(self.batch_sizes)):
+            for draft_length, num_reqs in itertools.product(self.draft_lengths, reversed(self.batch_sizes)):
                 with with_draft_length(self._proposer, draft_length):
                     for _ in range(warmups if num_reqs == self.batch_sizes[-1] else 1):
                         self._run(num_reqs)
@@ -225,7 +225,7 @@ class DraftGraphs:
 def capturable(proposer: Any, groups: Any) -> bool:
     """Whether every metadata builder of the drafter depends on nothing but device tensors."""
     return (
-        {type(b).__name__ for b in groups.builders} <= _CAPTURABLE
+        {type(b).__name__ for b in groups.builders} <= CAPTURABLE
         and not proposer.pass_hidden_states_to_model
         and not proposer.parallel_drafting
     )

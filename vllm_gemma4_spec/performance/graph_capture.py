@@ -6,12 +6,12 @@ import functools
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from vllm_gemma4_spec import settings
+from vllm_gemma4_spec import scope, settings
 from vllm_gemma4_spec.performance import adaptive_k
 from vllm_gemma4_spec.performance.draft_graphs import GRAPHS, DraftGraphs, capturable, decode_batch_sizes
 from vllm_gemma4_spec.spec_decode.proposer import GROUPS
@@ -46,16 +46,9 @@ def capture_drafts(runner: Any) -> int:
     from vllm.compilation.monitor import set_cudagraph_capturing_enabled
     from vllm.distributed.parallel_state import graph_capture
 
-    sizes = _batch_sizes(runner)
-    if not sizes:
+    graphs: Any = _assistant_graphs(runner) if scope.is_assistant(runner.speculative_config) else _draft_graphs(runner)
+    if graphs is None:
         return 0
-    drafter = runner.drafter
-    groups = getattr(drafter, GROUPS)
-    table = runner.input_batch.block_table[drafter.kv_cache_gid]
-    k = drafter.num_speculative_tokens
-    draft_lengths = range(1, k + 1) if adaptive_k.adapts(runner.speculative_config) else (k,)
-    graphs = DraftGraphs(drafter, groups, table.get_device_tensor, type(drafter).propose, sizes, draft_lengths)
-
     started, free, lacking = time.perf_counter(), torch.cuda.mem_get_info()[0], ""
     set_cudagraph_capturing_enabled(True)
     try:
@@ -78,11 +71,11 @@ def capture_drafts(runner: Any) -> int:
         return 0
     torch.cuda.synchronize()
     used = max(0, free - torch.cuda.mem_get_info()[0])
-    setattr(drafter, GRAPHS, graphs)
+    setattr(runner.drafter, GRAPHS, graphs)
     logger.info(
         "Drafter: %d CUDA graphs of whole drafts (1 to %d requests) in %.1f s, %.2f GiB",
-        len(sizes) * len(draft_lengths),
-        sizes[-1],
+        len(graphs.batch_sizes) * len(graphs.draft_lengths),
+        graphs.batch_sizes[-1],
         time.perf_counter() - started,
         used / 2**30,
     )
@@ -95,20 +88,50 @@ def _pool() -> Any:
     return current_platform.get_global_graph_pool()
 
 
+def _draft_lengths(runner: Any) -> Sequence[int]:
+    k: int = runner.drafter.num_speculative_tokens
+    return range(1, k + 1) if adaptive_k.adapts(runner.speculative_config) else (k,)
+
+
+def _wanted(runner: Any) -> bool:
+    """Whether the options leave room for whole drafts as graphs."""
+    spec, mode = runner.speculative_config, runner.compilation_config.cudagraph_mode
+    return (
+        spec is not None
+        and not spec.enforce_eager
+        and not spec.disable_padded_drafter_batch
+        and mode.has_full_cudagraphs()
+        and not settings.CHECK.on()  # it reads every pass back, which a graph cannot
+        and runner.parallel_config.pipeline_parallel_size == 1
+    )
+
+
+def _assistant_graphs(runner: Any) -> Any:
+    """Graphs to capture of an assistant; none where it must stay eager."""
+    return runner.drafter.graphs_to_capture(_draft_lengths(runner)) if _wanted(runner) else None
+
+
+def _draft_graphs(runner: Any) -> DraftGraphs | None:
+    """Graphs to capture of a draft model; none where the original must stay in charge."""
+    sizes = _batch_sizes(runner)
+    if not sizes:
+        return None
+    drafter = runner.drafter
+    table, groups = runner.input_batch.block_table[drafter.kv_cache_gid], getattr(drafter, GROUPS)
+    return DraftGraphs(drafter, groups, table.get_device_tensor, type(drafter).propose, sizes, _draft_lengths(runner))
+
+
 def _batch_sizes(runner: Any) -> list[int]:
-    """Batch sizes to capture; none where the original must stay in charge."""
-    spec, config = runner.speculative_config, runner.compilation_config
-    if spec is None or not spec.uses_draft_model() or spec.enforce_eager or spec.disable_padded_drafter_batch:
+    """Batch sizes to capture of a draft model."""
+    config = runner.compilation_config
+    if not _wanted(runner) or not runner.speculative_config.uses_draft_model():
         return []
     groups = getattr(runner.drafter, GROUPS, None)
     if (
         groups is None
         or groups.slot_kernel is None
-        or settings.CHECK.on()  # it reads every pass back, which a graph cannot
-        or not config.cudagraph_mode.has_full_cudagraphs()
         # Data parallel ranks agree on every pass's padding, and LoRA changes what a graph must hold.
         or runner.parallel_config.data_parallel_size > 1
-        or runner.parallel_config.pipeline_parallel_size > 1
         or runner.lora_config is not None
         or not capturable(runner.drafter, groups)
     ):

@@ -7,8 +7,18 @@ from typing import TYPE_CHECKING
 from vllm_gemma4_spec.patching.patch import Edit, Group, Lazy, Patch
 
 if TYPE_CHECKING:
-    from vllm_gemma4_spec.requests import responses_stream, stop_strings, structured_output, thinking_budget, validation
+    from vllm_gemma4_spec.requests import (
+        allowed_tokens,
+        min_tokens,
+        responses_stream,
+        stop_strings,
+        structured_output,
+        thinking_budget,
+        validation,
+    )
 else:  # a wrapper's module is imported only after the module of vLLM that it patches
+    allowed_tokens = Lazy("vllm_gemma4_spec.requests.allowed_tokens")
+    min_tokens = Lazy("vllm_gemma4_spec.requests.min_tokens")
     responses_stream = Lazy("vllm_gemma4_spec.requests.responses_stream")
     stop_strings = Lazy("vllm_gemma4_spec.requests.stop_strings")
     structured_output = Lazy("vllm_gemma4_spec.requests.structured_output")
@@ -80,6 +90,44 @@ THINKING_BUDGET = Patch(
     ),
 )
 
+MIN_TOKENS = Patch(
+    name="min-tokens",
+    group=Group.CORRECTNESS,
+    why="After the last draft of a step vLLM still forbids the end of the answer where min_tokens was not reached at "
+    "the step's beginning, though the drafts have reached it: the answer goes on past its end.",
+    how="The processor counts the drafts of a step before the token after them.",
+    retire="A release whose rejection sampler counts the drafts for the token after them.",
+    scope="Engines whose target is a Gemma 4 and that speculate; of their requests, those with min_tokens.",
+    related="none found",
+    edits=(
+        Edit(
+            f"{_RUNNER}:build_logitsprocs",
+            min_tokens.build_logitsprocs,
+            source="vllm.v1.sample.logits_processor:build_logitsprocs",
+        ),
+        Edit(f"{_REJECTION}.forward", min_tokens.forward),
+    ),
+    watches=("vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor",),
+)
+
+ALLOWED_TOKENS = Patch(
+    name="allowed-tokens",
+    group=Group.CORRECTNESS,
+    why="When a request moves to another row of the batch, its allowed_token_ids stay behind for the next one in its "
+    "old row, and where two rows are swapped one request's replace the other's: answers avoid tokens that they may "
+    "have, or break their grammar (HTTP 200).",
+    how="A row is cleared for a request without allowed ids, and of two rows that are swapped each gets the other's.",
+    retire="#43931 and #48419, once a release has both.",
+    scope="Engines whose target or drafter is a Gemma 4, while one of their requests has allowed_token_ids.",
+    related="#43894, #43931, #48419",
+    edits=(
+        Edit(f"{_RUNNER}:GPUModelRunner._update_states", allowed_tokens.update_states),
+        Edit("vllm.v1.worker.gpu_input_batch:InputBatch.add_request", allowed_tokens.add_request),
+        Edit("vllm.v1.worker.gpu_input_batch:InputBatch.swap_states", allowed_tokens.swap_states),
+    ),
+    watches=("vllm.v1.worker.gpu_input_batch:InputBatch.condense",),
+)
+
 STOP_STRINGS = Patch(
     name="stop-strings",
     group=Group.CORRECTNESS,
@@ -143,4 +191,12 @@ REQUEST_ERRORS = Patch(
     watches=("vllm.entrypoints.utils:create_error_response",),
 )
 
-PATCHES: tuple[Patch, ...] = (GRAMMAR_POSITIONS, THINKING_BUDGET, STOP_STRINGS, RESPONSES_SCHEMA, REQUEST_ERRORS)
+PATCHES: tuple[Patch, ...] = (
+    GRAMMAR_POSITIONS,
+    THINKING_BUDGET,
+    MIN_TOKENS,
+    ALLOWED_TOKENS,
+    STOP_STRINGS,
+    RESPONSES_SCHEMA,
+    REQUEST_ERRORS,
+)

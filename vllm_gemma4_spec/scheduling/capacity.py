@@ -13,6 +13,8 @@ from typing import Any
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec, UniformTypeKVCacheSpecs
 
+from vllm_gemma4_spec import scope
+
 
 @dataclass(frozen=True)
 class Step:
@@ -33,9 +35,11 @@ class Step:
         scheduler, spec = vllm_config.scheduler_config, vllm_config.speculative_config
         scheduled = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
         drafts = spec.num_speculative_tokens if spec is not None else 0
+        # An assistant writes nothing.
+        writes = spec is not None and (spec.use_eagle() or spec.uses_draft_model()) and not scope.is_assistant(spec)
         return cls(
             scheduled=min(scheduled, scheduler.long_prefill_token_threshold or scheduled),
-            lookahead=drafts if spec is not None and (spec.use_eagle() or spec.uses_draft_model()) else 0,
+            lookahead=drafts if writes else 0,
             margin=drafts if scheduler.async_scheduling else 0,
         )
 

@@ -30,7 +30,7 @@ def create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any
             return original(self, target_model_config, target_parallel_config)
         drafter, target = str(asked["model"]), str(target_model_config.model)
         try:
-            _check_folder(drafter)
+            check_folder(drafter)
             _check_tensor_parallel(asked.get("draft_tensor_parallel_size"), target_parallel_config)
             try:
                 config = original(self, target_model_config, target_parallel_config)
@@ -99,7 +99,7 @@ def _names_a_drafter(asked: Any) -> bool:
     return asked.get("method") in (None, "draft_model")
 
 
-def _check_folder(drafter: str) -> None:
+def check_folder(drafter: str) -> None:
     """A folder must have a readable config.json; a file (GGUF), a folder in Mistral's format (params.json) and a hub id
     are vLLM's to read."""
     folder = Path(drafter)

@@ -21,7 +21,8 @@ def engine_sleep(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(self: Any, level: int = 1, *args: Any, **kwargs: Any) -> Any:
         spec = self.vllm_config.speculative_config
-        if level >= 2 and scope.gemma4_speculation(self.vllm_config) and spec.uses_draft_model():
+        ours = scope.gemma4_speculation(self.vllm_config) and (spec.uses_draft_model() or scope.is_assistant(spec))
+        if level >= 2 and ours:
             raise DrafterError(
                 f"sleep level {level} discards the drafter's weights, and vLLM 0.19.1 reloads only the target's; "
                 "use level 1"

@@ -23,7 +23,7 @@ from vllm_gemma4_spec.registry import PATCHER
 WANTED = {"torch": SpecifierSet("==2.10.*"), "transformers": TRANSFORMERS}
 PYTHON = SpecifierSet(">=3.10,<3.14")
 
-# vLLM's own variables that change what the overlay does; value -> why it is wrong (None: any value is a remark).
+# vLLM's own variables that change what the plugin does; value -> why it is wrong (None: any value is a remark).
 VLLM_VARIABLES: dict[str, dict[str, str]] = {
     "VLLM_PLUGINS": {},
     "VLLM_NVFP4_GEMM_BACKEND": {"emulation": "0.19.1's emulation computes wrong results; unset it"},

@@ -40,6 +40,14 @@ _MOE = ("num_experts", "top_k_experts", "moe_intermediate_size")
 _KINDS = ("sliding_attention", "full_attention")
 
 
+ASSISTANT = "gemma4_assistant"  # an MTP assistant's model_type
+_ASSISTANT_DEFAULTS = {
+    "backbone_hidden_size": 1536,
+    "num_centroids": 2048,
+    "centroid_intermediate_top_k": 32,
+}
+
+
 class PlanError(Gemma4SpecError):
     """A config that cannot be read or planned with."""
 
@@ -81,7 +89,7 @@ def find(model: str) -> tuple[str, Path | None, dict[str, Any]]:
         return name, cached[-1], read(cached[-1])
     for known, row in published().items():
         if known.lower() == model.lower():
-            return name, None, {"model_type": "gemma4_text", **row}
+            return name, None, row if "model_type" in row else {"model_type": "gemma4_text", **row}
     raise PlanError(
         f"{model}: no such folder, not in the Hugging Face cache and not one of {', '.join(published())}; "
         "download it or give its config.json"
@@ -95,11 +103,13 @@ def text(raw: dict[str, Any], where: str) -> SimpleNamespace:
         PlanError: not a Gemma 4 config, or a field that cannot be.
     """
     kind = raw.get("model_type")
-    if kind not in ("gemma4", "gemma4_text"):
-        raise PlanError(f"{where}: model_type is {kind!r}; plan knows gemma4 and gemma4_text")
+    if kind not in ("gemma4", "gemma4_text", ASSISTANT):
+        raise PlanError(f"{where}: model_type is {kind!r}; plan knows gemma4, gemma4_text and {ASSISTANT}")
     given = raw if kind == "gemma4_text" else raw.get("text_config") or {}
     if not isinstance(given, dict):
         raise PlanError(f"{where}: text_config must be an object")
+    if kind == ASSISTANT:  # all of its layers read the target's KV; per-layer embeddings it has none
+        given = {**given, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
     out: dict[str, Any] = {}
     for name, default in _DEFAULTS.items():
         value = given.get(name)
@@ -121,6 +131,22 @@ def text(raw: dict[str, Any], where: str) -> SimpleNamespace:
     if out["num_kv_shared_layers"] >= out["num_hidden_layers"]:
         raise PlanError(f"{where}: num_kv_shared_layers leaves no layer with KV of its own")
     return SimpleNamespace(**out)
+
+
+def assistant(raw: dict[str, Any], where: str) -> dict[str, int | bool]:
+    """An assistant's own fields, with transformers' defaults; ``use_ordered_embeddings``: it has a head by centroids.
+
+    Raises:
+        PlanError: a field that cannot be.
+    """
+    out: dict[str, int | bool] = {"use_ordered_embeddings": bool(raw.get("use_ordered_embeddings"))}
+    for name, default in _ASSISTANT_DEFAULTS.items():
+        value = raw.get(name)
+        value = default if value is None else value
+        if type(value) is not int or not 1 <= value < 2**31:
+            raise PlanError(f"{where}: {name} is {value!r}; it must be a whole number of at least 1")
+        out[name] = value
+    return out
 
 
 def _layer_types(given: dict[str, Any], layers: int, where: str) -> list[str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from vllm_gemma4_spec import settings
+from vllm_gemma4_spec.checkpoints import layers
+from vllm_gemma4_spec.checkpoints.files import Checkpoint
 from vllm_gemma4_spec.errors import CheckpointError
 from vllm_gemma4_spec.hf_config.normal_form import normalized
 from vllm_gemma4_spec.ops.plan import configs
@@ -35,7 +37,8 @@ class Matrix:
 class Model:
     """A Gemma 4 text model: its config's fields, the format of its weights, and what is left in bf16.
 
-    ``scaled``: its linears have a ``pre_quant_scale`` (NVFP4_AWQ).
+    ``scaled``: its linears have a ``pre_quant_scale`` (NVFP4_AWQ). ``by_layer``: the format of each module, by
+    :func:`layers.short` name, where headers or the config tell it; what it does not name is unquantized.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Model:
     unquantized: tuple[str, ...] = ()
     files_bytes: int | None = None
     scaled: bool = False
+    by_layer: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def layers(self) -> int:
@@ -103,7 +107,10 @@ class Model:
         )
 
     def _format(self, matrix: Matrix) -> str:
-        """Routers and whatever the checkpoint's ignore list names stay in bf16."""
+        """As the checkpoint says module by module; else routers and whatever its ignore list names stay in bf16."""
+        if self.by_layer:
+            name = layers.short(matrix.name).replace(".qkv_proj", ".q_proj")
+            return next((k for m, k in self.by_layer.items() if m == name or m.startswith(f"{name}.")), "bf16")
         plain = "router" in matrix.name or any(_ignored(matrix.name, p) for p in self.unquantized)
         return "bf16" if plain and self.weights != "float32" else self.weights
 
@@ -166,6 +173,46 @@ class Model:
         return total
 
 
+@dataclass(frozen=True)
+class Assistant(Model):
+    """An MTP assistant: queries alone, no KV of its own, an output matrix of its own.
+
+    ``backbone``: the target's hidden size. ``head_rows``: rows of the output matrix that one token reads, centroids
+    included.
+    """
+
+    backbone: int = 0
+    head_rows: int = 0
+
+    @property
+    def first_shared(self) -> int:
+        return 0
+
+    @cached_property
+    def matrices(self) -> tuple[Matrix, ...]:
+        text, hidden = self.text, int(self.text.hidden_size)
+        out = [Matrix("pre_projection", 2 * self.backbone * hidden), Matrix("post_projection", self.backbone * hidden)]
+        for i in range(self.layers):
+            queries = hidden * int(text.num_attention_heads) * self.attention(i)[1]
+            at = f"model.layers.{i}"
+            out += [Matrix(f"{at}.self_attn.q_proj", queries), Matrix(f"{at}.self_attn.o_proj", queries)]
+            out.append(Matrix(f"{at}.mlp", 3 * hidden * int(text.intermediate_size)))
+        return tuple(out)
+
+    @property
+    def by_centroids(self) -> bool:
+        return self.head_rows != int(self.text.vocab_size)
+
+    def copies(self, marlin: bool, memory: float, drafter: bool) -> float:
+        """The NVFP4 copy of a head that is read whole; its linears have none."""
+        narrow = WEIGHT_BYTES["nvfp4"] / WEIGHT_BYTES["bf16"]
+        return 0.0 if self.by_centroids or self.weights == "float32" else self.head_bytes * narrow
+
+    def read_bytes(self, tokens: int) -> float:
+        rows = min(int(self.text.vocab_size), self.head_rows * tokens) / int(self.text.vocab_size)
+        return super().read_bytes(tokens) - self.head_bytes * (1 - rows)
+
+
 def _ignored(name: str, pattern: str) -> bool:
     """ModelOpt's ``exclude_modules`` and compressed-tensors' ``ignore``: globs, or a part of the name."""
     pattern = pattern.removeprefix("re:").rstrip("*").rstrip(".")
@@ -173,28 +220,50 @@ def _ignored(name: str, pattern: str) -> bool:
     return bool(short) and (fnmatch(name, f"*{short}*") or name.startswith(pattern + "."))
 
 
-def _format(config: dict[str, Any], folder: Path | None) -> tuple[str, tuple[str, ...], bool]:
-    """Weight format, the modules left out of it, whether it scales inputs; config.json or hf_quant_config.json."""
+@dataclass(frozen=True)
+class _Weights:
+    """What a checkpoint's weights are; the fields of :class:`Model` of the same names."""
+
+    weights: str
+    unquantized: tuple[str, ...] = ()
+    scaled: bool = False
+    by_layer: Mapping[str, str] = field(default_factory=dict)
+
+
+def _weights(config: dict[str, Any], folder: Path | None) -> _Weights:
+    """From config.json or hf_quant_config.json, and from the headers of the shards where all of them are there."""
     text = config.get("text_config")
     text = text if isinstance(text, dict) else {}
     quant = config.get("quantization_config") or text.get("quantization_config")
     beside = folder / "hf_quant_config.json" if folder else None
     if quant is None and beside and beside.is_file():
-        quant = configs.read(beside).get("quantization")
+        quant = configs.read(beside)
     dtype = str((text or config).get("dtype") or config.get("torch_dtype") or "bfloat16")
     if not quant:
-        return ("float32" if dtype == "float32" else "bf16"), (), False
+        return _Weights("float32" if dtype == "float32" else "bf16")
+    quant = quant.get("quantization", quant) if isinstance(quant, dict) else quant
     if not isinstance(quant, dict):
         raise PlanError(f"{folder}: quantization config must be an object")
     names = quant.get("exclude_modules") or quant.get("ignore")
     left = tuple(map(str, names)) if isinstance(names, list) else ()
-    algorithm = str(quant.get("quant_algo") or quant.get("quant_method") or quant.get("format") or "").lower()
-    for kind in ("nvfp4", "fp8"):
-        if kind in algorithm or kind in json.dumps(quant).lower():
-            return kind, left, "awq" in algorithm
-    raise PlanError(
-        f"{folder}: weights quantized by {algorithm!r}; choose their format with --target-weights or --drafter-weights"
-    )
+    kind, by_layer = layers.config_formats(quant)
+    if kind is None:
+        what = layers.algorithm(quant) or quant.get("format") or quant.get("quant_method")
+        raise PlanError(
+            f"{folder}: weights quantized by {what!r}; choose their format with --target-weights or --drafter-weights"
+        )
+    scaled = "AWQ" in layers.algorithm(quant) or any("AWQ" in a for a in layers.layer_algorithms(quant).values())
+    return _Weights(kind, left, scaled, _headers(folder) or by_layer)
+
+
+def _headers(folder: Path | None) -> dict[str, str]:
+    """Format by module as the shards have it; {} where they are not all there (a config alone, a cut download)."""
+    if folder is None or not any(folder.glob("*.safetensors")):
+        return {}
+    checkpoint = Checkpoint(folder)
+    if not all(file.is_file() for file in checkpoint.files):
+        return {}
+    return layers.tensor_formats(checkpoint.tensors)
 
 
 def load(model: str | Path, weights: str | None = None) -> Model:
@@ -213,8 +282,18 @@ def load(model: str | Path, weights: str | None = None) -> Model:
     except CheckpointError as error:
         raise PlanError(str(error)) from None
     text = configs.text(raw, str(file or model))
-    kind, left, scaled = (weights, (), False) if weights else _format(raw, file.parent if file else None)
-    if kind not in WEIGHT_BYTES:
-        raise PlanError(f"weights {kind!r}: choose from {', '.join(WEIGHT_BYTES)}")
+    try:
+        found = _Weights(weights) if weights else _weights(raw, file.parent if file else None)
+    except CheckpointError as error:
+        raise PlanError(str(error)) from None
+    if found.weights not in WEIGHT_BYTES:
+        raise PlanError(f"weights {found.weights!r}: choose from {', '.join(WEIGHT_BYTES)}")
     shards = sum(p.stat().st_size for p in file.parent.glob("*.safetensors")) if file else 0
-    return Model(name, text, kind, left, shards or None, scaled)
+    fields = (name, text, found.weights, found.unquantized, shards or None, found.scaled, found.by_layer)
+    if raw["model_type"] == configs.ASSISTANT:
+        own = configs.assistant(raw, str(file or model))
+        rows = int(text.vocab_size)
+        if own["use_ordered_embeddings"]:
+            rows = own["num_centroids"] + rows // own["num_centroids"] * own["centroid_intermediate_top_k"]
+        return Assistant(*fields, own["backbone_hidden_size"], rows)
+    return Model(*fields)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from vllm_gemma4_spec.ops.output import Output
 from vllm_gemma4_spec.ops.plan import groups, measured, timing
+from vllm_gemma4_spec.ops.plan.configs import PlanError
 from vllm_gemma4_spec.ops.plan.groups import Group
-from vllm_gemma4_spec.ops.plan.model import KV_BYTES, Model
+from vllm_gemma4_spec.ops.plan.model import KV_BYTES, Assistant, Model
 
 
 class Size(Output):
@@ -129,8 +130,9 @@ def make(
     """``curves``: acceptance as written -> rate of each position.
 
     Raises:
-        PlanError: the layers' page sizes cannot be unified.
+        PlanError: the layers' page sizes cannot be unified, or an assistant is another target's.
     """
+    _check_assistants(target, drafter)
     load = timing.Workload(requests, context, KV_BYTES[kv_dtype])
     weights = sum(m.files_bytes or m.weight_bytes for m in (target, drafter) if m)
     made, cache = [], None
@@ -199,6 +201,16 @@ def make(
         kv_bytes_per_request=cache.request_bytes,
         machines=made,
     )
+
+
+def _check_assistants(target: Model, drafter: Model | None) -> None:
+    if isinstance(target, Assistant):
+        raise PlanError(f"{target.name}: an MTP assistant answers nothing by itself; give it as --drafter")
+    width = int(target.text.hidden_size)
+    if isinstance(drafter, Assistant) and drafter.backbone != width:
+        raise PlanError(
+            f"{drafter.name}: an assistant of a target of hidden size {drafter.backbone}; {target.name} has {width}"
+        )
 
 
 def _ms(seconds: float) -> float:

@@ -1,0 +1,65 @@
+"""What is captured of an assistant, and that a replay drafts what eager passes do: on the CPU a replay runs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.mtp import pairs
+from tests.mtp.drafts import Watched
+from tests.mtp.rerun import Rerun
+from tests.support.engine import engine, generate, random_prompts
+from vllm_gemma4_spec.mtp.graphs import batch_sizes, capturable
+from vllm_gemma4_spec.performance.draft_graphs import GRAPHS
+
+K = 3
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return pairs.save_pair("31b", tmp_path_factory.mktemp("mtp"))
+
+
+@pytest.mark.slow
+def test_replays_of_every_draft_length(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adaptive k chooses among the captured draft lengths."""
+    monkeypatch.setenv("VLLM_GEMMA4_SPEC_ADAPTIVE_K", "0.2")
+    target, assistant = pair
+    prompts, limits = random_prompts([5, 40, 90, 17, 33]), [20, 26, 32, 38, 44]
+    options: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 64}
+    with engine(target, **options) as llm:
+        plain = generate(llm, prompts, limits)
+    options["speculative_config"] = {"model": str(assistant), "num_speculative_tokens": K}
+    with engine(target, **options) as llm:
+        drafter = llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter
+        graphs = Rerun(drafter, [1, 2, 4], range(1, K + 1))
+        graphs.capture(None)
+        setattr(drafter, GRAPHS, graphs)
+        watched = Watched(llm, assistant)
+        assert generate(llm, prompts, limits) == plain
+    assert graphs.replays > 20
+    assert graphs.padded > 0
+    assert watched.changed == 0
+    assert [d.made for d in watched.drafts] == [d.wanted for d in watched.drafts]
+    assert {len(d.made) for d in watched.drafts} != {K}
+
+
+def test_batch_sizes() -> None:
+    assert batch_sizes([5, 10, 20], 5, 16) == [1, 2, 3, 4]
+    assert batch_sizes([512], 5, 256) == [1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 20, 24, 28, 32, 48, 64, 80, 96, 102]
+    assert batch_sizes([512], 5, 3) == [1, 2, 3]
+    assert batch_sizes([], 5, 3) == []
+
+
+def test_only_where_metadata_depends_on_device_tensors_alone() -> None:
+    def proposer(*names: str) -> Any:
+        builders = [type(name, (), {})() for name in names]
+        return SimpleNamespace(
+            draft_attn_groups=[SimpleNamespace(get_metadata_builder=lambda b=b: b) for b in builders]
+        )
+
+    assert capturable(proposer("TritonAttentionMetadataBuilder", "TritonAttentionMetadataBuilder"))
+    assert not capturable(proposer("TritonAttentionMetadataBuilder", "FlashInferMetadataBuilder"))

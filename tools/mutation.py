@@ -1,0 +1,170 @@
+"""Removes the lines of patches one at a time: for each, a test must fail.
+
+    python tools/mutation.py [MODULE ...] [--seconds N]
+
+vLLM is imported once; each removal runs in a fork of that process, on the module's own fast tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import importlib.abc
+import importlib.util
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "vllm_gemma4_spec"
+LIMIT = 120  # seconds of one run; a removal that makes a test hang is found
+# Module -> the tests (below ``tests``) that are to notice.
+MODULES: dict[str, list[str]] = {
+    "performance.argmax": ["kernels/test_patches.py"],
+    "performance.draft_graphs": [
+        "performance/test_draft_replay.py::test_padding_stands_in_the_null_block_and_the_batch_where_it_was",
+        "performance/test_draft_replay.py::test_batches_that_no_graph_fits",
+        "performance/test_draft_replay.py::test_batch_sizes_follow_the_targets_and_thin_out",
+        "performance/test_draft_capture.py",
+    ],
+    "performance.graph_capture": ["performance/test_draft_capture.py"],
+    "performance.split_attention": ["kernels/test_patches.py"],
+    "performance.compile_settings": ["performance/test_draft_compile.py"],
+    "requests.thinking": ["requests/test_grammar_positions.py", "requests/test_thinking.py"],
+    "requests.thinking_budget": ["requests/test_thinking.py"],
+    "requests.min_tokens": ["requests/test_thinking.py"],
+    "requests.grammar": ["requests/test_grammar_positions.py"],
+    "requests.structured_output": ["requests/test_grammar_positions.py"],
+    "requests.channel": ["requests/test_grammar_positions.py"],
+    "requests.validation": ["requests/test_validation.py"],
+    "requests.responses_stream": ["requests/test_responses.py"],
+    "scheduling.admission": ["scheduling/test_no_deadlock.py"],
+    "spec_decode.config_validation": ["spec_decode/test_config_validation.py"],
+    "multimodal.segments": ["multimodal/test_segments.py"],
+    "metrics.reports": ["metrics/test_reports.py"],
+    "patching.failure": ["patching/test_failures.py"],
+    "patching.engine": ["patching/test_engine.py", "patching/test_failures.py"],
+}
+
+
+class _Without(ast.NodeTransformer):
+    """Replaces the statement with the given number by ``pass``."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.count, self.line, self.inside = number, 0, 0, 0
+
+    def visit(self, node: ast.AST) -> Any:
+        function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        if self.inside and isinstance(node, (ast.Assign, ast.AugAssign, ast.Expr, ast.Return, ast.Raise, ast.If)):
+            nothing = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            if not nothing:
+                self.count += 1
+                if self.count == self.number:
+                    self.line = node.lineno
+                    return ast.copy_location(ast.Pass(), node)
+        self.inside += function
+        self.generic_visit(node)
+        self.inside -= function
+        return node
+
+
+def mutants(source: str) -> Iterator[tuple[int, ast.Module]]:
+    """Each removal: the line, and the module without its statement."""
+    number = 1
+    while True:
+        without = _Without(number)
+        tree = without.visit(ast.parse(source))
+        if not without.line:
+            return
+        yield without.line, ast.fix_missing_locations(tree)
+        number += 1
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, code: Any) -> None:
+        self._code = code
+
+    def exec_module(self, module: Any) -> None:
+        exec(self._code, module.__dict__)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self, name: str, file: Path, tree: ast.Module) -> None:
+        self._name, self._file, self._tree = name, file, tree
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name != self._name:
+            return None
+        loader = _Loader(compile(self._tree, str(self._file), "exec"))
+        return importlib.util.spec_from_file_location(name, self._file, loader=loader)
+
+
+def survives(name: str, file: Path, tree: ast.Module | None, tests: list[str]) -> bool:
+    """Whether all tests pass, in a fork."""
+    import pytest
+
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        if tree is not None:
+            sys.meta_path.insert(0, _Finder(name, file, tree))
+        code = 3
+        with contextlib.suppress(BaseException):
+            paths = [str(ROOT / "tests" / t) for t in tests]
+            code = int(pytest.main(["-x", "-q", "-m", "not slow and not gpu", "-p", "no:cacheprovider", *paths]))
+        os._exit(code)
+    until = time.monotonic() + LIMIT
+    while time.monotonic() < until:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status) == 0
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+def main() -> int:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("modules", nargs="*", default=list(MODULES), metavar="MODULE")
+    ap.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time")
+    args = ap.parse_args()
+    sys.path.insert(0, str(ROOT))
+    import torch  # noqa: F401
+    import vllm.entrypoints.openai.api_server
+    import vllm.v1.engine.llm_engine
+    import vllm.v1.worker.gpu_model_runner  # noqa: F401
+
+    import tests.support.engine  # noqa: F401 - sets the environment
+
+    assert not any(name == PACKAGE or name.startswith(f"{PACKAGE}.") for name in sys.modules)
+    started, removed, left = time.monotonic(), 0, 0
+    for module in args.modules:
+        name, file = f"{PACKAGE}.{module}", ROOT / PACKAGE / f"{module.replace('.', '/')}.py"
+        if not survives(name, file, None, MODULES[module]):
+            print(f"{module}: its tests fail as it is", flush=True)
+            return 1
+        before = removed, left
+        for line, tree in mutants(file.read_text()):
+            if time.monotonic() - started > args.seconds:
+                break
+            removed += 1
+            if survives(name, file, tree, MODULES[module]):
+                left += 1
+                text = file.read_text().splitlines()[line - 1].strip()
+                print(f"{PACKAGE}/{module.replace('.', '/')}.py:{line}: no test fails without: {text}", flush=True)
+        print(f"{module}: {removed - before[0]} removed, {left - before[1]} unnoticed", flush=True)
+    print(f"{removed} statements removed, {left} unnoticed, {time.monotonic() - started:.0f} s")
+    return 1 if left else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
