@@ -43,7 +43,8 @@ function look(page, width) {
   });
 }
 (async () => {
-  for (const page of pages) await Promise.all(widths.map(width => look(page, width)));
+  // One frame at a time: figures of a frame below the window are not loaded.
+  for (const page of pages) for (const width of widths) await look(page, width);
   const result = document.createElement("pre");
   result.id = "seen";
   result.textContent = JSON.stringify(seen);
