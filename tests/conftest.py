@@ -21,6 +21,14 @@ settings.register_profile("search", derandomize=False)
 settings.load_profile("fixed")
 
 
+# Files that take minutes come first, so that of two processes none waits for the other at the end.
+LONG = ("spec_decode/test_draft_groups.py", "demo/test_pair.py", "patching/test_engine.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of float32 checkpoints: ``target`` (31B-like), ``drafter`` (E4B-like), ``close`` (a near-target)."""

@@ -88,7 +88,9 @@ def test_responses_items_come_back_as_one_turn(served: Server, encode: Any) -> N
         text = prompt(served)
         if name != "results between":
             prompts.add(text)
-        assert text.count("<|turn>model\n") == 1, (name, text)
+        # The small template ends a turn at each result, Gemma 4's do not.
+        if name != "results between" or tokenizers_.artifacts() is not None:
+            assert text.count("<|turn>model\n") == 1, (name, text)
         assert "Wait." in text
         assert "unknown" not in text
         for tool in ("get", "set-it"):

@@ -143,8 +143,8 @@ SHOWN = {
         r"Error",
     ),
     "mtp-assistant": Shown(
-        "mtp/test_validation::test_stock_does_not_know_assistants",
-        "mtp/test_validation::test_the_method_is_mtp_given_or_not",
+        "mtp/test_mtp_validation::test_stock_does_not_know_assistants",
+        "mtp/test_mtp_validation::test_the_method_is_mtp_given_or_not",
         r"gemma4_assistant|Gemma4Assistant",
     ),
     "mtp-scheduling": Shown(
@@ -153,8 +153,8 @@ SHOWN = {
         r"assert \d+ > \d+",
     ),
     "mtp-checks": Shown(
-        "mtp/test_validation::test_stock_takes_another_targets_assistant",
-        "mtp/test_validation::test_another_targets_assistant",
+        "mtp/test_mtp_validation::test_stock_takes_another_targets_assistant",
+        "mtp/test_mtp_validation::test_another_targets_assistant",
         r"DID NOT RAISE",
     ),
     "lora-aliases": Shown(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from transformers import Gemma4TextConfig, PretrainedConfig
@@ -51,8 +52,8 @@ class Gemma4AssistantConfig(PretrainedConfig):
 def config_registry(original: dict[str, Any]) -> dict[str, Any]:
     """``_CONFIG_REGISTRY``: an assistant's class, too, where transformers has none.
 
-    Patch: ``mtp-assistant``. Evidence: ``tests/mtp/test_validation.py::test_stock_does_not_know_assistants``. Related
-    upstream change: #41745 (assistants, in 0.21.0), #43982 and #43909 (in 0.23.0), #45258 and #49262 (open).
+    Patch: ``mtp-assistant``. Evidence: ``tests/mtp/test_mtp_validation.py::test_stock_does_not_know_assistants``.
+    Related upstream change: #41745 (assistants, in 0.21.0), #43982 and #43909 (in 0.23.0), #45258 and #49262 (open).
     """
     if MODEL_TYPE in CONFIG_MAPPING:
         return original
@@ -62,10 +63,12 @@ def config_registry(original: dict[str, Any]) -> dict[str, Any]:
 def hf_config_override(original: staticmethod[..., Any]) -> staticmethod[..., Any]:
     """``SpeculativeConfig.hf_config_override``: an assistant's config becomes that of an MTP drafter.
 
-    Patch: ``mtp-assistant``. Evidence: ``tests/mtp/test_validation.py::test_stock_does_not_know_assistants``. Related
-    upstream change: #41745 (assistants, in 0.21.0), #43982 and #43909 (in 0.23.0), #45258 and #49262 (open).
+    Patch: ``mtp-assistant``. Evidence: ``tests/mtp/test_mtp_validation.py::test_stock_does_not_know_assistants``.
+    Related upstream change: #41745 (assistants, in 0.21.0), #43982 and #43909 (in 0.23.0), #45258 and #49262 (open).
     """
 
+    # vLLM pickles it by name when it starts an engine in a process of its own.
+    @functools.wraps(original.__func__)
     def wrapper(hf_config: Any) -> Any:
         if hf_config.model_type != MODEL_TYPE:
             return original.__func__(hf_config)
@@ -80,8 +83,8 @@ def hf_config_override(original: staticmethod[..., Any]) -> staticmethod[..., An
 def mtp_model_types(original: Any) -> Any:
     """``MTPModelTypes``, whose members' method is ``mtp``: assistants are among them.
 
-    Patch: ``mtp-assistant``. Evidence: ``tests/mtp/test_validation.py::test_stock_does_not_know_assistants``. Related
-    upstream change: #41745 (assistants, in 0.21.0), #43982 and #43909 (in 0.23.0), #45258 and #49262 (open).
+    Patch: ``mtp-assistant``. Evidence: ``tests/mtp/test_mtp_validation.py::test_stock_does_not_know_assistants``.
+    Related upstream change: #41745 (assistants, in 0.21.0), #43982 and #43909 (in 0.23.0), #45258 and #49262 (open).
     """
     from typing import Literal, get_args
 
@@ -91,8 +94,8 @@ def mtp_model_types(original: Any) -> Any:
 def convertors(original: dict[str, Any]) -> dict[str, Any]:
     """``MODEL_ARCH_CONFIG_CONVERTORS``: an assistant takes and gives hidden states of the target's width.
 
-    Patch: ``mtp-assistant``. Evidence: ``tests/mtp/test_validation.py::test_stock_does_not_know_assistants``. Related
-    upstream change: #41745 (assistants, in 0.21.0), #43982 and #43909 (in 0.23.0), #45258 and #49262 (open).
+    Patch: ``mtp-assistant``. Evidence: ``tests/mtp/test_mtp_validation.py::test_stock_does_not_know_assistants``.
+    Related upstream change: #41745 (assistants, in 0.21.0), #43982 and #43909 (in 0.23.0), #45258 and #49262 (open).
     """
     from vllm.transformers_utils.model_arch_config_convertor import Gemma4ModelArchConfigConvertor
 
@@ -106,8 +109,8 @@ def convertors(original: dict[str, Any]) -> dict[str, Any]:
 def registry(original: Any) -> Any:
     """``ModelRegistry``: knows the model class by name; it is imported when an assistant is loaded.
 
-    Patch: ``mtp-assistant``. Evidence: ``tests/mtp/test_validation.py::test_stock_does_not_know_assistants``. Related
-    upstream change: #41745 (assistants, in 0.21.0), #43982 and #43909 (in 0.23.0), #45258 and #49262 (open).
+    Patch: ``mtp-assistant``. Evidence: ``tests/mtp/test_mtp_validation.py::test_stock_does_not_know_assistants``.
+    Related upstream change: #41745 (assistants, in 0.21.0), #43982 and #43909 (in 0.23.0), #45258 and #49262 (open).
     """
     from vllm.model_executor.models.registry import _LazyRegisteredModel, _ModelInfo
 

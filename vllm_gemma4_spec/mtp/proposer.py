@@ -230,7 +230,7 @@ class AssistantProposer(RunnerProposer):
 def runner_proposer(original: type[EagleProposer]) -> type[EagleProposer]:
     """What the model runner instantiates in place of ``EagleProposer``.
 
-    Patch: ``mtp-assistant``. Evidence: ``tests/mtp/test_validation.py::test_stock_does_not_know_assistants``. Related
-    upstream change: #41745 (assistants, in 0.21.0), #43982 and #43909 (in 0.23.0), #45258 and #49262 (open).
+    Patch: ``mtp-assistant``. Evidence: ``tests/mtp/test_mtp_validation.py::test_stock_does_not_know_assistants``.
+    Related upstream change: #41745 (assistants, in 0.21.0), #43982 and #43909 (in 0.23.0), #45258 and #49262 (open).
     """
     return RunnerProposer

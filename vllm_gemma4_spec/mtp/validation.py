@@ -20,7 +20,7 @@ _LONGEST_DRAFT = 32  # beyond it a step verifies more tokens than any graph or a
 def create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any]:
     """``EngineArgs.create_speculative_config``, where the drafter is an assistant; others pass through.
 
-    Patch: ``mtp-checks``. Evidence: ``tests/mtp/test_validation.py::test_stock_takes_another_targets_assistant``.
+    Patch: ``mtp-checks``. Evidence: ``tests/mtp/test_mtp_validation.py::test_stock_takes_another_targets_assistant``.
     Related upstream change: none found.
     """
 
