@@ -11,32 +11,19 @@ import pytest
 from tests.mtp import pairs
 from tests.mtp.drafts import Watched
 from tests.mtp.shared import Done, agreement, counter, do
+from tests.support import ways
 from tests.support.engine import engine, random_prompts
+from tests.support.ways import WAYS
 
 pytestmark = pytest.mark.slow
-
-WAYS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "chunked-prefill": {"max_num_batched_tokens": 96, "max_num_seqs": 8},
-    "prefix-caching": {"enable_prefix_caching": True},
-    "one-group": {"disable_hybrid_kv_cache_manager": True},
-    "preemption": {"num_gpu_blocks_override": 120, "max_num_seqs": 8},
-    "replaced-requests": {"max_num_seqs": 3},
-}
-LENGTHS = (1, 15, 16, 17, 63, 65, 200, 700)
 
 
 def work(way: str) -> tuple[list[list[int]], list[int]]:
     """Prompts and answer lengths for one way of running."""
-    prompts = random_prompts(LENGTHS)
-    if way == "prefix-caching":  # the same prompts and their prefixes again
-        prompts = random_prompts((15, 17, 65, 200, 700))
-        prompts += [[*p[: len(p) * 2 // 3 + 1], 7, 8, 9] for p in prompts] + prompts
+    if way == "prefix-caching":
+        prompts = ways.with_prefixes(random_prompts((15, 17, 65, 200, 700)))
         return prompts, [6] * len(prompts)
-    if way == "preemption":  # all of them grow, and together they do not fit
-        return random_prompts([60 + i for i in range(8)]), [120] * 8
-    limits = [3, 40, 7, 25, 1, 12, 33, 20] if way == "replaced-requests" else [32] * len(prompts)
-    return prompts, limits
+    return ways.work(way)
 
 
 @pytest.fixture(scope="session")

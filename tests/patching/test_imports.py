@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ast
 import functools
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.fresh import run
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "vllm_gemma4_spec"
@@ -89,36 +89,6 @@ def test_no_circle() -> None:
         visit(name, ())
 
 
-# Forks a process per module from one that has what vLLM builds on but no vLLM, so that each starts as if fresh.
-_EACH_FIRST = """
-import importlib, os, sys, traceback
-import numpy, torch, transformers, triton  # noqa
-from transformers import PreTrainedModel, PretrainedConfig  # noqa
-assert not [m for m in sys.modules if m == "vllm" or m.startswith(("vllm.", "vllm_gemma4_spec"))]
-
-def child(module, patched):
-    import vllm_gemma4_spec
-    if patched:
-        vllm_gemma4_spec.apply()
-    importlib.import_module(module)
-    if patched:
-        states = {s.name: s.state for s in vllm_gemma4_spec.status()}
-        assert set(states.values()) <= {"on", "waiting"}, states
-
-patched, failed = sys.argv[1] == "patched", 0
-for module in sys.argv[2:]:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            child(module, patched)
-        except BaseException:
-            print(module, traceback.format_exc(), flush=True)
-            os._exit(1)
-        os._exit(0)
-    failed += os.waitpid(pid, 0)[1] != 0
-sys.exit(failed != 0)
-"""
-
 # A class of it replaces the one of vLLM's that another is derived from.
 _CLOSEST = [f"{PACKAGE}.quantization.linear"]
 
@@ -133,7 +103,19 @@ _CLOSEST = [f"{PACKAGE}.quantization.linear"]
 )
 def test_every_module_imports_first(names: list[str], patched: str) -> None:
     """With the patches applied before, and without."""
-    done = subprocess.run(
-        [sys.executable, "-c", _EACH_FIRST, patched, *names], cwd=ROOT, capture_output=True, text=True, timeout=3000
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    failed = {}
+    for name in names:
+        done = run(
+            f"""
+            import importlib, vllm_gemma4_spec
+            if {patched == "patched"}:
+                vllm_gemma4_spec.apply()
+            importlib.import_module({name!r})
+            if {patched == "patched"}:
+                states = {{s.name: s.state for s in vllm_gemma4_spec.status()}}
+                assert set(states.values()) <= {{"on", "waiting"}}, states
+            """
+        )
+        if done.returncode:
+            failed[name] = done.stderr[-2000:]
+    assert not failed
