@@ -1,6 +1,6 @@
 """Tens of thousands of engine steps: nothing decays.
 
-A model drafts for itself, or the demo's trained MTP assistant for the demo's target, in a cache too small for what it is
+A model drafts for itself, or the demo's trained MTP assistant for its target, in a cache too small for what it is
 asked, so that blocks are reused all the time: prompts that continue cached answers, evictions, preemptions, aborted
 requests, bursts and quiet times, requests that end at the maximum length. Every token that comes out is compared at
 once, and at every checkpoint all drafts since the last one must have been accepted, of an assistant's as many as
