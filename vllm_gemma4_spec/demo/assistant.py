@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Gemma4ForCausalLM, PreTrainedTokenizerFast
 
-RECIPE = Recipe(steps=200, batch_tokens=1024, learning_rate=6e-3, seed=0)
+RECIPE = Recipe(steps=100, batch_tokens=1024, learning_rate=6e-3, seed=0)
 PASSES = 3
 HIDDEN, INNER, HEADS = 64, 160, 4
 LAYERS = ["sliding_attention"] * 3 + ["full_attention"]
