@@ -36,7 +36,7 @@ def work(way: str) -> tuple[list[list[int]], list[int]]:
         limits = [TOKENS] * len(prompts)
     elif way == "preemption":  # all of them grow, and together they do not fit
         prompts = random_prompts([60 + i for i in range(REQUESTS)])
-        limits = [64] * REQUESTS
+        limits = [120] * REQUESTS
     elif way == "replaced-requests":
         limits = [3, 40, 7, 25, 1, 12, 33, 20]
     return prompts, limits
