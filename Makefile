@@ -30,9 +30,10 @@ $(STAMP): pyproject.toml constraints/cpu.txt constraints/cpu-overrides.txt
 demo: setup
 	$(BIN)/vllm-gemma4-spec demo
 
-# Engines in the tests compute with one thread each, so JOBS files are tested at a time.
+# Engines in the tests compute with one thread each, so JOBS files are tested at a time. The tests' own bytecode is kept:
+# pytest rewrites every assertion of every file, in each of its processes.
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu"
