@@ -7,6 +7,7 @@ nobody is connected any more.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import json
 import os
@@ -48,7 +49,8 @@ def _fork(order: dict[str, Any], client: socket.socket) -> dict[str, Any]:
     pid = os.fork()
     if pid:
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        client.sendall(f"{status}\n".encode())
+        with contextlib.suppress(OSError):  # whoever asked is gone
+            client.sendall(f"{status}\n".encode())
         os._exit(0)
     for number, name in ((0, os.devnull), (1, order["stdout"]), (2, order["stderr"])):
         os.dup2(os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT), number)

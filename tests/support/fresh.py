@@ -59,18 +59,18 @@ import multiprocessing, os, socket
 from multiprocessing import connection, forkserver
 def forked_children():
     address, (alive, ours) = connection.arbitrary_address("AF_UNIX"), os.pipe()
+    context = multiprocessing.get_context("forkserver")
+    multiprocessing.get_context = lambda method=None: context
+    server = forkserver._forkserver
+    server._forkserver_address, server._forkserver_alive_fd = address, ours
+    server.ensure_running = lambda: None
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
-        pid = os.fork()
-        if pid == 0:
+        if os.fork() == 0:
             os.close(ours)
             forkserver.main(listener.fileno(), alive, [])
     os.close(alive)
-    server = forkserver._forkserver
-    server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, ours, pid
-    context = multiprocessing.get_context("forkserver")
-    multiprocessing.get_context = lambda method=None: context
 forked_children()
 """
 
