@@ -44,7 +44,9 @@ def _first_engine_ended() -> None:
 @contextlib.contextmanager
 def engine(model: Path, drafter: Path | None = None, k: int = 3, **options: Any) -> Iterator[Any]:
     """An ``LLM`` in float32 without a tokenizer; with ``drafter`` it speculates ``k`` tokens ahead."""
+    import torch
     from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     import vllm_gemma4_spec
 
@@ -65,17 +67,18 @@ def engine(model: Path, drafter: Path | None = None, k: int = 3, **options: Any)
     if drafter is not None:
         speculative = {"method": "draft_model", "model": str(drafter), "num_speculative_tokens": k}
         settings["speculative_config"] = speculative | settings.pop("speculative", {})
-    llm = LLM(str(model), **settings)
-    try:
-        yield llm
-    finally:
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
-        gc.collect()
-        _first_engine_ended()
+    # vLLM compiles helpers of its sampler and of log-probabilities even in eager mode: half a minute for one call.
+    eager = torch.compiler.set_stance("force_eager") if settings["enforce_eager"] else contextlib.nullcontext()
+    with eager:
+        llm = LLM(str(model), **settings)
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()
+            gc.collect()
+            _first_engine_ended()
 
 
 def generate(
