@@ -2,9 +2,9 @@
 
     python benchmarks/command_speed.py [--before d1ed1a9] [--runs 5] [--out benchmarks/results/command-speed.json]
 
-The other commit (default: the last one before the commands were redesigned) is checked out into a temporary worktree. Runs
-of both alternate, and the first of each, which compiles bytecode, is not counted. Processor time is what a command costs whatever
-else the machine does; wall time is what its user waits. Needs the genuine configs (GEMMA4_ARTIFACTS).
+The other commit (default: the last one before the commands were redesigned) is checked out into a temporary worktree.
+Runs of both alternate, and the first of each, which compiles bytecode, is not counted. Processor time is what a command
+costs whatever else the machine does; wall time is what its user waits. Needs the genuine configs (GEMMA4_ARTIFACTS).
 """
 
 from __future__ import annotations

@@ -48,9 +48,9 @@ class Report(Output):
     accepted: int
     """draft tokens"""
     accepted_by_position: list[int]
-    """drafts accepted up to each position"""
+    """drafts accepted up to each position, position 0 first"""
     acceptance_length: float
-    """tokens per step, the target's own counted"""
+    """mean tokens that a step with drafts adds to a request, the target's own counted"""
     equal_to_plain: bool | None
     """answers equal those without speculation; null without --check"""
 
@@ -196,8 +196,8 @@ def _require_drafts(drafting: Drafting, log: Path) -> None:
 
 
 def _show_drafting(console: rich.Console, drafting: Drafting) -> None:
-    table = rich.Table("draft position", "proposed", "accepted", "share", title="speculation, from /metrics")
-    for position, accepted in enumerate(drafting.accepted_at, 1):
+    table = rich.Table("position, from 0", "proposed", "accepted", "share", title="speculation, from /metrics")
+    for position, accepted in enumerate(drafting.accepted_at):
         table.add_row(str(position), str(drafting.drafts), str(accepted), f"{accepted / drafting.drafts:.1%}")
     table.add_row("all", str(drafting.proposed), str(drafting.accepted), f"{drafting.accepted / drafting.proposed:.1%}")
     show(console, table)
