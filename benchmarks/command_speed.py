@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = Path(os.environ["GEMMA4_ARTIFACTS"]) / "gemma4" / "models"
 PAIR = ["--target", str(MODELS / "gemma-4-31B-it"), "--drafter", str(MODELS / "gemma-4-E4B-it")]
 CASES = {
-    "--help": ["--help"],
-    "plan --help": ["plan", "--help"],
+    "list of commands": ["--help"],
+    "help of plan": ["plan", "--help"],
     "plan": ["plan", *PAIR, "--hardware", "H200"],
     "plan, no such model": ["plan", "--target", "/nonexistent", "--hardware", "H200"],
     "plan, wrong option": ["plan", *PAIR, "--acceptance", "often"],
@@ -53,6 +53,7 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--before", default="d1ed1a9")
     ap.add_argument("--runs", type=int, default=5)
+    ap.add_argument("--only", nargs="+", choices=CASES, help="these commands alone")
     ap.add_argument("--out", type=Path)
     args = ap.parse_args()
     rows = {}
@@ -62,13 +63,13 @@ def main() -> None:
         subprocess.run([*git, "add", "--quiet", "--detach", str(old), args.before], check=True)
         try:
             print(f"| command | CPU s at {args.before} | now | ratio | wall s now |\n|---|---|---|---|---|")
-            for name, arguments in CASES.items():
-                runs = [[once(tree, arguments) for tree in (old, ROOT)] for _ in range(args.runs + 1)][1:]
+            for name in args.only or CASES:
+                runs = [[once(tree, CASES[name]) for tree in (old, ROOT)] for _ in range(args.runs + 1)][1:]
                 before, now, wall = (
                     statistics.median(row[side][kind] for row in runs) for side, kind in ((0, 0), (1, 0), (1, 1))
                 )
                 rows[name] = {"cpu_s_before": round(before, 2), "cpu_s": round(now, 2), "wall_s": round(wall, 2)}
-                print(f"| `{name}` | {before:.2f} | {now:.2f} | {before / now:.1f} | {wall:.2f} |", flush=True)
+                print(f"| {name} | {before:.2f} | {now:.2f} | {before / now:.1f} | {wall:.2f} |", flush=True)
         finally:
             subprocess.run([*git, "remove", "--force", str(old)], check=True)
     if args.out:
