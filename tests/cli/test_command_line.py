@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.support.commands import gemma4_spec, in_process
 from vllm_gemma4_spec import __version__
-from vllm_gemma4_spec.cli import COMMANDS, SUMMARIES
+from vllm_gemma4_spec.cli import COMMANDS, SUMMARIES, _checks
 from vllm_gemma4_spec.registry import PATCHES
 
 
@@ -118,3 +119,17 @@ def test_options_are_completed() -> None:
         _VLLM_GEMMA4_SPEC_COMPLETE="complete_bash", COMP_WORDS="vllm-gemma4-spec plan --tar", COMP_CWORD="2"
     )
     assert "--target" in done.stdout.split(), done.stderr
+
+
+def test_what_takes_longer_than_a_second_says_what_it_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with _checks.slow("asking"):
+        pass
+    with _checks.slow("reading", quiet=True):
+        time.sleep(1.1)
+    assert capsys.readouterr().err == ""
+    with _checks.slow("computing"):
+        time.sleep(1.3)
+    assert capsys.readouterr().err == "computing\n"

@@ -40,6 +40,7 @@ def command(
 
     Example: vllm-gemma4-spec bench --url http://127.0.0.1:8000 --prompts mt_bench.jsonl
     """
+    from vllm_gemma4_spec.cli import _checks
     from vllm_gemma4_spec.ops import plots, server
     from vllm_gemma4_spec.ops.bench import measure, report, servers
     from vllm_gemma4_spec.ops.bench import prompts as asked
@@ -54,7 +55,8 @@ def command(
     texts = asked.read(prompts, requests) if prompts else asked.repeated(asked.BUILT_IN, requests)
     if plot:
         plots.check(plot)
-    measured = [servers.identify(one, model, api_key) for one in (url, *([against] if against else []))]
+    with _checks.slow("asking for the model", as_json):
+        measured = [servers.identify(one, model, api_key) for one in (url, *([against] if against else []))]
     servers.different(measured)
     measure.check_environment()
     if input_tokens:

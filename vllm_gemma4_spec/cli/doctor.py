@@ -35,9 +35,11 @@ def command(
 
     Example: vllm-gemma4-spec doctor --url http://127.0.0.1:8000
     """
+    from vllm_gemma4_spec.cli import _checks
     from vllm_gemma4_spec.ops import doctor
 
-    report = doctor.examine(url, api_key, workers, not no_speculation)
+    with _checks.slow(f"asking {url}" if url else "looking at what is installed", as_json):
+        report = doctor.examine(url, api_key, workers, not no_speculation)
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
     else:

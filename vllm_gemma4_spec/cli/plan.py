@@ -45,6 +45,7 @@ def command(
 
     Example: vllm-gemma4-spec plan --target google/gemma-4-31B-it --drafter google/gemma-4-E4B-it --hardware H200
     """
+    from vllm_gemma4_spec.cli import _checks
     from vllm_gemma4_spec.ops import plots
     from vllm_gemma4_spec.ops.plan import model, report, timing
     from vllm_gemma4_spec.ops.plan.configs import PlanError
@@ -67,17 +68,18 @@ def command(
     given = report.Given(
         None if target_ms is None else target_ms / 1e3, None if draft_ms is None else draft_ms / 1e3, overhead_ms / 1e3
     )
-    made = report.make(
-        big,
-        small,
-        machines,
-        curves,
-        requests=requests,
-        context=context,
-        kv_dtype=kv_dtype,
-        utilization=utilization,
-        given=given,
-    )
+    with _checks.slow("computing", as_json):
+        made = report.make(
+            big,
+            small,
+            machines,
+            curves,
+            requests=requests,
+            context=context,
+            kv_dtype=kv_dtype,
+            utilization=utilization,
+            given=given,
+        )
     if as_json:
         typer.echo(made.model_dump_json(indent=2))
     else:
