@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
+import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,6 +69,9 @@ def command(
     check: Annotated[
         bool, typer.Option("--check", help="Serve once more without speculation and compare the answers.")
     ] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the server up afterwards, until Ctrl-C, and say how to ask it.")
+    ] = False,
     timeout: Annotated[float, typer.Option(help="Seconds until a server must be ready.")] = 600.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/reference/json.md has the schema.")] = False,
     speculation: Annotated[bool, typer.Option("--speculation/--no-speculation", hidden=True)] = True,
@@ -87,11 +94,11 @@ def command(
     # Removed only after success: every error names the log in it.
     logs = Path(tempfile.mkdtemp(prefix="vllm-gemma4-spec-demo-"))
     answers, drafting = _serve_and_ask(
-        console, pair, questions, logs / "server.log", speculation, timeout, show=not as_json
+        console, pair, questions, logs / "server.log", speculation, timeout, show=not as_json, keep=keep
     )
     if speculation:
         _require_drafts(drafting, logs / "server.log")
-        if not as_json:
+        if not as_json and not keep:
             _show_drafting(console, drafting)
     if check:
         log = logs / "plain-server.log"
@@ -138,6 +145,7 @@ def _serve_and_ask(
     speculate: bool,
     timeout: float,
     show: bool,
+    keep: bool = False,
 ) -> tuple[list[Answer], Drafting]:
     """Answers to all questions and the counters, from a server that is gone afterwards."""
     from vllm_gemma4_spec.demo import run
@@ -162,8 +170,36 @@ def _serve_and_ask(
                 run.check_same(question, whole, streamed, ("non-streamed", "streamed"), log)
                 answers.append(whole)
             drafting = run.drafting(server.get("/metrics"))
+            if keep:
+                status.stop()
+                if drafting.drafts and show:
+                    _show_drafting(console, drafting)
+                _keep(console, server.url)
+                status.start()
             status.update("stopping vllm serve")
     return answers, drafting
+
+
+def _keep(console: rich.Console, url: str) -> None:
+    """Until Ctrl-C; says how to ask the server and look at it."""
+    body = {
+        "model": "gemma4-demo",
+        "messages": [{"role": "user", "content": "Count from 9 to 12."}],
+        "stream": True,
+    }
+    command = sys.argv[0]  # as it was called: in a checkout it is not in PATH
+    console.print(
+        f"\nThe server stays up at {url} until Ctrl-C. In another terminal:\n\n"
+        f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'\n"
+        f"  {command} doctor --url {url}\n"
+        f"  {command} top --url {url}\n",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(3600)
 
 
 def _show(console: rich.Console, question: Dialogue, answer: Answer) -> None:
