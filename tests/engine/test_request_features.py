@@ -38,21 +38,20 @@ def target(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-OPTIONS = {"max_model_len": MAX_MODEL_LEN, "skip_tokenizer_init": False, "max_logprobs": 16, "max_num_seqs": 8}
+OPTIONS = {"max_model_len": MAX_MODEL_LEN, "skip_tokenizer_init": False, "max_logprobs": 16, "max_num_seqs": 16}
 
 
 def outputs(llm: Any) -> dict[str, Any]:
-    """What every case gives."""
+    """What every case gives, all asked at once: a step has requests of several cases."""
     from vllm import SamplingParams
 
-    return {
-        name: llm.generate(
-            [{"prompt_token_ids": p} for p in prompts(name)],
-            SamplingParams(**({"temperature": 0.0, "max_tokens": 40} | sampling())),
-            use_tqdm=False,
-        )
-        for name, sampling in CASES.items()
-    }
+    asked = [(name, prompt) for name in CASES for prompt in prompts(name)]
+    made = llm.generate(
+        [{"prompt_token_ids": prompt} for _, prompt in asked],
+        [SamplingParams(**({"temperature": 0.0, "max_tokens": 40} | CASES[name]())) for name, _ in asked],
+        use_tqdm=False,
+    )
+    return {name: [output for (of, _), output in zip(asked, made, strict=True) if of == name] for name in CASES}
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,9 @@ pytestmark = pytest.mark.gpu
 
 K = 4
 WAYS: dict[str, dict[str, Any]] = {"eager": {"enforce_eager": True}, "graphs": {}, "async": {"async_scheduling": True}}
-# A pass makes about ten of one rounding of the pass before it: later drafts of few steps may differ.
-DIFFERENT = 0.02
+# A pass makes about ten of one rounding of the pass before it: later drafts of few steps may differ (of an H200's 482
+# steps 15 for 31B, 1 to 8 for the others; first drafts never).
+DIFFERENT = 0.05
 
 
 class Answers:
@@ -32,7 +33,7 @@ class Answers:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._pairs: dict[str, tuple[Path, Path]] = {}
-        self._plain: dict[tuple[str, int], list[list[int]]] = {}
+        self._plain: dict[tuple[str, int], tuple[list[list[int]], list[list[float]]]] = {}
         self.prompts = engine.random_prompts(device.LENGTHS)
         self.limits = [device.TOKENS + 7 * i for i in range(len(self.prompts))]
 
@@ -44,10 +45,11 @@ class Answers:
             self._pairs[name] = target, pairs.save_assistant(kind, folder / "assistant")
         return self._pairs[name]
 
-    def plain(self, name: str, mode: int) -> list[list[int]]:
+    def plain(self, name: str, mode: int) -> tuple[list[list[int]], list[list[float]]]:
+        """Of plain decoding: answers, and by how much each token leads."""
         if (name, mode) not in self._plain:
             with engine.engine(self.pair(name)[0], **device.options(None, mode)) as llm:
-                self._plain[name, mode] = engine.generate(llm, self.prompts, self.limits)
+                self._plain[name, mode] = device.lead(llm, self.prompts, self.limits)
         return self._plain[name, mode]
 
 
@@ -60,17 +62,17 @@ def check(answers: Answers, measured: Any, name: str, mode: int, changes: dict[s
     from vllm_gemma4_spec.performance.draft_graphs import GRAPHS
 
     target, assistant = answers.pair(name)
-    plain = answers.plain(name, mode)
+    plain, leads = answers.plain(name, mode)
     options = device.options(K, mode, async_scheduling=False) | ({} if REHEARSAL else changes)
     options["speculative_config"] = {"model": str(assistant), "num_speculative_tokens": K}
     with engine.engine(target, **options) as llm:
         watched = Watched(llm, assistant)
-        device.same_answers(engine.generate(llm, answers.prompts, answers.limits), plain)
+        ties = device.same_answers(engine.generate(llm, answers.prompts, answers.limits), plain, leads)
         captured = watched.runner.drafter.__dict__.get(GRAPHS) is not None
         groups = len(watched.runner.kv_cache_config.kv_cache_groups)
     drafts = watched.drafts
     different = sum(d.made != d.wanted for d in drafts)
-    measured(drafts=len(drafts), different=different, groups=groups, graphs=captured)
+    measured(drafts=len(drafts), different=different, groups=groups, graphs=captured, ties=ties)
     assert len(drafts) > 20
     assert all(d.made[0] == d.wanted[0] for d in drafts)
     assert different <= DIFFERENT * len(drafts)
@@ -86,6 +88,33 @@ def test_drafts_answers_and_the_cache(answers: Answers, measured: Any, name: str
 
 def test_compiled(answers: Answers, measured: Any, cuda: None) -> None:
     check(answers, measured, "31b", 3, {"async_scheduling": True})
+
+
+def test_a_padded_batch(answers: Answers, measured: Any, cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """9 to 11 requests in the graph of 12: block table rows past the batch hold no block that exists."""
+    from vllm_gemma4_spec.mtp.graphs import AssistantGraphs
+
+    seen, original = [], AssistantGraphs.replay
+
+    def replay(self: Any, num_reqs: int, draft_length: int) -> torch.Tensor:
+        seen.append((num_reqs, self._padded[num_reqs]))
+        return original(self, num_reqs, draft_length)
+
+    monkeypatch.setattr(AssistantGraphs, "replay", replay)
+    target, assistant = answers.pair("e4b")
+    prompts, most = engine.random_prompts([5 + 7 * i for i in range(12)]), 12
+    limits = [24 + 5 * i for i in range(12)]
+    size = {"max_num_seqs": most, "num_gpu_blocks_override": 4096}
+    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    sizes = [{"compilation_config": graphs | {"cudagraph_capture_sizes": [n, most * n]}} for n in (1, K + 1)]
+    with engine.engine(target, **(device.options(None) | size | sizes[0])) as llm:
+        plain, leads = device.lead(llm, prompts, limits)
+    options = device.options(K, async_scheduling=True) | size | sizes[1]
+    options["speculative_config"] = {"model": str(assistant), "num_speculative_tokens": K}
+    with engine.engine(target, **options) as llm:
+        ties = device.same_answers(engine.generate(llm, prompts, limits), plain, leads)
+    measured(replays=len(seen), padded=sum(n < to for n, to in seen), ties=ties)
+    assert {n for n, to in seen if to == most} >= {9, 10, 11, 12}
 
 
 @pytest.mark.parametrize("name", ["31b", "e4b"])

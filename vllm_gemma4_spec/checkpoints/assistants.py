@@ -21,8 +21,6 @@ from vllm_gemma4_spec.checkpoints.files import Checkpoint
 from vllm_gemma4_spec.checkpoints.repairing import new_folder
 from vllm_gemma4_spec.errors import CheckpointError
 
-MODEL_TYPE = "gemma4_assistant"
-RECIPE = "w4a16"
 _KEPT = ("model.embed_tokens.", "masked_embedding.", "lm_head.")
 _MERGED = ("gate_proj", "up_proj")  # one matrix in the engine, with one global scale
 

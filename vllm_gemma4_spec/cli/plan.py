@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from vllm_gemma4_spec.cli import _rich as rich
 from vllm_gemma4_spec.cli._tables import show
 
 if TYPE_CHECKING:
@@ -49,6 +48,7 @@ def command(
 
     Example: vllm-gemma4-spec plan --target google/gemma-4-31B-it --drafter google/gemma-4-E4B-it --hardware H200
     """
+    from vllm_gemma4_spec.cli import _checks
     from vllm_gemma4_spec.ops import plots
     from vllm_gemma4_spec.ops.plan import model, report, timing
     from vllm_gemma4_spec.ops.plan.configs import PlanError
@@ -71,21 +71,22 @@ def command(
     given = report.Given(
         None if target_ms is None else target_ms / 1e3, None if draft_ms is None else draft_ms / 1e3, overhead_ms / 1e3
     )
-    made = report.compare(
-        big,
-        small,
-        machines,
-        curves,
-        requests=requests,
-        context=context,
-        kv_dtype=kv_dtype,
-        utilization=utilization,
-        given=given,
-    )
+    with _checks.slow("computing", as_json):
+        made = report.compare(
+            big,
+            small,
+            machines,
+            curves,
+            requests=requests,
+            context=context,
+            kv_dtype=kv_dtype,
+            utilization=utilization,
+            given=given,
+        )
     if as_json:
         typer.echo(made.model_dump_json(indent=2))
     else:
-        _print(Console(highlight=False), made)
+        _print(rich.Console(highlight=False), made)
     if plot:
         title = " + ".join(f"{m.name} ({m.weights})" for m in (big, *small[:1]))
         title += f", {requests} request{'s' if requests > 1 else ''} at {context} tokens"
@@ -96,13 +97,10 @@ def command(
         save(lines, title, plot)
 
 
-def _print(console: Console, made: Report) -> None:
+def _print(console: rich.Console, made: Report) -> None:
     several = bool(made.others)
-    for role, one in (
-        ("target", made.target),
-        ("drafter", made.drafter),
-        *(("drafter", o.drafter) for o in made.others),
-    ):
+    drafters = [made.drafter, *(other.drafter for other in made.others)]
+    for role, one in (("target", made.target), *(("drafter", drafter) for drafter in drafters)):
         if one:
             size = f"{one.weight_bytes / 1e9:.1f} GB {one.weights}, text model"
             files = f"; files {one.files_bytes / 1e9:.1f} GB" if one.files_bytes else ""
@@ -119,7 +117,7 @@ def _print(console: Console, made: Report) -> None:
         f"KV cache{_with(made.drafter, several)}: {made.kv_bytes_per_token / 1024:.0f} KiB per further token, at most "
         f"{made.kv_bytes_per_request / 2**20:.0f} MiB per request of {made.context} tokens\n"
     )
-    table = Table("groups", "of", "attention", "window", "block size", "layers each")
+    table = rich.Table("groups", "of", "attention", "window", "block size", "layers each")
     for run in _runs(made.groups):
         first, last = run[0], run[-1]
         number = f"{first.number}" if first is last else f"{first.number}-{last.number}"
@@ -135,7 +133,7 @@ def _print(console: Console, made: Report) -> None:
     show(console, table)
     rates = list(made.machines[0].acceptance)
     heads = ("card", "fit", "longest", "times", "target ms", "draft ms", "plain tok/s", *[f"a={r}" for r in rates])
-    speeds = Table(heads[0], *(["drafter"] if several else []), *heads[1:])
+    speeds = rich.Table(heads[0], *(["drafter"] if several else []), *heads[1:])
     rows = [(made.drafter, made.machines), *((o.drafter, o.machines) for o in made.others)]
     best = {(c.machine, c.acceptance): c for c in made.choices}
     for i in range(len(made.machines)):
