@@ -161,6 +161,7 @@ def compare(
     """
     if given.draft is not None and len(drafters) > 1:
         raise PlanError("--draft-ms is one drafter's; name one --drafter with it")
+    each: Sequence[Model | None] = drafters or [None]
     made = [
         make(
             target,
@@ -173,7 +174,7 @@ def compare(
             utilization=utilization,
             given=given,
         )
-        for drafter in drafters or [None]
+        for drafter in each
     ]
     if len(made) == 1:
         return made[0]
