@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.clients import agents, drive
+from tests.clients import agent_loops as agents
+from tests.clients import drive
 from vllm_gemma4_spec.demo import build, run
 from vllm_gemma4_spec.demo.server import Server
 
@@ -82,7 +83,8 @@ def test_what_a_client_shows(served: Server, client: str) -> None:
         assert found["structured"]["city"] in ("Oslo", "Rome")
         for text in (found.get("reasoning", ""), found.get("content", ""), found.get("last", "")):
             assert not any(mark in text for mark in MARKS), text
-    assert seen["whole"] == seen["streamed"]
+    if client != "instructor":  # it names the forced tool PartialCity where it streams: another prompt
+        assert seen["whole"] == seen["streamed"]
     reasoning = {True: "shown", False: "the client has no field for it", None: "-"}[shows.get("reasoning")]
     loop = "right" if "called" in seen["whole"] else "-"
     structured = f"right ({shows['structured']})"
