@@ -492,12 +492,11 @@ CLIENTS: dict[str, Callable[[str], Seen]] = {
 }
 
 
-def _shows(package: str, api: str, structured: str, reasoning: bool | None = True) -> Seen:
-    shown: Seen = {"name": package, "api": api, "structured": structured}
-    return shown if reasoning is None else {**shown, "reasoning": reasoning}
+def _shows(package: str, api: str, structured: str, reasoning: bool = True) -> Seen:
+    return {"name": package, "api": api, "structured": structured, "reasoning": reasoning}
 
 
-# Client -> its package, the API that it asks, how it asks for an object, and whether it has a place for reasoning.
+# Client -> its package, the API that it asks, how it asks for an object, and whether it is asked for reasoning.
 SHOWS: dict[str, Seen] = {
     "openai_chat": _shows("openai", "chat completions", "JSON schema"),
     "openai_responses": _shows("openai", "responses", "JSON schema"),
@@ -507,8 +506,8 @@ SHOWS: dict[str, Seen] = {
     "litellm": _shows("litellm", "chat completions", "JSON schema"),
     "openai_agents": _shows("openai-agents", "responses", "JSON schema"),
     "pydantic_ai": _shows("pydantic-ai-slim", "responses", "JSON schema"),
-    "instructor": _shows("instructor", "chat completions", "forced tool and JSON schema", None),
-    "llama_index": _shows("llama-index-llms-openai-like", "chat completions", "JSON schema", False),
+    "instructor": _shows("instructor", "chat completions", "forced tool and JSON schema", False),
+    "llama_index": _shows("llama-index-llms-openai-like", "chat completions", "JSON schema"),
 }
 
 if __name__ == "__main__":
