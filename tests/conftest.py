@@ -25,6 +25,10 @@ settings.load_profile("fixed")
 LONG = ("spec_decode/test_draft_groups.py", "demo/test_pair.py", "patching/test_engine.py")
 
 
+def pytest_collection_finish() -> None:
+    _engine.keep_out_of_gc()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
 
