@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 from pathlib import Path
 
@@ -25,8 +26,19 @@ settings.load_profile("fixed")
 LONG = ("spec_decode/test_draft_groups.py", "demo/test_pair.py", "patching/test_engine.py")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="tests of each file, and files, in random order")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seed = config.getoption("--shuffle")
+    if seed is None:
+        items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
+        return
+    chance = random.Random(seed)
+    chance.shuffle(items)
+    places = {file: chance.random() for file in sorted({item.path for item in items})}
+    items.sort(key=lambda item: places[item.path])
 
 
 @pytest.fixture(scope="session")
