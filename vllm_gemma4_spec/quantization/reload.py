@@ -22,7 +22,7 @@ from vllm_gemma4_spec.errors import CheckpointError
 from vllm_gemma4_spec.quantization import nan_scales
 
 MARK = "modelopt_checked"  # a layer that one of this package's methods has processed
-FINISHED = "_gemma4_spec_weights_finished"  # attribute of a model: a reload has come to its last part
+FINISHED = "_gemma4_spec_weights_finished"  # attribute of a model that is being reloaded: the last part has begun
 UNKNOWN = "_gemma4_spec_weights_unknown"  # attribute of a worker: its weights are not those of its config's checkpoint
 
 
@@ -44,16 +44,22 @@ def with_config(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         refused: Exception | None = None
         with set_current_vllm_config(self.vllm_config):
-            before, checkpoint = Before(self.model_runner.get_model()), self.model_config.model
-            try:
-                original(self, *args, **kwargs)
-            except Exception as error:
-                refused = error
-            said, last = _of_all_ranks(refused and f"{type(refused).__name__}: {refused}")
-            if not said:
+            model, checkpoint = self.model_runner.get_model(), self.model_config.model
+            before = Before(model)
+            # No rank may wait for another, as the report does, before all have said whether they go on.
+            for part in (lambda: original(self, *args, **kwargs), lambda: _report(model)):
+                try:
+                    part()
+                except Exception as error:
+                    refused = error
+                said, last = _of_all_ranks(f"{type(refused).__name__}: {refused}" if refused else None)
+                if said:
+                    break
+            else:
+                delattr(model, FINISHED)
                 vars(self).pop("execute_model", None)
-                from_disk = original.__name__ == "reload_weights" and not args and "weights_iterator" not in kwargs
-                setattr(self, UNKNOWN, not from_disk)
+                given = original.__name__ == "update_weights" or args or kwargs.get("weights_iterator") is not None
+                setattr(self, UNKNOWN, bool(given))
                 return None
             self.model_config.model = checkpoint
             written = before.put_back() or _direct(args, kwargs)
@@ -66,6 +72,11 @@ def with_config(original: Callable[..., Any]) -> Callable[..., Any]:
         return None
 
     return wrapper
+
+
+def _report(model: Module) -> None:
+    if any(hasattr(module, MARK) for module in model.modules()):
+        nan_scales.report(model)
 
 
 def _of_all_ranks(error: str | None) -> tuple[list[str], bool]:
@@ -86,7 +97,7 @@ class Before:
     """The attributes of every layer before a reload, its tensors among them."""
 
     def __init__(self, model: Module) -> None:
-        self._model = model
+        self.model = model
         self._layers = [(layer, _attributes(layer)) for layer in model.modules()]
         setattr(model, FINISHED, False)
 
@@ -97,7 +108,7 @@ class Before:
         infos = [(layer, layerwise.get_layerwise_info(layer)) for layer, _ in self._layers]
         started = any(info.can_load() for _, info in infos)
         done = any(not info.can_load() and layerwise.get_layer_tensors(layer) for layer, info in infos)
-        written = getattr(self._model, FINISHED) or (started and done)
+        written = getattr(self.model, FINISHED) or (started and done)
         for (layer, attributes), (_, info) in zip(self._layers, infos, strict=True):
             vars(layer).clear()
             vars(layer).update(attributes)
@@ -122,6 +133,8 @@ def _restore(worker: Any) -> str | None:
     before = Before(worker.model_runner.get_model())
     try:
         worker.model_runner.reload_weights()
+        delattr(before.model, FINISHED)
+        nan_scales.forget(before.model)
     except Exception as error:
         before.put_back()
         return f"the old ones cannot be read again: {type(error).__name__}: {error}"
@@ -153,10 +166,13 @@ def finalize(original: Callable[..., None]) -> Callable[..., None]:
         if ours or scope.gemma4_model(model_config):
             for module in model.modules():
                 _load_kv_scales(module)
-        setattr(next(model.modules()), FINISHED, True)  # not a wrapper around the model
+        whole = next(model.modules())  # not a wrapper around the model
+        reloading = hasattr(whole, FINISHED)
+        if reloading:
+            setattr(whole, FINISHED, True)
         original(model, model_config)
-        if ours:
-            nan_scales.report(model)
+        if not reloading:
+            _report(model)
 
     return wrapper
 
