@@ -38,7 +38,7 @@ MODULES: dict[str, list[str]] = {
     "performance.compile_settings": ["performance/test_draft_compile.py"],
     "requests.thinking": ["requests/test_thinking.py", "requests/test_grammar_positions.py"],
     "requests.thinking_budget": ["requests/test_thinking.py"],
-    "requests.min_tokens": ["requests/test_thinking.py"],
+    "requests.min_tokens": ["requests/test_min_tokens.py", "requests/test_thinking.py"],
     "requests.grammar": ["requests/test_grammar_positions.py"],
     "requests.structured_output": ["requests/test_grammar_positions.py"],
     "requests.channel": ["requests/test_grammar_positions.py"],
