@@ -26,6 +26,10 @@ settings.load_profile("fixed")
 LONG = ("spec_decode/test_draft_groups.py", "demo/test_pair.py", "patching/test_engine.py")
 
 
+def pytest_collection_finish() -> None:
+    _engine.keep_out_of_gc()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shuffle", type=int, metavar="SEED", help="tests of each file, and files, in random order")
 

@@ -59,7 +59,7 @@ SHOWN = {
     ),
     "draft-groups": Shown(
         f"{_STOCK}::test_draft_layers_in_several_groups_are_refused",
-        "spec_decode/test_draft_groups::test_a_model_as_its_own_drafter_accepts_every_draft[target-3-plain]",
+        "spec_decode/test_draft_groups::test_a_model_as_its_own_drafter_accepts_every_draft[target-3-plain-half]",
         r"All drafting layers should belong to the same kv cache group",
     ),
     "own-blocks": Shown(
