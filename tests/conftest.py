@@ -23,7 +23,18 @@ settings.load_profile("fixed")
 
 
 # Files that take minutes come first, so that of two processes none waits for the other at the end.
-LONG = ("spec_decode/test_draft_groups.py", "demo/test_pair.py", "patching/test_engine.py")
+LONG = (
+    "spec_decode/test_draft_groups.py",
+    "demo/test_pair.py",
+    "multimodal/test_images.py",
+    "multimodal/test_image_attention.py",
+    "quantization/test_nvfp4_tensor_parallel.py",
+    "engine/test_request_features.py",
+    "engine/test_sampling.py",
+    "engine/test_processes.py",
+    "patching/test_engine.py",
+    "release/test_distributions.py",
+)
 
 
 def pytest_collection_finish() -> None:
