@@ -20,6 +20,7 @@ from tests.support.engine import engine
 from vllm_gemma4_spec.checkpoints.files import Checkpoint
 from vllm_gemma4_spec.checkpoints.inspection import inspect
 from vllm_gemma4_spec.errors import CheckpointError
+from vllm_gemma4_spec.ops.plan import model as plan_model
 
 GROUP = 32
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP, "symmetric": True, "dynamic": False}
@@ -178,6 +179,14 @@ def test_the_way_out_of_a_missing_tower(tmp_path: Path) -> None:
     folder = _without_tower(tmp_path / "model")
     made = vllm_config(folder, hf_overrides={"architectures": ["Gemma4ForCausalLM"]})
     assert made.model_config.architecture == "Gemma4ForCausalLM"
+
+
+def test_plan_counts_a_31b_without_towers(tmp_path: Path) -> None:
+    folder = forms.stripped_31b(tmp_path / "model")
+    read, tensors = plan_model.load(folder), Checkpoint(folder).tensors
+    held = sum(t.bytes for t in tensors.values() if len(t.shape) == 2)
+    keys = tensors["model.language_model.layers.1.self_attn.k_proj.weight"].bytes * 9 / 8
+    assert read.weight_bytes == held + 2 * keys  # vLLM holds the K of both full layers a second time, as V
 
 
 def test_gguf_is_refused_in_one_line(tmp_path: Path) -> None:

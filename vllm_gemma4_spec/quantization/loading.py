@@ -67,7 +67,7 @@ def _check_forms(model_config: Any) -> None:
     """What the headers of a Gemma 4's shards alone rule out; nothing where they are not here yet.
 
     Raises:
-        CheckpointError: a vision tower that no shard holds would be served as memory was; experts in integers on a CPU.
+        CheckpointError: a vision tower that no shard holds would be served untrained; experts in integers on a CPU.
     """
     folder = local(model_config.model)
     if folder is None or not any(folder.glob("*.safetensors")):

@@ -101,7 +101,7 @@ PATCHES: tuple[Patch, ...] = (
             "tensor's are far apart (448 beside 1/512), takes bf16 experts for quantized "
             "ones, wants an input_scale of experts that calibration never reached, and has neither NVFP4 nor FP8 on a "
             "CPU. It ends in a KeyError at 26B-A4B's experts where compressed-tensors wrote them into one tensor, and "
-            "serves a quantized checkpoint whose vision tower was left out with whatever stood in memory."
+            "serves a quantized checkpoint whose vision tower was left out with an untrained one."
         ),
         how=(
             "Subclasses of the NVFP4 and mixed configs choose subclasses of the linear methods, which add "
