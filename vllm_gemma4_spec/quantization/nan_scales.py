@@ -99,8 +99,7 @@ def report(model: Module) -> None:
     if line is None:
         return
     _, blocks, lost = _counted(model)
-    for module in model.modules():  # weights may be loaded again, with other scales
-        module.__dict__.pop("modelopt_nan", None)
+    forget(model)
     advice = "`vllm-gemma4-spec repair` restores the blocks from the bf16 parent"
     if settings.NAN_SCALES.read() == "strict":
         raise CheckpointError(f"{line.split(':')[0]}; {advice}, or unset {settings.NAN_SCALES.name}")
@@ -108,3 +107,9 @@ def report(model: Module) -> None:
         logger.warning("NVFP4 checkpoint: %s; %s", line, advice)
     reports.count("nan_blocks_repaired", blocks - lost, "saturated")
     reports.count("nan_blocks_repaired", lost, "zeroed")
+
+
+def forget(model: Module) -> None:
+    """Weights may be loaded again, with other scales."""
+    for module in model.modules():
+        module.__dict__.pop("modelopt_nan", None)

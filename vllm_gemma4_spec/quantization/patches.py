@@ -106,8 +106,9 @@ PATCHES: tuple[Patch, ...] = (
         how=(
             "Subclasses of the NVFP4 and mixed configs choose subclasses of the linear methods, which add "
             "pre_quant_scale and the low-rank branch, repair what was loaded and emulate where vLLM has no kernel; "
-            "also when weights are loaded again (reload_weights, update_weights), with the KV cache's scales. Stacked "
-            "experts are handed on one by one; what the headers rule out is refused before a process starts."
+            "also when weights are loaded again (reload_weights, update_weights), with the KV cache's scales; weights "
+            "that are refused then leave the old ones. Stacked experts are handed on one by one; what the headers rule "
+            "out is refused before a process starts."
         ),
         retire="vLLM reads pre_quant_scale and svdquant_lora_*, and repairs or refuses NaN scales itself.",
         scope="Checkpoints in ModelOpt's NVFP4 forms, MIXED_PRECISION and FP8, whatever the model; tensors of every "
@@ -158,6 +159,7 @@ PATCHES: tuple[Patch, ...] = (
             f"{_LOADER}.default_loader:DefaultModelLoader._prepare_weights",
             f"{_LOADER}.reload.layerwise:initialize_layerwise_reload",
             f"{_LOADER}.reload.layerwise:_layerwise_process",
+            f"{_LOADER}.reload.types:LayerReloadingInfo",
             "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights",
         ),
     ),
