@@ -193,6 +193,7 @@ def test_the_revision_that_was_asked_for_is_read(tmp_path: Path) -> None:
     from vllm.config.vllm import VllmConfig
 
     import vllm_gemma4_spec
+    from vllm_gemma4_spec.quantization import loading
 
     vllm_gemma4_spec.apply()
     root, fixture = tmp_path / "models--org--model", FIXTURES / "31b-awq-full"
@@ -215,3 +216,8 @@ def test_the_revision_that_was_asked_for_is_read(tmp_path: Path) -> None:
         made = VllmConfig._get_quantization_config(model, LoadConfig(download_dir=str(tmp_path)))
         floats[revision] = made.float_modules
     assert floats["b" * 40] - floats["a" * 40] == {"model.layers.0.more"}
+    index = root / "snapshots" / ("b" * 40) / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}))
+    token = loading.asked.set(("b" * 40, str(tmp_path)))
+    assert loading.local("org/model") is None  # the download was cut; vLLM goes on with it
+    loading.asked.reset(token)

@@ -184,6 +184,10 @@ def _load(folder: Path, towers: bool = True) -> Any:
     if checkpoint.quantized or checkpoint.quantization:
         raise CheckpointError(f"{folder}: quantized already; name the bf16 checkpoint")
     name = (checkpoint.config.get("architectures") or [""])[0]
+    if checkpoint.config.get("model_type") == "gemma4_assistant":
+        raise CheckpointError(
+            f"{folder}: an MTP assistant, which only its target's KV cache could calibrate; serve it as it is"
+        )
     kind = getattr(transformers, name, None) if name.startswith("Gemma4") else None
     if kind is None:
         raise CheckpointError(f"{folder}: architecture {name or 'missing'}; expected a Gemma 4 model")

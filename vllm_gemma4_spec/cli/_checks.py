@@ -20,6 +20,8 @@ def checkpoint(path: Path) -> Checkpoint:
         CheckpointError: not a folder, or a checkpoint that cannot be read.
     """
     if path.is_file():
+        if path.suffix == ".gguf":
+            raise CheckpointError(f"{path}: a GGUF file, which is not read here; name a folder of safetensors")
         raise CheckpointError(f"{path}: a file; name the folder that holds the checkpoint")
     found = Checkpoint(path)
     assert found.tensors is not None  # reads every header
