@@ -289,11 +289,20 @@ def load(model: str | Path, weights: str | None = None) -> Model:
     if found.weights not in WEIGHT_BYTES:
         raise PlanError(f"weights {found.weights!r}: choose from {', '.join(WEIGHT_BYTES)}")
     shards = sum(p.stat().st_size for p in file.parent.glob("*.safetensors")) if file else 0
-    fields = (name, text, found.weights, found.unquantized, shards or None, found.scaled, found.by_layer)
-    if raw["model_type"] == configs.ASSISTANT:
-        own = configs.assistant(raw, str(file or model))
-        rows = int(text.vocab_size)
-        if own["use_ordered_embeddings"]:
-            rows = own["num_centroids"] + rows // own["num_centroids"] * own["centroid_intermediate_top_k"]
-        return Assistant(*fields, own["backbone_hidden_size"], rows)
-    return Model(*fields)
+    fields = {"name": name, "text": text, "files_bytes": shards or None, **vars(found)}
+    return _of_kind(raw, str(file or model), **fields)
+
+
+def published(name: str, weights: str) -> Model:
+    """A published model, whatever a local cache has under its name."""
+    raw = {"model_type": "gemma4_text", **configs.published()[name]}
+    return _of_kind(raw, name, name=name, text=configs.text(raw, name), weights=weights)
+
+
+def _of_kind(raw: dict[str, Any], where: str, **fields: Any) -> Model:
+    if raw["model_type"] != configs.ASSISTANT:
+        return Model(**fields)
+    own, rows = configs.assistant(raw, where), int(fields["text"].vocab_size)
+    if own["use_ordered_embeddings"]:
+        rows = own["num_centroids"] + rows // own["num_centroids"] * own["centroid_intermediate_top_k"]
+    return Assistant(**fields, backbone=own["backbone_hidden_size"], head_rows=rows)
