@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,7 +26,9 @@ def command(
         typer.Option(help="The drafter: folder, config.json or Hub id; of several, says which pays on which card."),
     ] = None,
     target_weights: Annotated[str | None, typer.Option(help="bf16, fp8 or nvfp4; default: the checkpoint's.")] = None,
-    drafter_weights: Annotated[str | None, typer.Option(help="As --target-weights.")] = None,
+    drafter_weights: Annotated[
+        list[str] | None, typer.Option(help="As --target-weights; of several, each drafter's in its place.")
+    ] = None,
     kv_dtype: Annotated[str, typer.Option(help="bf16, fp8 or float32.")] = "bf16",
     context: Annotated[int, typer.Option(min=1, help="Tokens of each request.")] = 4096,
     requests: Annotated[int, typer.Option(min=1, help="Requests that decode at once.")] = 1,
@@ -67,7 +70,7 @@ def command(
         plots.check(plot)
 
     big = model.load(target, target_weights)
-    small = [model.load(name, drafter_weights) for name in drafter or ()]
+    small = [model.load(*both) for both in zip_longest(drafter or (), (drafter_weights or ())[: len(drafter or ())])]
     given = report.Given(
         None if target_ms is None else target_ms / 1e3, None if draft_ms is None else draft_ms / 1e3, overhead_ms / 1e3
     )
@@ -160,9 +163,10 @@ def _print(console: rich.Console, made: Report) -> None:
             what = f"{choice.drafter}, k = {choice.k}" if choice.drafter else "plain decoding"
             doubt = "" if choice.sure else "; the ranges overlap"
             console.print(f"  {choice.machine}, a={choice.acceptance}: {what}, {choice.tok_s:.0f} tok/s{doubt}")
-    kinds = {m.times for m in made.machines}
+    every = [m for _, machines in rows for m in machines]
+    kinds = {m.times for m in every}
     if "measured" in kinds:
-        files = ", ".join(dict.fromkeys(m.measured_by for m in made.machines if m.measured_by))
+        files = ", ".join(dict.fromkeys(m.measured_by for m in every if m.measured_by))
         console.print(f"measured: from step times measured on that card with this pair ({files}).")
     if "floors" in kinds:
         console.print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vllm_gemma4_spec.ops.plan.model import Model, published
+from vllm_gemma4_spec.ops.plan import model as models
+from vllm_gemma4_spec.ops.plan.model import Assistant, Model
 from vllm_gemma4_spec.ops.plan.timing import MAX_K, Hardware, Steps, Workload, hardware
 
 
@@ -18,16 +20,14 @@ def _rows() -> list[dict[str, Any]]:
     return list(json.loads(Path(__file__).with_name("measured.json").read_text()))
 
 
-def _drafter(row: dict[str, Any]) -> Model:
-    return published(row["drafter"], row["drafter_weights"])
+@cache
+def _published(name: str, weights: str = "nvfp4") -> Model:
+    return models.published(name, weights)
 
 
-def _target(row: dict[str, Any]) -> Model:
-    return published(row["target"], row["weights"])
-
-
-def _same(model: Model, other: Model) -> bool:
-    return type(model) is type(other) and (model.weights, model.text) == (other.weights, other.text)
+def _same(model: Model, name: str, weights: str) -> bool:
+    one = _published(name, weights)
+    return (type(model), model.weights, model.text) == (type(one), weights, one.text)
 
 
 def _at(runs: dict[str, dict[str, float]], requests: int) -> dict[str, float] | None:
@@ -47,21 +47,19 @@ def steps(machine: Hardware, target: Model, drafter: Model | None, load: Workloa
     """Times of this pair on this card, and the results file; None where nobody measured it.
 
     A longer context than the measured one reads more KV, which is added at the card's bandwidth. Passes over another
-    number of drafts than the measured lie on the line through plain decoding's pass and the measured one.
+    number of drafts than the measured lie on the lines between plain decoding's pass and the measured ones.
     """
     for row in _rows():
-        fits = row["card"] == machine.name and _same(target, _target(row))
+        fits = row["card"] == machine.name and _same(target, row["target"], row["weights"])
         ms = _at(row["ms"], load.requests)
-        if not fits or ms is None or not (drafter is None or _same(drafter, _drafter(row))):
+        if not fits or ms is None or not (drafter is None or _same(drafter, row["drafter"], row["drafter_weights"])):
             continue
         short = Workload(load.requests, row["context"], load.kv_bytes)
 
         def more(model: Model, short: Workload = short) -> float:
             return max(0.0, load.kv_bytes_read(model) - short.kv_bytes_read(model)) / machine.bandwidth
 
-        slope = max(0.0, ms["verify"] - ms["plain_pass"]) / row["k"]
-        base = min(ms["verify"], ms["plain_pass"])
-        passes = [ms["step"], *(base + slope * k for k in range(1, MAX_K + 1))]
+        passes = [ms["step"], *_passes(ms["plain_pass"], _verified(ms))[1:]]
         drafts = [0.0, *(ms["first_draft"] + ms["further_draft"] * (k - 1) for k in range(1, MAX_K + 1))]
         extra = more(drafter) if drafter else 0.0
         return (
@@ -73,6 +71,26 @@ def steps(machine: Hardware, target: Model, drafter: Model | None, load: Workloa
             row["source"],
         )
     return None
+
+
+def _verified(ms: dict[str, float]) -> dict[int, float]:
+    """k -> milliseconds of the target's pass over k + 1 tokens a request, of each k measured."""
+    return {int(key.partition("@")[2]): value for key, value in ms.items() if key.startswith("verify@")}
+
+
+def _passes(plain: float, verified: dict[int, float]) -> list[float]:
+    """For k = 0, 1, … ``MAX_K``; no pass is faster than one over fewer tokens, and the last line goes on from 0."""
+    points = [(0, min(plain, *verified.values())), *sorted(verified.items())]
+    last, most = points[-1]
+    slope = max(0.0, most - points[0][1]) / last
+    out: list[float] = []
+    for k in range(MAX_K + 1):
+        value = most + slope * (k - last)
+        for (a, low), (b, high) in itertools.pairwise(points):
+            if a <= k <= b:
+                value = low + (high - low) * (k - a) / (b - a)
+        out.append(max([value, *out[-1:]]))
+    return out
 
 
 @dataclass(frozen=True)
@@ -87,8 +105,8 @@ class Slowest:
 
 
 @cache
-def slowest(requests: int, experts: bool) -> Slowest:
-    """``experts``: the target is a mixture of experts.
+def slowest(requests: int, experts: bool, assistant: bool) -> Slowest:
+    """``experts``: the target is a mixture of experts; ``assistant``: the drafter is one.
 
     At the measured number of requests that is next above ``requests``; at the most that were measured, beyond it.
     """
@@ -98,8 +116,11 @@ def slowest(requests: int, experts: bool) -> Slowest:
         n = counts[min(bisect_left(counts, requests), len(counts) - 1)]
         ms, card = row["ms"][str(n)], hardware()[row["card"]]
         load = Workload(n, row["context"], 2.0)
-        floors = Steps.floors(_target(row), _drafter(row), load, card.bandwidth)
-        draft = max(draft, ms["first_draft"] / 1e3 / floors.drafts[1], ms["further_draft"] / 1e3 / floors.drafts[1])
-        if bool(_target(row).experts) == experts:
-            target = max(target, ms["step"] / 1e3 / floors.target[0], ms["verify"] / 1e3 / floors.target[row["k"]])
+        drafter = _published(row["drafter"], row["drafter_weights"])
+        floors = Steps.floors(_published(row["target"]), drafter, load, card.bandwidth)
+        if isinstance(drafter, Assistant) == assistant:
+            draft = max(draft, ms["first_draft"] / 1e3 / floors.drafts[1], ms["further_draft"] / 1e3 / floors.drafts[1])
+        if bool(_published(row["target"]).experts) == experts:
+            over = (value / 1e3 / floors.target[k] for k, value in _verified(ms).items())
+            target = max(target, ms["step"] / 1e3 / floors.target[0], *over)
     return Slowest(target, draft)
