@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -87,6 +88,10 @@ def command(
         if not as_json and sys.stderr.isatty():
             sys.stderr.write(line)
     if process.wait():
+        missing = re.fullmatch(r"ModuleNotFoundError: No module named '(\w+)[\w.]*'", last)
+        if missing:
+            advice = "in the checkout, pip install '.[quantize]', or name another with --python"
+            raise SettingError(f"quantize needs {missing[1]}, which {interpreter} does not have: {advice}")
         raise CheckpointError(last.removeprefix("vllm-gemma4-spec: "))
     _show(out, as_json)
 

@@ -26,6 +26,8 @@ MOST_ROWS = 64
 # Up to here faster than Marlin for 31B's shapes on an H100 (13 % at 1 to 8 rows, 6 % at 16, 2 % at 32; at 64 rows 20 %
 # slower): benchmarks/results/h100-target-gemm.json.
 FASTER_ROWS = 32
+# Weights of a matrix from which on. 26B-A4B's are smaller: on an H200 its plain decoding took 4 % longer with them.
+FASTER_WEIGHTS = 2**25
 _TILES = (1, 2, 4, 8)  # compiled numbers of 8-row tiles
 _STAGES = {1: 4, 2: 4, 4: 4, 8: 4}
 _THREADS = 640
@@ -178,6 +180,7 @@ def suits(layer: Module) -> bool:
         and layer.params_dtype == torch.bfloat16
         and n % COLUMNS == 0
         and k % DEPTH == 0
+        and n * k >= FASTER_WEIGHTS
         and n // COLUMNS * (k // DEPTH) >= _blocks(layer.weight.device.index)  # every block has a share
         and getattr(layer, "bias", None) is None
         and available()
