@@ -123,11 +123,13 @@ def model(folder: Path, double: bool = False) -> Any:
     config = normalized(config, "config.json")
     config.pop("quantization_config", None)
     config |= {"dtype": "float32"}
+    for section in ("text_config", "vision_config"):  # in bfloat16 their constants, such as embed_scale, are rounded
+        config |= {section: config[section] | {"dtype": "float32"}} if config.get(section) else {}
     multimodal = config["architectures"] == ["Gemma4ForConditionalGeneration"]
     kind = Gemma4ForConditionalGeneration if multimodal else Gemma4ForCausalLM
     state = fold(folder, np.float64 if double else np.float32)
     if not multimodal and "text_config" in config:  # the text class beside a whole model's config
-        config = config["text_config"] | {"dtype": "float32"}
+        config = config["text_config"]
         state = {name.replace("model.language_model.", "model."): tensor for name, tensor in state.items()}
         state = {name: t for name, t in state.items() if not name.startswith(("model.vision", "model.embed_vision"))}
     made = kind((Gemma4Config if multimodal else Gemma4TextConfig)(**config)).float().eval()

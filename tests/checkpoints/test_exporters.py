@@ -62,8 +62,7 @@ EXPORTERS = {
         ("31b-NVFP4", "31b-NVFP4A16", "e4b-mm-NVFP4A16", "26b-mm-NVFP4", "26b-mm-NVFP4A16"),
     ),
 }
-# E4B's residual stream grows until float32 itself is off by more: there ours may be as far from the truth as
-# transformers' float32 is, and half as far again.
+# Of the float64 truth: transformers in float32 is itself off by more for one of the models (E4B, AWQ_FULL: 2e-4).
 TOLERANCE = 1e-4
 
 _rows: list[tuple[str, ...]] = []
@@ -76,7 +75,7 @@ def _python(name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where exports go; afterwards the rows of the exporters that ran replace theirs in the page."""
+    """Where exports go; afterwards the rows of what ran replace theirs in the page."""
     yield tmp_path_factory.mktemp("exports")
     page = os.environ.get("GEMMA4_EXPORTERS_PAGE")
     if page and _rows:
@@ -96,9 +95,9 @@ def _exports(name: str, out: Path) -> Path:
 def _write(page: Path) -> None:
     head, _, rest = page.read_text().partition(BEGIN)
     old, _, tail = rest.partition(END)
-    ran = {row[0] for row in _rows}
+    ran = {(row[0], row[2]) for row in _rows}
     kept = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in old.splitlines() if "|" in line]
-    kept = [row for row in kept if row[0] in EXPORTERS and row[0] not in ran]
+    kept = [row for row in kept if row[0] in EXPORTERS and (row[0], row[2]) not in ran]
     rows = sorted((*kept, *_rows), key=lambda row: list(EXPORTERS).index(row[0]))
     table = [
         "| environment | exporter | model and recipe | plugin | transformers in float32 |",
@@ -123,7 +122,7 @@ def test_logprobs_equal_the_reference(exporter: str, name: str, out: Path) -> No
     truth = reference.logprobs(folder, TOKENS, double=True)
     off, theirs = (float((each - truth).abs().max()) for each in (ours, reference.logprobs(folder, TOKENS)))
     _rows.append((exporter, _release(exporter), name, f"{off:.0e}", f"{theirs:.0e}"))
-    assert off < max(TOLERANCE, 1.5 * theirs)
+    assert off < TOLERANCE
     assert name.endswith("bf16") or layers
     assert max(layers.values(), default=0.0) < 1e-5
 
@@ -175,5 +174,4 @@ def test_quantize_with_the_newest_modelopt(case: str, tmp_path: Path) -> None:
     assert json.loads((made / "config.json").read_text())["architectures"] == [family]
     assert any("vision_tower" in name for name in Checkpoint(made).tensors) == (family != "Gemma4ForCausalLM")
     ours, truth = engine_logprobs(made, **text_only(made)), reference.logprobs(made, TOKENS, double=True)
-    theirs = float((reference.logprobs(made, TOKENS) - truth).abs().max())
-    assert float((ours - truth).abs().max()) < max(TOLERANCE, 1.5 * theirs)
+    assert float((ours - truth).abs().max()) < TOLERANCE

@@ -1,34 +1,42 @@
-"""The detokenizer of requests with stop strings. Only its patch imports it, once vLLM's own module is there."""
+"""The detokenizer of requests with stop strings.
+
+Its imports stand in functions: vLLM's own module asks for the wrapper when it is imported, by whoever comes first.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer
-
-from vllm_gemma4_spec.chat.events import SeenText
-from vllm_gemma4_spec.chat.machine import OutputParser
-from vllm_gemma4_spec.chat.requests import Plan
-from vllm_gemma4_spec.chat.seen import SeenStops
+if TYPE_CHECKING:
+    from vllm_gemma4_spec.chat.requests import Plan
 
 
-class SeenDetokenizer(BaseIncrementalDetokenizer):
-    """A detokenizer whose text is that of a :class:`SeenText`; searching and cutting are vLLM's own."""
+@functools.cache
+def _seen_detokenizer() -> Callable[[Any, Plan], Any]:
+    from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer
 
-    def __init__(self, request: Any, plan: Plan) -> None:
-        """
-        Args:
-            request: ``EngineCoreRequest``.
-            plan: without stop strings.
-        """
-        super().__init__(request)
-        self._parser = OutputParser(plan.vocabulary, plan.options, request.prompt_token_ids or ())
-        self._seen = SeenText()
+    from vllm_gemma4_spec.chat.events import SeenText
+    from vllm_gemma4_spec.chat.machine import OutputParser
 
-    def decode_next(self, next_token_id: int) -> str:
-        return self._seen.add_all(self._parser.feed(next_token_id))
+    class SeenDetokenizer(BaseIncrementalDetokenizer):
+        """A detokenizer whose text is that of a :class:`SeenText`; searching and cutting are vLLM's own."""
+
+        def __init__(self, request: Any, plan: Plan) -> None:
+            """
+            Args:
+                request: ``EngineCoreRequest``.
+                plan: without stop strings.
+            """
+            super().__init__(request)
+            self._parser = OutputParser(plan.vocabulary, plan.options, request.prompt_token_ids or ())
+            self._seen = SeenText()
+
+        def decode_next(self, next_token_id: int) -> str:
+            return self._seen.add_all(self._parser.feed(next_token_id))
+
+    return SeenDetokenizer
 
 
 def from_new_request(original: Any) -> Any:
@@ -41,9 +49,11 @@ def from_new_request(original: Any) -> Any:
 
     @functools.wraps(inner)
     def wrapper(cls: Any, tokenizer: Any, request: Any) -> Any:
+        from vllm_gemma4_spec.chat.seen import SeenStops
+
         stops = request.sampling_params.stop
         if isinstance(stops, SeenStops) and tokenizer is not None:
-            return SeenDetokenizer(request, stops.plan)
+            return _seen_detokenizer()(request, stops.plan)
         return inner(cls, tokenizer, request)
 
     return classmethod(wrapper)
