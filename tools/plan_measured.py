@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-KINDS = ("spe", "mtp")  # engines of full_shape.py that draft begin so
 OUT = ROOT / "vllm_gemma4_spec/ops/plan/measured.json"
-# Results file, the card it was run on and the engine whose drafts are taken. Targets and E4B are full-size shapes in
-# NVFP4, assistants in bfloat16.
-RESULTS = (
-    ("benchmarks/results/h200-31b-e4b.json", "H200", "spec"),
-    ("benchmarks/results/h200-26b-e4b.json", "H200", "spec"),
-    ("benchmarks/results/h200-31b-mtp.json", "H200", "mtp@4"),
-    ("benchmarks/results/h200-26b-mtp.json", "H200", "mtp@4"),
-)
+# Results file -> the card it was run on, the engine that drafted. Targets and E4B are full-size shapes in NVFP4,
+# assistants in bfloat16.
+RESULTS = {
+    "benchmarks/results/h200-31b-e4b.json": ("H200", "spec"),
+    "benchmarks/results/h200-26b-e4b.json": ("H200", "spec"),
+    "benchmarks/results/h200-31b-mtp.json": ("H200", "mtp@4"),
+    "benchmarks/results/h200-26b-mtp.json": ("H200", "mtp@4"),
+}
 MODELS = {"31B": "google/gemma-4-31B-it", "26B-A4B": "google/gemma-4-26B-A4B-it", "E4B": "google/gemma-4-E4B-it"}
 
 
@@ -28,26 +27,37 @@ def first_runs(engine: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {str(r["concurrency"]): r for r in reversed(engine["runs"])}
 
 
+def k_of(engine: str, k: int) -> int:
+    return int(engine.partition("@")[2] or k)
+
+
 def pair(file: str, card: str, engine: str) -> dict[str, Any]:
-    """One engine of a results file; milliseconds by requests at once, ``verify@K`` of every K that the file has."""
+    """One results file; milliseconds by requests at once."""
     found = json.loads((ROOT / file).read_text())
-    args, engines = found["args"], found["engines"]
-    assistant, plain = engine.startswith("mtp"), first_runs(engines["stock"])
-    drafting = {int(e.partition("@")[2] or args["k"]): first_runs(of) for e, of in engines.items() if e[:3] in KINDS}
-    k, runs = int(engine.partition("@")[2] or args["k"]), {}
-    for n, run in sorted(first_runs(engines[engine]).items(), key=lambda item: int(item[0])):
-        parts = engines[engine]["draft_parts"][n]
+    args, spec = found["args"], found["engines"][engine]
+    target, assistant = MODELS[args["target"]], engine.startswith("mtp")
+    plain = first_runs(found["engines"]["stock"])
+    # The target's pass at every k that the file has, whichever drafter was with it.
+    passes = {int(e.partition("@")[2]): first_runs(of) for e, of in found["engines"].items() if "@" in e}
+    passes |= {k_of(engine, args["k"]): first_runs(spec)}
+    runs = {}
+    for run in spec["runs"]:
+        n = str(run["concurrency"])
+        parts = spec["draft_parts"][n]
+        if assistant:  # its passes are alike
+            parts = parts | {"first": parts["pass"], "further": parts["pass"]}
         scale = run["draft"] / parts["whole"]  # the parts were timed by themselves, the whole inside steps
-        first, further = (parts["pass" if assistant else part] * scale for part in ("first", "further"))
-        runs[n] = {
-            "step": plain[n]["step"],
-            "plain_pass": plain[n]["verify"],
-            **{f"verify@{k}": of[n]["verify"] for k, of in sorted(drafting.items())},
-            "first_draft": round(first, 3),
-            "further_draft": round(further, 3),
-            "rest": round(run["sampling"] + run["gap"], 3),
-        }
-    target = MODELS[args["target"]]
+        runs.setdefault(
+            n,
+            {
+                "step": plain[n]["step"],
+                "plain_pass": plain[n]["verify"],
+                **{f"verify@{k}": of[n]["verify"] for k, of in sorted(passes.items())},
+                "first_draft": round(parts["first"] * scale, 3),
+                "further_draft": round(parts["further"] * scale, 3),
+                "rest": round(run["sampling"] + run["gap"], 3),
+            },
+        )
     return {
         "card": card,
         "source": file,
@@ -56,13 +66,13 @@ def pair(file: str, card: str, engine: str) -> dict[str, Any]:
         "weights": "nvfp4",
         "drafter_weights": "bf16" if assistant else "nvfp4",
         "context": args["prompt"] + args["tokens"] // 2,
-        "k": k,
+        "k": k_of(engine, args["k"]),
         "ms": runs,
     }
 
 
 def table() -> str:
-    return json.dumps([pair(*item) for item in RESULTS], indent=1) + "\n"
+    return json.dumps([pair(file, *of) for file, of in RESULTS.items()], indent=1) + "\n"
 
 
 if __name__ == "__main__":

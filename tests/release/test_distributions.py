@@ -58,8 +58,8 @@ DATA = {
     "patching/fingerprints.json",
     "py.typed",
 }
-DEMO = {f"demo/{name}.py" for name in ["build", "data", "measure", "models", "run", "template", "tokenizer", "train"]}
-DEMO |= {"demo/chat_template.jinja"}
+DEMO = {"assistant", "build", "data", "measure", "models", "run", "template", "tokenizer", "train"}
+DEMO = {f"demo/{name}.py" for name in DEMO} | {"demo/chat_template.jinja"}
 # What is imported and not declared: the distribution that vLLM 0.19.1 or torch brings, and through which of them.
 BROUGHT = {
     "cuda": "torch",

@@ -10,8 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vllm_gemma4_spec.ops.plan import model as models
-from vllm_gemma4_spec.ops.plan.model import Assistant, Model
+from vllm_gemma4_spec.ops.plan.model import Model, published
 from vllm_gemma4_spec.ops.plan.timing import MAX_K, Hardware, Steps, Workload, hardware
 
 
@@ -20,14 +19,16 @@ def _rows() -> list[dict[str, Any]]:
     return list(json.loads(Path(__file__).with_name("measured.json").read_text()))
 
 
-@cache
-def _published(name: str, weights: str = "nvfp4") -> Model:
-    return models.published(name, weights)
+def _drafter(row: dict[str, Any]) -> Model:
+    return published(row["drafter"], row["drafter_weights"])
 
 
-def _same(model: Model, name: str, weights: str) -> bool:
-    one = _published(name, weights)
-    return (type(model), model.weights, model.text) == (type(one), weights, one.text)
+def _target(row: dict[str, Any]) -> Model:
+    return published(row["target"], row["weights"])
+
+
+def _same(model: Model, other: Model) -> bool:
+    return type(model) is type(other) and (model.weights, model.text) == (other.weights, other.text)
 
 
 def _at(runs: dict[str, dict[str, float]], requests: int) -> dict[str, float] | None:
@@ -50,9 +51,9 @@ def steps(machine: Hardware, target: Model, drafter: Model | None, load: Workloa
     number of drafts than the measured lie on the lines between plain decoding's pass and the measured ones.
     """
     for row in _rows():
-        fits = row["card"] == machine.name and _same(target, row["target"], row["weights"])
+        fits = row["card"] == machine.name and _same(target, _target(row))
         ms = _at(row["ms"], load.requests)
-        if not fits or ms is None or not (drafter is None or _same(drafter, row["drafter"], row["drafter_weights"])):
+        if not fits or ms is None or not (drafter is None or _same(drafter, _drafter(row))):
             continue
         short = Workload(load.requests, row["context"], load.kv_bytes)
 
@@ -79,7 +80,7 @@ def _verified(ms: dict[str, float]) -> dict[int, float]:
 
 
 def _passes(plain: float, verified: dict[int, float]) -> list[float]:
-    """For k = 0, 1, … ``MAX_K``; no pass is faster than one over fewer tokens, and the last line goes on from 0."""
+    """For k = 0, 1, … ``MAX_K``; no pass is faster than one over fewer tokens. Past the last, the line from 0 to it."""
     points = [(0, min(plain, *verified.values())), *sorted(verified.items())]
     last, most = points[-1]
     slope = max(0.0, most - points[0][1]) / last
@@ -105,8 +106,8 @@ class Slowest:
 
 
 @cache
-def slowest(requests: int, experts: bool, assistant: bool) -> Slowest:
-    """``experts``: the target is a mixture of experts; ``assistant``: the drafter is one.
+def slowest(requests: int, experts: bool) -> Slowest:
+    """``experts``: the target is a mixture of experts.
 
     At the measured number of requests that is next above ``requests``; at the most that were measured, beyond it.
     """
@@ -116,11 +117,9 @@ def slowest(requests: int, experts: bool, assistant: bool) -> Slowest:
         n = counts[min(bisect_left(counts, requests), len(counts) - 1)]
         ms, card = row["ms"][str(n)], hardware()[row["card"]]
         load = Workload(n, row["context"], 2.0)
-        drafter = _published(row["drafter"], row["drafter_weights"])
-        floors = Steps.floors(_published(row["target"]), drafter, load, card.bandwidth)
-        if isinstance(drafter, Assistant) == assistant:
-            draft = max(draft, ms["first_draft"] / 1e3 / floors.drafts[1], ms["further_draft"] / 1e3 / floors.drafts[1])
-        if bool(_published(row["target"]).experts) == experts:
+        floors = Steps.floors(_target(row), _drafter(row), load, card.bandwidth)
+        draft = max(draft, ms["first_draft"] / 1e3 / floors.drafts[1], ms["further_draft"] / 1e3 / floors.drafts[1])
+        if bool(_target(row).experts) == experts:
             over = (value / 1e3 / floors.target[k] for k, value in _verified(ms).items())
             target = max(target, ms["step"] / 1e3 / floors.target[0], *over)
     return Slowest(target, draft)

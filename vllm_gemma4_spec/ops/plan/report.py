@@ -253,7 +253,7 @@ def make(
             times = "measured" if found else "floors"
         shown = steps or floors
         ks = range(timing.MAX_K + 1 if drafter else 1)
-        slow = measured.slowest(requests, bool(target.experts), isinstance(drafter, Assistant))
+        slow = measured.slowest(requests, bool(target.experts))
         least = floors.slower(slow.target, slow.draft)
 
         def speeds(of: timing.Steps, rates: tuple[float, ...], ks: range = ks) -> list[float]:
