@@ -1,11 +1,14 @@
 """What the rules of a request cost: processor time of the same work with the patches of ``requests/`` and without.
 
-    python benchmarks/request_cost.py [--rounds 24] [--out request-cost.json]
+    python benchmarks/request_cost.py [--rounds 24] [--grammar] [--out request-cost.json]
 
 Two engines in two processes, one of them without these patches, take turns: a tiny Gemma 4 as its own drafter (CPU,
 float32, k = 3, 8 requests), without a rule and with each kind. Its steps are so short that what is done for a request
 weighs far more than with a real model. Beside the medians over the turns stand those of the fastest quarter of each
 engine's: whatever else a machine does makes turns slower, never faster.
+
+`--grammar` takes no engine: what a step of one request does with a grammar and nothing else (drafts validated, bitmasks
+filled, tokens accepted; xgrammar, k = 3), as vLLM does it and with the patch, hundreds of times in turn.
 """
 
 from __future__ import annotations
@@ -63,11 +66,62 @@ def serve(way: str, target: Path, pipe: Any) -> None:
         pipe.send(None)
 
 
+def grammar_rows(rounds: int) -> list[dict[str, Any]]:
+    import numpy as np
+
+    from tests.requests import test_grammar_positions as positions
+
+    folder = scripted.save(Path(tempfile.mkdtemp(prefix="request-cost-")) / "target")
+    managers = positions.manager.__wrapped__(folder)  # type: ignore[attr-defined]
+    manager, rows = next(managers)("xgrammar", 3), []
+    prompt = scripted.tokenizer().encode("<bos><|turn>user\nWhat?<turn|>\n<|turn>model\n<|channel>thought\n<channel|>")
+    for name, fields in CASES.items():
+        if "structured_outputs" not in fields:
+            continue
+        request = positions.new_request(manager, "xgrammar", fields["structured_outputs"], prompt)
+        patched = request.structured_output_request.grammar
+        grammars = {"stock": patched._inner, "patched": patched}
+        chance, path = np.random.default_rng(1), []
+        for _ in range(TOKENS):
+            mask = manager.grammar_bitmask({"r": request}, ["r"], {})
+            allowed = np.unpackbits(mask[0].view(np.uint8), bitorder="little")[: scripted.VOCAB_SIZE]
+            allowed[positions.EOS] = 0
+            path.append(int(chance.choice(np.flatnonzero(allowed))))
+            assert patched.accept_tokens("r", path[-1:])
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        for turn in range(rounds):
+            for way in WAYS[:: 1 if turn % 2 else -1]:
+                grammar = request.structured_output_request.grammar = grammars[way]
+                patched.reset()
+                started = time.process_time()
+                for at in range(0, TOKENS, 4):
+                    drafts = grammar.validate_tokens(path[at : at + 3])
+                    manager.grammar_bitmask({"r": request}, ["r"], {"r": drafts})
+                    grammar.accept_tokens("r", path[at : at + 4])
+                seconds[way].append(time.process_time() - started)
+        steps = TOKENS // 4
+        row: dict[str, Any] = {"case": f"{name}, the grammar alone", "rounds": rounds}
+        row |= {f"{w}, us a step": round(1e6 * statistics.median(s) / steps, 1) for w, s in seconds.items()}
+        ratios = [p / s for s, p in zip(seconds["stock"], seconds["patched"], strict=True)]
+        row["ratio, run for run"] = round(statistics.median(ratios), 3)
+        fast = {w: statistics.median(sorted(s)[: rounds // 4]) for w, s in seconds.items()}
+        row["ratio, fastest quarter"] = round(fast["patched"] / fast["stock"], 3)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--rounds", type=int, default=24)
+    ap.add_argument("--grammar", action="store_true", help="what a step does with a grammar, without an engine")
     ap.add_argument("--out", type=Path, help="file for the results as JSON")
     args = ap.parse_args()
+    if args.grammar:
+        rows = grammar_rows(args.rounds * 20)
+        if args.out:
+            args.out.write_text(json.dumps(rows, indent=1) + "\n")
+        return
 
     target = scripted.save(Path(tempfile.mkdtemp(prefix="request-cost-")) / "target")
     context = multiprocessing.get_context("spawn")
