@@ -23,7 +23,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "E4B-like": ("target", "drafter", {}),
     "E4B-like by itself": ("drafter", "drafter", {}),
     "experts": ("experts", "experts", {}),
-    "experts, expert parallel": ("experts", "experts", {"enable_expert_parallel": True}),
+    # Not with expert parallelism: 0.19.1's experts on a CPU look a rank's own ones up by their global numbers.
     "self, a whole copy on each rank": ("target", "target", {"speculative": WHOLE}),
     "E4B-like, a whole copy on each rank": ("target", "drafter", {"speculative": WHOLE}),
     "NVFP4_AWQ": ("awq", "awq", {"speculative": {"quantization": "modelopt"}}),
