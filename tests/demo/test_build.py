@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
+from tests.support.commands import in_process
 from vllm_gemma4_spec import cli
 from vllm_gemma4_spec.demo import build
 from vllm_gemma4_spec.demo.build import DemoModelsError
@@ -140,10 +140,8 @@ def test_the_recipe_names_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command(made: list[Path], folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    if "demo-models" not in {c.name for c in cli.app.registered_commands}:
-        cli._register([])
-    result = CliRunner().invoke(cli.app, ["demo-models", "--out", str(folder), "--json"])
-    assert result.exit_code == 0, result.output
+    result = in_process("demo-models", "--out", str(folder), "--json")
+    assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert (found["target"], found["made_now"]) == (str(folder / "target"), True)
     (folder / "target/model.safetensors").write_bytes(b"")

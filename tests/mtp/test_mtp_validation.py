@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import vllm_gemma4_spec
 from tests.mtp import pairs
+from tests.support.commands import in_process
 from tests.support.stock import without
 from vllm_gemma4_spec.errors import CheckpointError, DrafterError
 from vllm_gemma4_spec.mtp.patches import MTP_ASSISTANT, MTP_CHECKS
@@ -153,13 +154,7 @@ def test_per_layer_configuration_of_later_transformers(target: Path, tmp_path: P
 
 
 def command(*words: object) -> Any:
-    from typer.testing import CliRunner
-
-    from vllm_gemma4_spec import cli
-
-    if "inspect" not in {c.name for c in cli.app.registered_commands}:
-        cli._register([])
-    return CliRunner().invoke(cli.app, [str(word) for word in words])
+    return in_process(*map(str, words))
 
 
 def inspected(folder: Path) -> Any:
@@ -168,16 +163,16 @@ def inspected(folder: Path) -> Any:
 
 def test_inspect_knows_an_assistant(tmp_path: Path) -> None:
     done = inspected(pairs.save_assistant(pairs.KINDS["e2b"](), tmp_path))
-    assert done.exit_code == 0, done.output
-    assert "Gemma4AssistantForCausalLM" in done.output
-    assert "refuses it: Gemma 4's MTP assistants came with 0.21.0" in done.output
-    assert "drafts with it for its own target" in done.output
+    assert done.returncode == 0, done.stderr
+    assert "Gemma4AssistantForCausalLM" in done.stdout
+    assert "refuses it: Gemma 4's MTP assistants came with 0.21.0" in done.stdout
+    assert "drafts with it for its own target" in done.stdout
 
 
 def test_inspect_names_what_is_missing(tmp_path: Path) -> None:
     folder = edited(tmp_path, lambda t: t.pop("masked_embedding.token_ordering"), kind="e2b")
     done = inspected(folder)
-    assert "tensor masked_embedding.token_ordering is missing" in str(done.exception) + done.output
+    assert "tensor masked_embedding.token_ordering is missing" in done.stderr
 
 
 def test_quantize_writes_an_assistant_in_nvfp4(target: Path, tmp_path: Path) -> None:
@@ -186,8 +181,8 @@ def test_quantize_writes_an_assistant_in_nvfp4(target: Path, tmp_path: Path) -> 
 
     source = pairs.save_assistant(pairs.KINDS["31b"](), tmp_path / "bf16")
     done = command("quantize", source, tmp_path / "nvfp4", "--recipe", "w4a16")
-    assert done.exit_code == 0, done.output
-    assert "W4A16_NVFP4" in done.output
+    assert done.returncode == 0, done.stderr
+    assert "W4A16_NVFP4" in done.stdout
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("bf16", "nvfp4"))
     layers = {name.removesuffix(".weight_scale_2") for name in after if name.endswith(".weight_scale_2")}
     assert len(layers) == 4 * 5 + 2  # q, o, gate, up and down of four layers; pre_projection and post_projection
@@ -210,7 +205,7 @@ def test_quantize_writes_an_assistant_in_nvfp4(target: Path, tmp_path: Path) -> 
 def test_other_recipes_are_not_an_assistants(tmp_path: Path, options: list[str], words: str) -> None:
     source = pairs.save_assistant(pairs.KINDS["31b"](), tmp_path / "bf16")
     done = command("quantize", source, tmp_path / "out", *options)
-    assert words in str(done.exception) + done.output
+    assert words in done.stderr
 
 
 def test_stock_does_not_know_assistants(target: Path, tmp_path: Path) -> None:

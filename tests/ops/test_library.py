@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -54,6 +55,10 @@ def several(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(library.logger, "handlers", [caplog.handler])
     monkeypatch.setattr(library.logger, "propagate", False)
+    # Whatever tests before left: a logging configuration may disable the loggers that it does not name.
+    monkeypatch.setattr(library.logger, "disabled", False)
+    caplog.set_level(logging.WARNING, logger=library.logger.name)
+    monkeypatch.setattr(library.multiprocessing, "parent_process", lambda: None)
     monkeypatch.setattr(library, "_script_without_guard", lambda: None)
 
 

@@ -75,6 +75,7 @@ def processors(target: Any = GEMMA4) -> Any:
 
     settings = vllm_config(SimpleNamespace(hf_config=target.hf_config, runner_type="generate"))
     settings.scheduler_config = SimpleNamespace(max_num_seqs=8)
+    settings.speculative_config.num_speculative_tokens = 3
     settings.reasoning_config = SimpleNamespace(reasoning_start_token_ids=START, reasoning_end_token_ids=END)
     return build_logitsprocs(settings, torch.device("cpu"), False, False, ())
 
