@@ -9,7 +9,6 @@ from typing import Any
 from vllm.reasoning.gemma4_reasoning_parser import Gemma4ReasoningParser
 
 from vllm_gemma4_spec.requests.channel import PromptReader
-from vllm_gemma4_spec.requests.grammar import PositionedGrammar
 from vllm_gemma4_spec.scope import gemma4_model
 
 # Attribute of a manager: its PromptReader, None without Gemma 4's reasoning parser, absent outside the scope.
@@ -78,6 +77,9 @@ def create_grammar(original: Callable[..., Any]) -> Callable[..., Any]:
         grammar = original(self, request)
         if not hasattr(self, READER):
             return grammar
+        # Its base class lies in the package whose import asks for this wrapper.
+        from vllm_gemma4_spec.requests.grammar import PositionedGrammar
+
         waits_for = getattr(request.structured_output_request, WAITS_FOR, None)
         words = self.backend.allocate_token_bitmask(1).shape[1]
         return PositionedGrammar(grammar, waits_for, self.tokenizer.eos_token_id, words)
