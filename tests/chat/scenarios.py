@@ -243,6 +243,7 @@ SCENARIOS = [
     _("a brace too many", C + "get{n:1}}" + Z + RESPONSE, **WITH),
     _("junk behind a call", C + "get{n:1})]; I called it" + Z + RESPONSE, **WITH),
     _("a brace too many, no close", C + "get{n:1}}" + TURN, **WITH),
+    _("no call behind a call without its close", C + "get{n:1}call:{}x" + C + "get{n:2}" + Z + RESPONSE, **WITH),
     _("text behind a call without its close", C + "get{n:1} Called it." + TURN, **WITH),
     _("no word call", "<|tool_call>:get{n:1}" + Z + RESPONSE, **WITH),
     _("as Python calls", C + "get({n:1})" + Z + RESPONSE, **WITH),

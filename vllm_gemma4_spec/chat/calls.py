@@ -131,6 +131,7 @@ class NativeCall:
         text = self._space + self._head + brace + rest
         if self._whole:
             self._junk.append(text)
+            self._head = ""  # no call that has begun, whatever it looks like
             return ""
         self._plain = True
         return text
