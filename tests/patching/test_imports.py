@@ -90,7 +90,10 @@ def test_no_circle() -> None:
 
 
 # A class of each stands for, or comes from, one of vLLM's in a module that asks for its patch when it is imported.
-_CLOSEST = [f"{PACKAGE}.{name}" for name in ("quantization.linear", "chat.seen_detokenizer", "requests.grammar")]
+_CLOSEST = [
+    f"{PACKAGE}.{name}"
+    for name in ("quantization.linear", "chat.seen_detokenizer", "requests.grammar", "requests.stop_strings")
+]
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer, check_stop_strings
-
 from vllm_gemma4_spec.scope import gemma4_model
 
+# vLLM's detokenizer is imported where it is used: its import asks for this module.
 # Attribute of an OutputProcessor and of a detokenizer: they serve a Gemma 4.
 BY_TOKEN = "_gemma4_spec_by_token"
 
@@ -40,6 +39,8 @@ def add_request(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def wrapper(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        from vllm.v1.engine.detokenizer import BaseIncrementalDetokenizer
+
         original(self, request, *args, **kwargs)
         state = self.request_states.get(request.request_id)
         detokenizer = getattr(state, "detokenizer", None)
@@ -87,6 +88,8 @@ def first_stop(text: str, seen: int, stop: list[str]) -> tuple[str, int] | None:
 
     Of several that end there it is the first of the request.
     """
+    from vllm.v1.engine.detokenizer import check_stop_strings
+
     if check_stop_strings(text, len(text) - seen, stop, False) is None:
         return None
     found = []
