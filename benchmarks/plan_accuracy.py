@@ -28,11 +28,7 @@ def plan(args: dict[str, Any], requests: int, bandwidth: float, rate: float, giv
         *pair,
         [timing.Hardware("measured", 141e9, bandwidth * 1e9, "full_shape.py")],
         {"rate": timing.curve(str(rate))},
-        requests=requests,
-        context=args["prompt"] + args["tokens"] // 2,
-        kv_dtype="bf16",
-        utilization=0.8,
-        given=given,
+        report.Asked(requests, args["prompt"] + args["tokens"] // 2, "bf16", 0.8, given),
     )
 
 

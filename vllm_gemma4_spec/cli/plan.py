@@ -76,15 +76,7 @@ def command(
     )
     with _checks.slow("computing", as_json):
         made = report.compare(
-            big,
-            small,
-            machines,
-            curves,
-            requests=requests,
-            context=context,
-            kv_dtype=kv_dtype,
-            utilization=utilization,
-            given=given,
+            big, small, machines, curves, report.Asked(requests, context, kv_dtype, utilization, given)
         )
     if as_json:
         typer.echo(made.model_dump_json(indent=2))

@@ -9,6 +9,7 @@ from typing import Any
 from vllm_gemma4_spec.scope import gemma4_model
 
 # vLLM's detokenizer is imported where it is used: its import asks for this module.
+
 # Attribute of an OutputProcessor and of a detokenizer: they serve a Gemma 4.
 BY_TOKEN = "_gemma4_spec_by_token"
 

@@ -142,40 +142,34 @@ class Given:
         return timing.Steps(drafts, passes, self.overhead)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """``requests`` at once, each at ``context`` tokens, with a ``kv_dtype`` of :data:`KV_BYTES` and a share
+    ``utilization`` of the memory for vLLM; ``given``: what the user measured."""
+
+    requests: int
+    context: int
+    kv_dtype: str
+    utilization: float
+    given: Given
+
+
 def compare(
     target: Model,
     drafters: Sequence[Model],
     machines: Sequence[timing.Hardware],
     curves: Mapping[str, tuple[float, ...]],
-    *,
-    requests: int,
-    context: int,
-    kv_dtype: str,
-    utilization: float,
-    given: Given,
+    asked: Asked,
 ) -> Report:
     """:func:`make` of the first drafter, the others beside it, and what pays where.
 
     Raises:
         PlanError: as :func:`make`, or measured times of a draft were given for several drafters.
     """
-    if given.draft is not None and len(drafters) > 1:
+    if asked.given.draft is not None and len(drafters) > 1:
         raise PlanError("--draft-ms is one drafter's; name one --drafter with it")
     each: Sequence[Model | None] = drafters or [None]
-    made = [
-        make(
-            target,
-            drafter,
-            machines,
-            curves,
-            requests=requests,
-            context=context,
-            kv_dtype=kv_dtype,
-            utilization=utilization,
-            given=given,
-        )
-        for drafter in each
-    ]
+    made = [make(target, drafter, machines, curves, asked) for drafter in each]
     if len(made) == 1:
         return made[0]
     others = [
@@ -222,12 +216,7 @@ def make(
     drafter: Model | None,
     machines: Sequence[timing.Hardware],
     curves: Mapping[str, tuple[float, ...]],
-    *,
-    requests: int,
-    context: int,
-    kv_dtype: str,
-    utilization: float,
-    given: Given,
+    asked: Asked,
 ) -> Report:
     """``curves``: acceptance as written -> rate of each position.
 
@@ -235,17 +224,18 @@ def make(
         PlanError: the layers' page sizes cannot be unified, or an assistant is another target's.
     """
     _check_assistants(target, drafter)
-    load = timing.Workload(requests, context, KV_BYTES[kv_dtype])
+    requests, context = asked.requests, asked.context
+    load = timing.Workload(requests, context, KV_BYTES[asked.kv_dtype])
     weights = sum(m.files_bytes or m.weight_bytes for m in (target, drafter) if m)
     made, cache = [], None
     for machine in machines:
         copies = target.copies(machine.marlin, machine.memory, drafter=False)
         copies += drafter.copies(machine.marlin, machine.memory, drafter=True) if drafter else 0.0
-        free = int(machine.memory * utilization - weights - copies)
+        free = int(machine.memory * asked.utilization - weights - copies)
         drafts = timing.MAX_K if drafter else 0
-        cache = groups.plan_cache(target, drafter, free, context, kv_dtype, drafts=drafts)
+        cache = groups.plan_cache(target, drafter, free, context, asked.kv_dtype, drafts=drafts)
         floors = timing.Steps.floors(target, drafter, load, machine.bandwidth)
-        steps, by = given.steps(floors), None
+        steps, by = asked.given.steps(floors), None
         times = "given"
         if steps is None:
             found = measured.steps(machine, target, drafter, load)
