@@ -63,6 +63,17 @@ def test_several_choices(both: Server, encode: Any) -> None:
     assert [c["finish_reason"] for c in choices] == ["stop", "tool_calls", "stop"]
 
 
+def test_choices_that_call_at_once(both: Server, encode: Any) -> None:
+    """Their arguments arrive in turns, and what a chunk is made of is used again."""
+    city = '<|tool_call>call:get{city:<|"|>%s, the capital<|"|>,n:1}<tool_call|>'
+    scripts = [encode(city % a + city % b + "<|tool_response>") for a, b in (("Paris", "Rome"), ("Oslo", "Bern"))]
+    for more in ({}, {"parallel_tool_calls": False}):
+        choices = every_way(both, *scripts, n=2, tools=TOOLS, temperature=1.0, **more)
+        called = [[json.loads(arguments)["city"][:5] for _, arguments in c["calls"]] for c in choices]
+        wanted = [["Paris", "Rome,"], ["Oslo,", "Bern,"]]
+        assert called == ([w[:1] for w in wanted] if more else wanted)
+
+
 def test_every_token_has_its_logprobs(both: Server, encode: Any, tokenizer: Any) -> None:
     tokens = encode(REASONED)
     (choice,) = every_way(both, tokens, logprobs=True, top_logprobs=0, **THINK)

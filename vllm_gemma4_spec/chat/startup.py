@@ -87,9 +87,10 @@ def preprocess_chat(original: Callable[..., Any]) -> Callable[..., Any]:
         # The experimental context of /v1/responses still parses text.
         if own is not None and parsers is not None and not envs.VLLM_USE_EXPERIMENTAL_PARSER_CONTEXT:
             request.skip_special_tokens = own
-            plan = Plan.of(parsers, request, self.renderer.tokenizer)
-            if plan.options.stop:  # all of them: vLLM refuses one that is empty
-                request.stop = SeenStops.of([request.stop] if isinstance(request.stop, str) else request.stop, plan)
+            stop = getattr(request, "stop", None)
+            if stop:  # all of them: vLLM refuses one that is empty
+                plan = Plan.of(parsers, request, self.renderer.tokenizer)
+                request.stop = SeenStops.of([stop] if isinstance(stop, str) else stop, plan)
         return result
 
     return wrapper
