@@ -187,6 +187,20 @@ def test_forced_call_cut_by_max_tokens(both: Server, encode: Any, form: str) -> 
             assert isinstance(json.loads(arguments), dict)
 
 
+@pytest.mark.parametrize("form", ["required", "named"])
+@pytest.mark.parametrize("between", ["<|channel>thought\nHm.<channel|>", "<|tool_call>call:set-it{n:2}<tool_call|>"])
+def test_forced_call_ends_where_something_else_begins(both: Server, encode: Any, form: str, between: str) -> None:
+    """Where no grammar is applied: what comes behind is no part of the call."""
+    begin = '[{"name": "get", "parameters": ' if form == "required" else ""
+    named = {"type": "function", "function": {"name": "get"}}
+    tokens = encode(f'{begin}{{"city": "Par{between}is"}}<turn|>')
+    (choice,) = every_way(both, tokens, tools=TOOLS, tool_choice=named if form == "named" else form)
+    more = [] if "thought" in between else [["set-it", '{"n": 2}']]
+    assert choice["calls"] == [["get", '{"city": "Par"}'], *more]
+    assert choice["content"] == 'is"}'
+    assert choice["finish_reason"] == "stop"
+
+
 def test_parallel_tool_calls_off(both: Server, encode: Any) -> None:
     (choice,) = every_way(both, encode(CALLED), tools=TOOLS, parallel_tool_calls=False)
     assert choice["calls"] == [["get", '{"city": "Paris"}']]

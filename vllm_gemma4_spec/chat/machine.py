@@ -304,7 +304,7 @@ class OutputParser:
             if not self._options.reasoning and self._options.special_text:
                 return False
             if token == tokens.CHANNEL_OPEN:
-                self._leave()
+                self._break()
                 self._mode, self._label = "channel", ""
             elif self._mode != "call":
                 self._leave()
@@ -315,10 +315,11 @@ class OutputParser:
             if self._options.tools is Tools.OFF:
                 return not self._options.special_text
             if token == tokens.TOOL_CALL_OPEN:
+                self._break()
                 self._mode, self._native = "call", NativeCall(self)
             return True
         if token in tokens.TURN_ENDS:
-            self._leave()
+            self._break()
             if token == tokens.TURN_OPEN and not self._options.special_text:
                 self._mode, self._label = "header", ""
                 return True
@@ -357,6 +358,12 @@ class OutputParser:
             return
         self._mode, self._label = "content", None
         self._text(rest if newline and role in tokens.ROLES else text)
+
+    def _break(self) -> None:
+        """End all that is open, for something else begins: also a call of a forced choice."""
+        self._leave()
+        if self._forced is not None:
+            self._forced.leave()
 
     def _leave(self, closed: bool = False) -> None:
         """End the channel, the call or the header that is open.
