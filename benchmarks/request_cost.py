@@ -119,8 +119,8 @@ def engine_rows(rounds: int) -> list[dict[str, Any]]:
             answers, steps, calls, operations = {}, {}, {}, {}
             for patched in (False, True):
                 turns.change(patched)
-                answers[patched] = turns.answers(prompts, fields)
-                counts = turns.calls(prompts, fields)
+                turns.answers(prompts, fields)  # what happens once has happened
+                counts, answers[patched] = turns.calls(prompts, fields)
                 steps[patched], calls[patched] = len(counts), sum(counts)
                 operations[patched] = sum(turns.operations(prompts, fields).values())
             tokens = sum(map(len, answers[True]))

@@ -74,8 +74,8 @@ class Turns:
             vars(engine).pop("step", None)
         return [list(o.outputs[0].token_ids) for o in outputs]
 
-    def calls(self, prompts: Sequence[list[int]], fields: dict[str, Any]) -> list[int]:
-        """How many Python functions each step calls."""
+    def calls(self, prompts: Sequence[list[int]], fields: dict[str, Any]) -> tuple[list[int], list[list[int]]]:
+        """How many Python functions each step calls, and the answers."""
         counts: list[int] = []
 
         def count(frame: FrameType, event: str, argument: Any) -> None:
@@ -89,8 +89,8 @@ class Turns:
             finally:
                 sys.setprofile(None)
 
-        self.answers(prompts, fields, around)
-        return counts
+        answers = self.answers(prompts, fields, around)
+        return counts, answers
 
     def operations(self, prompts: Sequence[list[int]], fields: dict[str, Any]) -> Counter[Any]:
         """How many tensor operations all steps do, by name and shape of the result."""

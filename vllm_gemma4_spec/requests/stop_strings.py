@@ -48,15 +48,14 @@ def add_request(original: Callable[..., None]) -> Callable[..., None]:
         state = self.request_states.get(request.request_id)
         detokenizer = getattr(state, "detokenizer", None)
         if getattr(self, BY_TOKEN, False) and isinstance(detokenizer, BaseIncrementalDetokenizer) and detokenizer.stop:
-            logprobs = state.logprobs_processor
-            detokenizer.__class__ = _by_token(type(detokenizer), update)
-            logprobs.__class__ = _by_token(type(logprobs), update_from_output)
+            for part, method in ((detokenizer, update), (state.logprobs_processor, update_from_output)):
+                part.__class__ = _by_token(part.__class__, method)
 
     return wrapper
 
 
 @functools.cache
-def _by_token(kind: type[Any], method: Callable[[Callable[..., Any]], Callable[..., Any]]) -> type[Any]:
+def _by_token(kind: Any, method: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Any:
     """``kind`` with ``method`` around its method of that name; ``kind`` itself if it has it already."""
     if hasattr(kind, BY_TOKEN):
         return kind
