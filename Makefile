@@ -10,6 +10,9 @@ PART    ?=
 JOBS    ?= 2
 # Tests read the genuine tokenizer, templates and configs where this names them, and say what they skip.
 export GEMMA4_ARTIFACTS ?=
+# What uv unpacks, 8 GB, is the same on disk as what it installs; in ~/.cache it would outlive the environment. Set it to
+# share it between checkouts.
+export UV_CACHE_DIR ?= $(abspath $(VENV))/.uv
 
 .PHONY: setup demo test test-slow test-gpu test-gpus test-exporters offline-bundle soak test-load test-faults fuzz \
     test-clients constraints-clients test-upstream lint types check fingerprints ledger fields schemas reference \

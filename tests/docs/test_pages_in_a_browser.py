@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,20 @@ def test_pages_are_as_meant(tmp_path: Path) -> None:
     assert {"explanation/how-it-works/index.html", "contributing/architecture/index.html"} <= {
         page["page"] for page in seen if page["figures"]
     }
+    assert not findings(seen)
+
+
+def test_the_readme_is_as_meant(tmp_path: Path) -> None:
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "index.md").write_text((ROOT / "README.md").read_text())
+    for name in ("docs", "overlays"):
+        shutil.copytree(ROOT / name, docs / name)
+    text = re.sub(r"^nav:\n(?:[ #].*\n)+", "", (ROOT / "mkdocs.yml").read_text(), flags=re.M)
+    (tmp_path / "mkdocs.yml").write_text(text)
+    build(tmp_path / "mkdocs.yml", tmp_path / "site")  # not strict: it links to files that are no pages
+    seen = browser.look(tmp_path / "site", ["index.html"], WIDTHS, tmp_path / "browser")
+    assert all(page["figures"] for page in seen)
     assert not findings(seen)
 
 

@@ -1,4 +1,4 @@
-"""The benchmark against a real server, and its mistakes without one."""
+"""What the benchmark makes of results and of mistakes, without a server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.commands import environment, free_port, gemma4_spec, in_process, printed
+from tests.support.commands import environment, free_port, gemma4_spec, in_process
 from tests.support.fake_server import State, fake_server
 from vllm_gemma4_spec.ops.bench import measure, prompts, report
 
@@ -168,60 +168,3 @@ def test_ratios_are_those_of_runs_side_by_side() -> None:
     assert ratio.latency_ms == report.Spread(median=1, lowest=1, highest=1)
     (unknown,) = report.ratios([made_run("a", 90, 1), made_run("c", 30, 1)], "a", "c")
     assert unknown.request_tok_s is None
-
-
-@pytest.mark.slow
-def test_a_real_server(speculating_server: str, prompt_file: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "bench.png"
-    options = ["--concurrency", "1,2", "--tokens", "12", "--requests", "3", "--json", "--plot", str(picture)]
-    done = gemma4_spec("bench", "--url", speculating_server, "--prompts", str(prompt_file), *options)
-    assert done.returncode == 0, done.stderr
-    found = printed("bench", done)
-    assert [r["concurrency"] for r in found["summary"]] == [1, 2]
-    for row in found["summary"]:
-        assert (row["requests"], row["errors"]) == (3, 0)
-        assert 3 <= row["output_tokens"] <= 3 * 12
-        assert row["aggregate_tok_s"] > 0
-        assert row["latency_ms"] >= row["ttft_ms"] > 0
-        assert len(row["accepted_by_position"]) == 3  # k
-        assert row["accepted_by_position"] == sorted(row["accepted_by_position"], reverse=True)
-        assert row["acceptance_length"] == pytest.approx(1 + sum(row["accepted_by_position"]))
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-def test_two_real_servers(speculating_server: str, plain_server: str, prompt_file: Path) -> None:
-    """Run for run, and in a pipe the Markdown is whole."""
-    options = ["--url", speculating_server, "--against", plain_server, "--prompts", str(prompt_file)]
-    options += ["--concurrency", "1", "--tokens", "12", "--requests", "2", "--repeats", "2"]
-    found = printed("bench", gemma4_spec("bench", *options, "--json"))
-    assert [r["url"] for r in found["runs"]] == [speculating_server, plain_server] * 2
-    with_drafts, without = found["summary"]
-    assert len(with_drafts["accepted_by_position"]) == 3
-    assert without["acceptance_length"] is None
-    assert with_drafts["output_tokens"] == without["output_tokens"]  # greedy: the same answers
-    (ratio,) = found["ratios"]
-    speeds = [r["aggregate_tok_s"] for r in found["runs"]]
-    pairs = [speeds[0] / speeds[1], speeds[2] / speeds[3]]
-    assert ratio["aggregate_tok_s"]["lowest"] == pytest.approx(min(pairs))
-    assert ratio["aggregate_tok_s"]["highest"] == pytest.approx(max(pairs))
-    done = gemma4_spec("bench", *options)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"- A: {speculating_server}, ")
-    assert f"- B: {plain_server}, " in done.stdout
-    assert "| A over B, concurrency |" in done.stdout
-    assert "\x1b[" not in done.stdout
-    assert done.stderr == ""  # no progress bar where nobody watches
-
-
-@pytest.mark.slow
-def test_one_bad_prompt_is_named_and_the_others_are_measured(speculating_server: str, tmp_path: Path) -> None:
-    file = tmp_path / "prompts.jsonl"
-    rows = ["w5 w6 w7", "w5 " * 2000, "w8 w9"]
-    file.write_text("".join(json.dumps({"prompt": r}) + "\n" for r in rows))
-    options = ["--concurrency", "1", "--requests", "3", "--tokens", "12"]
-    done = gemma4_spec("bench", "--url", speculating_server, "--prompts", str(file), *options)
-    assert done.returncode == 1, done.stderr
-    assert "1 of 3" in done.stdout
-    assert "1 failed on A: HTTP 400; " in done.stdout
-    assert "(prompt 2)" in done.stdout

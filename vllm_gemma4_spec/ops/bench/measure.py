@@ -68,10 +68,11 @@ class _Benchmark:
     """A process of vLLM's benchmark; it dies with us (Ctrl-C, too)."""
 
     def __init__(self, api_key: str | None) -> None:
-        env = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"} | ({"OPENAI_API_KEY": api_key} if api_key else {})
+        # A client needs no plugin; killed, it would leave behind what ours makes at its start.
+        changes = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_PLUGINS": ""} | ({"OPENAI_API_KEY": api_key} if api_key else {})
         self._process = subprocess.Popen(
             [sys.executable, "-c", _VLLM_BENCH_SERVE],
-            env=env,
+            env=os.environ | changes,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
