@@ -30,6 +30,14 @@ _BAD = """# Bad
 <p style="width: 900px">wide</p>
 
 `<\\|turn>`
+
+1. one
+
+   ```
+   code
+   ```
+
+2. two
 """
 
 
@@ -49,6 +57,7 @@ def findings(seen: list[dict[str, Any]]) -> list[str]:
         found += [f"{where}: beyond the edge: {node}" for node in page["beyond"]]
         found += [f"{where}: figure {f['source']} is not drawn" for f in page["figures"] if not f["drawn"]]
         found += [f"{where}: figure {f['source']} has no text" for f in page["figures"] if not f["named"]]
+        found += [f"{where}: a list begins anew: {node}" for node in page["broken"]]
         found += [f"{where}: raw Markdown: {match}" for match in RAW.findall(page["text"])]
         found += [f"{where}: backslash: {code}" for code in page["code"] if "<\\|" in code or "\\|>" in code]
     return found
@@ -85,5 +94,5 @@ def test_what_is_looked_for_is_seen(tmp_path: Path) -> None:
     config.write_text("site_name: bad\ntheme: {name: material, font: false}\nplugins: []\n")
     build(config, tmp_path / "site")
     found = " ".join(findings(looked(tmp_path / "site", tmp_path / "browser")))
-    for each in ("400: 9", "raw Markdown: ![", "nothing.svg is not drawn", "backslash: <\\|turn>"):
+    for each in ("400: 9", "raw Markdown: ![", "nothing.svg is not drawn", "backslash: <\\|turn>", "begins anew: two"):
         assert each in found, found
