@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.skipif(browser.chromium() is None, reason="no Chromium: pages are not looked at"),
 ]
 WIDTHS = (1280, 400)
+EXTENSIONS = "markdown_extensions: [pymdownx.superfences]\n"
 RAW = re.compile(r"!\[|\]\(|\*\*\w|^#{1,6} |^```|^\| ?-{3}|\\[|<>]", re.M)
 
 _BAD = """# Bad
@@ -91,7 +92,7 @@ def test_what_is_looked_for_is_seen(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text(_BAD)
     config = tmp_path / "mkdocs.yml"
-    config.write_text("site_name: bad\ntheme: {name: material, font: false}\nplugins: []\n")
+    config.write_text("site_name: bad\ntheme: {name: material, font: false}\nplugins: []\n" + EXTENSIONS)
     build(config, tmp_path / "site")
     found = " ".join(findings(looked(tmp_path / "site", tmp_path / "browser")))
     for each in ("400: 9", "raw Markdown: ![", "nothing.svg is not drawn", "backslash: <\\|turn>", "begins anew: two"):
