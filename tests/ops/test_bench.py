@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import json
 import signal
@@ -12,12 +13,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import aiohttp
 import psutil
 import pytest
 
 from tests.support.commands import environment, free_port, gemma4_spec, in_process
 from tests.support.fake_server import State, fake_server
-from vllm_gemma4_spec.ops.bench import measure, prompts, report
+from vllm_gemma4_spec.ops.bench import connections, measure, prompts, report
 
 
 @pytest.fixture
@@ -136,6 +138,42 @@ def test_an_empty_answer_is_no_tokens_and_an_error() -> None:
     assert (run.requests, run.errors, run.output_tokens, run.aggregate_tok_s) == (4, 2, 30, 15.0)
     assert run.latency_percentiles
     assert list(run.latency_percentiles.model_dump().values()) == pytest.approx([1000, 2000, 2000])
+
+
+def test_a_connection_that_brought_an_error_is_not_used_again() -> None:
+    """The server closes it without a word, after it answered; with a connection kept, the next request would break."""
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            bad = self.rfile.read(int(self.headers["Content-Length"])) == b"bad"
+            self.send_response(400 if bad else 200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+            self.close_connection = bad
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    async def ask(url: str) -> list[int]:
+        async with aiohttp.ClientSession() as session:
+            codes = []
+            for body in (b"good", b"bad", b"good", b"bad", b"good"):
+                async with session.post(url, data=body) as response:
+                    codes.append(response.status)
+            return codes
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aiohttp.ClientResponse, "start", aiohttp.ClientResponse.start)  # put back at the end
+        connections.leave_after_a_refusal()
+        codes = asyncio.run(ask(f"http://127.0.0.1:{httpd.server_port}"))
+    httpd.shutdown()
+    httpd.server_close()
+    assert codes == [200, 400, 200, 400, 200]
 
 
 def test_every_output_says_what_was_measured() -> None:

