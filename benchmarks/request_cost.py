@@ -1,6 +1,6 @@
 """What the rules of a request cost: the same work with the patches of ``requests/`` and without, timed and counted.
 
-    python benchmarks/request_cost.py [--rounds 24] [--grammar] [--out request-cost.json]
+    python benchmarks/request_cost.py [--rounds 24] [--grammar] [--cases CASE ...] [--out request-cost.json]
 
 One engine, a tiny Gemma 4 as its own drafter (CPU, float32, k = 3, 8 requests), answers in turn without these patches,
 with them, and without them once more, first without a rule and then with each kind. The third shows what two equal
@@ -67,7 +67,7 @@ def compared(case: str, rounds: int, run: Callable[[bool], float], unit: str, sc
     return row
 
 
-def grammar_rows(rounds: int) -> list[dict[str, Any]]:
+def grammar_rows(rounds: int, cases: list[str]) -> list[dict[str, Any]]:
     import numpy as np
 
     from tests.requests import test_grammar_positions as positions
@@ -77,7 +77,7 @@ def grammar_rows(rounds: int) -> list[dict[str, Any]]:
     manager, rows = next(managers)("xgrammar", K), []
     prompt = scripted.tokenizer().encode(FREE)
     for name, fields in CASES.items():
-        if "structured_outputs" not in fields:
+        if name not in cases or "structured_outputs" not in fields:
             continue
         request = positions.new_request(manager, "xgrammar", dict(fields["structured_outputs"]), prompt)
         patched = request.structured_output_request.grammar
@@ -107,13 +107,13 @@ def grammar_rows(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def engine_rows(rounds: int) -> list[dict[str, Any]]:
+def engine_rows(rounds: int, cases: list[str]) -> list[dict[str, Any]]:
     from vllm_gemma4_spec.requests.patches import PATCHES
 
     target = scripted.save(Path(tempfile.mkdtemp(prefix="request-cost-")) / "target")
     rows = []
     with engine(target, target, K, **OPTIONS) as llm, Turns(llm, PATCHES) as turns:
-        for name, rule in CASES.items():
+        for name, rule in ((name, CASES[name]) for name in cases):
             prompts = [scripted.prompt(0) if "budget" in name else scripted.tokenizer().encode(FREE)] * REQUESTS
             fields = {"max_tokens": TOKENS} | rule
             answers, steps, calls, operations = {}, {}, {}, {}
@@ -145,9 +145,10 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--rounds", type=int, default=24)
     ap.add_argument("--grammar", action="store_true", help="what a step does with a grammar, without an engine")
+    ap.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     ap.add_argument("--out", type=Path, help="file for the results as JSON")
     args = ap.parse_args()
-    rows = grammar_rows(args.rounds * 20) if args.grammar else engine_rows(args.rounds)
+    rows = grammar_rows(args.rounds * 20, args.cases) if args.grammar else engine_rows(args.rounds, args.cases)
     if args.out:
         args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
