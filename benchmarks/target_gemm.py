@@ -21,6 +21,7 @@ from vllm_gemma4_spec.kernels import stream_gemm
 # N x K of a layer; a full layer of 31B has other attention, of the same size to 6 %.
 SHAPES = {
     "31B": {"qkv": (16384, 5376), "o": (5376, 8192), "gate_up": (43008, 5376), "down": (5376, 21504)},
+    "E4B": {"qkv": (3072, 2560), "o": (2560, 2048), "gate_up": (20480, 2560), "down": (2560, 10240)},
     "26B-A4B": {"qkv": (8192, 2816), "o": (2816, 4096), "gate_up": (4224, 2816), "down": (2816, 2112)},
 }
 GLOBAL_SCALE = 0.01
