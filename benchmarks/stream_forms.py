@@ -93,6 +93,11 @@ def check(by: dict[int, Form] | None, shapes: dict[str, tuple[int, int]], most: 
     return found
 
 
+def read_speed() -> float:
+    big = torch.empty(2**28, dtype=torch.float32, device="cuda")
+    return round(2**30 / graph_us(lambda: torch.sum(big.view(1024, -1), 1)) / 1e6, 2)
+
+
 def run(name: str, models: list[str], out: Path, ready: Any, go: Any) -> None:
     """One form, in a process of its own: everything that needs no card, then, when told, the rest."""
     import vllm.model_executor.layers.quantization.utils.marlin_utils_fp4  # noqa: F401
@@ -106,10 +111,7 @@ def run(name: str, models: list[str], out: Path, ready: Any, go: Any) -> None:
         report.setdefault("compile_s", {})[tiles] = round(time.time() - start, 1)
     ready.set()
     go.wait()
-    big = torch.empty(2**28, dtype=torch.float32, device="cuda")
-    report["card"] = torch.cuda.get_device_name()
-    report["read_TB_s"] = round(2**30 / graph_us(lambda: torch.sum(big.view(1024, -1), 1)) / 1e6, 2)
-    del big
+    report["card"], report["read_TB_s"] = torch.cuda.get_device_name(), read_speed()
     for tiles, code in codes.items():
         _KERNELS[tiles, by[tiles]] = loaded(tiles, by[tiles], code)  # type: ignore[index]
     stream_gemm.kernel = lambda tiles, scaled, form: _KERNELS[tiles, form]  # type: ignore[assignment]
