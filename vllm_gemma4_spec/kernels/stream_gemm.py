@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
@@ -18,14 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from vllm_gemma4_spec.kernels import cuda
+from vllm_gemma4_spec.kernels import chosen_rows, cuda
 from vllm_gemma4_spec.kernels.small_batch_gemm import Scratch
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
 COLUMNS, DEPTH = 256, 128  # outputs of a tile, inputs of a stage; N and K must be multiples
 MOST_ROWS = 128
-FASTER_ROWS = 32  # up to here faster than Marlin for 31B's shapes on an H100 (benchmarks/results/h100-target-gemm.json)
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,37 @@ def forms() -> dict[int, Form]:
 @functools.cache
 def _multiprocessors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _times(layer: Module, rows: tuple[int, ...]) -> chosen_rows.Times:
+    """Median microseconds of both kernels on this layer's weights, which each time come from memory and not the L2."""
+    n, k, device = layer.output_size_per_partition, layer.input_size_per_partition, layer.weight.device
+    weights = (layer.weight, layer.weight_scale, layer.weight_global_scale)
+    passes_by = torch.empty(2**28, dtype=torch.uint8, device=device)
+
+    def once(x: Tensor, most: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(3):  # the card is busy while the host prepares the launch, and the L2 holds other things
+            passes_by.zero_()
+        start.record()
+        linear(x, None, *weights, layer.workspace, n, most)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1000
+
+    found: chosen_rows.Times = {}
+    for count in (r for r in rows if r <= 8 * max(forms())):
+        x = torch.randn(count, k, device=device, dtype=torch.bfloat16)
+        ours, marlins = ([once(x, most) for _ in range(8)][1:] for most in (MOST_ROWS, 0))
+        found[count] = statistics.median(ours), statistics.median(marlins)
+    return found
+
+
+def fastest_rows(layer: Module) -> int:
+    """Up to how many rows streaming is faster than Marlin for a layer that suits and is ready."""
+    n, k = layer.output_size_per_partition, layer.input_size_per_partition
+    maker = chosen_rows.made_by(*(source(tiles, False, form) for tiles, form in forms().items()))
+    return chosen_rows.rows_for(n, k, maker, lambda rows: _times(layer, rows))
 
 
 def linear(

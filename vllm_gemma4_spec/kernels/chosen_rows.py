@@ -1,0 +1,135 @@
+"""Up to how many rows a GEMM of NVFP4 weights streams: measured once per card and shape, kept in vLLM's cache folder.
+
+A card that nobody tried is then never slower than with vLLM's Marlin alone: the streaming kernel gets the batches in
+which it was the faster one, beginning with one row and without a gap, and Marlin the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm_gemma4_spec._version import __version__
+
+logger = logging.getLogger("vllm.plugins.gemma4_spec")
+
+ROWS = (1, 8, 16, 32, 64, 80, 128)  # that are measured
+Times = dict[int, tuple[float, float]]  # microseconds by rows: streaming, Marlin
+
+
+def path() -> Path:
+    import vllm.envs
+
+    return Path(vllm.envs.VLLM_CACHE_ROOT) / "gemma4_spec" / "nvfp4-rows.json"
+
+
+def card() -> str:
+    """The current device, as the cache names it."""
+    import torch
+
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"{found.name}, {found.multi_processor_count} multiprocessors"
+
+
+def made_by(*sources: str) -> str:
+    """What times depend on beside card and shape: the kernels and whoever launches them."""
+    import torch
+    import vllm
+
+    words = (__version__, vllm.__version__, torch.__version__, *sources)
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
+
+
+def most_rows(times: Mapping[int, tuple[float, float]]) -> int:
+    """The largest batch up to which streaming was nowhere slower."""
+    most = 0
+    for rows, (ours, marlins) in sorted(times.items()):
+        if ours > marlins:
+            break
+        most = rows
+    return most
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The cache, or nothing where there is none or it cannot be read: it is measured again then."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _kept(file: Path, card: str, shape: str, maker: str) -> Times | None:
+    try:
+        entry = read(file)[card][shape]
+        if entry["made_by"] != maker:
+            return None
+        return {int(rows): (float(us[0]), float(us[1])) for rows, us in entry["us"].items()}
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+        return None
+
+
+def _keep(file: Path, card: str, shape: str, maker: str, times: Times) -> None:
+    """Other processes may write, too: the last one wins, and what it lost is measured again by whoever needs it."""
+    found = read(file)
+    shapes = found.setdefault(card, {})
+    if not isinstance(shapes, dict):
+        shapes = found[card] = {}
+    shapes[shape] = {"made_by": maker, "us": {str(rows): us for rows, us in times.items()}}
+    new = file.with_name(f"{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        new.replace(file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        logger.info("NVFP4 GEMMs are measured again at the next start: %s cannot be written (%s)", file, error.strerror)
+
+
+_chosen: dict[tuple[Path, str, str], int] = {}
+
+
+def rows_for(n: int, k: int, maker: str, measure: Callable[[tuple[int, ...]], Times]) -> int:
+    """Up to how many rows a GEMM of ``[N, K]`` weights streams on this card.
+
+    Args:
+        maker: of :func:`made_by`.
+        measure: microseconds of both kernels for the rows it is given; called where the cache has none.
+    """
+    file, name, shape = path(), card(), f"{n}x{k}"
+    key = (file, name, shape)
+    if key not in _chosen:
+        times = _kept(file, name, shape, maker)
+        if times is None:
+            times = measure(ROWS)
+            _keep(file, name, shape, maker, times)
+        _chosen[key] = most_rows(times)
+        logger.info("NVFP4 GEMM %s: %s", shape, described(times))
+    return _chosen[key]
+
+
+def described(times: Times) -> str:
+    most = most_rows(times)
+    first = min(times)
+    ours, marlins = times[most or first]
+    rows = f"{most or first} row" + "s" * (most > 1)
+    who = f"streams up to {rows}" if most else "Marlin"
+    return f"{who} ({rows}: {ours:.0f} us, Marlin {marlins:.0f})"
+
+
+def of_card(card: str) -> dict[str, str]:
+    """What the cache says of a card, by shape; for people."""
+    found = read(path()).get(card)
+    shapes = found if isinstance(found, dict) else {}
+    return {
+        shape: described(times)
+        for shape, entry in shapes.items()
+        if isinstance(entry, dict) and (times := _kept(path(), card, shape, entry.get("made_by", "")))
+    }
