@@ -121,7 +121,7 @@ def run(name: str, models: list[str], out: Path, ready: Any, go: Any) -> None:
         out.write_text(json.dumps(report))
 
     for model in models:
-        shapes = {n: s for n, s in SHAPES[model].items() if not s[0] % 256 and not s[1] % 128}
+        shapes = {n: s for n, s in SHAPES[model].items() if not s[0] % 64 and not s[1] % 64}
         if by is not None and name != "no-decoding":
             report.setdefault("check", {})[model] = check(by, shapes, most)
             say()

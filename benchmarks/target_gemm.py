@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    device, shapes = "cuda", {n: s for n, s in SHAPES[asked.model].items() if not s[0] % 256 and not s[1] % 128}
+    device, shapes = "cuda", {n: s for n, s in SHAPES[asked.model].items() if not s[0] % 64 and not s[1] % 64}
     report: dict[str, Any] = {
         "card": torch.cuda.get_device_name(),
         "model": asked.model,

@@ -82,7 +82,7 @@ def run(
     tiles, k = tiles or stream_gemm.tiles_for(len(x)), x.shape[1]
     y = torch.full((len(x), n), torch.nan, dtype=torch.bfloat16)
     partial = torch.full((blocks * 2 * tiles * 2048,), torch.nan)
-    arrivals = torch.zeros(n // 32, dtype=torch.int32)
+    arrivals = torch.zeros(-(-n // 256) * 8, dtype=torch.int32)
     words, scales, shift = packed
     pointers = [
         ctypes.c_void_p(t.data_ptr())
@@ -99,6 +99,7 @@ def run(
         (1, 512, 384, 4, False, FORM),  # shares end within tiles of outputs: two, then three parts
         (5, 256, 512, 4, True, FORM),  # four parts of one tile
         (13, 512, 128, 2, False, FORM),  # no parts
+        (7, 320, 192, 3, True, FORM),  # the last tile and the last stage are not whole
         (61, 256, 256, 2, True, FORM),
         (9, 256, 384, 2, True, Form(stages=2)),  # by mma of Ampere's kind
         (3, 512, 384, 2, False, Form(stages=3, halves=1, per_sm=2, wgmma=True)),

@@ -26,8 +26,8 @@ typedef unsigned long long u64;
 #define WARPS (8 * HALVES)  // that multiply: 8 times 32 outputs
 #define COPIERS 128  // threads that copy
 #define HANDOVER (WGMMA && MT >= 8)  // of registers; what each warp starts with goes by THREADS and PER_SM
-#define COPIER_REGISTERS (HALVES == 1 && PER_SM == 1 ? 88 : 64)
-#define OTHER_REGISTERS (HALVES == 2 ? 104 : PER_SM == 1 ? 208 : 88)
+#define COPIER_REGISTERS (HALVES == 1 && PER_SM == 1 ? 104 : 64)
+#define OTHER_REGISTERS (HALVES == 2 ? 104 : PER_SM == 1 ? 200 : 88)
 #define THREADS (WARPS * 32 + COPIERS)
 #define CODES_AT 0
 #define SCALES_AT (STEPS * COLUMNS * 8)
@@ -207,10 +207,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
     u16* y,                       // [rows, N] bfloat16
     const float* global_scale,    // [1], Marlin's: weight_scale_2 * 2^119 / scale_factor
     float* partial,               // [blocks, 2, MT, 8, 32, 8]: a block's part of its first and of its last tile
-    u32* arrivals,                // [N / 32], zero before and after
+    u32* arrivals,                // [tiles of outputs, 8], zero before and after
     int rows, int N, int K) {
     const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-    const int per_tile = K / DEPTH, units = N / COLUMNS * per_tile;
+    // Multiples of 64; what the last tile and the last stage of a tile lack stays as it is in shared memory, x zero.
+    const int per_tile = (K + DEPTH - 1) / DEPTH, units = (N + COLUMNS - 1) / COLUMNS * per_tile;
     const Share mine = share_of(blockIdx.x, gridDim.x, units);
     const u32 base = address(shared), full = base + BARRIERS_AT, empty = full + 8 * STAGES;
 
@@ -234,19 +235,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
         const auto bring_weights = [&]() {
             const u32 at = base + stage * STAGE_BYTES;
             const unsigned char* from = codes + ((long)block * STEPS * N + tile * COLUMNS) * 8 + p * 16;
+            const int columns = N - tile * COLUMNS, steps = K / 16 - block * STEPS;
+            if (p * 2 < columns)
 #pragma unroll
-            for (int s = 0; s < STEPS; s++)
-                copy_once(at + CODES_AT + s * COLUMNS * 8 + p * 16, from + (long)s * N * 8, policy);
-            copy_once(at + SCALES_AT + p * 16, scales + (long)(block * STEPS + p / 16) * N + tile * COLUMNS + piece * 16, policy);
+                for (int s = 0; s < STEPS; s++)
+                    if (s < 4 || s < steps) copy_once(at + CODES_AT + s * COLUMNS * 8 + p * 16, from + (long)s * N * 8, policy);
+            if (piece * 16 < columns && p / 16 < steps)
+                copy_once(at + SCALES_AT + p * 16, scales + (long)(block * STEPS + p / 16) * N + tile * COLUMNS + piece * 16, policy);
             arrive_with_copies(full + 8 * stage);
             if (++block == per_tile) block = 0, tile++;
         };
-        uint4 mine_of_x[MT], by = make_uint4(0, 0, 0, 0);
+        const uint4 none = make_uint4(0, 0, 0, 0);
+        uint4 mine_of_x[MT], by = none;
         const auto load_x = [&]() {
+            const int k = x_block * DEPTH + piece * 8;
+            const bool has_input = k < K;
 #pragma unroll
             for (int m = 0; m < MT; m++)
-                if (m * 8 + p / 16 < rows) mine_of_x[m] = load(x + (long)(m * 8 + p / 16) * K + x_block * DEPTH + piece * 8);
-            if (SCALED) by = load(pre + x_block * DEPTH + piece * 8);
+                mine_of_x[m] = has_input && m * 8 + p / 16 < rows ? load(x + (long)(m * 8 + p / 16) * K + k) : none;
+            if (SCALED && has_input) by = load(pre + k);
             if (++x_block == per_tile) x_block = 0;
         };
         // No kernel before this one writes weights: they fill the ring while it ends.
@@ -357,6 +364,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
             return reinterpret_cast<float4*>(parts + (long)((p * 2 + !p) * MT + m) * SUMS) + q;
         };
         const auto write = [&](int m, int q, const float4& v) {
+            if (column >= N) return;
             u16* at = y + (long)(m * 8 + t * 2) * N + column + q * 16 + g;
             if (m * 8 + t * 2 < rows) at[0] = to_bf16(v.x * scale), at[8] = to_bf16(v.z * scale);
             if (m * 8 + t * 2 + 1 < rows) at[N] = to_bf16(v.y * scale), at[N + 8] = to_bf16(v.w * scale);

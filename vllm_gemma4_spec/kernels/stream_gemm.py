@@ -24,7 +24,8 @@ from vllm_gemma4_spec.kernels.small_batch_gemm import Scratch
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
-COLUMNS, DEPTH = 256, 128  # outputs of a tile, inputs of a stage; N and K must be multiples
+COLUMNS, DEPTH = 256, 128  # outputs of a tile, inputs of a stage
+MULTIPLE = 64  # of which N and K must be
 MOST_ROWS = 128
 
 
@@ -106,6 +107,11 @@ def kernel(tiles: int, scaled: bool, form: Form) -> Any:
     return made
 
 
+def units(n: int, k: int) -> int:
+    """What blocks have equal shares of: a stage of a tile of outputs."""
+    return -(-n // COLUMNS) * -(-k // DEPTH)
+
+
 SCRATCH = Scratch()
 
 
@@ -147,7 +153,7 @@ def launch(
     y = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     partial, arrivals = SCRATCH.on(x.device)
     kernel(tiles, pre_quant_scale is not None, form)(
-        grid=(min(form.per_sm * _multiprocessors(x.device.index), n // COLUMNS * (k // DEPTH)), 1, 1),
+        grid=(min(form.per_sm * _multiprocessors(x.device.index), units(n, k)), 1, 1),
         block=form.threads,
         args=[
             weight,
@@ -265,8 +271,8 @@ def suits(layer: Module) -> bool:
     return bool(
         layer.weight.is_cuda
         and layer.params_dtype == torch.bfloat16
-        and n % COLUMNS == 0
-        and k % DEPTH == 0
+        and n % MULTIPLE == 0
+        and k % MULTIPLE == 0
         and getattr(layer, "bias", None) is None
         and available()
     )
@@ -274,6 +280,6 @@ def suits(layer: Module) -> bool:
 
 def reserve(n: int, k: int, device: torch.device) -> None:
     """Make room for the partial sums of this shape; no scratch can be replaced once a CUDA graph is captured."""
-    blocks = min(2 * _multiprocessors(device.index), n // COLUMNS * (k // DEPTH))
-    SCRATCH.reserve(device, blocks * 2 * MOST_ROWS * COLUMNS, n // COLUMNS * 8)
+    blocks = min(2 * _multiprocessors(device.index), units(n, k))
+    SCRATCH.reserve(device, blocks * 2 * MOST_ROWS * COLUMNS, -(-n // COLUMNS) * 8)
     register_operator()
