@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from target_gemm import GLOBAL_SCALE, SHAPES, graph_us, layer
 
-from benchmarks.target_gemm import GLOBAL_SCALE, SHAPES, graph_us, layer
 from vllm_gemma4_spec.kernels import chosen_rows, cuda, stream_gemm
 from vllm_gemma4_spec.kernels.stream_gemm import Form
 
@@ -32,8 +32,8 @@ def forms(stages: dict[int, int], **rest: Any) -> dict[int, Form]:
 FORMS: dict[str, dict[int, Form]] = {
     "mma": forms({1: 4, 2: 4, 4: 4, 8: 4}),
     "mma-deep": forms({1: 8, 2: 8, 4: 6, 8: 5}),
-    "wgmma": forms({1: 4, 2: 4, 4: 4, 8: 4}, wgmma=True),
-    "wgmma-deep": stream_gemm.WGMMA_FORMS,
+    "wgmma": stream_gemm.WGMMA_FORMS,
+    "wgmma-deep": forms({1: 8, 2: 8, 4: 6, 8: 5}, wgmma=True),
     "wgmma-two": forms({1: 4, 2: 4, 4: 4}, halves=1, per_sm=2, wgmma=True),
     "wgmma-whole": forms({1: 8, 2: 8, 4: 8, 8: 6, 10: 5, 16: 4}, halves=1, wgmma=True),
     # What reading alone takes: the same without decoding, and results that mean nothing.
@@ -128,7 +128,7 @@ def run(name: str, models: list[str], out: Path, ready: Any, go: Any) -> None:
         made = [{n: layer(*s, "cuda")[0] for n, s in shapes.items()} for _ in range(3 if model == "31B" else 12)]
         if by is stream_gemm.WGMMA_FORMS:  # as a start of the engine measures them
             start = time.time()
-            times = {n: stream_gemm._times(made[0][n], chosen_rows.ROWS) for n in shapes}
+            times = {n: stream_gemm._times(made[0][n]) for n in shapes}
             report.setdefault("chosen", {})[model] = {n: chosen_rows.described(t) for n, t in times.items()}
             report["chosen"][model]["seconds"] = round(time.time() - start, 2)
         for rows in [r for r in ROWS if r <= most]:
@@ -160,7 +160,7 @@ def main() -> None:
     started = []
     for name in names:
         part, ready, go = asked.out.with_suffix(f".{name}.part"), spawn.Event(), spawn.Event()
-        mine = models if name in ("marlin", "wgmma-deep") else models[:1]
+        mine = models if name in ("marlin", "wgmma") else models[:1]
         child = spawn.Process(target=run, args=(name, mine, part, ready, go))
         child.start()
         started.append((name, part, ready, go, child))

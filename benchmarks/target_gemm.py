@@ -43,10 +43,10 @@ def layer(n: int, k: int, device: str) -> Any:
     return made, before
 
 
-def gemm(made: Any, x: torch.Tensor, most_rows: int) -> torch.Tensor:
-    """By the streaming kernel up to ``most_rows`` rows, by Marlin above."""
+def gemm(made: Any, x: torch.Tensor, streamed: int) -> torch.Tensor:
+    """By the streaming kernel (``stream_gemm.ALL``) or by Marlin (0)."""
     weights = (made.weight, made.weight_scale, made.weight_global_scale, made.workspace)
-    return stream_gemm.linear(x, None, *weights, made.output_size_per_partition, most_rows)
+    return stream_gemm.linear(x, None, *weights, made.output_size_per_partition, streamed)
 
 
 def check(shapes: dict[str, tuple[int, int]], device: str) -> list[dict[str, Any]]:
@@ -59,12 +59,12 @@ def check(shapes: dict[str, tuple[int, int]], device: str) -> list[dict[str, Any
         w = torch.cat([e2m1, -e2m1])[nibbles] * before.scale.double().repeat_interleave(16, 1) * GLOBAL_SCALE
         x = torch.randn(64, k, device=device).bfloat16()
         wanted = x.double() @ w.T
-        ours, marlin = gemm(made, x, 64), gemm(made, x, 0)
+        ours, marlin = gemm(made, x, stream_gemm.ALL), gemm(made, x, 0)
         errors = [((y.double() - wanted).norm() / wanted.norm()).item() for y in (ours, marlin)]
         rows = (1, 2, 4, 5, 8, 9, 16, 17, 33, 63)
         same = {
             what: [r for r in rows if torch.equal(gemm(made, x[:r].contiguous(), most), whole[:r])]
-            for what, most, whole in (("ours", 64, ours), ("marlin", 0, marlin))
+            for what, most, whole in (("ours", stream_gemm.ALL, ours), ("marlin", 0, marlin))
         }
         found.append({"gemm": name, "error": errors[0], "marlin_error": errors[1], "rows_with_the_bits_of_64": same})
         print(json.dumps(found[-1]), flush=True)
@@ -113,7 +113,7 @@ def main() -> None:
         row: dict[str, Any] = {"rows": rows}
         inputs = {name: torch.randn(rows, k, device=device).bfloat16() for name, (_, k) in shapes.items()}
         for names in [*([name] for name in shapes), list(shapes)]:
-            for what, most in (("stream", 64), ("marlin", 0)):
+            for what, most in (("stream", stream_gemm.ALL), ("marlin", 0)):
 
                 def call(names: list[str] = names, most: int = most, inputs: Any = inputs) -> None:
                     for layers in made:

@@ -97,13 +97,13 @@ def run(
     ("rows", "n", "k", "blocks", "scaled", "form"),
     [
         (1, 512, 384, 4, False, FORM),  # shares end within tiles of outputs: two, then three parts
-        (5, 256, 512, 4, True, FORM),  # four parts of one tile
-        (13, 512, 128, 2, False, FORM),  # no parts
+        pytest.param(5, 256, 512, 4, True, FORM, marks=pytest.mark.slow),  # four parts of one tile
+        pytest.param(13, 512, 128, 2, False, FORM, marks=pytest.mark.slow),  # no parts
         (7, 320, 192, 3, True, FORM),  # the last tile and the last stage are not whole
-        (61, 256, 256, 2, True, FORM),
-        (9, 256, 384, 2, True, Form(stages=2)),  # by mma of Ampere's kind
-        (3, 512, 384, 2, False, Form(stages=3, halves=1, per_sm=2, wgmma=True)),
-        (77, 256, 384, 2, True, Form(stages=2, halves=1, wgmma=True)),
+        pytest.param(61, 256, 256, 2, True, FORM, marks=pytest.mark.slow),
+        pytest.param(9, 256, 384, 2, True, Form(stages=2), marks=pytest.mark.slow),  # by mma of Ampere's kind
+        pytest.param(3, 512, 384, 2, False, Form(3, halves=1, per_sm=2, wgmma=True), marks=pytest.mark.slow),
+        pytest.param(77, 256, 384, 3, True, Form(2, halves=1, wgmma=True), marks=pytest.mark.slow),
     ],
 )
 def test_the_kernel_gives_the_gemm(

@@ -1,7 +1,7 @@
-"""Up to how many rows a GEMM of NVFP4 weights streams: measured once per card and shape, kept in vLLM's cache folder.
+"""Which batches of a GEMM of NVFP4 weights stream: measured once per card and shape, kept in vLLM's cache folder.
 
-A card that nobody tried is then never slower than with vLLM's Marlin alone: the streaming kernel gets the batches in
-which it was the faster one, beginning with one row and without a gap, and Marlin the rest.
+A card that nobody tried is then never slower than with vLLM's Marlin alone. The streaming kernel is compiled for
+several numbers of rows; each form gets its batches if it was faster than Marlin with the smallest and the largest.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from vllm_gemma4_spec._version import __version__
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
-ROWS = (1, 8, 16, 32, 64, 80, 128)  # that are measured
-Times = dict[int, tuple[float, float]]  # microseconds by rows: streaming, Marlin
+Times = dict[int, tuple[float, float]]  # microseconds by rows, two of each form: streaming, Marlin
 
 
 def path() -> Path:
@@ -46,14 +45,18 @@ def made_by(*sources: str) -> str:
     return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
 
 
-def most_rows(times: Mapping[int, tuple[float, float]]) -> int:
-    """The largest batch up to which streaming was nowhere slower."""
-    most = 0
-    for rows, (ours, marlins) in sorted(times.items()):
-        if ours > marlins:
-            break
-        most = rows
-    return most
+def _forms(times: Mapping[int, tuple[float, float]]) -> list[tuple[int, int]]:
+    """The smallest and the largest batch of each form."""
+    rows = sorted(times)
+    return list(zip(rows[::2], rows[1::2], strict=True))
+
+
+def faster(times: Mapping[int, tuple[float, float]]) -> int:
+    """Bit i is set if the i-th form was nowhere slower than Marlin."""
+    return sum(
+        all(ours <= marlins for ours, marlins in (times[first], times[last])) << i
+        for i, (first, last) in enumerate(_forms(times))
+    )
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -96,32 +99,38 @@ def _keep(file: Path, card: str, shape: str, maker: str, times: Times) -> None:
 _chosen: dict[tuple[Path, str, str], int] = {}
 
 
-def rows_for(n: int, k: int, maker: str, measure: Callable[[tuple[int, ...]], Times]) -> int:
-    """Up to how many rows a GEMM of ``[N, K]`` weights streams on this card.
+def chosen(n: int, k: int, maker: str, measure: Callable[[], Times]) -> int:
+    """Which forms a GEMM of ``[N, K]`` weights takes on this card, as :func:`faster` says it.
 
     Args:
         maker: of :func:`made_by`.
-        measure: microseconds of both kernels for the rows it is given; called where the cache has none.
+        measure: called where the cache has no times.
     """
     file, name, shape = path(), card(), f"{n}x{k}"
     key = (file, name, shape)
     if key not in _chosen:
         times = _kept(file, name, shape, maker)
         if times is None:
-            times = measure(ROWS)
+            times = measure()
             _keep(file, name, shape, maker, times)
-        _chosen[key] = most_rows(times)
+        _chosen[key] = faster(times)
         logger.info("NVFP4 GEMM %s: %s", shape, described(times))
     return _chosen[key]
 
 
 def described(times: Times) -> str:
-    most = most_rows(times)
-    first = min(times)
-    ours, marlins = times[most or first]
-    rows = f"{most or first} row" + "s" * (most > 1)
-    who = f"streams up to {rows}" if most else "Marlin"
-    return f"{who} ({rows}: {ours:.0f} us, Marlin {marlins:.0f})"
+    mask, forms = faster(times), _forms(times)
+    streams: list[list[int]] = []
+    for i, (first, last) in enumerate(forms):
+        if not mask >> i & 1:
+            continue
+        if streams and streams[-1][1] == first - 1:
+            streams[-1][1] = last
+        else:
+            streams.append([first, last])
+    who = "streams " + " and ".join(f"{a} to {b}" for a, b in streams) + " rows" if streams else "Marlin"
+    us = ", ".join(f"{times[last][0]:.0f}/{times[last][1]:.0f}" for _, last in forms)
+    return f"{who} ({us} us, this kernel's and Marlin's, at {', '.join(str(last) for _, last in forms)} rows)"
 
 
 def of_card(card: str) -> dict[str, str]:

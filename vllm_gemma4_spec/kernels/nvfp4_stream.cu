@@ -25,6 +25,7 @@ typedef unsigned long long u64;
 #define STEPS (DEPTH / 16)
 #define WARPS (8 * HALVES)  // that multiply: 8 times 32 outputs
 #define COPIERS 128  // threads that copy
+#define FIRST 2      // stages that do not wait for the kernel before this one
 #define HANDOVER (WGMMA && MT >= 8)  // of registers; what each warp starts with goes by THREADS and PER_SM
 #define COPIER_REGISTERS (HALVES == 1 && PER_SM == 1 ? 104 : 64)
 #define OTHER_REGISTERS (HALVES == 2 ? 104 : PER_SM == 1 ? 200 : 88)
@@ -256,11 +257,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
             if (SCALED && has_input) by = load(pre + k);
             if (++x_block == per_tile) x_block = 0;
         };
-        // No kernel before this one writes weights: they fill the ring while it ends.
-        for (int i = 0; i < count && i < STAGES; i++) bring_weights(), stage++;
+        // No kernel before this one writes weights: the first are on their way while it ends. x must not queue behind a
+        // whole ring of them.
+        int ahead = 0;
+        for (; ahead < count && ahead < FIRST; ahead++) bring_weights(), stage++;
         wait_for_previous_grid();
-        stage = 0;
         load_x();
+        for (; ahead < count && ahead < STAGES; ahead++) bring_weights(), stage++;
+        stage = 0;
         for (int i = 0; i < count; i++) {
             if (i >= STAGES) {
                 wait(empty + 8 * stage, parity);
@@ -388,10 +392,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
 #endif
 #pragma unroll
             for (int q = 0; q < 2; q++) {
-                float4 sum = make_float4(acc[q][m][0], acc[q][m][1], acc[q][m][2], acc[q][m][3]);
-#pragma unroll
-                for (int i = 0; i < 4; i++) acc[q][m][i] = 0.0f;
                 if (part_k) continue;
+                float4 sum = make_float4(acc[q][m][0], acc[q][m][1], acc[q][m][2], acc[q][m][3]);
 #if HALVES == 2
                 const float4 v = *reinterpret_cast<const float4*>(here + q * 4);
                 sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
@@ -408,26 +410,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
                 if (arrived == count - 1) arrivals[tile * 8 + part_n] = 0;
             }
             if (__shfl_sync(0xFFFFFFFFu, arrived, 0) == count - 1) {
+                // A load takes a microsecond: 8 or 16 of them at a time.
+                constexpr int TILES = MT == 1 ? 1 : HALVES == 2 || MT % 4 ? 2 : 4, DEEP = MT == 1 ? 4 : 2;
 #pragma unroll 1
-                for (int m = 0; m < MT && m * 8 < rows; m++) {
-                    float4 a[2] = {make_float4(0, 0, 0, 0), make_float4(0, 0, 0, 0)};
+                for (int m = 0; m < MT && m * 8 < rows; m += TILES) {
+                    float4 a[TILES][2];
+#pragma unroll
+                    for (int i = 0; i < TILES * 2; i++) a[i / 2][i % 2] = make_float4(0, 0, 0, 0);
 #pragma unroll 1
-                    for (int p = 0; p < count; p += 4) {
-                        float4 v[2][4];
+                    for (int p = 0; p < count; p += DEEP) {
+                        float4 v[DEEP][TILES][2];
 #pragma unroll
-                        for (int i = 0; i < 8; i++)
-                            if (p + i / 2 < count) v[i % 2][i / 2] = __ldcg(part(p + i / 2, m, i % 2));
+                        for (int d = 0; d < DEEP; d++)
 #pragma unroll
-                        for (int i = 0; i < 8; i++)
-                            if (p + i / 2 < count) {
-                                const float4& b = v[i % 2][i / 2];
-                                a[i % 2].x += b.x, a[i % 2].y += b.y, a[i % 2].z += b.z, a[i % 2].w += b.w;
-                            }
+                            for (int i = 0; i < TILES * 2; i++)
+                                if (p + d < count) v[d][i / 2][i % 2] = __ldcg(part(p + d, m + i / 2, i % 2));
+#pragma unroll
+                        for (int d = 0; d < DEEP; d++)
+#pragma unroll
+                            for (int i = 0; i < TILES * 2; i++)
+                                if (p + d < count) {
+                                    const float4& b = v[d][i / 2][i % 2];
+                                    float4& to = a[i / 2][i % 2];
+                                    to.x += b.x, to.y += b.y, to.z += b.z, to.w += b.w;
+                                }
                     }
-                    write(m, 0, a[0]), write(m, 1, a[1]);
+#pragma unroll
+                    for (int i = 0; i < TILES * 2; i++) write(m + i / 2, i % 2, a[i / 2][i % 2]);
                 }
             }
         }
+#pragma unroll
+        for (int q = 0; q < 2; q++)
+#pragma unroll
+            for (int m = 0; m < MT; m++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) acc[q][m][i] = 0.0f;
         block = 0, tile++;
     }
 }

@@ -163,14 +163,14 @@ def linear(
     marlin_scale: Tensor,
     marlin_global_scale: Tensor,
     workspace: Tensor,
-    streamed_rows: int,
+    streamed: int,
     n: int,
     gelu: bool,
 ) -> Tensor:
     """One linear layer, by the kernel that suits the number of rows; see :func:`gemm`.
 
     Args:
-        streamed_rows: up to here those rows stream that are too many for :func:`gemm` (``stream_gemm``).
+        streamed: of batches too large for :func:`gemm`, those that stream; see ``stream_gemm.faster``.
     """
     flat = x.reshape(-1, x.shape[-1])
     if flat.shape[0] <= most_rows(n, flat.shape[-1]):
@@ -179,7 +179,7 @@ def linear(
         from vllm_gemma4_spec.kernels import stream_gemm  # it imports this module
 
         weights = (marlin_weight, marlin_scale, marlin_global_scale, workspace)
-        y = stream_gemm.linear(flat, pre_quant_scale, *weights, n, streamed_rows)
+        y = stream_gemm.linear(flat, pre_quant_scale, *weights, n, streamed)
         if gelu:
             gate_up, y = y, y.new_empty(y.shape[0], n // 2)
             torch.ops._C.gelu_tanh_and_mul(y, gate_up)

@@ -1,13 +1,13 @@
 """NVFP4 GEMM of up to 128 rows that reads Marlin's own weights: ``nvfp4_stream.cu`` beside Marlin, as one operator.
 
-On an H100 Marlin reads a layer of 31B at 2.0 TB/s and this kernel at 2.3, of 3.0. It takes small batches and leaves the
-others to Marlin; there is no second copy of a weight. A row's result has the same bits whatever rows stand beside it,
-which Marlin's has not.
+It takes the batches in which it is the faster one (``chosen_rows``) and leaves the others to Marlin; there is no second
+copy of a weight. Up to 64 rows a row's result has the same bits whatever rows stand beside it, which Marlin's has not.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import statistics
 from collections.abc import Iterable
@@ -27,6 +27,7 @@ logger = logging.getLogger("vllm.plugins.gemma4_spec")
 COLUMNS, DEPTH = 256, 128  # outputs of a tile, inputs of a stage
 MULTIPLE = 64  # of which N and K must be
 MOST_ROWS = 128
+ALL = 63  # every form
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,19 @@ class Form:
 
 # By compiled number of 8-row tiles. Up to 64 rows all add up in the same order: a row's bits are the same in each.
 WGMMA_FORMS = {
-    1: Form(8, wgmma=True),
-    2: Form(8, wgmma=True),
-    4: Form(6, wgmma=True),
-    8: Form(5, wgmma=True),
+    1: Form(4, wgmma=True),
+    2: Form(4, wgmma=True),
+    4: Form(4, wgmma=True),
+    8: Form(4, wgmma=True),
     10: Form(5, halves=1, wgmma=True),
     16: Form(4, halves=1, wgmma=True),
 }
-MMA_FORMS = {1: Form(8), 2: Form(8), 4: Form(6), 8: Form(5)}  # cards without wgmma
+MMA_FORMS = {1: Form(4), 2: Form(4), 4: Form(4), 8: Form(4)}  # cards without wgmma
+
+
+def _form(rows: int) -> int:
+    """Which of :func:`forms` takes this many rows; one behind the last if none."""
+    return sum(rows > 8 * tiles for tiles in forms())
 
 
 def tiles_for(rows: int, forms: Iterable[int] = WGMMA_FORMS) -> int:
@@ -184,35 +190,40 @@ def _multiprocessors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _times(layer: Module, rows: tuple[int, ...]) -> chosen_rows.Times:
+def _times(layer: Module) -> chosen_rows.Times:
     """Median microseconds of both kernels on this layer's weights, which each time come from memory and not the L2."""
     n, k, device = layer.output_size_per_partition, layer.input_size_per_partition, layer.weight.device
     weights = (layer.weight, layer.weight_scale, layer.weight_global_scale)
     passes_by = torch.empty(2**28, dtype=torch.uint8, device=device)
 
-    def once(x: Tensor, most: int) -> float:
+    def once(x: Tensor, streamed: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         for _ in range(3):  # the card is busy while the host prepares the launch, and the L2 holds other things
             passes_by.zero_()
         start.record()
-        linear(x, None, *weights, layer.workspace, n, most)
+        linear(x, None, *weights, layer.workspace, n, streamed)
         end.record()
         end.synchronize()
         return start.elapsed_time(end) * 1000
 
     found: chosen_rows.Times = {}
-    for count in (r for r in rows if r <= 8 * max(forms())):
+    largest = [8 * tiles for tiles in forms()]
+    for count in itertools.chain.from_iterable(zip([1, *(r + 1 for r in largest)], largest, strict=False)):
         x = torch.randn(count, k, device=device, dtype=torch.bfloat16)
-        ours, marlins = ([once(x, most) for _ in range(8)][1:] for most in (MOST_ROWS, 0))
+        ours, marlins = ([once(x, streamed) for _ in range(8)][1:] for streamed in (ALL, 0))
         found[count] = statistics.median(ours), statistics.median(marlins)
     return found
 
 
-def fastest_rows(layer: Module) -> int:
-    """Up to how many rows streaming is faster than Marlin for a layer that suits and is ready."""
+def faster(layer: Module) -> int:
+    """Which forms are faster than Marlin for a layer that suits and is ready; bit i is the i-th of :func:`forms`."""
     n, k = layer.output_size_per_partition, layer.input_size_per_partition
-    maker = chosen_rows.made_by(*(source(tiles, False, form) for tiles, form in forms().items()))
-    return chosen_rows.rows_for(n, k, maker, lambda rows: _times(layer, rows))
+    return chosen_rows.chosen(n, k, _maker(), lambda: _times(layer))
+
+
+@functools.cache
+def _maker() -> str:
+    return chosen_rows.made_by(*(source(tiles, False, form) for tiles, form in forms().items()))
 
 
 def linear(
@@ -223,11 +234,11 @@ def linear(
     global_scale: Tensor,
     workspace: Tensor,
     n: int,
-    most_rows: int,
+    streamed: int,
 ) -> Tensor:
-    """One linear layer: up to ``most_rows`` rows here, more on Marlin; see :func:`stream_gemm`."""
+    """One linear layer: batches of the forms in ``streamed`` here, others on Marlin; see :func:`faster`."""
     flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[0] <= most_rows:
+    if streamed and flat.shape[0] <= 8 * max(forms()) and streamed >> _form(flat.shape[0]) & 1:
         y = stream_gemm(flat.contiguous(), pre_quant_scale, weight, weight_scale, global_scale, n)
     else:
         if pre_quant_scale is not None:

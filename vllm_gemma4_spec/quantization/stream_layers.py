@@ -17,8 +17,8 @@ from vllm_gemma4_spec.quantization.small_batch_layers import scale_stands_alone
 def prepare(layer: Module) -> None:
     """Decide for a layer whose weight Marlin has reordered.
 
-    Sets ``streamed_rows``, the largest batch that streams (0: it stays Marlin's), and ``stream_scaled``, whether the
-    kernel multiplies by ``pre_quant_scale``.
+    Sets ``streamed``, the batches that stream (``stream_gemm.faster``; 0: it stays Marlin's), and ``stream_scaled``,
+    whether the kernel multiplies by ``pre_quant_scale``.
     """
     from vllm_gemma4_spec.kernels import stream_gemm
 
@@ -28,8 +28,8 @@ def prepare(layer: Module) -> None:
     if not layer.stream_wanted:
         return
     stream_gemm.reserve(layer.output_size_per_partition, layer.input_size_per_partition, layer.weight.device)
-    layer.streamed_rows = stream_gemm.fastest_rows(layer)
-    layer.stream_scaled = layer.streamed_rows > 0 and layer.rows_codes is None and scale_stands_alone(layer)
+    layer.streamed = stream_gemm.faster(layer)
+    layer.stream_scaled = layer.streamed != 0 and layer.rows_codes is None and scale_stands_alone(layer)
 
 
 def linear(layer: Module, x: Tensor) -> Tensor:
@@ -45,5 +45,5 @@ def linear(layer: Module, x: Tensor) -> Tensor:
         layer.weight_global_scale,
         layer.workspace,
         layer.output_size_per_partition,
-        layer.streamed_rows,
+        layer.streamed,
     )
