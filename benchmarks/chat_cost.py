@@ -114,12 +114,29 @@ async def stream(server: Any, generator: Any, fields: dict[str, Any], tokens: li
     return time.process_time() - started
 
 
-async def whole(server: Any, patched: bool, fields: dict[str, Any], tokens: list[int], step: int) -> float:
+class Patches:
+    """Which of several patches of the chat output is on; each has a patcher of its own."""
+
+    def __init__(self, **patches: tuple[Any, Any]) -> None:
+        self._patches = patches
+        self._on = "overlay"
+
+    def use(self, name: str) -> None:
+        """Undo the one that is on, and apply this one; a name without a patch is stock."""
+        if name == self._on:
+            return
+        for applied, way in ((False, self._on), (True, name)):
+            if way in self._patches:
+                patcher, patch = self._patches[way]
+                (patcher.apply if applied else patcher.undo)([patch])
+        self._on = name
+
+
+async def whole(server: Any, patches: Patches, way: str, fields: dict[str, Any], tokens: list[int], step: int) -> float:
     """Seconds of processor time for one request, up to the last byte of its stream."""
     from tests.chat.server import by
-    from vllm_gemma4_spec.chat.patches import CHAT_OUTPUT
 
-    (CHAT_OUTPUT.apply if patched else CHAT_OUTPUT.undo)()
+    patches.use(way)
     asked = request({**fields, "max_completion_tokens": len(tokens)})
     server.script(tokens, cut=by(step))
     started = time.process_time()
@@ -128,16 +145,14 @@ async def whole(server: Any, patched: bool, fields: dict[str, Any], tokens: list
     return time.process_time() - started
 
 
-def of_checkout(folder: Path, into: Path) -> Callable[..., Any]:
-    """``completions.stream_generator`` of another checkout, under another package's name."""
+def load_checkout(folder: Path, into: Path) -> None:
+    """Make the package of another checkout importable as ``before_spec``."""
     source = folder / "vllm_gemma4_spec"
-    for file in source.rglob("*.py"):
+    for file in (*source.rglob("*.py"), *source.rglob("*.json")):
         copy = into / "before_spec" / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(file.read_text().replace("vllm_gemma4_spec", "before_spec"))
     sys.path.insert(0, str(into))
-    wrapper: Callable[..., Any] = importlib.import_module("before_spec.chat.completions").stream_generator
-    return wrapper
 
 
 async def block(once: Callable[[], Awaitable[float]], size: int) -> float:
@@ -189,15 +204,22 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             "stock": (servers["parsed"], stock),
             "overlay": (servers["parsed"], overlay),
         }
+        known = {"overlay": (PATCHER, CHAT_OUTPUT)}
         if args.before:
-            ways["before"] = (servers["parsed"], of_checkout(args.before, Path(folder) / "before")(stock))
+            load_checkout(args.before, Path(folder) / "before")
+            before = importlib.import_module("before_spec.chat.completions").stream_generator
+            ways["before"] = (servers["parsed"], before(stock))
+            patcher = importlib.import_module("before_spec.registry").PATCHER
+            known["before"] = (patcher, importlib.import_module("before_spec.chat.patches").CHAT_OUTPUT)
         encode = servers["plain"].engine.tokenizer.encode
         gc.collect()
         gc.freeze()  # vLLM's modules: collecting them again and again would be most of the time
-        parts = {"stream": (stream, args.tokens)} | ({"request": (whole, args.request_tokens)} if args.request else {})
+        parts: dict[str, Any] = {"stream": (stream, args.tokens)} if args.tokens else {}
+        parts |= {"request": (whole, args.request_tokens)} if args.request else {}
         for part, (measured, lengths) in parts.items():
             if part == "request":  # a server without parsers would refuse tools
-                ways = {"stock": (servers["parsed"], False), "overlay": (servers["parsed"], True)}
+                patches = Patches(**known)
+                ways = {way: (servers["parsed"], patches, way) for way in ("stock", *known)}
             for kind, length, step in itertools.product(args.kinds, lengths, args.step):
                 tokens = [t for t in answer(kind, encode, length) if t != 2]
                 blocks = args.blocks if length <= 1000 else max(1, args.blocks * 1000 // length)

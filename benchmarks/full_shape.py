@@ -3,9 +3,13 @@
     GEMMA4_ARTIFACTS=… python benchmarks/full_shape.py --target 31B --drafter E4B --out results.json
 
 Every engine is a process of its own: ``stock`` (plain decoding without this package), ``plain`` (with it),
-``spec`` (speculation) and, on request, ``spec-adaptive`` (adaptive k) and what a part is worth: ``spec-eager``
-(without the graphs), ``spec-sync`` (without async scheduling), ``spec-plain-compile`` (without the drafter's own
-compiler settings), ``spec-whole`` (a whole drafter on each rank of ``--tp``); ``spec@5`` is ``spec`` with k = 5.
+``spec`` (speculation with ``--drafter``), ``mtp`` (with the target's MTP assistant) and, on request, ``spec-adaptive``
+(adaptive k) and what a part is worth: ``spec-eager`` (without the graphs), ``spec-sync`` (without async scheduling),
+``spec-plain-compile`` (without the drafter's own compiler settings), ``spec-whole`` (a whole drafter on each rank of
+``--tp``); ``spec@5`` is ``spec`` with k = 5. One run with both drafters beside stock's plain decoding:
+
+    … --together --engines stock,spec@3,mtp@4 --concurrency 1,4,16 --acceptance 1.0,0.8,0.0 --repeats 2
+
 Times exclude prompts and a warm-up of every batch size; times are medians of ``--repeats``. With ``--tp 2`` every
 engine has two ranks, one card each; times and bytes are the first rank's.
 """
@@ -33,14 +37,18 @@ ENGINES: dict[str, dict[str, str]] = {
     "spec-sync": {},
     "spec-whole": {},
     "spec-eager": {"VLLM_GEMMA4_SPEC_PATCH_DRAFT_GRAPHS": "0"},
+    "mtp": {},
+    "mtp-adaptive": {"VLLM_GEMMA4_SPEC_ADAPTIVE_K": "0.16"},
+    "mtp-eager": {"VLLM_GEMMA4_SPEC_PATCH_DRAFT_GRAPHS": "0"},
+    "mtp-sync": {},
 }
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--target", default="31B", choices=("31B", "26B-A4B", "E4B"))
-    ap.add_argument("--drafter", default="E4B", choices=("E4B", "26B-A4B", "mtp"), help="mtp: the target's assistant")
-    ap.add_argument("--k", type=int, default=3, help="draft tokens per step")
+    ap.add_argument("--drafter", default="E4B", choices=("E4B", "26B-A4B"), help="of spec")
+    ap.add_argument("--k", type=int, default=3, help="draft length")
     ap.add_argument("--engines", default="stock,plain,spec", help=f"of {', '.join(ENGINES)}")
     ap.add_argument("--concurrency", default="1,2,4,8,16")
     ap.add_argument(
@@ -79,14 +87,15 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     loader.initialize_dummy_weights = shapes.random_weights
-    speculative = args.engine.startswith("spec")
+    assistant = args.engine.startswith("mtp")
+    speculative = assistant or args.engine.startswith("spec")
     sizes = [int(c) for c in args.concurrency.split(",")]
     # The same for every run: the folder's name is part of vLLM's compile cache key.
     work = Path(tempfile.gettempdir()) / f"gemma4-shapes-{args.target_layers or 'all'}"
     query = k + 1 if speculative else 1
     options: dict[str, Any] = {}
     if speculative:
-        if args.drafter == "mtp":
+        if assistant:
             drafter, method = shapes.write_assistant(args.target, work / "assistant"), "mtp"
         else:
             drafter, method = shapes.write_model(args.drafter, work / "drafter"), "draft_model"
@@ -95,7 +104,7 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
             options["speculative_config"]["draft_tensor_parallel_size"] = 1
     if args.tp > 1:
         options |= {"tensor_parallel_size": args.tp, "distributed_executor_backend": "mp"}
-    if args.engine.startswith("spec-sync"):
+    if args.engine.partition("@")[0].endswith("-sync"):
         options["async_scheduling"] = False
     began = time.perf_counter()
     llm = LLM(

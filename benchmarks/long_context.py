@@ -25,7 +25,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--target", default="31B", choices=("31B", "26B-A4B"))
     ap.add_argument("--drafter", choices=("E4B",), help="default: none")
-    ap.add_argument("--k", type=int, default=3, help="draft tokens per step")
+    ap.add_argument("--k", type=int, default=3, help="draft length")
     ap.add_argument("--context", type=int, default=131_072, help="max_model_len")
     ap.add_argument("--step", type=int, default=4096, help="max_num_batched_tokens")
     ap.add_argument("--kv-gib", type=float, default=20.0, help="KV cache")

@@ -108,6 +108,11 @@ def read_marks(worker: Any) -> dict[str, float]:
     return {name: round(statistics.median(values), 3) for name, values in parts.items()} | {"steps": len(steps)}
 
 
+def head_parts(head: Any) -> list[tuple[torch.Tensor, int]]:
+    """What a two-pass head reads more (1) and what it does not read (-1)."""
+    return [(head._codes, 1), (head._scales, 1), (head.weight, -1)]
+
+
 def _median_ms(run: Any, repeats: int = 20) -> float:
     times = []
     for _ in range(repeats + 3):
@@ -169,6 +174,10 @@ def draft_parts(worker: Any, sizes: list[int], context: int) -> dict[str, dict[s
 def _assistant_parts(drafter: Any, graphs: Any, sizes: list[int], context: int) -> dict[str, dict[str, float]]:
     """:func:`draft_parts` of an assistant, whose passes are alike."""
     k, out = drafter.num_speculative_tokens, {}
+    runner = drafter._runner
+    for group in drafter.draft_attn_groups:  # blocks of its own for every request, or a cache would serve them
+        table = runner.input_batch.block_table[group.kv_cache_group_id].get_device_tensor(max(sizes))
+        table.random_(1, runner.kv_cache_config.num_blocks)
     drafter.seq_lens.fill_(context)
     drafter.positions.fill_(context - 1)
     for n in sizes:
@@ -181,6 +190,19 @@ def _assistant_parts(drafter: Any, graphs: Any, sizes: list[int], context: int) 
         torch.cuda.synchronize()
         out[str(n)] = {"whole": round(whole, 3), "pass": round(whole / k, 3), "host": round(host, 3)}
     return out
+
+
+def without_head(worker: Any) -> bool:
+    """From now on an assistant's drafts read its head in bfloat16; False where it has no NVFP4 copy."""
+    from vllm_gemma4_spec.performance.argmax import HEAD
+    from vllm_gemma4_spec.performance.graph_capture import capture_drafts
+
+    drafter = worker.model_runner.drafter
+    if getattr(drafter, HEAD, None) is None:
+        return False
+    setattr(drafter, HEAD, None)
+    capture_drafts(worker.model_runner)
+    return True
 
 
 def profile_replay(worker: Any, size: int) -> list[tuple[str, float, float]]:
@@ -248,16 +270,22 @@ def linear_times(worker: Any, tokens: int, bandwidth: float) -> list[dict[str, A
 
 
 def bandwidth_and_bytes(worker: Any) -> dict[str, float]:
-    """Copy bandwidth in GB/s (bytes read plus written) and the bytes a pass of each model must read, in GB."""
+    """Copy bandwidth in GB/s (bytes read plus written); bytes a pass of each model must read, and allocated, in GB."""
     from shapes import weight_bytes
 
+    from vllm_gemma4_spec.performance.argmax import HEAD
+
     runner = worker.model_runner
+    allocated = torch.cuda.memory_allocated()
     a = torch.empty(2**31, dtype=torch.uint8, device=runner.device)
     b = torch.empty_like(a)
     seconds = _median_ms(lambda: b.copy_(a), 10) / 1e3
     out = {"bandwidth": 2 * a.numel() / seconds / 1e9, "target": weight_bytes(runner.get_model()) / 1e9}
     if getattr(runner, "drafter", None) is not None:
         out["drafter"] = weight_bytes(runner.drafter.model) / 1e9
+        if (head := getattr(runner.drafter, HEAD, None)) is not None:  # its NVFP4 copy is read in its place
+            out["drafter"] += sum(t.numel() * t.element_size() * s for t, s in head_parts(head)) / 1e9
+    out["allocated"] = allocated / 1e9
     return {name: round(value, 3) for name, value in out.items()}
 
 

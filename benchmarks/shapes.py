@@ -49,8 +49,15 @@ def write_model(name: str, folder: Path, layers: int | None = None) -> Path:
             "producer": {"name": "modelopt"},
         },
     }
+    return _written(config, folder)
+
+
+def _written(config: dict[str, Any], folder: Path) -> Path:
+    """At once: several engines of a run write and read the same folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    part = folder / f"config.{os.getpid()}"
+    part.write_text(json.dumps(config, indent=1))
+    part.replace(folder / "config.json")
     return folder
 
 
@@ -89,9 +96,7 @@ def write_assistant(target: str, folder: Path) -> Path:
         "dtype": "bfloat16",
         "text_config": text,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    return folder
+    return _written(config, folder)
 
 
 @torch.no_grad()
@@ -130,6 +135,10 @@ def weight_bytes(model: torch.nn.Module) -> int:
         if hasattr(module, "local_num_experts")
         for name, _ in module.named_parameters(recurse=False)
     }
+    if hasattr(model, "centroid_head"):  # an assistant: rows of the target's table, and of a head by centroids few
+        shares["model.embed_tokens.weight"] = 0.0
+        if (head := model.centroid_head) is not None:
+            shares["centroid_head.weight"] = head.top_k / len(head.centroids)
     for name, value in model.named_parameters():
         if value.data_ptr() in seen or ("per_layer" in name and "embed_tokens" in name) or ".rows_" in name:
             continue  # rows_*: the weight a second time, in another order

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 from pathlib import Path
 
@@ -22,11 +23,37 @@ settings.load_profile("fixed")
 
 
 # Files that take minutes come first, so that of two processes none waits for the other at the end.
-LONG = ("spec_decode/test_draft_groups.py", "demo/test_pair.py", "patching/test_engine.py")
+LONG = (
+    "spec_decode/test_draft_groups.py",
+    "demo/test_pair.py",
+    "multimodal/test_images.py",
+    "multimodal/test_image_attention.py",
+    "quantization/test_nvfp4_tensor_parallel.py",
+    "engine/test_request_features.py",
+    "engine/test_sampling.py",
+    "engine/test_processes.py",
+    "patching/test_engine.py",
+    "release/test_distributions.py",
+)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
+def pytest_collection_finish() -> None:
+    _engine.keep_out_of_gc()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="tests of each file, and files, in random order")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seed = config.getoption("--shuffle")
+    if seed is None:
+        items.sort(key=lambda item: not item.path.as_posix().endswith(LONG))
+        return
+    chance = random.Random(seed)
+    chance.shuffle(items)
+    places = {file: chance.random() for file in sorted({item.path for item in items})}
+    items.sort(key=lambda item: places[item.path])
 
 
 @pytest.fixture(scope="session")

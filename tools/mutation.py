@@ -1,8 +1,9 @@
 """Removes the lines of patches one at a time: for each, a test must fail.
 
-    python tools/mutation.py [MODULE ...] [--seconds N]
+    python tools/mutation.py [MODULE[:LINE] ...] [--seconds N]
 
-vLLM is imported once; each removal runs in a fork of that process, on the module's own fast tests.
+vLLM is imported once; each removal runs in a fork of that process, on the module's own fast tests. A removal that no
+test notices is printed.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ MODULES: dict[str, list[str]] = {
     "performance.graph_capture": ["performance/test_draft_capture.py"],
     "performance.split_attention": ["kernels/test_patches.py"],
     "performance.compile_settings": ["performance/test_draft_compile.py"],
-    "requests.thinking": ["requests/test_grammar_positions.py", "requests/test_thinking.py"],
+    "requests.thinking": ["requests/test_thinking.py", "requests/test_grammar_positions.py"],
     "requests.thinking_budget": ["requests/test_thinking.py"],
-    "requests.min_tokens": ["requests/test_thinking.py"],
+    "requests.min_tokens": ["requests/test_min_tokens.py", "requests/test_thinking.py"],
     "requests.grammar": ["requests/test_grammar_positions.py"],
     "requests.structured_output": ["requests/test_grammar_positions.py"],
     "requests.channel": ["requests/test_grammar_positions.py"],
@@ -134,8 +135,8 @@ def survives(name: str, file: Path, tree: ast.Module | None, tests: list[str]) -
 
 def main() -> int:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("modules", nargs="*", default=list(MODULES), metavar="MODULE")
-    ap.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time")
+    ap.add_argument("modules", nargs="*", default=list(MODULES), metavar="MODULE[:LINE]")
+    ap.add_argument("--seconds", type=float, default=float("inf"), help="stop after this much processor time")
     args = ap.parse_args()
     sys.path.insert(0, str(ROOT))
     import torch  # noqa: F401
@@ -146,24 +147,37 @@ def main() -> int:
     import tests.support.engine  # noqa: F401 - sets the environment
 
     assert not any(name == PACKAGE or name.startswith(f"{PACKAGE}.") for name in sys.modules)
-    started, removed, left = time.monotonic(), 0, 0
-    for module in args.modules:
+    total = {"noticed": 0, "unnoticed": 0, "not run": 0}
+    for module, _, line in (m.partition(":") for m in args.modules):
         name, file = f"{PACKAGE}.{module}", ROOT / PACKAGE / f"{module.replace('.', '/')}.py"
-        if not survives(name, file, None, MODULES[module]):
+        before, counts = _processor_seconds(), dict.fromkeys(total, 0)
+        if before < args.seconds and not survives(name, file, None, MODULES[module]):
             print(f"{module}: its tests fail as it is", flush=True)
             return 1
-        before = removed, left
-        for line, tree in mutants(file.read_text()):
-            if time.monotonic() - started > args.seconds:
-                break
-            removed += 1
-            if survives(name, file, tree, MODULES[module]):
-                left += 1
-                text = file.read_text().splitlines()[line - 1].strip()
-                print(f"{PACKAGE}/{module.replace('.', '/')}.py:{line}: no test fails without: {text}", flush=True)
-        print(f"{module}: {removed - before[0]} removed, {left - before[1]} unnoticed", flush=True)
-    print(f"{removed} statements removed, {left} unnoticed, {time.monotonic() - started:.0f} s")
-    return 1 if left else 0
+        for at, tree in mutants(file.read_text()):
+            if line and at != int(line):
+                continue
+            outcome = "not run"
+            if _processor_seconds() < args.seconds:
+                outcome = "unnoticed" if survives(name, file, tree, MODULES[module]) else "noticed"
+            counts[outcome] += 1
+            if outcome == "unnoticed":
+                text = file.read_text().splitlines()[at - 1].strip()
+                print(f"{PACKAGE}/{module.replace('.', '/')}.py:{at}: no test fails without: {text}", flush=True)
+        print(f"{module}: {_said(counts)}, {_processor_seconds() - before:.0f} s", flush=True)
+        total = {outcome: total[outcome] + counts[outcome] for outcome in total}
+    print(f"{_said(total)}, {_processor_seconds():.0f} s of processor time")
+    return 1 if total["unnoticed"] else 0
+
+
+def _said(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+
+
+def _processor_seconds() -> float:
+    """Of the tests."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 if __name__ == "__main__":

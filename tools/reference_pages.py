@@ -126,8 +126,25 @@ At `/metrics` of the server, beside vLLM's own. Every process of the server repo
 Labels of `gemma4_spec_server` ({fields}) are empty where the server has nothing of the kind.
 
 vLLM's own that show speculation: `vllm:spec_decode_num_drafts_total`, `vllm:spec_decode_num_draft_tokens_total`,
-`vllm:spec_decode_num_accepted_tokens_total` and `vllm:spec_decode_num_accepted_tokens_per_pos_total`. Tokens per step
-and request are 1 + accepted tokens / drafts.
+`vllm:spec_decode_num_accepted_tokens_total` and `vllm:spec_decode_num_accepted_tokens_per_pos_total`. `num_drafts`
+counts one for each request and step with drafts.
+
+## Words
+
+Every command, page and the dashboard use these and no others.
+
+| word | meaning |
+|---|---|
+| position | of a draft token within its draft, counted from 0 as in vLLM's metrics |
+| acceptance by position | share of drafts accepted up to there: `num_accepted_tokens_per_pos` / `num_drafts` |
+| acceptance rate | accepted share of all draft tokens: `num_accepted_tokens` / `num_draft_tokens` |
+| acceptance length | tokens that a step with drafts adds to a request: 1 + `num_accepted_tokens` / `num_drafts` |
+| tok/s | output tokens per second of all requests together |
+| TTFT | time to first token |
+| inter-token latency | time between two deltas of a stream; with speculation a delta carries several tokens |
+| latency | of a request, from asking to its last token |
+| prefix hits | share of prompt tokens found in the prefix cache |
+| dropped drafts | not made, near the maximum length (`…_drafts_skipped`) or by adaptive k (`…_drafts_left_out`) |
 
 [Monitor](../how-to/monitor.md) says how to look at them; `top` and `doctor --url` read the same.
 """

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vllm_gemma4_spec._version import __version__
 
 if TYPE_CHECKING:
-    from vllm_gemma4_spec.patching.engine import PatchStatus
+    from vllm_gemma4_spec.library import Status
 
 __all__ = ["__version__", "apply", "register", "status", "undo"]
 
@@ -20,16 +20,19 @@ __all__ = ["__version__", "apply", "register", "status", "undo"]
 def apply() -> None:
     """Apply every patch that its switch leaves on, once per process.
 
-    Modules of vLLM that are imported already are patched now, the others when they are imported.
+    Modules of vLLM that are imported already are patched now, the others when they are imported. The processes that
+    vLLM starts (engine core, workers) apply them by themselves; where they will not, a warning says why.
 
     Raises:
         VersionError: the installed vLLM is not 0.19.1.
         SettingError: a ``VLLM_GEMMA4_SPEC*`` environment variable is unknown or unreadable.
         TargetError: a target is not what its patch was written for; nothing is patched then.
     """
+    from vllm_gemma4_spec import library
     from vllm_gemma4_spec.registry import PATCHER
 
     PATCHER.apply()
+    library.warn_of_unpatched_processes()
 
 
 def undo() -> None:
@@ -39,11 +42,14 @@ def undo() -> None:
     PATCHER.undo()
 
 
-def status() -> list[PatchStatus]:
-    """The state of every patch in this process, in the order they are applied."""
-    from vllm_gemma4_spec.registry import PATCHER
+def status() -> Status:
+    """Every patch in the order they are applied, and which process that is true of: this one. ``print`` it to read it.
 
-    return PATCHER.status()
+    The engine core and the workers are processes of their own; `doctor --url` and ``/metrics`` show all of a server.
+    """
+    from vllm_gemma4_spec import library
+
+    return library.status()
 
 
 def register() -> None:

@@ -51,8 +51,8 @@ class DrafterError(Gemma4SpecError):
     """The drafter in the speculative config does not fit its target, or cannot be read."""
 
 
-# What starts a server or a batch run: the `vllm` command, or its modules by `python -m`.
-_PROGRAMS = ("vllm", "api_server.py", "run_batch.py", "launcher.py")
+# What starts a server or a batch run: the `vllm` command, its modules by `python -m`, our own for the CPU wheel.
+_PROGRAMS = ("vllm", "api_server.py", "run_batch.py", "launcher.py", "vllm_command.py")
 
 
 def stop(error: Gemma4SpecError) -> NoReturn:

@@ -226,8 +226,8 @@ def _channel(meaning: Meaning, text: str, reasoning: bool, broken_off: bool, kno
     meaning.say("reasoning" if reasoning else "content", text)
 
 
-HEAD = re.compile(r"(?:call)?:\s*([^\s{}]+)\s*")
-HEAD_BEGUN = re.compile(r"c|ca|cal|call|(?:call)?:\s*[^\s{}]*\s*")
+HEAD = re.compile(r"(?:call)?:\s*([^\s{}()]+)\s*\(?\s*")
+HEAD_BEGUN = re.compile(r"c|ca|cal|call|(?:call)?:\s*[^\s{}]*\s*\(?\s*")
 BETWEEN = SPACE + "}]),;"
 
 

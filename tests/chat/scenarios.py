@@ -245,6 +245,10 @@ SCENARIOS = [
     _("a brace too many, no close", C + "get{n:1}}" + TURN, **WITH),
     _("text behind a call without its close", C + "get{n:1} Called it." + TURN, **WITH),
     _("no word call", "<|tool_call>:get{n:1}" + Z + RESPONSE, **WITH),
+    _("as Python calls", C + "get({n:1})" + Z + RESPONSE, **WITH),
+    _("as Python calls, cut", "Ok. " + C + "get(", max_tokens=ALL, **WITH),
+    _("as Python calls, without arguments", C + "get()" + Z + TURN, **WITH),
+    _("parentheses in a name", C + "get(a){n:1}" + Z + TURN, **WITH),
     _("no word call, cut", "Ok. <|tool_call>:ge", max_tokens=ALL, **WITH),
     # Stop strings: what a user sees.
     _("a line end stops, after thinking", T + "Think it over." + E + "One.\nTwo." + TURN, stop=["\n"], **THINK),

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.clients import agents
+from tests.clients import agent_loops as agents
 
 from . import server
 from . import tokenizer as tokenizers_

@@ -206,6 +206,23 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         "'no'",
     ),
     ("messages", {"thinking": {"type": "perhaps"}}, "thinking"),
+    ("messages", {"thinking": {"type": []}}, "thinking"),
+    ("messages", {"thinking": []}, "thinking"),
+    (
+        "messages",
+        {
+            "messages": [
+                {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "get", "input": {}}]},
+                {
+                    "role": "user",
+                    "content": [{"type": "tool_result", "tool_use_id": "c", "content": [{"type": "search_result"}]}],
+                },
+            ]
+        },
+        "messages[1].content[0].content[0]",
+    ),
+    ("responses", {"input": [USER, None]}, "input[1]"),
+    ("responses", {"input": [USER, {"type": "reasoning", "content": "text"}]}, "input[1].content"),
     ("messages", {"chat_template_kwargs": [1]}, "chat_template_kwargs"),
     ("messages", {"messages": [{"role": "robot", "content": "x"}]}, "messages"),
     ("messages", {"messages": [{"role": "user", "content": [{"type": "weather"}]}]}, "messages"),
@@ -340,3 +357,72 @@ def test_results_behind_a_message_of_the_user_are_with_their_call() -> None:
     before = list(messages)
     prepare(messages)
     assert messages == before
+
+
+DEEP = "[" * 100_000
+ODD_ITEMS: list[tuple[Any, str]] = [
+    ("text", "input[0]"),
+    ({"role": "user", "content": 5}, "input[0].content"),
+    ({"role": "user", "content": ["text"]}, "input[0].content"),
+    ({"type": "reasoning", "content": "text"}, "input[0].content"),
+    ({"type": "reasoning", "summary": "text"}, "input[0].summary"),
+    ({"type": "reasoning", "summary": ["text"], "encrypted_content": "x"}, "input[0].summary"),
+    ({"role": "assistant", "content": ["text"]}, "input[0].content"),
+    (
+        {"role": "assistant", "content": [{"type": "output_text", "text": "a"}, {"type": "sound"}]},
+        "input[0].content[1]",
+    ),
+    ({"type": [], "content": "x"}, "input[0]"),
+    ({"role": [], "content": "x"}, "input[0]"),
+    ({"type": "function_call", "name": "f", "arguments": "{}", "call_id": 5}, "input[0]"),
+    ({"type": "function_call", "name": "f", "arguments": f'{{"n": {DEEP}}}', "call_id": "c"}, "input[0]"),
+]
+
+
+@pytest.mark.parametrize(("item", "named"), ODD_ITEMS)
+def test_odd_items_are_named(item: Any, named: str) -> None:
+    with pytest.raises(HistoryError) as raised:
+        from_items(readable_items([item]))
+    assert str(raised.value).startswith(f"{named}: ")
+
+
+ODD_CALLS: list[Any] = [
+    5,
+    "text",
+    {},
+    [None],
+    [{"id": "c"}],
+    [{"id": "c", "function": "f"}],
+    [{"id": [], "function": {"name": "f"}}],
+    [{"id": "c", "function": {"name": "f", "arguments": 5}}],
+    [{"id": "c", "function": {"name": "f", "arguments": DEEP}}],
+]
+
+
+@pytest.mark.parametrize("calls", ODD_CALLS, ids=range(len(ODD_CALLS)))
+def test_odd_calls_are_named(calls: Any) -> None:
+    with pytest.raises(HistoryError, match=r"^messages\[1\]"):
+        prepare([USER, {"role": "assistant", "content": "a", "tool_calls": calls}])
+
+
+@pytest.mark.parametrize("call_id", [[0], {"a": 1}, 5])
+def test_a_result_for_an_id_that_is_no_text_is_named(call_id: Any) -> None:
+    with pytest.raises(HistoryError, match=r"^messages\[1\]"):
+        prepare([USER, {"role": "tool", "tool_call_id": call_id, "content": "x"}])
+
+
+def test_an_assistant_that_said_nothing_makes_no_turn(served: Server, encode: Any) -> None:
+    asked(served, encode, "/v1/responses", {"input": [USER, {"role": "assistant", "content": []}, USER]})
+    assert "Validator" not in prompt(served)
+    assert prompt(served).count("Hi") == 2
+
+
+def test_what_clients_send_a_little_differently_is_understood() -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": {"n": 1}}
+    parts = [{"type": "output_text", "text": "a"}, "b", {"type": "text", "text": "c"}]
+    items = readable_items([call, {**result_item("c"), "output": parts}])
+    assert items[0]["arguments"] == '{"n": 1}'
+    assert items[1]["output"] == [{"type": "input_text", "text": t} for t in "abc"]
+    messages = [{"role": "assistant", "content": None, "refusal": "No."}]
+    prepare(messages)
+    assert messages[0]["content"] == "No."

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from vllm_gemma4_spec.hf_config.normal_form import normalized
@@ -57,42 +58,48 @@ def _float(dtype: str, raw: np.ndarray) -> np.ndarray:
     return e4m3(raw) if dtype == "F8_E4M3" else raw.astype(np.float32)
 
 
-def decode(packed: np.ndarray, scale: np.ndarray, scale_2: np.ndarray) -> np.ndarray:
-    """[N, K/2] bytes and [N, K/16] scales -> [N, K] float32; a NaN scale by the repair rule."""
+Float = type[np.floating[Any]]
+
+
+def decode(packed: np.ndarray, scale: np.ndarray, scale_2: np.ndarray, dtype: Float = np.float32) -> np.ndarray:
+    """[N, K/2] bytes and [N, K/16] scales -> [N, K] in ``dtype``; a NaN scale by the repair rule."""
     codes = np.empty((packed.shape[0], packed.shape[1] * 2), np.uint8)
     codes[:, 0::2], codes[:, 1::2] = packed & 15, packed >> 4
     blocks = e2m1(codes).reshape(packed.shape[0], -1, 16)
     factor = e4m3(scale)
     destroyed = (codes.reshape(blocks.shape) == 7).all(-1)
-    rule = np.where(destroyed, 0.0, np.where(scale == 0xFF, -448.0, 448.0)).astype(np.float32)
+    rule = np.where(destroyed, 0.0, np.where(scale == 0xFF, -448.0, 448.0))
     factor = np.where(np.isnan(factor), rule, factor)
-    return (blocks * (factor * scale_2.astype(np.float32))[..., None]).reshape(codes.shape)
+    return (blocks * (factor.astype(dtype) * scale_2.astype(dtype))[..., None]).reshape(codes.shape)
 
 
-def fold(folder: Path) -> dict[str, torch.Tensor]:
-    """A state dict for transformers, float32."""
+def fold(folder: Path, dtype: Float = np.float32) -> dict[str, torch.Tensor]:
+    """A state dict for transformers in ``dtype``; computed in float64 and rounded once."""
     tensors = read(folder)
     out = {}
     tensors = {name.replace(".moe.experts.", ".experts."): tensor for name, tensor in tensors.items()}
-    for name, (dtype, raw) in tensors.items():
+    for name, (form, raw) in tensors.items():
         if name.endswith(".weight_packed"):  # compressed-tensors: the global scale divides
             base = name.removesuffix("weight_packed")
-            scale = 1 / tensors[base + "weight_global_scale"][1].astype(np.float32)
-            out[base + "weight"] = torch.from_numpy(decode(raw, tensors[base + "weight_scale"][1], scale))
-        elif dtype == "U8":
+            scale = 1 / tensors[base + "weight_global_scale"][1].astype(np.float64)
+            weight = decode(raw, tensors[base + "weight_scale"][1], scale, np.float64)
+            out[base + "weight"] = torch.from_numpy(np.ascontiguousarray(weight, dtype))
+        elif form == "U8":
             base = name.removesuffix("weight")
-            weight = decode(raw, tensors[base + "weight_scale"][1], tensors[base + "weight_scale_2"][1])
+            scales = (tensors[base + suffix][1] for suffix in ("weight_scale", "weight_scale_2"))
+            weight = decode(raw, *scales, np.float64)
             for a_name in (base + "weight_quantizer._svdquant_lora_a", base + "svdquant_lora_a"):
                 if a_name in tensors:
                     a, b = _float(*tensors[a_name]), _float(*tensors[a_name[:-1] + "b"])
-                    weight = weight + b @ a
+                    weight = weight + b.astype(np.float64) @ a
             if base + "pre_quant_scale" in tensors:
                 weight = weight * _float(*tensors[base + "pre_quant_scale"])
-            out[name] = torch.from_numpy(np.ascontiguousarray(weight, np.float32))
-        elif dtype == "F8_E4M3" and name.endswith(".weight"):  # FP8: one scale for the whole weight
-            out[name] = torch.from_numpy(np.ascontiguousarray(e4m3(raw) * tensors[f"{name}_scale"][1], np.float32))
-        elif dtype == "BF16" and not any(s in name for s in ("pre_quant_scale", "svdquant")):
-            out[name] = torch.from_numpy(np.ascontiguousarray(_float(dtype, raw)))
+            out[name] = torch.from_numpy(np.ascontiguousarray(weight, dtype))
+        elif form == "F8_E4M3" and name.endswith(".weight"):  # FP8: one scale for the whole weight
+            weight = e4m3(raw).astype(np.float64) * tensors[f"{name}_scale"][1]
+            out[name] = torch.from_numpy(np.ascontiguousarray(weight, dtype))
+        elif form == "BF16" and not any(s in name for s in ("pre_quant_scale", "svdquant")):
+            out[name] = torch.from_numpy(np.ascontiguousarray(_float(form, raw), dtype))
     return _stack_experts(out)
 
 
@@ -108,8 +115,8 @@ def _stack_experts(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return state
 
 
-def model(folder: Path) -> Any:
-    """transformers' float32 model with the folded weights."""
+def model(folder: Path, double: bool = False) -> Any:
+    """transformers' float32 model with the folded weights; float64 if ``double``."""
     from transformers import Gemma4Config, Gemma4ForCausalLM, Gemma4ForConditionalGeneration, Gemma4TextConfig
 
     config = json.loads((folder / "config.json").read_text())
@@ -118,12 +125,14 @@ def model(folder: Path) -> Any:
     config |= {"dtype": "float32"}
     multimodal = config["architectures"] == ["Gemma4ForConditionalGeneration"]
     kind = Gemma4ForConditionalGeneration if multimodal else Gemma4ForCausalLM
-    state = fold(folder)
+    state = fold(folder, np.float64 if double else np.float32)
     if not multimodal and "text_config" in config:  # the text class beside a whole model's config
         config = config["text_config"] | {"dtype": "float32"}
         state = {name.replace("model.language_model.", "model."): tensor for name, tensor in state.items()}
         state = {name: t for name, t in state.items() if not name.startswith(("model.vision", "model.embed_vision"))}
     made = kind((Gemma4Config if multimodal else Gemma4TextConfig)(**config)).float().eval()
+    if double:
+        made.double().set_experts_implementation("eager")  # the grouped product knows no float64
     missing, unexpected = made.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     assert set(missing) <= {"lm_head.weight"}, missing
@@ -131,8 +140,14 @@ def model(folder: Path) -> Any:
     return made
 
 
-def logprobs(folder: Path, tokens: list[int]) -> torch.Tensor:
-    """float32 [len(tokens) - 1, V]: what each token but the first was predicted with."""
-    with torch.inference_mode():
-        logits = model(folder)(input_ids=torch.tensor([tokens])).logits[0, :-1]
-    return torch.log_softmax(logits.float(), -1)
+def logprobs(folder: Path, tokens: list[int], double: bool = False) -> torch.Tensor:
+    """[len(tokens) - 1, V], float32: what each token but the first was predicted with.
+
+    ``double``: float64 throughout, the truth that float32 rounds.
+    """
+    made = model(folder, double)
+    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
+        if double:  # transformers' norms, rotations and logits go through float32 by name
+            patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        logits = made(input_ids=torch.tensor([tokens])).logits[0, :-1]
+    return torch.log_softmax(logits, -1)

@@ -16,10 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.checkpoints import reference
-from tests.checkpoints.export_with_modelopt import CLIPPING, FIXTURES, WIDE, names
+from tests.checkpoints.export_with_modelopt import CLIPPING, FIXTURES, PINNED, WIDE, names
 from vllm_gemma4_spec.checkpoints.files import Checkpoint
 from vllm_gemma4_spec.checkpoints.inspection import inspect
-from vllm_gemma4_spec.checkpoints.quantizer import RECIPES
 from vllm_gemma4_spec.checkpoints.repairing import repair
 
 PYTHON = os.environ.get("GEMMA4_MODELOPT_PYTHON", "")
@@ -99,7 +98,7 @@ def test_decoding_equals_modelopts(name: str, exports: Path, decoded: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("model", "recipe"), [*(("e4b", recipe) for recipe in RECIPES), ("31b", "svdquant"), ("26b-mm", "awq-full")]
+    ("model", "recipe"), [*(("e4b", recipe) for recipe in PINNED), ("31b", "svdquant"), ("26b-mm", "awq-full")]
 )
 def test_quantize_writes_a_clean_checkpoint(model: str, recipe: str, exports: Path, tmp_path: Path) -> None:
     (tmp_path / "ids.jsonl").write_text("".join(f"{json.dumps(list(range(5 + i, 29 + i)))}\n" for i in range(4)))
@@ -110,8 +109,7 @@ def test_quantize_writes_a_clean_checkpoint(model: str, recipe: str, exports: Pa
     assert done.returncode == 0, done.stderr[-500:]
     report = json.loads(done.stdout)
     assert report["clean"]
-    assert report["algorithm"] == {"nvfp4": "NVFP4", "awq-clip": "NVFP4", "svdquant": "NVFP4_SVD"}.get(
-        recipe, "NVFP4_AWQ"
-    )
+    others = {"nvfp4": "NVFP4", "awq-clip": "NVFP4", "svdquant": "NVFP4_SVD", "mixed": "MIXED_PRECISION"}
+    assert report["algorithm"] == others.get(recipe, "NVFP4_AWQ")
     assert inspect(Checkpoint(tmp_path / "out")).clean
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ids.jsonl", "out"]

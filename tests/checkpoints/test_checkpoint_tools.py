@@ -347,6 +347,14 @@ BAD: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], str]] = {
 }
 
 
+def test_two_configs_that_differ_are_named(tmp_path: Path) -> None:
+    folder = shutil.copytree(FIXTURES / "31b-awq-full", tmp_path / "model")
+    file = folder / "hf_quant_config.json"
+    file.write_text(file.read_text().replace("NVFP4_AWQ", "NVFP4"))
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json: quant_algo NVFP4, .* NVFP4_AWQ; keep"):
+        inspect(Checkpoint(folder))
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_tensors_are_one_line_and_nothing_is_written(case: str, tmp_path: Path) -> None:
     name, edit, message = BAD[case]

@@ -9,6 +9,7 @@ object of a schema; each streamed and not, as far as it can.
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.metadata
 import json
 import sys
@@ -63,26 +64,52 @@ def openai_chat(url: str) -> Seen:
             call.pop("index", None)
         return {**message, "reasoning": reasoning}
 
-    def loop(stream: bool) -> str:
-        messages: list[Any] = []
-        for question in ROUNDS:
-            messages.append({"role": "user", "content": question})
-            for _ in range(3):
-                message = ask(stream, messages, tools=tools, reasoning_effort="low")
-                messages.append(message)
-                for call in message.get("tool_calls") or ():
-                    text = get_weather(**json.loads(call["function"]["arguments"]))
-                    messages.append({"role": "tool", "tool_call_id": call["id"], "content": text})
-                if not message.get("tool_calls"):
-                    break
-        return str(messages[-1].get("content") or "")
+    def turn(stream: bool, messages: list[Any]) -> Turn:
+        message = ask(stream, messages, tools=tools, reasoning_effort="low")
+        messages.append(message)
+        calls = [(c["id"], json.loads(c["function"]["arguments"])) for c in message.get("tool_calls") or ()]
+        return message.get("content") or "", calls
 
     schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": True}}
     return both(
         lambda s: ask(s, [{"role": "user", "content": QUESTION}], reasoning_effort="low"),
-        loop,
+        lambda s: tool_loop(functools.partial(turn, s), _tool_message),
         lambda s: ask(s, [{"role": "user", "content": CAPITAL}], response_format=schema)["content"],
     )
+
+
+# What an assistant said, and its calls: ids and arguments.
+Turn = tuple[str, list[tuple[str, dict[str, Any]]]]
+
+
+def _user_message(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def _tool_message(call_id: str, told: str) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": call_id, "content": told}
+
+
+def tool_loop(
+    turn: Callable[[list[Any]], Turn], result: Callable[[str, str], Any], user: Callable[[str], Any] = _user_message
+) -> str:
+    """The last answer: questions are asked, and results sent back, until nothing is called any more.
+
+    Args:
+        turn: sends the messages and appends the answer to them.
+        result: makes the message of a call's result.
+        user: makes the message of a question.
+    """
+    messages: list[Any] = []
+    text = ""
+    for question in ROUNDS:
+        messages.append(user(question))
+        for _ in range(3):
+            text, calls = turn(messages)
+            messages += [result(call_id, get_weather(**arguments)) for call_id, arguments in calls]
+            if not calls:
+                break
+    return text
 
 
 def both(
@@ -123,22 +150,17 @@ def openai_responses(url: str) -> Seen:
         thought = [part.text for item in response.output if item.type == "reasoning" for part in item.content or ()]
         return {"reasoning": "".join(thought), "content": response.output_text}
 
+    def turn(stream: bool, items: list[Any]) -> Turn:
+        response = ask(stream, items, tools=tools, reasoning={"effort": "low"})
+        items += [item.model_dump(exclude_none=True, exclude={"parsed_arguments"}) for item in response.output]
+        calls = [item for item in response.output if item.type == "function_call"]
+        return response.output_text, [(call.call_id, json.loads(call.arguments)) for call in calls]
+
+    def result(call_id: str, told: str) -> dict[str, Any]:
+        return {"type": "function_call_output", "call_id": call_id, "output": told}
+
     def loop(stream: bool) -> str:
-        items: list[Any] = []
-        text = ""
-        for question in ROUNDS:
-            items.append({"role": "user", "content": question})
-            for _ in range(3):
-                response = ask(stream, items, tools=tools, reasoning={"effort": "low"})
-                items += [item.model_dump(exclude_none=True, exclude={"parsed_arguments"}) for item in response.output]
-                calls = [item for item in response.output if item.type == "function_call"]
-                text = response.output_text
-                for call in calls:
-                    told = get_weather(**json.loads(call.arguments))
-                    items.append({"type": "function_call_output", "call_id": call.call_id, "output": told})
-                if not calls:
-                    break
-        return text
+        return tool_loop(functools.partial(turn, stream), result)
 
     schema = {"format": {"type": "json_schema", "name": "city", "schema": CITY, "strict": True}}
     return both(plain, loop, lambda s: ask(s, CAPITAL, text=schema).output_text)
@@ -166,23 +188,17 @@ def anthropic_messages(url: str) -> Seen:
         }
         return {"reasoning": texts["thinking"], "content": texts["text"]}
 
+    def turn(stream: bool, messages: list[Any]) -> Turn:
+        message = ask(stream, messages, tools=tools, thinking=thinking)
+        messages.append({"role": "assistant", "content": message.content})
+        calls = [(b.id, b.input) for b in message.content if b.type == "tool_use"]
+        return "".join(b.text for b in message.content if b.type == "text"), calls
+
+    def result(call_id: str, told: str) -> dict[str, Any]:
+        return {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call_id, "content": told}]}
+
     def loop(stream: bool) -> str:
-        messages: list[Any] = []
-        text = ""
-        for question in ROUNDS:
-            messages.append({"role": "user", "content": question})
-            for _ in range(3):
-                message = ask(stream, messages, tools=tools, thinking=thinking)
-                messages.append({"role": "assistant", "content": message.content})
-                text = "".join(b.text for b in message.content if b.type == "text")
-                uses = [b for b in message.content if b.type == "tool_use"]
-                if not uses:
-                    break
-                results = [
-                    {"type": "tool_result", "tool_use_id": b.id, "content": get_weather(**b.input)} for b in uses
-                ]
-                messages.append({"role": "user", "content": results})
-        return text
+        return tool_loop(functools.partial(turn, stream), result)
 
     def structured(stream: bool) -> Any:
         tool: Any = {"name": "city", "input_schema": CITY}
@@ -213,20 +229,16 @@ def _langchain(model: Any, thinks: Any, schema_method: str) -> Seen:
         thought = [b.get("reasoning") or "" for b in message.content_blocks if b["type"] == "reasoning"]
         return {"reasoning": "".join(thought), "content": message.text}
 
+    def turn(stream: bool, messages: list[Any]) -> Turn:
+        message = ask(stream, thinks.bind_tools([weather]), messages)
+        messages.append(message)
+        return message.text, [(call["id"], call["args"]) for call in message.tool_calls]
+
+    def result(call_id: str, told: str) -> Any:
+        return ToolMessage(told, tool_call_id=call_id)
+
     def loop(stream: bool) -> str:
-        messages: list[Any] = []
-        text = ""
-        for question in ROUNDS:
-            messages.append(HumanMessage(question))
-            for _ in range(3):
-                message = ask(stream, thinks.bind_tools([weather]), messages)
-                messages.append(message)
-                text = message.text
-                for call in message.tool_calls:
-                    messages.append(ToolMessage(weather.invoke(call["args"]), tool_call_id=call["id"]))
-                if not message.tool_calls:
-                    break
-        return text
+        return tool_loop(functools.partial(turn, stream), result, HumanMessage)
 
     def structured(stream: bool) -> Any:
         chain = model.with_structured_output({"title": "city", "description": "-", **CITY}, method=schema_method)
@@ -276,19 +288,14 @@ def litellm(url: str) -> Seen:
         message = ask(stream, [{"role": "user", "content": QUESTION}], reasoning_effort="low")
         return {"reasoning": getattr(message, "reasoning_content", None), "content": message.content}
 
+    def turn(stream: bool, messages: list[Any]) -> Turn:
+        message = ask(stream, messages, tools=tools, reasoning_effort="low")
+        messages.append(message.model_dump(exclude_none=True))
+        calls = [(call.id, json.loads(call.function.arguments)) for call in message.tool_calls or ()]
+        return message.content or "", calls
+
     def loop(stream: bool) -> str:
-        messages: list[Any] = []
-        for question in ROUNDS:
-            messages.append({"role": "user", "content": question})
-            for _ in range(3):
-                message = ask(stream, messages, tools=tools, reasoning_effort="low")
-                messages.append(message.model_dump(exclude_none=True))
-                for call in message.tool_calls or ():
-                    told = get_weather(**json.loads(call.function.arguments))
-                    messages.append({"role": "tool", "tool_call_id": call.id, "content": told})
-                if not message.tool_calls:
-                    break
-        return str(messages[-1].get("content") or "")
+        return tool_loop(functools.partial(turn, stream), _tool_message)
 
     schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": True}}
     return both(plain, loop, lambda s: ask(s, [{"role": "user", "content": CAPITAL}], response_format=schema).content)
@@ -304,6 +311,7 @@ def openai_agents(url: str) -> Seen:
         city: Literal["Oslo", "Rome"]
 
     agents.set_tracing_disabled(True)
+    events = asyncio.new_event_loop()  # one for all requests: the client's connections belong to it
     client = AsyncOpenAI(base_url=f"{url}/v1", api_key="-")
     model = agents.OpenAIResponsesModel(MODEL, client)
     thinks = agents.ModelSettings(temperature=0, max_tokens=160, reasoning=Reasoning(effort="low", summary="auto"))
@@ -317,7 +325,7 @@ def openai_agents(url: str) -> Seen:
                 pass
             return result
 
-        return asyncio.run(go())
+        return events.run_until_complete(go())
 
     def plain(stream: bool) -> dict[str, Any]:
         result = run(stream, agents.Agent("a", model=model, model_settings=thinks), QUESTION)
@@ -441,27 +449,20 @@ def llama_index(url: str) -> Seen:
         thought = "".join(getattr(b, "content", None) or "" for b in blocks if b.block_type == "thinking")
         return {"reasoning": thought, "content": "".join(b.text for b in blocks if isinstance(b, TextBlock))}
 
+    def turn(stream: bool, messages: list[Any]) -> Turn:
+        if stream:
+            reply = list(thinks.stream_chat_with_tools([weather], chat_history=messages))[-1]
+        else:
+            reply = thinks.chat_with_tools([weather], chat_history=messages)
+        messages.append(reply.message)
+        calls = thinks.get_tool_calls_from_response(reply, error_on_no_tool_call=False)
+        return str(reply.message.content or ""), [(call.tool_id, call.tool_kwargs) for call in calls]
+
+    def result(call_id: str, told: str) -> Any:
+        return ChatMessage(role="tool", content=told, additional_kwargs={"tool_call_id": call_id})
+
     def loop(stream: bool) -> str:
-        messages: list[Any] = []
-        text = ""
-        for question in ROUNDS:
-            messages.append(ChatMessage(role="user", content=question))
-            for _ in range(3):
-                if stream:
-                    reply = list(thinks.stream_chat_with_tools([weather], chat_history=messages))[-1]
-                else:
-                    reply = thinks.chat_with_tools([weather], chat_history=messages)
-                messages.append(reply.message)
-                text = str(reply.message.content or "")
-                calls = thinks.get_tool_calls_from_response(reply, error_on_no_tool_call=False)
-                for call in calls:
-                    told = get_weather(**call.tool_kwargs)
-                    messages.append(
-                        ChatMessage(role="tool", content=told, additional_kwargs={"tool_call_id": call.tool_id})
-                    )
-                if not calls:
-                    break
-        return text
+        return tool_loop(functools.partial(turn, stream), result, lambda text: ChatMessage(role="user", content=text))
 
     schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": True}}
 
@@ -491,12 +492,11 @@ CLIENTS: dict[str, Callable[[str], Seen]] = {
 }
 
 
-def _shows(package: str, api: str, structured: str, reasoning: bool | None = True) -> Seen:
-    shown: Seen = {"name": package, "api": api, "structured": structured}
-    return shown if reasoning is None else {**shown, "reasoning": reasoning}
+def _shows(package: str, api: str, structured: str, reasoning: bool = True) -> Seen:
+    return {"name": package, "api": api, "structured": structured, "reasoning": reasoning}
 
 
-# Client -> its package, the API that it asks, how it asks for an object, and whether it has a place for reasoning.
+# Client -> its package, the API that it asks, how it asks for an object, and whether it is asked for reasoning.
 SHOWS: dict[str, Seen] = {
     "openai_chat": _shows("openai", "chat completions", "JSON schema"),
     "openai_responses": _shows("openai", "responses", "JSON schema"),
@@ -506,8 +506,8 @@ SHOWS: dict[str, Seen] = {
     "litellm": _shows("litellm", "chat completions", "JSON schema"),
     "openai_agents": _shows("openai-agents", "responses", "JSON schema"),
     "pydantic_ai": _shows("pydantic-ai-slim", "responses", "JSON schema"),
-    "instructor": _shows("instructor", "chat completions", "forced tool and JSON schema", None),
-    "llama_index": _shows("llama-index-llms-openai-like", "chat completions", "JSON schema", False),
+    "instructor": _shows("instructor", "chat completions", "forced tool and JSON schema", False),
+    "llama_index": _shows("llama-index-llms-openai-like", "chat completions", "JSON schema"),
 }
 
 if __name__ == "__main__":

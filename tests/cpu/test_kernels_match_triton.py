@@ -13,7 +13,7 @@ import kernel_cases
 import pytest
 import torch
 
-from tests.support.interpreter import interpreted
+from tests.support.fresh import interpreted
 from vllm_gemma4_spec.cpu import draft_kernels, rejection_kernels
 from vllm_gemma4_spec.cpu.launch import CpuKernel
 from vllm_gemma4_spec.cpu.patches import CPU_KERNELS

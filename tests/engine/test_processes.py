@@ -6,11 +6,15 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.support import fresh
+
 ROOT = Path(__file__).parents[2]
+PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
 
 SCRIPT = """
 import sys
@@ -25,14 +29,11 @@ if __name__ == "__main__":
 """
 
 
-def run(model: Path, mode: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    script = folder / "run.py"
-    script.write_text(SCRIPT)
+def run(model: Path, mode: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """In new processes from the start, vLLM's own included."""
     return subprocess.run(
-        [sys.executable, str(script), str(model), mode],
-        env=os.environ
-        | {"PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-        | env,
+        [sys.executable, "-c", SCRIPT, str(model), mode],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | PROCESSES | env,
         capture_output=True,
         text=True,
         timeout=600,
@@ -40,13 +41,22 @@ def run(model: Path, mode: str, folder: Path, **env: str) -> subprocess.Complete
     )
 
 
+def run_forked(model: Path, mode: str) -> subprocess.CompletedProcess[str]:
+    """In processes that have imported what vLLM builds on, and nothing of vLLM."""
+    kept = {name: value for name, value in os.environ.items() if name.startswith("VLLM_CPU")}
+    return fresh.run(fresh.FORKED_CHILDREN + SCRIPT, str(model), mode, **kept, **PROCESSES)
+
+
 def reports(text: str) -> dict[str, str]:
     """Process id -> what that process says is on."""
     return {pid: line for line, pid in re.findall(r"(vllm-gemma4-spec \S+: .*) \[process (\d+)\]", text)}
 
 
-def test_every_process_reports_the_same_patches(tiny: dict[str, Path], tmp_path: Path) -> None:
-    done = run(tiny["target"], "draft", tmp_path)
+@pytest.mark.parametrize("start", [run_forked, pytest.param(run, marks=pytest.mark.slow)])
+def test_every_process_reports_the_same_patches(
+    tiny: dict[str, Path], start: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    done = start(tiny["target"], "draft")
     assert done.returncode == 0, done.stderr[-3000:]
     found = reports(done.stdout + done.stderr)
     assert len(found) == 3, found  # this process, the engine core, one worker
@@ -56,8 +66,8 @@ def test_every_process_reports_the_same_patches(tiny: dict[str, Path], tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("env", [{"VLLM_PLUGINS": ""}, {"VLLM_GEMMA4_SPEC": "0"}], ids=["plugins", "switch"])
-def test_left_out_means_in_no_process(tiny: dict[str, Path], tmp_path: Path, env: dict[str, str]) -> None:
-    done = run(tiny["target"], "draft", tmp_path, **env)
+def test_left_out_means_in_no_process(tiny: dict[str, Path], env: dict[str, str]) -> None:
+    done = run(tiny["target"], "draft", **env)
     text = done.stdout + done.stderr
     assert done.returncode != 0
     assert "spec decode is not supported" in text  # the worker is stock: vLLM's error on the CPU

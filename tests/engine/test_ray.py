@@ -12,7 +12,7 @@ import pytest
 
 from tests.engine.ray_engine import PROMPTS, TOKENS
 from tests.support.engine import engine, generate
-from tests.support.interpreter import ROOT
+from tests.support.fresh import ROOT
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("ray", reason="ray is not installed")

@@ -42,18 +42,20 @@ def runs(tiny: dict[str, Path], target: Path) -> dict[str, Any]:
     """Outputs of every case, plain and with speculation; and the counters of the latter."""
     from vllm import SamplingParams
 
-    options = {"max_model_len": MAX_MODEL_LEN, "skip_tokenizer_init": False, "max_logprobs": 16, "max_num_seqs": 8}
+    options = {"max_model_len": MAX_MODEL_LEN, "skip_tokenizer_init": False, "max_logprobs": 16, "max_num_seqs": 16}
+    # All at once: a step has requests of several cases.
+    asked = [(name, prompt) for name in CASES for prompt in prompts(name)]
     out: dict[str, Any] = {}
     for kind, drafter in (("plain", None), ("speculation", tiny["close"])):
         with engine(target, drafter, 4, **options) as llm:
             before = acceptance(llm)
+            outputs = llm.generate(
+                [{"prompt_token_ids": prompt} for _, prompt in asked],
+                [SamplingParams(**({"temperature": 0.0, "max_tokens": 40} | CASES[name]())) for name, _ in asked],
+                use_tqdm=False,
+            )
             out[kind] = {
-                name: llm.generate(
-                    [{"prompt_token_ids": p} for p in prompts(name)],
-                    SamplingParams(**({"temperature": 0.0, "max_tokens": 40} | sampling())),
-                    use_tqdm=False,
-                )
-                for name, sampling in CASES.items()
+                name: [output for (of, _), output in zip(asked, outputs, strict=True) if of == name] for name in CASES
             }
             out["counts"] = acceptance(llm) - before
             if drafter is not None:

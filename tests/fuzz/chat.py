@@ -46,6 +46,7 @@ MORE_TEXTS += [
     "mo",
     "user\n",
     "call:g{}",
+    "call:g({",
     ":g{",
     '"a" or "b"',
     '"a, b"',

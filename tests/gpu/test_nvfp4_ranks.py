@@ -23,8 +23,9 @@ pytestmark = pytest.mark.gpu
 VOCAB = 512
 PROMPTS = engine.random_prompts((3, 17, 40), vocab=VOCAB)
 SMALL: dict[str, Any] = {"max_model_len": 128, "max_num_batched_tokens": 128, "num_gpu_blocks_override": 256}
-# Mean difference of log-probabilities between one rank and several, and what a scale left out would make.
-LIMITS = {"float32": 1e-4} if REHEARSAL else {"float16": 0.02, "bfloat16": 0.1}
+# Mean difference of log-probabilities between one rank and several. Two H200 gave 0.011 and 0.21; on a CPU bfloat16 is
+# 0.11 from float32 with either form, and a checkpoint without its scales 0.64.
+LIMITS = {"float32": 1e-4} if REHEARSAL else {"float16": 0.02, "bfloat16": 0.3}
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.interpreter import interpreted
+from tests.support.fresh import interpreted
 from vllm_gemma4_spec.checkpoints import nvfp4
 
 VOCAB, SIZE = 2048, 512  # half of the vocabulary are candidates of the exact pass

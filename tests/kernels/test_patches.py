@@ -190,6 +190,40 @@ def test_a_drafter_gets_its_head_when_it_is_loaded(
     assert drafts.tolist() == ([7, 7, 7] if wanted else [0, 1, 2])
 
 
+@pytest.mark.parametrize(
+    ("ranks", "rows", "quantized", "suits", "wanted"),
+    [
+        pytest.param(1, 8, False, True, True, id="fits"),
+        pytest.param(2, 8, False, True, False, id="sharded"),
+        pytest.param(1, 16, False, True, False, id="padded-vocabulary"),
+        pytest.param(1, 8, True, True, False, id="quantized"),
+        pytest.param(1, 8, False, False, False, id="another-shape"),
+    ],
+)
+def test_which_heads_are_made(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, rows: int, quantized: bool, suits: bool, wanted: bool
+) -> None:
+    from vllm import distributed
+
+    from vllm_gemma4_spec.kernels import draft_head
+
+    monkeypatch.setattr(distributed, "get_tensor_model_parallel_world_size", lambda: ranks)
+    monkeypatch.setattr(draft_head, "suits", lambda _: suits)
+    monkeypatch.setattr(draft_head, "DraftHead", lambda weight: ("head", len(weight)))
+    waited: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
+    lm_head = SimpleNamespace() if quantized else SimpleNamespace(weight=torch.nn.Parameter(torch.empty(rows, 4)))
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=8))
+    assert argmax.head_of(SimpleNamespace(lm_head=lm_head, config=config)) == (("head", 8) if wanted else None)
+    assert waited == [True] * wanted  # its copy is whole before a graph reads it
+
+
+def test_each_ranks_largest_logits_are_compared() -> None:
+    processor = SimpleNamespace(get_top_tokens=lambda lm_head, hidden: (lm_head, hidden))
+    model: Any = SimpleNamespace(logits_processor=processor, lm_head="lm_head")
+    assert argmax.get_top_tokens(None)(model, "hidden") == ("lm_head", "hidden")
+
+
 def test_stock_computes_every_logit() -> None:
     with without(DRAFT_ARGMAX):
         assert sampled(1)[1] == ["all logits"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.interpreter import interpreted
+from tests.support.fresh import interpreted
 from vllm_gemma4_spec.spec_decode.slot_mapping import PADDING_SLOT_ID, group_slot_mappings
 
 BLOCK_SIZES = [16, 32, 64, 128, 16, 48]

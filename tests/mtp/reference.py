@@ -91,10 +91,14 @@ def stored(runner: Any, layer: str, row: int, length: int) -> tuple[Tensor, Tens
     Positions before a sliding window are zeros: their blocks have been given back.
     """
     gid = next(i for i, g in enumerate(runner.kv_cache_config.kv_cache_groups) if layer in g.layer_names)
-    cache = runner.compilation_config.static_forward_context[layer].kv_cache
+    attention = runner.compilation_config.static_forward_context[layer]
+    cache = attention.kv_cache
     table = runner.input_batch.block_table[gid]
     blocks = table.get_device_tensor(row + 1)[row, : -(-length // table.block_size)].long()
     keys, values = (t[blocks] for t in cache.unbind(1)) if runner.device.type != "cpu" else of_cpu(cache, blocks)
+    if attention.kv_cache_dtype.startswith("fp8"):
+        keys, values = (t.view(torch.float8_e4m3fn).float() for t in (keys, values))
+        keys, values = keys * attention._k_scale, values * attention._v_scale
     held = (blocks != 0)[:, None, None, None]
     return (keys.float() * held).flatten(0, 1)[:length], (values.float() * held).flatten(0, 1)[:length]
 

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tests.mtp import pairs
 from tests.mtp.drafts import Watched
 from tests.mtp.rerun import Rerun
 from tests.support.engine import engine, generate, random_prompts
-from vllm_gemma4_spec.mtp.graphs import batch_sizes, capturable
+from vllm_gemma4_spec.mtp.graphs import AssistantGraphs, batch_sizes, capturable
 from vllm_gemma4_spec.performance.draft_graphs import GRAPHS
 
 K = 3
@@ -45,6 +46,30 @@ def test_replays_of_every_draft_length(pair: tuple[Path, Path], monkeypatch: pyt
     assert watched.changed == 0
     assert [d.made for d in watched.drafts] == [d.wanted for d in watched.drafts]
     assert {len(d.made) for d in watched.drafts} != {K}
+
+
+def test_a_padding_row_reads_the_null_block() -> None:
+    """vLLM marks block table rows past its batch with -1; a row that pads a replay has one key to read, in block 0."""
+    tables = [torch.full((4, 3), 7, dtype=torch.int32) for _ in range(2)]
+    proposer = SimpleNamespace(
+        seq_lens=torch.full((4,), 90, dtype=torch.int32),
+        positions=torch.full((4,), 89),
+        input_ids=torch.full((4,), 5, dtype=torch.int32),
+        block_tables=lambda n: [table[:n] for table in tables],
+    )
+    graphs = AssistantGraphs(proposer, [4], [K])
+    seen: list[torch.Tensor] = []
+    replayed = SimpleNamespace(replay=lambda: seen.extend(t.clone() for t in tables))
+    graphs._graphs[4, K] = replayed, torch.zeros(4, K)  # type: ignore[assignment]
+    for table in tables:
+        table[3:] = -1
+    assert graphs.replay(3, K).shape == (3, K)
+    assert len(seen) == 2
+    for table in seen:
+        assert table.tolist() == [[7, 7, 7]] * 3 + [[0, 0, 0]]
+    assert proposer.seq_lens.tolist() == [90, 90, 90, 1]
+    assert proposer.positions.tolist() == [89, 89, 89, 0]
+    assert proposer.input_ids.tolist() == [5, 5, 5, 0]
 
 
 def test_batch_sizes() -> None:

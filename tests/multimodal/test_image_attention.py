@@ -17,8 +17,8 @@ import torch
 from transformers import Gemma4ForCausalLM
 
 from tests.support import sound_and_video
+from tests.support.fresh import interpreted
 from tests.support.images import CHATS, TOLERANCE, Chunks, chat, chatting, distance, save_both_ways, spans
-from tests.support.interpreter import interpreted
 from tests.support.tiny_multimodal import IMAGE_TOKEN_ID
 from vllm_gemma4_spec.multimodal import image_attention
 

@@ -59,7 +59,7 @@ def test_a_server_as_it_must_be() -> None:
     found = findings(done)["server", "speculation"]["found"]
     assert found == (
         "draft_model with /models/gemma-4-E4B-it, k = 3, 1000 drafts verified, acceptance length 2.80, "
-        "accepted by position 80% 60% 40%"
+        "acceptance by position from 0: 80% 60% 40%"
     )
     assert shown.rstrip().endswith("0 problems")
 

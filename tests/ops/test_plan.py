@@ -370,7 +370,7 @@ def test_best_k() -> None:
     steps = timing.Steps(tuple(map(float, range(timing.MAX_K + 1))), target=(10.0,) * (timing.MAX_K + 1))
     assert timing.best_k(steps, timing.curve("0"), 1) == 0  # a draft costs and never pays
     assert timing.best_k(steps, timing.curve("1"), 1) == timing.MAX_K
-    assert timing.tokens_per_step(timing.curve("0.8,0.6,0.5"), 3) == pytest.approx(2.9)
+    assert timing.acceptance_length(timing.curve("0.8,0.6,0.5"), 3) == pytest.approx(2.9)
     half = timing.curve("0.5")
     speeds = [timing.speed(steps, half, k, 2) for k in range(timing.MAX_K + 1)]
     assert speeds[2] == pytest.approx(2 * 1.75 / 12)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fresh import run, run_from_nothing
+from tests.support.fresh import run, run_after_vllm, run_from_nothing
 from vllm_gemma4_spec.patching import fingerprint, ledger
 from vllm_gemma4_spec.patching.patch import Group
 from vllm_gemma4_spec.registry import PATCHES
@@ -39,7 +39,8 @@ def raw():
 def test_applied_once_and_undone_whatever_was_imported_first(when: str) -> None:
     first, second = ("ours.apply()", "load()") if when == "before" else ("load()", "ours.apply()")
     stock = "{}" if when == "before" else "raw()"
-    done = run(
+    in_a_process = run if when == "before" else run_after_vllm
+    done = in_a_process(
         IMPORT_ALL
         + f"""
 if {when == "after"}: load()
@@ -68,7 +69,7 @@ print("fine")
 
 
 def test_one_of_two_patches_on_a_target_can_be_undone() -> None:
-    done = run(
+    done = run_after_vllm(
         IMPORT_ALL
         + """
 from collections import Counter
@@ -120,10 +121,9 @@ def test_importing_the_package_imports_no_vllm() -> None:
             "import vllm.v1.spec_decode.eagle as e\ne.SpecDecodeBaseProposer._get_slot_mapping = lambda self, n: {}",
             "SpecDecodeBaseProposer._get_slot_mapping was replaced before",
         ),
-        pytest.param(
+        (
             "import vllm.v1.worker.block_table as b\ndel b.BlockTable.move_row",
             "BlockTable.move_row is gone",
-            marks=pytest.mark.slow,
         ),
         (
             "import vllm_gemma4_spec.patching.fingerprint as f; f.of_source = lambda *a: 0; f._digest = lambda d: ''",
@@ -139,7 +139,7 @@ def test_importing_the_package_imports_no_vllm() -> None:
     ids=["replaced", "gone", "changed", "version"],
 )
 def test_a_target_that_is_not_the_one_stops_everything(prepare: str, message: str) -> None:
-    done = run(
+    done = run_after_vllm(
         IMPORT_ALL
         + prepare
         + """

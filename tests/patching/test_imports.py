@@ -25,7 +25,7 @@ LAYERS = (
     ("performance",),
     ("mtp",),
     ("registry",),
-    ("demo", "ops", "plugin"),
+    ("demo", "library", "ops", "plugin"),
     ("cli",),
     (PACKAGE,),
 )

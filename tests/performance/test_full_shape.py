@@ -21,7 +21,7 @@ def load(name: str) -> ModuleType:
 
 
 def test_expected_tokens_of_a_step() -> None:
-    tokens = load("best_k").tokens_per_step
+    tokens = load("best_k").acceptance_length
     assert tokens(0.0, 3) == 1.0
     assert tokens(1.0, 3) == 4.0
     assert tokens(0.5, 2) == pytest.approx(1 + 0.5 + 0.25)

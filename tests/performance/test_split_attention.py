@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.interpreter import interpreted
+from tests.support.fresh import interpreted
 from vllm_gemma4_spec.performance import split_attention
 
 

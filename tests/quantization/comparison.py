@@ -52,9 +52,7 @@ def engine_logprobs(folder: Path, layers: dict[str, float] | None = None, **opti
 
     settings: dict[str, Any] = {"max_model_len": 64, "max_num_batched_tokens": 64, "max_num_seqs": 1}
     settings |= {"num_gpu_blocks_override": 64, "max_logprobs": -1}
-    # vLLM compiles a helper of its log-probabilities even in eager mode: half a minute for one call.
-    eager = torch.compiler.set_stance("force_eager")
-    with eager, engine(folder, **settings | options) as llm:
+    with engine(folder, **settings | options) as llm:
         if layers is not None:
             weights = {k.replace("language_model.", ""): v for k, v in reference.fold(folder).items()}
             layers |= llm.apply_model(lambda model: layer_errors(model, weights))[0]

@@ -57,6 +57,22 @@ def stripped(folder: Path) -> Path:
     return _written(made, lambda c: c.update(architectures=["Gemma4ForCausalLM"]))
 
 
+def stripped_31b(folder: Path) -> Path:
+    """A 31B with attention in NVFP4 too and its towers left out, in the text class beside the whole model's config."""
+    whole = json.loads((FIXTURES / "26b-mm-awq-lite" / "config.json").read_text())
+
+    def change(config: dict[str, Any]) -> None:
+        text = dict(config)
+        quantization = text.pop("quantization_config")
+        config.clear()
+        config.update(whole | {"text_config": text, "quantization_config": quantization})
+        config["architectures"] = ["Gemma4ForCausalLM"]
+
+    inside = "model.language_model."
+    made = edited(FIXTURES / "31b-nvfp4", folder, lambda t: {k.replace("model.", inside, 1): v for k, v in t.items()})
+    return _written(made, change)
+
+
 def mixed(folder: Path) -> Path:
     """MIXED_PRECISION: E4B's attention in NVFP4 with NaN scales and lone q_proj, MLPs in FP8, one of them in bf16."""
     source = FIXTURES / "e4b-awq-clip"
@@ -97,5 +113,6 @@ FORMS: dict[str, Callable[[Path], Path]] = {
     "W4A16_NVFP4": weight_only,
     "experts never calibrated": never_calibrated,
     "stripped": stripped,
+    "stripped 31B": stripped_31b,
     "MIXED_PRECISION": mixed,
 }

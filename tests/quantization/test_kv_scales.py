@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.support.configs import vllm_config
-from tests.support.interpreter import interpreted
+from tests.support.fresh import interpreted
 from tests.support.kv_scales import with_kv_scales
 
 

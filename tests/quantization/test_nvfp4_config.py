@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support import engine as _engine
+from tests.support.fresh import run
 from vllm_gemma4_spec.errors import CheckpointError
 
 assert _engine
@@ -76,14 +76,13 @@ def test_a_worker_unpickles_it(tmp_path: Path) -> None:
     config = vllm_config(FIXTURES / "31b-awq-full").quant_config
     assert pickle.loads(pickle.dumps(config)).quant_algo == "NVFP4_AWQ"
     (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
-    code = (
-        "import pickle, sys; c = pickle.load(open(sys.argv[1], 'rb')); assert c.quant_algo == 'NVFP4_AWQ'\n"
-        "import vllm_gemma4_spec; vllm_gemma4_spec.apply()\n"
-        "import vllm.model_executor.layers.quantization.modelopt as m; assert m.ModelOptNvFp4Config is type(c)\n"
-        "print('same')"
-    )
-    # one shell word per argument; a fresh interpreter, as a spawned worker is
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "config.pickle")], capture_output=True, text=True)
+    code = """
+    import pickle, sys; c = pickle.load(open(sys.argv[1], "rb")); assert c.quant_algo == "NVFP4_AWQ"
+    import vllm_gemma4_spec; vllm_gemma4_spec.apply()
+    import vllm.model_executor.layers.quantization.modelopt as m; assert m.ModelOptNvFp4Config is type(c)
+    print("same")
+    """
+    done = run(code, str(tmp_path / "config.pickle"))
     assert done.stdout.strip().endswith("same"), done.stderr[-800:]
 
 
@@ -194,6 +193,7 @@ def test_the_revision_that_was_asked_for_is_read(tmp_path: Path) -> None:
     from vllm.config.vllm import VllmConfig
 
     import vllm_gemma4_spec
+    from vllm_gemma4_spec.quantization import loading
 
     vllm_gemma4_spec.apply()
     root, fixture = tmp_path / "models--org--model", FIXTURES / "31b-awq-full"
@@ -216,3 +216,8 @@ def test_the_revision_that_was_asked_for_is_read(tmp_path: Path) -> None:
         made = VllmConfig._get_quantization_config(model, LoadConfig(download_dir=str(tmp_path)))
         floats[revision] = made.float_modules
     assert floats["b" * 40] - floats["a" * 40] == {"model.layers.0.more"}
+    index = root / "snapshots" / ("b" * 40) / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}))
+    token = loading.asked.set(("b" * 40, str(tmp_path)))
+    assert loading.local("org/model") is None  # the download was cut; vLLM goes on with it
+    loading.asked.reset(token)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.checkpoints import reference
 from tests.quantization.comparison import FIXTURES, TOKENS, each, edited, per_expert, text_only, without
@@ -21,15 +21,6 @@ NAMES = [
 ]
 OPTIONS: dict[str, Any] = {"max_model_len": 64, "max_num_batched_tokens": 64, "max_num_seqs": 1, "max_logprobs": -1}
 OPTIONS |= {"num_gpu_blocks_override": 64}
-
-
-@pytest.fixture(autouse=True)
-def fresh_rotary_embeddings() -> Iterator[None]:
-    """A reload leaves vLLM's cache of rotary embeddings on the meta device; the next engine here starts anew."""
-    yield
-    from vllm.model_executor.layers import rotary_embedding
-
-    rotary_embedding._ROPE_DICT.clear()
 
 
 def logprobs(llm: Any) -> torch.Tensor:
@@ -86,8 +77,65 @@ def test_what_the_new_weights_lack_or_have_more(tmp_path: Path) -> None:
     with engine(with_scales, **OPTIONS) as llm:
         reload(llm, plain)
         torch.testing.assert_close(logprobs(llm), reference.logprobs(plain, TOKENS), atol=TOLERANCE, rtol=0)
-    with engine(plain, **OPTIONS) as llm, pytest.raises(CheckpointError, match=r"pre_quant_scale: .* that has none"):
-        reload(llm, with_scales)
+
+
+def test_refused_weights_leave_the_old_ones(tmp_path: Path) -> None:
+    """Whatever the reload had done before: read nothing, loaded half of a layer, or written layers before the last."""
+    with_scales = FIXTURES / "31b-awq-full"
+    plain = edited(with_scales, tmp_path / "plain", without("pre_quant_scale"))
+    last = "layers.1.mlp.down_proj.pre_quant_scale"
+    scale = load_file(with_scales / "model.safetensors")
+    (last,) = [name for name in scale if name.endswith(last)]
+    half = edited(plain, tmp_path / "half", lambda tensors: halved(tensors) | {last: scale[last]})
+    (tmp_path / "empty").mkdir()
+    with engine(plain, **OPTIONS) as llm:
+        before = logprobs(llm)
+        with pytest.raises(RuntimeError, match="Cannot find any model weights"):
+            reload(llm, tmp_path / "empty")
+        torch.testing.assert_close(logprobs(llm), before, atol=0, rtol=0)
+        with pytest.raises(CheckpointError, match=r"layers.1.mlp.down_proj.pre_quant_scale: .* that has none"):
+            reload(llm, half)
+        torch.testing.assert_close(logprobs(llm), before, atol=0, rtol=0)
+        llm.collective_rpc("reload_weights")  # without a path: the checkpoint that it had before
+        torch.testing.assert_close(logprobs(llm), before, atol=0, rtol=0)
+
+
+def test_no_step_with_weights_of_two_checkpoints(tmp_path: Path) -> None:
+    """Where the old weights cannot be read again: an error for every step, until a whole checkpoint is loaded."""
+    with_scales = FIXTURES / "31b-awq-full"
+    plain = edited(with_scales, tmp_path / "plain", without("pre_quant_scale"))
+    moved = tmp_path / "moved"
+    with engine(plain, **OPTIONS) as llm:
+        worker = llm.llm_engine.model_executor.driver_worker.worker
+        before = logprobs(llm)
+        plain.rename(moved)
+        for reason in ("cannot be read again", "came from no checkpoint"):
+            with pytest.raises(CheckpointError, match=r"pre_quant_scale: .* that has none"):
+                reload(llm, with_scales)
+            with pytest.raises(CheckpointError, match=rf"refused half way.*pre_quant_scale.*{reason}"):
+                worker.execute_model(None)
+            # As a trainer gives them.
+            worker.reload_weights(weights_iterator=load_file(moved / "model.safetensors").items())
+            torch.testing.assert_close(logprobs(llm), before, atol=0, rtol=0)
+
+
+@pytest.mark.slow
+def test_weights_that_one_rank_refuses_are_refused_by_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHDYNAMO_DISABLE", "VLLM_SLEEP_WHEN_IDLE", "VLLM_ALLOW_INSECURE_SERIALIZATION"):
+        monkeypatch.setenv(name, "1")
+    first = FIXTURES / "31b-svdquant"
+    folders = [str(edited(first, tmp_path / "second", halved)), str(tmp_path / "none")]
+    (tmp_path / "none").mkdir()
+
+    def load_by_rank(worker: Any) -> None:
+        worker.reload_weights(weights_path=folders[worker.rank])
+
+    with engine(first, **OPTIONS, tensor_parallel_size=2, distributed_executor_backend="mp") as llm:
+        before = logprobs(llm)
+        with pytest.raises(Exception, match=r"another rank has refused|Cannot find any model weights"):
+            llm.collective_rpc(load_by_rank)
+        torch.testing.assert_close(logprobs(llm), before, atol=0, rtol=0)
+        reload(llm, first)  # hears this call's answers, not those of the one before
 
 
 @pytest.mark.slow

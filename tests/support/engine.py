@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 from collections.abc import Iterator, Sequence
@@ -22,10 +23,30 @@ os.environ.setdefault("VLLM_GEMMA4_SPEC_CHECK", "1")
 Prompt = list[int]
 
 
+_freeze = gc.freeze
+
+
+def keep_out_of_gc() -> None:
+    """What there is now, modules above all, is looked at no more when garbage is collected.
+
+    vLLM collects five times per engine, half a second each with all of torch, and thaws everything at its end.
+    """
+    gc.collect()
+    _freeze()
+    gc.freeze = gc.unfreeze = lambda: None
+
+
+@functools.cache
+def _first_engine_ended() -> None:
+    keep_out_of_gc()  # the modules that an engine imports when it runs
+
+
 @contextlib.contextmanager
 def engine(model: Path, drafter: Path | None = None, k: int = 3, **options: Any) -> Iterator[Any]:
     """An ``LLM`` in float32 without a tokenizer; with ``drafter`` it speculates ``k`` tokens ahead."""
+    import torch
     from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     import vllm_gemma4_spec
 
@@ -46,16 +67,18 @@ def engine(model: Path, drafter: Path | None = None, k: int = 3, **options: Any)
     if drafter is not None:
         speculative = {"method": "draft_model", "model": str(drafter), "num_speculative_tokens": k}
         settings["speculative_config"] = speculative | settings.pop("speculative", {})
-    llm = LLM(str(model), **settings)
-    try:
-        yield llm
-    finally:
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
-        gc.collect()
+    # vLLM compiles helpers of its sampler and of log-probabilities even in eager mode: half a minute for one call.
+    eager = torch.compiler.set_stance("force_eager") if settings["enforce_eager"] else contextlib.nullcontext()
+    with eager:
+        llm = LLM(str(model), **settings)
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            cleanup_dist_env_and_memory()
+            gc.collect()
+            _first_engine_ended()
 
 
 def generate(

@@ -27,8 +27,8 @@ def with_prefixes(prompts: list[list[int]]) -> list[list[int]]:
     return prompts + [[*p[: len(p) * 2 // 3 + 1], 7, 8, 9] for p in prompts] + prompts
 
 
-def work(way: str) -> tuple[list[list[int]], list[int]]:
-    """Prompts and answer lengths for one way of running."""
+def work(way: str, share: float = 1) -> tuple[list[list[int]], list[int]]:
+    """Prompts and answer lengths for one way of running; with ``share``, answers are that part as long."""
     prompts = random_prompts(LENGTHS)
     limits = [TOKENS] * len(prompts)
     if way == "prefix-caching":
@@ -39,4 +39,4 @@ def work(way: str) -> tuple[list[list[int]], list[int]]:
         limits = [120] * REQUESTS
     elif way == "replaced-requests":
         limits = [3, 40, 7, 25, 1, 12, 33, 20]
-    return prompts, limits
+    return prompts, [max(1, round(share * limit)) for limit in limits]

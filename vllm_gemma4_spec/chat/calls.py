@@ -10,9 +10,9 @@ import regex  # a dependency of vLLM; unlike `re` it knows partial matches
 from vllm_gemma4_spec.chat.arguments import Arguments, unescaped
 
 _PREFIX = "call:"
-# Models leave out the word now and then: `:NAME{`.
-_HEAD = re.compile(r"(?:call)?:\s*([^\s{}]+)\s*\Z")
-_HEAD_BEGUN = re.compile(r"c|ca|cal|call|(?:call)?:\s*[^\s{}]*\s*")
+# Models leave out the word now and then, or call as Python does: `:NAME{`, `call:NAME({`.
+_HEAD = re.compile(r"(?:call)?:\s*([^\s{}()]+)\s*\(?\s*\Z")
+_HEAD_BEGUN = re.compile(r"c|ca|cal|call|(?:call)?:\s*[^\s{}]*\s*\(?\s*")
 _SPACE = " \t\r\n"
 _BETWEEN = _SPACE + "}]),;"  # what models put behind a call's last brace
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence, Sequence
 from typing import Any
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _ITEMS = ("message", "reasoning", "function_call", "function_call_output")
+_SAID = ("output_text", "refusal", "text", "input_text")
 _PARTIAL = ("in_progress", "incomplete")
 Message = dict[str, Any]
 
@@ -23,13 +24,15 @@ class _Calls:
         self._answered: dict[str, bool] = {}
 
     def made(self, call_id: Any, where: str) -> None:
+        if call_id is not None and not isinstance(call_id, str):
+            raise HistoryError(f"{where}: the call id {call_id!r} is no text")
         if call_id in self._answered:
             raise HistoryError(f"{where}: the call id {call_id!r} is used twice")
         if call_id:
             self._answered[call_id] = False
 
     def answered(self, call_id: Any, where: str) -> None:
-        if call_id not in self._answered:
+        if not isinstance(call_id, str) or call_id not in self._answered:
             raise HistoryError(f"{where}: a result for the call {call_id!r}, which no message before it makes")
         if self._answered[call_id]:
             raise HistoryError(f"{where}: a second result for the call {call_id!r}")
@@ -37,8 +40,8 @@ class _Calls:
 
 
 def prepare(messages: MutableSequence[Any], name: str = "messages") -> None:
-    """Check the messages of a chat and complete them in place: ``reasoning_content`` is ``reasoning``, results stand
-    behind the message that calls.
+    """Check the messages of a chat and complete them in place: ``reasoning_content`` is ``reasoning``, a refusal is
+    what was said, results stand behind the message that calls.
 
     Args:
         name: what errors call the list.
@@ -56,8 +59,10 @@ def prepare(messages: MutableSequence[Any], name: str = "messages") -> None:
         if role == "assistant":
             if not message.get("reasoning") and isinstance(message.get("reasoning_content"), str):
                 message["reasoning"] = message["reasoning_content"]
+            if not message.get("content") and isinstance(message.get("refusal"), str):
+                message["content"] = message["refusal"]
             if message.get("tool_calls") is not None:
-                message["tool_calls"] = list(message["tool_calls"])  # pydantic's iterators can be read once
+                message["tool_calls"] = _listed(message["tool_calls"], where)
                 for n, call in enumerate(message["tool_calls"]):
                     _check_call(call, calls, f"{where}.tool_calls[{n}]")
         elif role == "tool" and message.get("tool_call_id"):
@@ -70,9 +75,21 @@ def prepare(messages: MutableSequence[Any], name: str = "messages") -> None:
         messages[:] = ordered
 
 
-def _check_call(call: Mapping[str, Any], calls: _Calls, where: str) -> None:
+def _listed(calls: Any, where: str) -> list[Any]:
+    if not isinstance(calls, Iterable) or isinstance(calls, (str, Mapping)):
+        raise HistoryError(f"{where}: tool_calls is no list")
+    try:
+        return list(calls)  # pydantic's iterators can be read once, and find only now what does not fit
+    except ValueError as error:
+        raise HistoryError(f"{where}: tool_calls cannot be read: {error}") from None
+
+
+def _check_call(call: Any, calls: _Calls, where: str) -> None:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise HistoryError(f"{where}: a call needs a function with a name")
     calls.made(call.get("id"), where)
-    check_arguments((call.get("function") or {}).get("arguments"), where)
+    check_arguments(function.get("arguments"), where)
 
 
 def check_arguments(arguments: Any, where: str) -> None:
@@ -83,7 +100,7 @@ def check_arguments(arguments: Any, where: str) -> None:
     if isinstance(arguments, str) and arguments.strip():
         try:
             arguments = json.loads(arguments)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise HistoryError(f"{where}: the arguments are no JSON ({error})") from None
     if arguments and not isinstance(arguments, Mapping):
         raise HistoryError(f"{where}: the arguments are no JSON object")
@@ -95,28 +112,37 @@ def readable_items(items: Sequence[Any]) -> list[Any]:
     Raises:
         HistoryError: an unknown type or role, or a part that is missing.
     """
-    return [_readable(item, i) if isinstance(item, dict) else item for i, item in enumerate(items)]
+    return [_readable(item, i) for i, item in enumerate(items)]
 
 
-def _readable(item: Message, i: int) -> Message:
-    where, kind = f"input[{i}]", item.get("type") or "message"
+def _readable(item: Any, i: int) -> Message:
+    where = f"input[{i}]"
+    if not isinstance(item, dict):
+        raise HistoryError(f"{where}: not an object")
+    kind = item.get("type") or "message"
     if kind not in _ITEMS:
         raise HistoryError(f"{where}: items of the type {kind!r} are not known ({', '.join(_ITEMS)} are)")
     if kind == "reasoning":
         read = {"id": f"rs_{i}", "summary": [], **{k: v for k, v in item.items() if v is not None}}
+        read["content"] = [
+            {**part, "type": "reasoning_text"} for part in _parts(read.get("content"), f"{where}.content")
+        ]
+        _parts(read["summary"], f"{where}.summary")
         if read.pop("encrypted_content", None) and not _texts(read):
             raise HistoryError(f"{where}: encrypted reasoning cannot be read here, and there is no other")
-        read["content"] = [{**part, "type": "reasoning_text"} for part in read.get("content") or ()]
         return read
     needed = {"function_call": ("call_id", "name"), "function_call_output": ("call_id",)}.get(kind, ("role",))
     for field in needed:
         if not isinstance(item.get(field), str) or not item[field]:
             raise HistoryError(f"{where}: {field} is missing")
     if kind == "function_call":
-        return {**item, "arguments": item.get("arguments") or "{}"}
+        arguments = item.get("arguments") or "{}"
+        return {**item, "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments)}
     if kind == "function_call_output":
         output = item.get("output")
-        return item if isinstance(output, (str, list)) else {**item, "output": json.dumps(output)}
+        if isinstance(output, list):
+            output = [_result_part(part) for part in output]
+        return {**item, "output": output if isinstance(output, (str, list)) else json.dumps(output)}
     return _readable_message(item, i, where)
 
 
@@ -124,22 +150,39 @@ def _readable_message(item: Message, i: int, where: str) -> Message:
     content, role = item.get("content"), item["role"]
     if role not in _ROLES or role == "tool":
         raise HistoryError(f"{where}: the role {role!r} is none of {', '.join(_ROLES[:-1])}")
-    if not isinstance(content, list):
+    if content is None or isinstance(content, str):
         return {**item, "content": content or ""}
     if role != "assistant":
-        parts = [{**p, "type": "input_text"} if isinstance(p, dict) and p.get("type") == "text" else p for p in content]
-        return {**item, "content": parts}
+        parts = _parts(content, f"{where}.content")
+        return {**item, "content": [{**p, "type": "input_text"} if p.get("type") == "text" else p for p in parts]}
+    texts = []
+    for n, part in enumerate(_parts(content, f"{where}.content")):
+        kind = part.get("type", "output_text")
+        if kind not in _SAID:
+            raise HistoryError(f"{where}.content[{n}]: the assistant says no part of the type {kind!r}")
+        texts.append(str(part.get("text") or part.get("refusal") or ""))
     return {
         "type": "message",
         "id": item.get("id") or f"msg_{i}",
         "role": role,
         "status": item.get("status") or "completed",
-        "content": [
-            {"type": "output_text", "text": str(p.get("text") or p.get("refusal") or ""), "annotations": []}
-            for p in content
-            if isinstance(p, dict)
-        ],
+        "content": [{"type": "output_text", "text": text, "annotations": []} for text in texts],
     }
+
+
+def _result_part(part: Any) -> Any:
+    """A part of a result; of those that are text, vLLM's types know one."""
+    if isinstance(part, str):
+        return {"type": "input_text", "text": part}
+    is_text = isinstance(part, dict) and part.get("type") in ("text", "output_text")
+    return {"type": "input_text", "text": str(part.get("text") or "")} if is_text else part
+
+
+def _parts(given: Any, where: str) -> list[Message]:
+    parts = given or []
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise HistoryError(f"{where}: no list of parts")
+    return parts
 
 
 def from_items(items: Sequence[Any], before: Sequence[Message] = ()) -> list[Message]:
@@ -217,8 +260,9 @@ def _calls(message: Any, call_id: Any) -> bool:
 
 
 def _text(content: Any) -> str:
-    if not isinstance(content, list):
-        return str(content or "")
+    if content is None or isinstance(content, str):
+        return content or ""
+    # An empty list is one of pydantic's iterators here.
     return "".join(str(part.get("text") or part.get("refusal") or "") for part in content)
 
 

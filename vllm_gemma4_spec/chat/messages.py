@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from vllm_gemma4_spec.chat.history import HistoryError
 from vllm_gemma4_spec.chat.requests import Parsers
 
+_IN_RESULTS = ("text", "image")  # vLLM drops others without a word
 _THINKING = {"enabled": True, "adaptive": True, "disabled": False}
 
 
@@ -40,11 +41,27 @@ async def _asked(request: Any, raw_request: Any) -> _Asked:
     thinking = body.get("thinking")
     if thinking is not None:
         kind = thinking.get("type") if isinstance(thinking, dict) else thinking
-        if kind not in _THINKING:
+        if not isinstance(kind, str) or kind not in _THINKING:
             raise HistoryError(f"thinking.type: {kind!r} is none of {', '.join(_THINKING)}")
         template.setdefault("enable_thinking", _THINKING[kind])
+    _check_results(body.get("messages") or ())
     choice = body.get("tool_choice") or {}
     return _Asked(template, not choice.get("disable_parallel_tool_use"), bool(body.get("stop_sequences")))
+
+
+def _check_results(messages: Any) -> None:
+    """
+    Raises:
+        HistoryError: a tool result has a block that cannot be shown to the model.
+    """
+    for i, message in enumerate(messages):
+        blocks = message["content"]
+        for n, block in enumerate(blocks if isinstance(blocks, list) else ()):
+            parts = block.get("content") if block["type"] == "tool_result" else None
+            for k, part in enumerate(parts if isinstance(parts, list) else ()):
+                if part.get("type") not in _IN_RESULTS:
+                    where = f"messages[{i}].content[{n}].content[{k}]"
+                    raise HistoryError(f"{where}: a result has no {part.get('type')!r} ({', '.join(_IN_RESULTS)})")
 
 
 def _with_what_is_asked(original: Callable[..., Any]) -> Callable[..., Any]:

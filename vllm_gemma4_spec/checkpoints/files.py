@@ -77,6 +77,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return read_object(path, CheckpointError, "name a folder that holds a Hugging Face checkpoint")
 
 
+def _section(config: dict[str, Any]) -> dict[str, Any]:
+    found = config.get("quantization", config)
+    return dict(found) if isinstance(found, dict) else {}
+
+
 class Checkpoint:
     """A local checkpoint folder. Nothing but JSON and headers is read until a tensor is asked for.
 
@@ -132,15 +137,23 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder / 'config.json'}: quantization_config must be an object")
         return found
 
-    @property
+    @cached_property
     def quantization(self) -> dict[str, Any]:
-        """``quantization`` of hf_quant_config.json, or config.json's flat ``quantization_config``; {} if neither."""
-        flat = self.quantization_config
+        """``quantization`` of hf_quant_config.json, or config.json's flat ``quantization_config``; {} if neither.
+
+        Raises:
+            CheckpointError: both are there and name different algorithms.
+        """
+        flat = _section(self.quantization_config)
         legacy = self.folder / "hf_quant_config.json"
-        if not flat and legacy.is_file():
-            flat = _read_json(legacy)
-        section = flat.get("quantization", flat)
-        return dict(section) if isinstance(section, dict) else {}
+        beside = _section(_read_json(legacy)) if legacy.is_file() else {}
+        ours, theirs = layers.algorithm(flat), layers.algorithm(beside)
+        if ours and theirs and ours != theirs:
+            raise CheckpointError(
+                f"{legacy}: quant_algo {theirs}, and config.json beside it says {ours}; keep what the tensors have and "
+                "delete the other"
+            )
+        return flat or beside
 
     @cached_property
     def quantized(self) -> dict[str, Quantized]:

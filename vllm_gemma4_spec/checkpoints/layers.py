@@ -28,6 +28,8 @@ _LORA = {f".weight_quantizer._svdquant_lora_{x}": f".svdquant_lora_{x}" for x in
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _INSIDE = re.compile(r"^(?:model\.)?(?:language_model\.)?(?:model\.)?")
 _TOWER = re.compile(r"\.(?:vision_tower|audio_tower|embed_vision|embed_audio)\.")
+# Of all experts at once, as compressed-tensors writes some 26B's
+_STACKED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)_(packed|scale|shape)")
 _SUFFIXES = frozenset(
     {"weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b"}
 )
@@ -40,6 +42,29 @@ def canonical(name: str) -> str:
         if name.endswith(old):
             name = name.removesuffix(old) + new
     return name.replace(".moe.experts.", ".experts.")
+
+
+def stacked_experts(name: str) -> tuple[str, tuple[str, ...], str] | None:
+    """What a tensor of all experts at once holds: ``….experts.gate_up_proj_packed`` -> (``….experts``, (``gate_proj``,
+    ``up_proj``), ``weight_packed``), the names that one expert's tensors have; None for other tensors."""
+    found = _STACKED.fullmatch(name)
+    if found is None:
+        return None
+    projections = ("gate_proj", "up_proj") if found[2] == "gate_up_proj" else ("down_proj",)
+    return found[1], projections, f"weight_{found[3]}"
+
+
+def integer_experts(tensors: Iterable[TensorInfo]) -> TensorInfo | None:
+    """A tensor of experts in packed integers (AWQ, GPTQ, compressed-tensors' W4A16); None where there is none."""
+    ends = ("qweight", "_packed")
+    return next((t for t in tensors if ".experts." in t.name and t.dtype == "I32" and t.name.endswith(ends)), None)
+
+
+def missing_tower(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:
+    """Whether a model of text and images has a vision tower by its config and none in its shards."""
+    architectures = config.get("architectures")
+    whole = isinstance(architectures, list) and "Gemma4ForConditionalGeneration" in architectures
+    return whole and bool(config.get("vision_config")) and not any("vision_tower." in name for name in tensors)
 
 
 def algorithm(section: Mapping[str, Any]) -> str:

@@ -10,6 +10,15 @@ from typing import Any
 from vllm_gemma4_spec.checkpoints import layers
 from vllm_gemma4_spec.checkpoints.files import Checkpoint
 
+# Why a checkpoint is refused at load; `inspect` says the same.
+NO_TOWER = (
+    "config.json has a vision tower and no shard holds it; serve the language model alone with "
+    '--hf-overrides \'{"architectures": ["Gemma4ForCausalLM"]}\''
+)
+INTEGER_EXPERTS = (
+    "experts in packed integers; vLLM 0.19.1 has no kernel for them on a CPU: serve it on a GPU, or take NVFP4 or bf16"
+)
+
 CPU, HOPPER, BLACKWELL = "CPU", "GPU without FP4 (Ada, Hopper)", "GPU with FP4 (Blackwell)"
 
 
@@ -32,7 +41,7 @@ def _lone_queries(checkpoint: Checkpoint) -> bool:
 
 def _renamed(checkpoint: Checkpoint) -> bool:
     """Experts under names that 0.19.1's own loader does not map."""
-    return any(".moe.experts." in name for name in checkpoint.tensors)
+    return any(".moe.experts." in name or layers.stacked_experts(name) for name in checkpoint.tensors)
 
 
 def _nvfp4(checkpoint: Checkpoint) -> bool:
@@ -60,7 +69,7 @@ def vllm_alone(checkpoint: Checkpoint, method: str | None, nan: bool) -> str:
     """What vLLM 0.19.1 does with it, first failure first."""
     algorithm = layers.algorithm(checkpoint.quantization)
     if _renamed(checkpoint):
-        return "fails while loading: experts are named moe.experts"
+        return "fails while loading: it does not know the names of the experts"
     if checkpoint.config.get("model_type") == "gemma4_assistant":
         return "refuses it: Gemma 4's MTP assistants came with 0.21.0"
     if method is None:
@@ -86,6 +95,8 @@ def with_overlay(checkpoint: Checkpoint, method: str | None, destroyed: int, int
     """What the plugin changes; ``destroyed`` and ``intact`` count NaN blocks by their codes."""
     if checkpoint.config.get("model_type") == "gemma4_assistant":
         return 'drafts with it for its own target: --speculative-config \'{"model": …, "num_speculative_tokens": 4}\''
+    if layers.missing_tower(checkpoint.config, checkpoint.tensors):
+        return f"refuses it: {NO_TOWER}"
     if _compressed(checkpoint):
         return "loads it on any backend"
     if not checkpoint.quantized:
@@ -112,14 +123,18 @@ def machines(checkpoint: Checkpoint, method: str | None) -> dict[str, str]:
     eight = any(m.algorithm == "FP8" for m in modules)
     missing, wanting = _experts_without_scales(checkpoint)
     refused = fp8_without_kernel(section, method)
-    cpu = (
-        f"refused: {refused} has no kernel there"
-        if refused
-        else "emulated: weights dequantized, activations as they are"
-    )
+    if refused is None and layers.integer_experts(checkpoint.tensors.values()):
+        refused = "experts in packed integers"
+    ours = _nvfp4(checkpoint) or _compressed(checkpoint)
+    if refused:
+        cpu = f"refused: no kernel for {refused}"
+    elif ours or eight:
+        cpu = "emulated: weights dequantized, activations as they are"
+    else:
+        cpu = "vLLM's own kernels, if it has one for the format"
     if not refused and (section.get("kv_cache_quant_algo") or section.get("kv_cache_scheme")):
         cpu += "; KV cache in the model's dtype, since an fp8 cache needs a GPU"
-    if not (_nvfp4(checkpoint) or _compressed(checkpoint)):
+    if not ours:
         there = "vLLM's own kernels for the format"
         return {CPU: cpu, HOPPER: there, BLACKWELL: there}
     hopper = "Marlin: 4-bit weights, activations as they are" + ("; FP8 layers by FP8 kernels" if eight else "")

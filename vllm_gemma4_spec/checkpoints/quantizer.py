@@ -22,20 +22,9 @@ from torch import Tensor
 
 from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.checkpoints.files import Checkpoint
+from vllm_gemma4_spec.checkpoints.recipes import RECIPES as RECIPES
 from vllm_gemma4_spec.checkpoints.repairing import new_folder
 from vllm_gemma4_spec.errors import CheckpointError
-
-# recipe -> attribute of modelopt.torch.quantization. w4a16 leaves activations alone (ModelOpt 0.45 and later); mixed
-# has attention in FP8 and the rest in NVFP4.
-RECIPES = {
-    "nvfp4": "NVFP4_DEFAULT_CFG",
-    "awq-lite": "NVFP4_AWQ_LITE_CFG",
-    "awq-clip": "NVFP4_AWQ_CLIP_CFG",
-    "awq-full": "NVFP4_AWQ_FULL_CFG",
-    "svdquant": "NVFP4_SVDQUANT_DEFAULT_CFG",
-    "w4a16": "W4A16_NVFP4_CFG",
-    "mixed": "NVFP4_DEFAULT_CFG",
-}
 
 # Kept in the model's own dtype, as vLLM builds them without quantization.
 _EXCLUDED = ("*vision_tower*", "*embed_vision*", "*audio_tower*", "*embed_audio*")
@@ -195,6 +184,10 @@ def _load(folder: Path, towers: bool = True) -> Any:
     if checkpoint.quantized or checkpoint.quantization:
         raise CheckpointError(f"{folder}: quantized already; name the bf16 checkpoint")
     name = (checkpoint.config.get("architectures") or [""])[0]
+    if checkpoint.config.get("model_type") == "gemma4_assistant":
+        raise CheckpointError(
+            f"{folder}: an MTP assistant, which only its target's KV cache could calibrate; serve it as it is"
+        )
     kind = getattr(transformers, name, None) if name.startswith("Gemma4") else None
     if kind is None:
         raise CheckpointError(f"{folder}: architecture {name or 'missing'}; expected a Gemma 4 model")

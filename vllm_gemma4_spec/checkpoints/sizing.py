@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from vllm_gemma4_spec.checkpoints import BLOCK
 from vllm_gemma4_spec.checkpoints.files import Checkpoint
 from vllm_gemma4_spec.checkpoints.layers import FLOATS
-from vllm_gemma4_spec.checkpoints.nvfp4 import BLOCK
 from vllm_gemma4_spec.errors import CheckpointError, SettingError
 
 _TOWERS = ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.")

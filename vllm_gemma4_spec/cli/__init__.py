@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -22,22 +21,38 @@ _UsageError: Any = typer.BadParameter.__base__
 app = typer.Typer(
     name=NAME,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich takes a quarter of a second to import, and its tables cut the names of options
     help="Serve Gemma 4 with speculation on vLLM 0.19.1: checks, models and tools around the plugin.",
 )
 
+_PACKAGE = "vllm_gemma4_spec.cli"
 # Subcommand -> module that holds its function `command`.
 COMMANDS = {
-    "demo": "vllm_gemma4_spec.cli.demo",
-    "demo-models": "vllm_gemma4_spec.cli.demo_models",
-    "bench": "vllm_gemma4_spec.cli.bench",
-    "doctor": "vllm_gemma4_spec.cli.doctor",
-    "plan": "vllm_gemma4_spec.cli.plan",
-    "patches": "vllm_gemma4_spec.cli.patches",
-    "inspect": "vllm_gemma4_spec.cli.inspect",
-    "repair": "vllm_gemma4_spec.cli.repair",
-    "quantize": "vllm_gemma4_spec.cli.quantize",
-    "top": "vllm_gemma4_spec.cli.top",
-    "schema": "vllm_gemma4_spec.cli.schema",
+    "demo": f"{_PACKAGE}.demo",
+    "demo-models": f"{_PACKAGE}.demo_models",
+    "bench": f"{_PACKAGE}.bench",
+    "doctor": f"{_PACKAGE}.doctor",
+    "plan": f"{_PACKAGE}.plan",
+    "patches": f"{_PACKAGE}.patches",
+    "inspect": f"{_PACKAGE}.inspect",
+    "repair": f"{_PACKAGE}.repair",
+    "quantize": f"{_PACKAGE}.quantize",
+    "top": f"{_PACKAGE}.top",
+    "schema": f"{_PACKAGE}.schema",
+}
+# What the list of commands says of each, without importing any.
+SUMMARIES = {
+    "demo": "Serve a small trained pair, ask it, and show what drafts did.",
+    "demo-models": "Train the pair of the demo on this machine's CPU, once.",
+    "bench": "Measure tok/s, latency and acceptance of a server, or of two.",
+    "doctor": "Check versions, device and patches here, or a running server.",
+    "plan": "Compute memory, time per step and the best k from two configs.",
+    "patches": "List every patch, and whether it fits the vLLM installed.",
+    "inspect": "Show what a checkpoint holds, and what vLLM makes of it.",
+    "repair": "Write a copy of a checkpoint without NaN block scales.",
+    "quantize": "Quantize a bf16 checkpoint with ModelOpt.",
+    "top": "Show a running server live in the terminal.",
+    "schema": "Print the JSON Schema of a command's --json.",
 }
 
 
@@ -57,13 +72,15 @@ def _root(
 
 
 def _register(arguments: list[str]) -> None:
-    """Add the subcommand asked for; all of them where that is not known, as for ``--help``."""
-    asked = {name: COMMANDS[name] for name in arguments[:1] if name in COMMANDS}
-    for name, module in (asked or COMMANDS).items():
-        function: Callable[..., Any] = importlib.import_module(module).command
-        app.command(name)(function)
-    if asked and shutil.get_terminal_size().columns < 80:
-        app.rich_markup_mode = None  # rich's table cuts the names of options there, click's plain help does not
+    """Add the subcommand asked for; where none is, only what the list of commands shows of each."""
+    asked = arguments[0] if arguments and arguments[0] in COMMANDS else None
+    completing = f"_{NAME}_COMPLETE".replace("-", "_").upper() in os.environ
+    for name, module in COMMANDS.items():
+        if completing or name == asked:
+            function: Callable[..., Any] = importlib.import_module(module).command
+            app.command(name)(function)
+        elif not asked:
+            app.command(name, short_help=SUMMARIES[name])(lambda: None)
 
 
 def _terminated(number: int, frame: Any) -> None:

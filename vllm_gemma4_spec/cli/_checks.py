@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vllm_gemma4_spec.checkpoints.files import Checkpoint
@@ -17,6 +20,8 @@ def checkpoint(path: Path) -> Checkpoint:
         CheckpointError: not a folder, or a checkpoint that cannot be read.
     """
     if path.is_file():
+        if path.suffix == ".gguf":
+            raise CheckpointError(f"{path}: a GGUF file, which is not read here; name a folder of safetensors")
         raise CheckpointError(f"{path}: a file; name the folder that holds the checkpoint")
     found = Checkpoint(path)
     assert found.tensors is not None  # reads every header
@@ -42,3 +47,15 @@ def say(text: str, quiet: bool = False) -> None:
     """One line on stderr where somebody watches: what takes longer than a second."""
     if not quiet and sys.stderr.isatty():
         print(text, file=sys.stderr)
+
+
+@contextmanager
+def slow(text: str, quiet: bool = False) -> Iterator[None]:
+    """Says ``text`` if what is done within takes longer than a second."""
+    timer = threading.Timer(1, say, (text, quiet))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
+from vllm_gemma4_spec.cli import _rich as rich
 
 
 @contextmanager
 def shards(verb: str, total: int, *, quiet: bool) -> Iterator[Callable[[Path], None]]:
     """A function to call after each shard; silent with ``quiet`` and where stderr is no terminal."""
-    with Progress(console=Console(stderr=True), disable=quiet or not sys.stderr.isatty(), transient=True) as progress:
+    with rich.Progress(
+        console=rich.Console(stderr=True), disable=quiet or not sys.stderr.isatty(), transient=True
+    ) as progress:
         task = progress.add_task(verb, total=total)
 
         def step(file: Path) -> None:

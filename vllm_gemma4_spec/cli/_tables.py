@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
+from vllm_gemma4_spec.cli import _rich as rich
 
 
-def show(console: Console, table: Table) -> None:
+def show(console: rich.Console, table: rich.Table) -> None:
     """Print ``table``, or, where even its longest words do not fit beside each other, row after row as lines."""
     unlimited = console.options.update(width=10_000)
     if console.measure(table, options=unlimited).minimum <= console.width:

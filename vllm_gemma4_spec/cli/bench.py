@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markdown import Markdown
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vllm_gemma4_spec.cli import _rich as rich
 
 
 def command(
@@ -41,6 +40,7 @@ def command(
 
     Example: vllm-gemma4-spec bench --url http://127.0.0.1:8000 --prompts mt_bench.jsonl
     """
+    from vllm_gemma4_spec.cli import _checks
     from vllm_gemma4_spec.ops import plots, server
     from vllm_gemma4_spec.ops.bench import measure, report, servers
     from vllm_gemma4_spec.ops.bench import prompts as asked
@@ -55,17 +55,23 @@ def command(
     texts = asked.read(prompts, requests) if prompts else asked.repeated(asked.BUILT_IN, requests)
     if plot:
         plots.check(plot)
-    measured = [servers.identify(one, model, api_key) for one in (url, *([against] if against else []))]
+    with _checks.slow("asking for the model", as_json):
+        measured = [servers.identify(one, model, api_key) for one in (url, *([against] if against else []))]
     servers.different(measured)
     measure.check_environment()
     if input_tokens:
         texts = asked.of_length(texts, input_tokens, server.base_url(url), measured[0].model, api_key)
     load = measure.Load(tuple(texts), tokens, warmups, rate)
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True
+    console = rich.Console(stderr=True)
+    columns = (
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+    )
+    with rich.Progress(
+        *columns, rich.TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True
     ) as progress:
         task = progress.add_task("starting vLLM's benchmark", total=len(counts) * repeats * len(measured) * requests)
 
@@ -96,8 +102,8 @@ def command(
 
 def _print(markdown: str) -> None:
     """As it is into a pipe or a file; fitted to the width of a terminal."""
-    console = Console()
+    console = rich.Console()
     if console.is_terminal:
-        console.print(Markdown(markdown))
+        console.print(rich.Markdown(markdown))
     else:
         typer.echo(markdown)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
+import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 
+from vllm_gemma4_spec.cli import _rich as rich
 from vllm_gemma4_spec.cli._tables import show
 from vllm_gemma4_spec.ops.output import Output
 
@@ -51,9 +52,9 @@ class Report(Output):
     accepted: int
     """draft tokens"""
     accepted_by_position: list[int]
-    """drafts accepted up to each position"""
+    """drafts accepted up to each position, position 0 first"""
     acceptance_length: float
-    """tokens per step, the target's own counted"""
+    """mean tokens that a step with drafts adds to a request, the target's own counted"""
     equal_to_plain: bool | None
     """answers equal those without speculation; null without --check"""
 
@@ -67,6 +68,9 @@ def command(
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Serve once more without speculation and compare the answers.")
+    ] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the server up afterwards, until Ctrl-C, and say how to ask it.")
     ] = False,
     timeout: Annotated[float, typer.Option(help="Seconds until a server must be ready.")] = 600.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/reference/json.md has the schema.")] = False,
@@ -83,18 +87,18 @@ def command(
     from vllm_gemma4_spec.cli.demo_models import ensure_with_bar
     from vllm_gemma4_spec.demo import build, run
 
-    console = Console(stderr=as_json)
+    console = rich.Console(stderr=as_json)
     run.require_vllm()
     pair, _ = ensure_with_bar(models.expanduser().absolute() if models else build.default_folder())
     questions = run.questions()
     # Removed only after success: every error names the log in it.
     logs = Path(tempfile.mkdtemp(prefix="vllm-gemma4-spec-demo-"))
     answers, drafting = _serve_and_ask(
-        console, pair, questions, logs / "server.log", speculation, timeout, show=not as_json
+        console, pair, questions, logs / "server.log", speculation, timeout, show=not as_json, keep=keep
     )
     if speculation:
         _require_drafts(drafting, logs / "server.log")
-        if not as_json:
+        if not as_json and not keep:
             _show_drafting(console, drafting)
     if check:
         log = logs / "plain-server.log"
@@ -134,13 +138,14 @@ def _report(
 
 
 def _serve_and_ask(
-    console: Console,
+    console: rich.Console,
     pair: Pair,
     questions: list[Dialogue],
     log: Path,
     speculate: bool,
     timeout: float,
     show: bool,
+    keep: bool = False,
 ) -> tuple[list[Answer], Drafting]:
     """Answers to all questions and the counters, from a server that is gone afterwards."""
     from vllm_gemma4_spec.demo import run
@@ -165,26 +170,54 @@ def _serve_and_ask(
                 run.check_same(question, whole, streamed, ("non-streamed", "streamed"), log)
                 answers.append(whole)
             drafting = run.drafting(server.get("/metrics"))
+            if keep:
+                status.stop()
+                if drafting.drafts and show:
+                    _show_drafting(console, drafting)
+                _keep(console, server.url)
+                status.start()
             status.update("stopping vllm serve")
     return answers, drafting
 
 
-def _show(console: Console, question: Dialogue, answer: Answer) -> None:
+def _keep(console: rich.Console, url: str) -> None:
+    """Until Ctrl-C; says how to ask the server and look at it."""
+    body = {
+        "model": "gemma4-demo",
+        "messages": [{"role": "user", "content": "Count from 9 to 12."}],
+        "stream": True,
+    }
+    command = sys.argv[0]  # as it was called: in a checkout it is not in PATH
+    console.print(
+        f"\nThe server stays up at {url} until Ctrl-C. In another terminal:\n\n"
+        f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'\n"
+        f"  {command} doctor --url {url}\n"
+        f"  {command} top --url {url}\n",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(3600)
+
+
+def _show(console: rich.Console, question: Dialogue, answer: Answer) -> None:
     from vllm_gemma4_spec.demo import run
 
-    body = Table.grid(padding=(0, 2))
+    body = rich.Table.grid(padding=(0, 2))
     for message in question.messages:
         if message.get("content"):
-            body.add_row(Text(message["role"], style="bold"), Text(message["content"]))
+            body.add_row(rich.Text(message["role"], style="bold"), rich.Text(message["content"]))
     if answer.reasoning:
-        body.add_row(Text("reasoning", style="bold magenta"), Text(answer.reasoning.strip(), style="magenta"))
+        body.add_row(rich.Text("reasoning", style="bold magenta"), rich.Text(answer.reasoning.strip(), style="magenta"))
     for name, arguments in answer.calls:
         written = ", ".join(f"{k}={v!r}" for k, v in arguments.items())
-        body.add_row(Text("tool call", style="bold yellow"), Text(f"{name}({written})", style="yellow"))
+        body.add_row(rich.Text("tool call", style="bold yellow"), rich.Text(f"{name}({written})", style="yellow"))
     if answer.content:
-        body.add_row(Text("answer", style="bold green"), Text(answer.content, style="green"))
+        body.add_row(rich.Text("answer", style="bold green"), rich.Text(answer.content, style="green"))
     right = "right" if run.is_right(question, answer) else "not the expected answer"
-    console.print(Panel(body, title=question.kind, subtitle=right, title_align="left", subtitle_align="right"))
+    console.print(rich.Panel(body, title=question.kind, subtitle=right, title_align="left", subtitle_align="right"))
 
 
 def _require_drafts(drafting: Drafting, log: Path) -> None:
@@ -198,9 +231,9 @@ def _require_drafts(drafting: Drafting, log: Path) -> None:
         raise DemoError(f"the server proposed no drafts: speculation was not on; its log: {log}")
 
 
-def _show_drafting(console: Console, drafting: Drafting) -> None:
-    table = Table("draft position", "proposed", "accepted", "share", title="speculation, from /metrics")
-    for position, accepted in enumerate(drafting.accepted_at, 1):
+def _show_drafting(console: rich.Console, drafting: Drafting) -> None:
+    table = rich.Table("position, from 0", "proposed", "accepted", "share", title="speculation, from /metrics")
+    for position, accepted in enumerate(drafting.accepted_at):
         table.add_row(str(position), str(drafting.drafts), str(accepted), f"{accepted / drafting.drafts:.1%}")
     table.add_row("all", str(drafting.proposed), str(drafting.accepted), f"{drafting.accepted / drafting.proposed:.1%}")
     show(console, table)

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
+from vllm_gemma4_spec.cli import _rich as rich
 from vllm_gemma4_spec.cli._tables import show
 from vllm_gemma4_spec.ops.output import Output
 
@@ -53,14 +51,14 @@ def command(
         typer.echo(found.model_dump_json(indent=2))
         return
     measured = pair.measured
-    table = Table("demo pair", "made now" if made else "found, checksums right", show_header=True)
+    table = rich.Table("demo pair", "made now" if made else "found, checksums right", show_header=True)
     table.add_row("target", str(pair.target))
     table.add_row("drafter", str(pair.drafter))
     for kind, (right, asked) in measured["right_by_kind"].items():
         table.add_row(f"right answers: {kind}", f"{right} of {asked}")
     table.add_row(f"acceptance length, k = {measured['drafts']}", f"{measured['acceptance_length']:.2f}")
     table.add_row("time to make", f"{measured['seconds']:.0f} s ({measured['cpu_seconds']:.0f} CPU s)")
-    show(Console(), table)
+    show(rich.Console(), table)
 
 
 def ensure_with_bar(folder: Path, force: bool = False) -> tuple[build.Pair, bool]:
@@ -68,14 +66,14 @@ def ensure_with_bar(folder: Path, force: bool = False) -> tuple[build.Pair, bool
     from vllm_gemma4_spec.demo import build
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} steps  loss {task.fields[loss]:.3f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.TextColumn("{task.completed:.0f}/{task.total:.0f} steps  loss {task.fields[loss]:.3f}"),
+        rich.TimeElapsedColumn(),
+        rich.TimeRemainingColumn(),
     )
-    bar = Progress(*columns, console=Console(stderr=True))
-    tasks: dict[str, TaskID] = {}
+    bar = rich.Progress(*columns, console=rich.Console(stderr=True))
+    tasks: dict[str, rich.TaskID] = {}
 
     def advanced(name: str, step: int, steps: int, loss: float) -> None:
         bar.start()  # only now: nothing is drawn while a pair that is there is checked

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+
+from vllm_gemma4_spec.cli import _rich as rich
 
 if TYPE_CHECKING:
     from vllm_gemma4_spec.ops.doctor import Finding
@@ -36,43 +35,45 @@ def command(
 
     Example: vllm-gemma4-spec doctor --url http://127.0.0.1:8000
     """
+    from vllm_gemma4_spec.cli import _checks
     from vllm_gemma4_spec.ops import doctor
 
-    report = doctor.examine(url, api_key, workers, not no_speculation)
+    with _checks.slow(f"asking {url}" if url else "looking at what is installed", as_json):
+        report = doctor.examine(url, api_key, workers, not no_speculation)
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
     else:
-        _print(Console(highlight=False), report.findings, verbose)
+        _print(rich.Console(highlight=False), report.findings, verbose)
     if not report.healthy:
         raise typer.Exit(1)
 
 
-def _print(console: Console, findings: Sequence[Finding], verbose: bool) -> None:
+def _print(console: rich.Console, findings: Sequence[Finding], verbose: bool) -> None:
     """In a terminal lines are wrapped and indented; in a pipe or a file they stay whole. Problems come last."""
     problems = [f for f in findings if f.state.value == "problem"]
     fine = [f for f in findings if f.state.value != "problem"]
     for section, found in itertools.groupby(fine, lambda f: f.section):
         rows = list(found)
         if section == "patches" and not verbose:
-            console.print(Text("\npatches", "bold"))
+            console.print(rich.Text("\npatches", "bold"))
             off = [f.name for f in rows if f.state.value == "note"]
             text = f"{len(rows) - len(off)} switched on, fingerprints match" + f"; off: {', '.join(off)}" * bool(off)
             _rows(console, [("note" if off else "ok", f"{text} (-v lists them)")])
             continue
-        console.print(Text(f"\n{section}", "bold"))
+        console.print(rich.Text(f"\n{section}", "bold"))
         _rows(console, _lines(rows))
     many = "s" if len(problems) != 1 else ""
-    console.print(Text(f"\n{len(problems)} problem{many}", "bold red" if problems else "bold green"))
+    console.print(rich.Text(f"\n{len(problems)} problem{many}", "bold red" if problems else "bold green"))
     _rows(console, _lines(problems, named=True))
 
 
-def _rows(console: Console, lines: Iterable[tuple[str, str]]) -> None:
-    grid = Table.grid(padding=(0, 1))
+def _rows(console: rich.Console, lines: Iterable[tuple[str, str]]) -> None:
+    grid = rich.Table.grid(padding=(0, 1))
     grid.add_column(width=9)
     grid.add_column(overflow="fold")
     for state, text in lines:
         if console.is_terminal:
-            grid.add_row(Text(f"  {state}", _STYLE.get(state, "")), text)
+            grid.add_row(rich.Text(f"  {state}", _STYLE.get(state, "")), text)
         else:
             typer.echo(f"  {state:<7} {text}")
     if console.is_terminal and grid.row_count:

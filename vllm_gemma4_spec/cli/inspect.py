@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
 
+from vllm_gemma4_spec.cli import _rich as rich
 from vllm_gemma4_spec.cli._tables import show
 
 
@@ -49,14 +48,14 @@ def _print(report: object) -> None:
     from vllm_gemma4_spec.checkpoints.inspection import Report
 
     assert isinstance(report, Report)
-    console = Console()
+    console = rich.Console()
     console.print(f"[bold]{report.path}[/bold]  {', '.join(report.architectures)}", highlight=False)
     form = report.algorithm or "not quantized"
     by = f", by {report.producer}" if report.producer else ""
     cache = f", KV cache {report.kv_cache}" if report.kv_cache else ""
     size = f"{report.bytes / 1e9:.2f} GB in {report.shards} shards, {report.tensors} tensors"
     console.print(f"{form}{by}{cache}; {size}", highlight=False)
-    table = Table(Column("kind", overflow="fold"), "layers", "format", "pre_quant_scale", "low rank", "MB")
+    table = rich.Table(rich.Column("kind", overflow="fold"), "layers", "format", "pre_quant_scale", "low rank", "MB")
     for kind in report.kinds:
         formats = ", ".join(
             f"{name} {count}" if len(kind.formats) > 1 else name for name, count in kind.formats.items()
@@ -65,7 +64,9 @@ def _print(report: object) -> None:
         table.add_row(*row, f"{kind.bytes / 1e6:.1f}")
     show(console, table)
     if report.nan:
-        table = Table(Column("NaN block scales in", overflow="fold"), "blocks", "codes destroyed", "codes intact")
+        table = rich.Table(
+            rich.Column("NaN block scales in", overflow="fold"), "blocks", "codes destroyed", "codes intact"
+        )
         for layer in report.nan:
             table.add_row(layer.module, str(layer.blocks), str(layer.destroyed), str(layer.intact))
         show(console, table)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from vllm_gemma4_spec.cli import _rich as rich
 from vllm_gemma4_spec.cli._tables import show
 from vllm_gemma4_spec.ops.output import Output
 from vllm_gemma4_spec.settings import PATCH_PREFIX
@@ -83,9 +82,9 @@ def command(
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
     else:
-        table = Table("patch", "group", "fits 0.19.1", f"{PATCH_PREFIX}… (0 = off)")
+        table = rich.Table("patch", "group", "fits 0.19.1", f"{PATCH_PREFIX}… (0 = off)")
         for row in rows:
             table.add_row(row.name, row.group, "yes" if row.fits else "NO", row.switch.removeprefix(PATCH_PREFIX))
-        show(Console(), table)
+        show(rich.Console(), table)
     if not report.fits:
         raise typer.Exit(1)

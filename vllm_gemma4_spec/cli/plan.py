@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from vllm_gemma4_spec.cli import _rich as rich
 from vllm_gemma4_spec.cli._tables import show
 
 if TYPE_CHECKING:
@@ -46,6 +45,7 @@ def command(
 
     Example: vllm-gemma4-spec plan --target google/gemma-4-31B-it --drafter google/gemma-4-E4B-it --hardware H200
     """
+    from vllm_gemma4_spec.cli import _checks
     from vllm_gemma4_spec.ops import plots
     from vllm_gemma4_spec.ops.plan import model, report, timing
     from vllm_gemma4_spec.ops.plan.configs import PlanError
@@ -68,21 +68,22 @@ def command(
     given = report.Given(
         None if target_ms is None else target_ms / 1e3, None if draft_ms is None else draft_ms / 1e3, overhead_ms / 1e3
     )
-    made = report.make(
-        big,
-        small,
-        machines,
-        curves,
-        requests=requests,
-        context=context,
-        kv_dtype=kv_dtype,
-        utilization=utilization,
-        given=given,
-    )
+    with _checks.slow("computing", as_json):
+        made = report.make(
+            big,
+            small,
+            machines,
+            curves,
+            requests=requests,
+            context=context,
+            kv_dtype=kv_dtype,
+            utilization=utilization,
+            given=given,
+        )
     if as_json:
         typer.echo(made.model_dump_json(indent=2))
     else:
-        _print(Console(highlight=False), made)
+        _print(rich.Console(highlight=False), made)
     if plot:
         title = " + ".join(f"{m.name} ({m.weights})" for m in (big, small) if m)
         title += f", {requests} request{'s' if requests > 1 else ''} at {context} tokens"
@@ -93,7 +94,7 @@ def command(
         save(lines, title, plot)
 
 
-def _print(console: Console, made: Report) -> None:
+def _print(console: rich.Console, made: Report) -> None:
     for role, one in (("target", made.target), ("drafter", made.drafter)):
         if one:
             size = f"{one.weight_bytes / 1e9:.1f} GB {one.weights}, text model"
@@ -109,7 +110,7 @@ def _print(console: Console, made: Report) -> None:
         f"KV cache: {made.kv_bytes_per_token / 1024:.0f} KiB per further token, at most "
         f"{made.kv_bytes_per_request / 2**20:.0f} MiB per request of {made.context} tokens\n"
     )
-    table = Table("groups", "of", "attention", "window", "block size", "layers each")
+    table = rich.Table("groups", "of", "attention", "window", "block size", "layers each")
     for run in _runs(made.groups):
         first, last = run[0], run[-1]
         number = f"{first.number}" if first is last else f"{first.number}-{last.number}"
@@ -125,7 +126,7 @@ def _print(console: Console, made: Report) -> None:
     show(console, table)
     rates = list(made.machines[0].acceptance)
     heads = ("card", "fit", "longest", "times", "target ms", "draft ms", "plain tok/s", *[f"a={r}" for r in rates])
-    speeds = Table(*heads)
+    speeds = rich.Table(*heads)
     for m in made.machines:
         cells = [_best(m.acceptance[r]) if m.fits else "-" for r in rates]
         plain = _range(m.acceptance[rates[0]], 0) if m.fits else "-"

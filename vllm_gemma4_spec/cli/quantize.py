@@ -39,15 +39,17 @@ def command(
 
     Example: vllm-gemma4-spec quantize ./gemma-4-31B-it ./nvfp4 --recipe awq-full --calibration prompts.jsonl
     """
-    from vllm_gemma4_spec.checkpoints import quantizer, sizing
+    import vllm_gemma4_spec
+    from vllm_gemma4_spec.checkpoints import sizing
     from vllm_gemma4_spec.checkpoints.files import Checkpoint
+    from vllm_gemma4_spec.checkpoints.recipes import RECIPES
     from vllm_gemma4_spec.cli import _checks
     from vllm_gemma4_spec.cli._progress import shards
 
     if (recipe is None) == (fit is None):
         raise SettingError("give one of --recipe and --fit")
-    if recipe is not None and recipe not in quantizer.RECIPES:
-        raise SettingError(f"--recipe {recipe}: expected one of {', '.join(quantizer.RECIPES)}")
+    if recipe is not None and recipe not in RECIPES:
+        raise SettingError(f"--recipe {recipe}: expected one of {', '.join(RECIPES)}")
     memory = sizing.read_size(fit) if fit is not None else 0
     source = _checks.checkpoint(src)  # a wrong folder is named before ModelOpt is imported
     _checks.new_folder("OUT", out)
@@ -60,12 +62,12 @@ def command(
     interpreter = str(python or sys.executable)
     if shutil.which(interpreter) is None:
         raise SettingError(f"--python {interpreter}: no such program; name a Python that has nvidia-modelopt")
-    root = str(Path(quantizer.__file__).parents[2])
+    root = str(Path(vllm_gemma4_spec.__file__).parents[1])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
     arguments = [str(src), str(out), recipe, str(calibration or ""), *([] if towers else ["--no-towers"])]
     # A process of its own also here: ModelOpt changes transformers, and prints on stdout.
     process = subprocess.Popen(
-        [interpreter, "-m", quantizer.__name__, *arguments],
+        [interpreter, "-m", "vllm_gemma4_spec.checkpoints.quantizer", *arguments],
         env={**os.environ, "PYTHONPATH": path},
         stdout=sys.stderr if not as_json else subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Column, Table
 
+from vllm_gemma4_spec.cli import _rich as rich
 from vllm_gemma4_spec.cli._tables import show
 
 
@@ -40,9 +39,9 @@ def command(
     if as_json:
         typer.echo(done.model_dump_json(indent=2))
         return
-    console = Console()
+    console = rich.Console()
     if done.changes:
-        table = Table(Column("layer", overflow="fold"), "saturated", "zeroed", "restored from the parent")
+        table = rich.Table(rich.Column("layer", overflow="fold"), "saturated", "zeroed", "restored from the parent")
         for change in done.changes:
             table.add_row(change.module, str(change.saturated), str(change.zeroed), str(change.restored))
         show(console, table)

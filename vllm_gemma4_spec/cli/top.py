@@ -9,13 +9,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console, Group, RenderableType
-from rich.live import Live as Screen
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
 
 from vllm_gemma4_spec.cli import _keys
+from vllm_gemma4_spec.cli import _rich as rich
 
 if TYPE_CHECKING:
     from vllm_gemma4_spec.ops.live import Live
@@ -42,13 +38,13 @@ def command(
     """
     from vllm_gemma4_spec.ops import live, server
 
-    console = Console(highlight=False)
+    before = live.sample_server(server.vllm_samples(url, api_key), time.monotonic())
+    console = rich.Console(highlight=False)
     in_terminal = console.is_terminal and not as_json
     samples = count or (0 if in_terminal else 1)
-    before = live.sample_server(server.vllm_samples(url, api_key), time.monotonic())
     history: deque[Live] = deque(maxlen=HISTORY)
     shown = 0
-    screen = Screen(console=console, auto_refresh=False, transient=False) if in_terminal else None
+    screen = rich.Live(console=console, auto_refresh=False, transient=False) if in_terminal else None
     with _keys.single_keys() as keys, screen or contextlib.nullcontext():
         while not samples or shown < samples:
             if _keys.wait(interval, keys and in_terminal):
@@ -58,7 +54,9 @@ def command(
             except server.ServerError as error:
                 if screen is None:
                     raise
-                screen.update(Group(Text(str(error), "yellow"), Text("waiting for it; q ends")), refresh=True)
+                screen.update(
+                    rich.Group(rich.Text(str(error), "yellow"), rich.Text("waiting for it; q ends")), refresh=True
+                )
                 continue
             history.append(live.between(before, after))
             if as_json:
@@ -70,44 +68,44 @@ def command(
             before, shown = after, shown + 1
 
 
-def _render(url: str, history: Sequence[Live]) -> RenderableType:
+def _render(url: str, history: Sequence[Live]) -> rich.RenderableType:
     now = history[-1]
     method = f"{now.method or 'speculation'}, k = {now.k}" if now.k else "no speculation"
-    parts: list[RenderableType] = [
-        Text.assemble((url, "bold"), f"  {now.model}, {method}"),
-        Text(
+    parts: list[rich.RenderableType] = [
+        rich.Text.assemble((url, "bold"), f"  {now.model}, {method}"),
+        rich.Text(
             f"{now.running} running, {now.waiting} waiting, {now.preempted} preempted; "
             f"KV cache {now.kv_cache_used:.0%} used, prefix hits {_share(now.prefix_hits)}"
         ),
         _curves(history),
     ]
     if now.acceptance_length is None:
-        parts.append(Text("no drafts in this interval", "dim"))
+        parts.append(rich.Text("no drafts in this interval", "dim"))
     else:
-        parts.append(Text(f"{now.drafts_per_s:.1f} drafts/s, acceptance length {now.acceptance_length:.2f}"))
+        parts.append(rich.Text(f"{now.drafts_per_s:.1f} drafts/s, acceptance length {now.acceptance_length:.2f}"))
         parts.append(_positions(history))
     if now.drafts_skipped:
-        parts.append(Text(f"{now.drafts_skipped} drafts dropped near the maximum length", "yellow"))
+        parts.append(rich.Text(f"{now.drafts_skipped} drafts dropped near the maximum length", "yellow"))
     if now.nan_blocks_repaired:
-        parts.append(Text(f"{now.nan_blocks_repaired} NaN blocks repaired at load", "yellow"))
+        parts.append(rich.Text(f"{now.nan_blocks_repaired} NaN blocks repaired at load", "yellow"))
     if now.processes:
         partly = [name for name, n in now.patches.items() if n != now.processes]
         on = len(now.patches) - len(partly)
-        parts.append(Text(f"{on} patches on in all {now.processes} processes that report"))
+        parts.append(rich.Text(f"{on} patches on in all {now.processes} processes that report"))
         if partly:
-            parts.append(Text(f"not on everywhere: {', '.join(partly)}", "red"))
+            parts.append(rich.Text(f"not on everywhere: {', '.join(partly)}", "red"))
     else:
-        parts.append(Text("no process reports patches; `vllm-gemma4-spec doctor --url` says why", "red"))
-    return Group(*parts)
+        parts.append(rich.Text("no process reports patches; `vllm-gemma4-spec doctor --url` says why", "red"))
+    return rich.Group(*parts)
 
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
 
-def _curves(history: Sequence[Live]) -> Table:
+def _curves(history: Sequence[Live]) -> rich.Table:
     """Throughput and latencies: now, and the last intervals from their least to their most."""
-    grid = Table.grid(padding=(0, 1))
+    grid = rich.Table.grid(padding=(0, 1))
     for wraps in (False, False, True):
         grid.add_column(no_wrap=not wraps, overflow="crop")
     rows: dict[str, list[float | None]] = {
@@ -119,19 +117,19 @@ def _curves(history: Sequence[Live]) -> Table:
         last = values[-1]
         known = [v for v in values if v is not None]
         most = max(known, default=0.0) or 1.0
-        grid.add_row(name, "-" if last is None else f"{last:.1f}", Text(curve([v / most for v in known]), "cyan"))
+        grid.add_row(name, "-" if last is None else f"{last:.1f}", rich.Text(curve([v / most for v in known]), "cyan"))
     return grid
 
 
-def _positions(history: Sequence[Live]) -> Table:
+def _positions(history: Sequence[Live]) -> rich.Table:
     """Share, bar and curve of each draft position, counted from 0 as in vLLM's metrics."""
-    grid = Table.grid(padding=(0, 1))
+    grid = rich.Table.grid(padding=(0, 1))
     for wraps in (False, False, True, False):
         grid.add_column(no_wrap=not wraps, overflow="crop")
     for position, share in enumerate(history[-1].accepted_by_position):
         past = [h.accepted_by_position[position] for h in history if len(h.accepted_by_position) > position]
-        bar = ProgressBar(total=1.0, completed=share, width=20)
-        grid.add_row(f"position {position}", f"{share:>4.0%}", bar, Text(curve(past), "cyan"))
+        bar = rich.ProgressBar(total=1.0, completed=share, width=20)
+        grid.add_row(f"position {position}", f"{share:>4.0%}", bar, rich.Text(curve(past), "cyan"))
     return grid
 
 

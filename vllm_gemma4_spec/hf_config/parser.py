@@ -10,6 +10,8 @@ from typing import Any
 from vllm_gemma4_spec.errors import CheckpointError, stop
 from vllm_gemma4_spec.hf_config.normal_form import normalized
 
+GGUF = "a GGUF file; vLLM 0.19.1 reads no Gemma 4 from one: serve the checkpoint as safetensors"
+
 
 def parse(original: Callable[..., tuple[dict[str, Any], Any]]) -> Callable[..., tuple[dict[str, Any], Any]]:
     """``HFConfigParser.parse``: targets, drafters and assistants come through here, before any override.
@@ -22,7 +24,13 @@ def parse(original: Callable[..., tuple[dict[str, Any], Any]]) -> Callable[..., 
 
     @functools.wraps(original)
     def wrapper(self: Any, model: str | Path, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
-        found = original(self, model, *args, **kwargs)
+        try:
+            found = original(self, model, *args, **kwargs)
+        except ValueError as error:  # transformers' words for a GGUF file of an architecture that it cannot read
+            if "gguf_file" not in kwargs or "architecture gemma4" not in str(error):
+                raise
+            file = Path(model) / kwargs["gguf_file"]
+            stop(CheckpointError(f"{file}: {GGUF}"))
         written, config = found
         try:
             plain = normalized(written, str(Path(model) / "config.json"))

@@ -16,7 +16,7 @@ class AssistantGraphs:
     """Captured drafts by batch size and number of passes.
 
     A replay reads the proposer's buffers and the block tables of the donors' groups, all at addresses that stay. Rows
-    that pad a batch have a length of one: they read a block that exists and write nowhere.
+    that pad a batch have a length of one and vLLM's null block: they read what exists and write nowhere.
 
     Args:
         proposer: its model is loaded, its KV cache bound and its metadata builders made.
@@ -57,6 +57,8 @@ class AssistantGraphs:
         self._proposer.seq_lens[start:end].fill_(1)
         self._proposer.positions[start:end].zero_()
         self._proposer.input_ids[start:end].zero_()
+        for table in self._proposer.block_tables(end):  # vLLM marks rows past the batch with -1, which is no block
+            table[start:].zero_()
 
     def replay(self, num_reqs: int, draft_length: int) -> Tensor:
         """Drafts for the proposer's buffers: ``[num_reqs, draft_length]`` int64, the caller's own."""

@@ -183,11 +183,15 @@ class AssistantProposer(RunnerProposer):
             return graphs.replay(num_reqs, draft_length)
         return self._passes(num_reqs, draft_length, self.metadata(num_reqs, cad.max_seq_len))
 
+    def block_tables(self, num_reqs: int) -> list[Tensor]:
+        """The first rows of each donor group's block table: ``[num_reqs, blocks]`` int32, at addresses that stay."""
+        tables = self._runner.input_batch.block_table
+        return [tables[group.kv_cache_group_id].get_device_tensor(num_reqs) for group in self.draft_attn_groups]
+
     def metadata(self, num_reqs: int, max_seq_len: int) -> dict[str, Any]:
         """What every pass of a draft attends with, by layer: each group's blocks, the same lengths, no slots."""
-        tables = self._runner.input_batch.block_table
         out: dict[str, Any] = {}
-        for group in self.draft_attn_groups:
+        for group, table in zip(self.draft_attn_groups, self.block_tables(num_reqs), strict=True):
             cad = CommonAttentionMetadata(
                 query_start_loc=self.arange[: num_reqs + 1],
                 query_start_loc_cpu=torch.arange(num_reqs + 1, dtype=torch.int32),
@@ -196,7 +200,7 @@ class AssistantProposer(RunnerProposer):
                 num_actual_tokens=num_reqs,
                 max_query_len=1,
                 max_seq_len=max_seq_len,
-                block_table_tensor=tables[group.kv_cache_group_id].get_device_tensor(num_reqs),
+                block_table_tensor=table,
                 slot_mapping=self.no_slots[:num_reqs],
             )
             built = group.get_metadata_builder().build_for_drafting(common_attn_metadata=cad, draft_index=0)

@@ -80,7 +80,7 @@ class Live(Output):
     drafts_skipped: int
     """drafts not made in the interval, because the batch was near the maximum length"""
     acceptance_length: float | None
-    """tokens per step and request, the target's own counted; null: no draft was verified"""
+    """mean tokens that a step with drafts adds to a request, the target's own counted; null: no draft was verified"""
     accepted_by_position: tuple[float, ...]
     """shares of drafts, 0 to 1, position 0 first; empty: no draft was verified"""
     nan_blocks_repaired: int

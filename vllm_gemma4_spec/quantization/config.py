@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
 from vllm.model_executor.layers.fused_moe.layer import FusedMoE
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -137,7 +135,7 @@ def float_modules(model_name: str) -> frozenset[str]:
     Raises:
         CheckpointError: a shard or a tensor is not what it must be. ``vllm serve`` ends with that line.
     """
-    folder = _local(model_name)
+    folder = loading.local(model_name)
     if folder is None:
         remote = get_safetensors_params_metadata(model_name, revision=loading.asked.get()[0])
         return frozenset(layers.float_modules((n, i["dtype"], tuple(i["shape"])) for n, i in remote.items()))
@@ -172,18 +170,6 @@ def _group_sizes(section: dict[str, Any]) -> list[Any]:
     return [section.get("group_size"), *(w["group_size"] for w in weights if w and "group_size" in w)]
 
 
-def _local(model_name: str) -> Path | None:
-    """The checkpoint's folder if its weights are here: the name itself, or the Hub's cache."""
-    if Path(model_name).is_dir():
-        return Path(model_name)
-    try:
-        revision, cache = loading.asked.get()
-        folder = Path(snapshot_download(model_name, revision=revision, cache_dir=cache, local_files_only=True))
-    except (OSError, ValueError):
-        return None
-    return folder if any(folder.glob("*.safetensors")) else None
-
-
 def _linear_method(config: Any) -> QuantizeMethodBase:
     from vllm_gemma4_spec.quantization.linear import Nvfp4LinearMethod
 
@@ -195,7 +181,8 @@ def nvfp4_config(original: type) -> type:
 
     Patch: ``modelopt-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
-    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 to 0.32); none found
+    for NVFP4_AWQ and NVFP4_SVD.
     """
     return _derived(original)
 

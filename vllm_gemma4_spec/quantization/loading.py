@@ -1,4 +1,4 @@
-"""Between a ModelOpt checkpoint's files and vLLM's model: checked first, names of the low-rank factors unified."""
+"""Between a checkpoint's files and vLLM's model: checked first, names brought to those that vLLM 0.19.1 loads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from vllm.platforms import current_platform
 
@@ -21,25 +22,85 @@ _MODELOPT = ("modelopt", "modelopt_fp4", "modelopt_mixed")
 asked: contextvars.ContextVar[tuple[str | None, str | None]] = contextvars.ContextVar("asked", default=(None, None))
 
 
+def local(model_name: str) -> Path | None:
+    """The checkpoint's folder if its weights are here: the name itself, or the Hub's cache with every shard in it."""
+    if Path(model_name).is_dir():
+        return Path(model_name)
+    try:
+        revision, cache = asked.get()
+        folder = Path(snapshot_download(model_name, revision=revision, cache_dir=cache, local_files_only=True))
+        whole = all(file.is_file() for file in files.Checkpoint(folder).files)
+    except (OSError, ValueError, CheckpointError):
+        return None
+    return folder if whole else None  # a download that was cut goes on when vLLM loads
+
+
 def quantization_config(original: staticmethod[..., Any]) -> staticmethod[..., Any]:
-    """``VllmConfig._get_quantization_config`` for ``modelopt_fp4``: says which revision, and where downloads are.
+    """``VllmConfig._get_quantization_config``: says which revision, and where downloads are; a Gemma 4 whose shards
+    cannot be served as they are ends here, before a process starts.
 
     Patch: ``modelopt-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
-    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 to 0.32); none found
+    for NVFP4_AWQ and NVFP4_SVD.
     """
 
     @functools.wraps(original.__func__)
     def wrapper(model_config: Any, load_config: Any) -> Any:
-        if not scope.modelopt_nvfp4(model_config):
+        gemma = scope.gemma4_model(model_config)
+        if not gemma and getattr(model_config, "quantization", None) not in _MODELOPT:
             return original.__func__(model_config, load_config)
         token = asked.set((model_config.revision, load_config.download_dir))
         try:
+            if gemma and getattr(load_config, "load_format", None) != "dummy":
+                _check_forms(model_config)
             return original.__func__(model_config, load_config)
+        except CheckpointError as error:
+            stop(error)
         finally:
             asked.reset(token)
 
     return staticmethod(wrapper)
+
+
+def _check_forms(model_config: Any) -> None:
+    """What the headers of a Gemma 4's shards alone rule out; nothing where they are not here yet.
+
+    Raises:
+        CheckpointError: a vision tower that no shard holds would be served untrained; experts in integers on a CPU.
+    """
+    folder = local(model_config.model)
+    if folder is None or not any(folder.glob("*.safetensors")):
+        return
+    checkpoint = files.Checkpoint(folder)
+    text_alone = getattr(model_config, "runner_type", None) == "draft" or not _has_tower(model_config)
+    if not text_alone and layers.missing_tower(checkpoint.config, checkpoint.tensors):
+        raise CheckpointError(f"{folder}: {outcome.NO_TOWER}")
+    found = layers.integer_experts(checkpoint.tensors.values()) if current_platform.is_cpu() else None
+    if found is not None:
+        raise CheckpointError(f"{found}: {outcome.INTEGER_EXPERTS}")
+
+
+def _has_tower(model_config: Any) -> bool:
+    """Whether vLLM builds the vision tower: not for the text class, nor where no image is allowed."""
+    if "Gemma4ForConditionalGeneration" not in (getattr(model_config.hf_config, "architectures", None) or []):
+        return False
+    limits = getattr(model_config, "multimodal_config", None)
+    return limits is not None and any(limits.get_limit_per_prompt(kind) for kind in ("image", "video"))
+
+
+def _each_expert(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor of all experts at once as one per expert; others as they are, under the names that vLLM loads."""
+    stacked = layers.stacked_experts(name)
+    if stacked is None:
+        yield name, tensor
+        return
+    root, projections, part = stacked
+    if part == "weight_shape":  # no kernel reads it
+        return
+    for expert, weight in enumerate(tensor):
+        for projection, rows in zip(projections, weight.chunk(len(projections)), strict=True):
+            yield f"{root}.{expert}.{projection}.{part}", rows
 
 
 def checked_weights(original: Callable[..., Iterator[tuple[str, Tensor]]]) -> Callable[..., Any]:
@@ -50,7 +111,8 @@ def checked_weights(original: Callable[..., Iterator[tuple[str, Tensor]]]) -> Ca
 
     Patch: ``modelopt-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
-    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 to 0.32); none found
+    for NVFP4_AWQ and NVFP4_SVD.
     """
 
     @functools.wraps(original)
@@ -58,16 +120,21 @@ def checked_weights(original: Callable[..., Iterator[tuple[str, Tensor]]]) -> Ca
         stream = original(self, model_config, model)
         if model_config.quantization not in _MODELOPT:
             gemma = scope.gemma4_model(model_config)
-            return ((layers.canonical(name), tensor) for name, tensor in stream) if gemma else stream
+            return _loadable(stream) if gemma else stream
         _, shards, safetensors = self._prepare_weights(model_config.model, None, model_config.revision, True, None)
         if safetensors:
             tensors = files.read_headers(Path(f) for f in sorted(shards))
             written = getattr(model_config.hf_config, "quantization_config", None) or {}
             section = written.get("quantization", written)
             layers.check(layers.describe(tensors, section if isinstance(section, dict) else {}))
-        return ((layers.canonical(name), tensor) for name, tensor in stream)
+        return _loadable(stream)
 
     return get_all_weights
+
+
+def _loadable(stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in stream:
+        yield from _each_expert(layers.canonical(name), tensor)
 
 
 def known_algorithm(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,7 +144,8 @@ def known_algorithm(original: Callable[..., Any]) -> Callable[..., Any]:
 
     Patch: ``modelopt-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
-    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 to 0.32); none found
+    for NVFP4_AWQ and NVFP4_SVD.
     """
 
     @functools.wraps(original)
@@ -101,7 +169,8 @@ def refused_on_cpu(original: Any) -> Any:
 
     Patch: ``modelopt-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
-    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 to 0.32); none found
+    for NVFP4_AWQ and NVFP4_SVD.
     Patch: ``compressed-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_compressed_tensors.py::test_stock_has_no_nvfp4_on_a_cpu``. Related upstream change:
     #35733 (emulation, in 0.20.0).

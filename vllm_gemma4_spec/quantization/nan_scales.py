@@ -77,7 +77,8 @@ def reported(original: Callable[..., None]) -> Callable[..., None]:
 
     Patch: ``modelopt-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
-    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 to 0.32); none found
+    for NVFP4_AWQ and NVFP4_SVD.
     """
 
     def process_weights_after_loading(model: Module, *args: Any, **kwargs: Any) -> None:
@@ -98,8 +99,7 @@ def report(model: Module) -> None:
     if line is None:
         return
     _, blocks, lost = _counted(model)
-    for module in model.modules():  # weights may be loaded again, with other scales
-        module.__dict__.pop("modelopt_nan", None)
+    forget(model)
     advice = "`vllm-gemma4-spec repair` restores the blocks from the bf16 parent"
     if settings.NAN_SCALES.read() == "strict":
         raise CheckpointError(f"{line.split(':')[0]}; {advice}, or unset {settings.NAN_SCALES.name}")
@@ -107,3 +107,9 @@ def report(model: Module) -> None:
         logger.warning("NVFP4 checkpoint: %s; %s", line, advice)
     reports.count("nan_blocks_repaired", blocks - lost, "saturated")
     reports.count("nan_blocks_repaired", lost, "zeroed")
+
+
+def forget(model: Module) -> None:
+    """Weights may be loaded again, with other scales."""
+    for module in model.modules():
+        module.__dict__.pop("modelopt_nan", None)

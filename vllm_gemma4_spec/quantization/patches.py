@@ -100,17 +100,21 @@ PATCHES: tuple[Patch, ...] = (
             "uninitialised scales of E4B layers that reuse KV into a maximum, overflows Marlin's scales where a "
             "tensor's are far apart (448 beside 1/512), takes bf16 experts for quantized "
             "ones, wants an input_scale of experts that calibration never reached, and has neither NVFP4 nor FP8 on a "
-            "CPU."
+            "CPU. It ends in a KeyError at 26B-A4B's experts where compressed-tensors wrote them into one tensor, and "
+            "serves a quantized checkpoint whose vision tower was left out with an untrained one."
         ),
         how=(
             "Subclasses of the NVFP4 and mixed configs choose subclasses of the linear methods, which add "
             "pre_quant_scale and the low-rank branch, repair what was loaded and emulate where vLLM has no kernel; "
-            "also when weights are loaded again (reload_weights, update_weights), with the KV cache's scales."
+            "also when weights are loaded again (reload_weights, update_weights), with the KV cache's scales; weights "
+            "that are refused then leave the old ones. Stacked experts are handed on one by one; what the headers rule "
+            "out is refused before a process starts."
         ),
         retire="vLLM reads pre_quant_scale and svdquant_lora_*, and repairs or refuses NaN scales itself.",
-        scope="Checkpoints in ModelOpt's NVFP4 forms, MIXED_PRECISION and FP8, whatever the model.",
-        related="#35733 (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ "
-        "and NVFP4_SVD",
+        scope="Checkpoints in ModelOpt's NVFP4 forms, MIXED_PRECISION and FP8, whatever the model; tensors of every "
+        "Gemma 4.",
+        related="#35733 (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 "
+        "to 0.32); none found for NVFP4_AWQ and NVFP4_SVD",
         edits=(
             Edit(f"{_QUANTIZATION}:ModelOptNvFp4Config", config.nvfp4_config),
             Edit(f"{_QUANTIZATION}:ModelOptMixedPrecisionConfig", mixed.mixed_config),
@@ -155,6 +159,7 @@ PATCHES: tuple[Patch, ...] = (
             f"{_LOADER}.default_loader:DefaultModelLoader._prepare_weights",
             f"{_LOADER}.reload.layerwise:initialize_layerwise_reload",
             f"{_LOADER}.reload.layerwise:_layerwise_process",
+            f"{_LOADER}.reload.types:LayerReloadingInfo",
             "vllm.v1.worker.gpu_model_runner:GPUModelRunner.reload_weights",
         ),
     ),

@@ -22,26 +22,133 @@ from vllm_gemma4_spec.errors import CheckpointError
 from vllm_gemma4_spec.quantization import nan_scales
 
 MARK = "modelopt_checked"  # a layer that one of this package's methods has processed
+FINISHED = "_gemma4_spec_weights_finished"  # attribute of a model that is being reloaded: the last part has begun
+UNKNOWN = "_gemma4_spec_weights_unknown"  # attribute of a worker: its weights are not those of its config's checkpoint
 
 
 def with_config(original: Callable[..., Any]) -> Callable[..., Any]:
     """``Worker.reload_weights`` and ``update_weights``: the worker's config is current, as in the first load.
 
     What layers choose by it (``scope``, KV scales of layers that reuse KV) is chosen again while they are processed.
+    Weights that one rank refuses are refused by all: the old ones stay, or are read again from their checkpoint where
+    layers have been written already. Where that cannot be, no step runs until a later reload succeeds.
 
     Patch: ``modelopt-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
-    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 to 0.32); none found
+    for NVFP4_AWQ and NVFP4_SVD.
     """
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not (scope.gemma4_engine(self.vllm_config) or scope.modelopt_nvfp4(self.model_config)):
             return original(self, *args, **kwargs)
+        refused: Exception | None = None
         with set_current_vllm_config(self.vllm_config):
-            return original(self, *args, **kwargs)
+            model, checkpoint = self.model_runner.get_model(), self.model_config.model
+            before = Before(model)
+            # No rank may wait for another, as the report does, before all have said whether they go on.
+            for part in (lambda: original(self, *args, **kwargs), lambda: _report(model)):
+                try:
+                    part()
+                except Exception as error:
+                    refused = error
+                said, last = _of_all_ranks(f"{type(refused).__name__}: {refused}" if refused else None)
+                if said:
+                    break
+            else:
+                delattr(model, FINISHED)
+                vars(self).pop("execute_model", None)
+                given = original.__name__ == "update_weights" or args or kwargs.get("weights_iterator") is not None
+                setattr(self, UNKNOWN, bool(given))
+                return None
+            self.model_config.model = checkpoint
+            written = before.put_back() or _direct(args, kwargs)
+            lost, _ = _of_all_ranks(_restore(self) if written else None)
+            if lost:
+                _halt(self, f"new weights were refused half way ({said[0]}), and {lost[0]}")
+        # vLLM reads the ranks' answers up to the first error, and what is left unread is the next call's answer.
+        if last:
+            raise refused or CheckpointError(f"another rank has refused the new weights ({said[0]})")
+        return None
 
     return wrapper
+
+
+def _report(model: Module) -> None:
+    if any(hasattr(module, MARK) for module in model.modules()):
+        nan_scales.report(model)
+
+
+def _of_all_ranks(error: str | None) -> tuple[list[str], bool]:
+    """The errors of all ranks of this engine, and whether this is the last of them."""
+    from vllm.distributed import get_pp_group, get_tp_group
+
+    errors, last = [error] if error else [], True
+    for group in (get_tp_group(), get_pp_group()):
+        last &= group.is_last_rank
+        if group.world_size > 1:
+            found: list[list[str]] = [[] for _ in range(group.world_size)]
+            torch.distributed.all_gather_object(found, errors, group=group.cpu_group)
+            errors = [each for rank in found for each in rank]
+    return errors, last
+
+
+class Before:
+    """The attributes of every layer before a reload, its tensors among them."""
+
+    def __init__(self, model: Module) -> None:
+        self.model = model
+        self._layers = [(layer, _attributes(layer)) for layer in model.modules()]
+        setattr(model, FINISHED, False)
+
+    def put_back(self) -> bool:
+        """Undo what a reload has left of itself; whether it has written into the old tensors."""
+        from vllm.model_executor.model_loader.reload import layerwise
+
+        infos = [(layer, layerwise.get_layerwise_info(layer)) for layer, _ in self._layers]
+        started = any(info.can_load() for _, info in infos)
+        done = any(not info.can_load() and layerwise.get_layer_tensors(layer) for layer, info in infos)
+        written = getattr(self.model, FINISHED) or (started and done)
+        for (layer, attributes), (_, info) in zip(self._layers, infos, strict=True):
+            vars(layer).clear()
+            vars(layer).update(attributes)
+            info.reset()
+        return written
+
+
+def _attributes(layer: Module) -> dict[str, Any]:
+    return vars(layer) | {"_parameters": dict(layer._parameters), "_buffers": dict(layer._buffers)}
+
+
+def _direct(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether weights come in the kernels' form: vLLM copies them over the old ones as they come."""
+    infos = [value for value in (*args, *kwargs.values()) if isinstance(value, dict)]
+    return any(value is False for value in (*args, *(info.get("is_checkpoint_format") for info in (kwargs, *infos))))
+
+
+def _restore(worker: Any) -> str | None:
+    """Read the old weights again from their checkpoint, or say why not."""
+    if getattr(worker, UNKNOWN, False):
+        return "the old ones came from no checkpoint"
+    before = Before(worker.model_runner.get_model())
+    try:
+        worker.model_runner.reload_weights()
+        delattr(before.model, FINISHED)
+        nan_scales.forget(before.model)
+    except Exception as error:
+        before.put_back()
+        return f"the old ones cannot be read again: {type(error).__name__}: {error}"
+    return None
+
+
+def _halt(worker: Any, why: str) -> None:
+    """Weights of two checkpoints answer nothing."""
+
+    def execute_model(*_: Any, **__: Any) -> Any:
+        raise CheckpointError(f"{why}; load a whole checkpoint, or start the engine again")
+
+    worker.execute_model = execute_model
 
 
 def finalize(original: Callable[..., None]) -> Callable[..., None]:
@@ -51,7 +158,8 @@ def finalize(original: Callable[..., None]) -> Callable[..., None]:
 
     Patch: ``modelopt-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
-    (emulation, in 0.20.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 to 0.32); none found
+    for NVFP4_AWQ and NVFP4_SVD.
     """
 
     @functools.wraps(original)
@@ -60,9 +168,13 @@ def finalize(original: Callable[..., None]) -> Callable[..., None]:
         if ours or scope.gemma4_model(model_config):
             for module in model.modules():
                 _load_kv_scales(module)
+        whole = next(model.modules())  # not a wrapper around the model
+        reloading = hasattr(whole, FINISHED)
+        if reloading:
+            setattr(whole, FINISHED, True)
         original(model, model_config)
-        if ours:
-            nan_scales.report(model)
+        if not reloading:
+            _report(model)
 
     return wrapper
 

@@ -8,25 +8,41 @@ from typing import Any
 
 import torch
 from vllm.v1.sample.logits_processor import LogitsProcessors
-from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor, process_dict_updates
 
 from vllm_gemma4_spec.scope import gemma4_model
 
 
 class MinTokens(MinTokensLogitsProcessor):
-    """vLLM's processor, which counts the drafts of a step before the token after them, too."""
+    """vLLM's processor, but for two counts.
+
+    The drafts of a step count before the token after them. And with async scheduling a request's output has a
+    placeholder for every draft of the step before, rejected or not, until logits are there: a request is forgotten only
+    once its output is long enough without them.
+    """
 
     drafts: Sequence[int] | None = None  # how many, by row, while a speculative step is sampled
 
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        super().__init__(vllm_config, device, is_pin_memory)
+        self._most_drafts: int = vllm_config.speculative_config.num_speculative_tokens
+
+    @staticmethod
+    def add_request(params: Any, _: list[int] | None, output: list[int]) -> tuple[int, Sequence[int], set[int]] | None:
+        return (params.min_tokens, output, params.all_stop_token_ids) if params.min_tokens else None
+
+    def update_state(self, batch_update: Any) -> None:
+        process_dict_updates(self.min_toks, batch_update, self.add_request)
+        long = [r for r, (least, output, _) in self.min_toks.items() if len(output) - self._most_drafts >= least]
+        for row in long:
+            del self.min_toks[row]
+
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (requests, vocabulary) of the token after the last draft, or after the output without drafts."""
-        drafts = self.drafts
-        if not self.min_toks or drafts is None:
-            return super().apply(logits)
         at = [
             (row, token)
             for row, (least, output, stops) in self.min_toks.items()
-            if len(output) + drafts[row] < least
+            if len(output) + (self.drafts[row] if self.drafts is not None else 0) < least
             for token in stops
         ]
         if at:
@@ -34,6 +50,27 @@ class MinTokens(MinTokensLogitsProcessor):
             places = self._device_tensor(rows, torch.int32), self._device_tensor(tokens, torch.int32)
             logits.index_put_(places, self.neg_inf_tensor)
         return logits
+
+
+def make_sampling_metadata(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``InputBatch._make_sampling_metadata``: outputs lose their placeholders before they are counted.
+
+    Patch: ``min-tokens``. Evidence:
+    ``tests/requests/test_requests_engine.py::test_stock_vllm_forgets_grammar_budget_and_stop_strings``. Related
+    upstream change: none found.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any) -> Any:
+        counts = any(isinstance(p, MinTokens) and p.min_toks for p in self.logitsprocs.all)
+        needed = self.logitsprocs_need_output_token_ids
+        self.logitsprocs_need_output_token_ids = needed or counts
+        try:
+            return original(self)
+        finally:
+            self.logitsprocs_need_output_token_ids = needed
+
+    return wrapper
 
 
 def build_logitsprocs(original: Callable[..., Any]) -> Callable[..., Any]:

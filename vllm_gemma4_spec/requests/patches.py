@@ -94,9 +94,11 @@ MIN_TOKENS = Patch(
     name="min-tokens",
     group=Group.CORRECTNESS,
     why="After the last draft of a step vLLM still forbids the end of the answer where min_tokens was not reached at "
-    "the step's beginning, though the drafts have reached it: the answer goes on past its end.",
-    how="The processor counts the drafts of a step before the token after them.",
-    retire="A release whose rejection sampler counts the drafts for the token after them.",
+    "the step's beginning, though the drafts have reached it: the answer goes on past its end. With async scheduling "
+    "it also counts drafts of the step before that were rejected: the answer ends too early.",
+    how="The processor counts the drafts of a step before the token after them, and outputs only once it is known what "
+    "was accepted.",
+    retire="A release whose rejection sampler counts the drafts for the token after them, and no rejected ones.",
     scope="Engines whose target is a Gemma 4 and that speculate; of their requests, those with min_tokens.",
     related="none found",
     edits=(
@@ -106,8 +108,13 @@ MIN_TOKENS = Patch(
             source="vllm.v1.sample.logits_processor:build_logitsprocs",
         ),
         Edit(f"{_REJECTION}.forward", min_tokens.forward),
+        Edit("vllm.v1.worker.gpu_input_batch:InputBatch._make_sampling_metadata", min_tokens.make_sampling_metadata),
     ),
-    watches=("vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor",),
+    watches=(
+        "vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor",
+        "vllm.v1.sample.logits_processor.builtin:process_dict_updates",
+        "vllm.v1.worker.gpu_input_batch:InputBatch.update_async_output_token_ids",
+    ),
 )
 
 ALLOWED_TOKENS = Patch(

@@ -26,7 +26,7 @@ def save(made: Report, file: Path) -> None:
                 right.plot(range(len(shares)), shares, f"o{style}", label=f"{name}, concurrency {r.concurrency}")
     left.set(xlabel="concurrency", ylabel="tok/s, all requests", ylim=(0, None))
     left.set_xticks(sorted({r.concurrency for r in made.summary}))
-    right.set(xlabel="draft position, from 0", ylabel="share accepted", ylim=(0, 1.02))
+    right.set(xlabel="position, from 0", ylabel="share accepted", ylim=(0, 1.02))
     right.xaxis.get_major_locator().set_params(integer=True)
     for axis in (left, right):
         axis.grid(alpha=0.3)

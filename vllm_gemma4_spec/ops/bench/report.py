@@ -88,7 +88,7 @@ class Run(Output):
     acceptance_rate: float | None = None
     """accepted share of all drafted tokens, 0 to 1"""
     acceptance_length: float | None = None
-    """tokens per step and request, the target's own counted"""
+    """mean tokens that a step with drafts adds to a request, the target's own counted"""
     accepted_by_position: tuple[float, ...] = ()
     """share of drafts accepted up to each position, 0 to 1, position 0 first; empty without speculation"""
 
@@ -218,7 +218,9 @@ def markdown(made: Report) -> str:
     names = dict(zip((s.url for s in made.servers), "AB", strict=False))
     lines = [f"- {names[s.url]}: {s}" for s in made.servers]
     lines += [f"- {made.date}, answers of at most {made.tokens} tokens, greedy", ""]
-    lines += ["| | concurrency | tok/s | per request | latency s | TTFT ms | ITL ms | tokens in, out | errors |"]
+    lines += [
+        "| | concurrency | tok/s | per request | latency s | TTFT ms | inter-token ms | tokens in, out | errors |"
+    ]
     lines += ["|" + "---|" * 9]
     for r in rows:
         inside = "-" if r.input_tokens is None else f"{r.input_tokens / max(1, r.requests):.0f}"
@@ -227,7 +229,7 @@ def markdown(made: Report) -> str:
             f"| {_cell(r.latency_ms, 2, 1e-3)} | {_cell(r.ttft_ms, 0)} | {_cell(r.itl_ms)} "
             f"| {inside}, {r.output_tokens / max(1, r.requests - r.errors):.0f} | {r.errors} of {r.requests} |"
         )
-    lines += ["", "| p50 / p90 / p99 | concurrency | latency ms | TTFT ms | ITL ms |", "|" + "---|" * 5]
+    lines += ["", "| p50 / p90 / p99 | concurrency | latency ms | TTFT ms | inter-token latency ms |", "|" + "---|" * 5]
     for r in rows:
         three = (_three(r.latency_percentiles), _three(r.ttft_percentiles), _three(r.itl_percentiles, 1))
         lines.append(f"| {names[r.url]} | {r.concurrency} | {' | '.join(three)} |")

@@ -66,7 +66,8 @@ def _speculation(sample: live.ServerSample, info: Mapping[str, str], wanted: boo
         yield Finding(SECTION, name, State.NOTE, found, advice="ask it something, then look again")
         return
     shares = [sample.accepted[p] / drafts for p in sorted(sample.accepted)]
-    found += f", acceptance length {1 + sum(shares):.2f}, accepted by position " + " ".join(f"{s:.0%}" for s in shares)
+    by_position = " ".join(f"{share:.0%}" for share in shares)
+    found += f", acceptance length {1 + sum(shares):.2f}, acceptance by position from 0: {by_position}"
     poor = drafts >= 100 and shares[0] < 0.05
     advice = "nearly every draft is rejected: the drafter does not fit the target; see the page on troubleshooting"
     yield Finding(SECTION, name, State.PROBLEM if poor else State.OK, found, advice=advice if poor else "")

@@ -1,12 +1,12 @@
-"""Floors of a decode step from bytes and bandwidth, tokens per step from acceptance, and the k that pays best.
+"""Floors of a decode step from bytes and bandwidth, acceptance length from acceptance, and the k that pays best.
 
 A step with k drafts is k passes of the drafter and one of the target over k + 1 tokens a request::
 
     time(k)   = k * T_draft + T_target(k + 1) + overhead      (no overhead for k = 0)
-    tokens(k) = 1 + a_1 + … + a_k         a_i: share of steps in which draft i is accepted
+    tokens(k) = 1 + a_0 + … + a_(k-1)     a_i: share of steps in which the draft at position i is accepted
     speed(k)  = requests * tokens(k) / time(k)
 
-``a_i`` is the acceptance rate per position of vLLM's ``/metrics``; from one rate p per draft, a_i = p ** i.
+``a_i`` is the acceptance rate per position of vLLM's ``/metrics``; from one rate p per draft, a_i = p ** (i + 1).
 A floor of T is bytes read / bandwidth. Nothing is faster; real steps are slower by launches, arithmetic
 and what attention does besides reading: :mod:`.measured` has how much.
 """
@@ -120,7 +120,7 @@ class Steps:
 
 
 def curve(text: str) -> tuple[float, ...]:
-    """``0.7`` (one rate per draft) or ``0.8,0.6,0.45`` (rate per position) as a_1 … a_MAX_K.
+    """``0.7`` (one rate per draft) or ``0.8,0.6,0.45`` (rate per position) as a_0 … a_(MAX_K - 1).
 
     Positions beyond those given go on with the last ratio.
 
@@ -140,13 +140,14 @@ def curve(text: str) -> tuple[float, ...]:
     return tuple(values[:MAX_K])
 
 
-def tokens_per_step(rates: Sequence[float], k: int) -> float:
+def acceptance_length(rates: Sequence[float], k: int) -> float:
+    """Tokens that a step with ``k`` drafts adds to a request: the accepted drafts and the target's own."""
     return 1 + sum(rates[:k])
 
 
 def speed(steps: Steps, rates: Sequence[float], k: int, requests: int) -> float:
     """Tokens per second of all requests together."""
-    return requests * tokens_per_step(rates, k) / steps.seconds(k)
+    return requests * acceptance_length(rates, k) / steps.seconds(k)
 
 
 def best_k(steps: Steps, rates: Sequence[float], requests: int) -> int:

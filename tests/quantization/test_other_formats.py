@@ -1,0 +1,240 @@
+"""What people have beside ModelOpt's NVFP4: stacked INT4 experts, AWQ, GGUF, models without towers, sharded folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from safetensors.torch import load_file, save_file
+
+from tests.checkpoints import reference, tiny
+from tests.quantization import forms
+from tests.quantization.comparison import FIXTURES, TOKENS, engine_logprobs
+from tests.support.engine import engine
+from vllm_gemma4_spec.checkpoints.files import Checkpoint
+from vllm_gemma4_spec.checkpoints.inspection import inspect
+from vllm_gemma4_spec.errors import CheckpointError
+from vllm_gemma4_spec.ops.plan import model as plan_model
+
+GROUP = 32
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP, "symmetric": True, "dynamic": False}
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _patched() -> None:
+    import vllm_gemma4_spec
+
+    vllm_gemma4_spec.apply()
+
+
+def vllm_config(folder: Path, **options: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    settings = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 64, "skip_tokenizer_init": True}
+    return EngineArgs(str(folder), **settings | options).create_engine_config()
+
+
+def integers(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[…, K] -> int32 [K/8] words, bfloat16 scales of :data:`GROUP` columns, and what they stand for in float32."""
+    blocks = weight.float().unflatten(-1, (-1, GROUP))
+    scale = (blocks.abs().amax(-1, keepdim=True) / 7).bfloat16()
+    codes = (blocks / scale.float()).round().clamp(-8, 7)
+    flat = codes.flatten(-2).to(torch.int8)
+    packed = pack_to_int32(flat.flatten(0, -2), 4).unflatten(0, flat.shape[:-1])
+    return packed, scale.squeeze(-1), (codes * scale.float()).flatten(-2)
+
+
+def w4a16(kind: str, folder: Path) -> tuple[Path, Tensors]:
+    """A tiny model as compressed-tensors' W4A16 with all experts in one tensor, and the weights it stands for."""
+    tiny.build(kind).save_pretrained(folder)
+    tensors, truth = {}, load_file(folder / "model.safetensors")
+    for name, value in list(truth.items()):
+        stacked = ".experts." in name
+        if not stacked and not name.endswith("_proj.weight"):
+            tensors[name] = value
+            continue
+        packed, scale, truth[name] = integers(value)
+        base = f"{name}_" if stacked else name.removesuffix("weight") + "weight_"
+        tensors |= {f"{base}packed": packed, f"{base}scale": scale, f"{base}shape": torch.tensor(value.shape)}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": INT4, "input_activations": None}},
+        "ignore": ["lm_head", "re:.*router.*", "re:.*per_layer.*"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, truth
+
+
+class _LoadedError(Exception):
+    """The weights are loaded and nothing has been made of them yet."""
+
+
+def test_stacked_experts_reach_vllms_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By vLLM's own methods for CUDA, which the CPU has no kernel for: stopped after loading."""
+    from vllm.model_executor.model_loader import base_loader
+
+    from vllm_gemma4_spec.checkpoints import layers
+
+    folder, _ = w4a16("26b", tmp_path / "model")
+    found: Tensors = {}
+
+    def loaded(model: Any, *_: Any) -> None:
+        found.update({name: p.data.clone() for name, p in model.named_parameters() if ".experts." in name})
+        raise _LoadedError
+
+    monkeypatch.setattr(layers, "integer_experts", lambda tensors: None)
+    monkeypatch.setattr(base_loader, "process_weights_after_loading", loaded)
+    with pytest.raises(_LoadedError), engine(folder, dtype="bfloat16", max_model_len=64):
+        pass
+    written = load_file(folder / "model.safetensors")
+    for part in ("packed", "scale"):
+        for theirs, ours in (("gate_up_proj", "w13"), ("down_proj", "w2")):
+            for layer in (0, 1):
+                wanted = written[f"model.layers.{layer}.experts.{theirs}_{part}"].transpose(1, 2)
+                assert torch.equal(found[f"model.layers.{layer}.moe.experts.{ours}_weight_{part}"], wanted)
+
+
+@pytest.mark.slow
+def test_linears_in_integers_are_right(tmp_path: Path) -> None:
+    """vLLM's own CPU kernel, in bfloat16: as near to float32 as the same weights unquantized are."""
+    folder, truth = w4a16("31b", tmp_path / "model")
+    plain = shutil.copytree(folder, tmp_path / "plain")
+    config = json.loads((plain / "config.json").read_text())
+    del config["quantization_config"]
+    (plain / "config.json").write_text(json.dumps(config))
+    save_file({name: value.bfloat16().contiguous() for name, value in truth.items()}, plain / "model.safetensors")
+    wanted = reference.logprobs(plain, TOKENS)
+    ours, theirs = (engine_logprobs(f, dtype="bfloat16") for f in (folder, plain))
+    assert (ours - wanted).abs().mean() < 1.5 * (theirs - wanted).abs().mean()
+
+
+def _awq(folder: Path) -> Path:
+    shutil.copytree(FIXTURES / "26b-mm-awq-lite", folder, ignore=shutil.ignore_patterns("hf_quant_config.json"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["Gemma4ForCausalLM"]}
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    words = torch.zeros(64, 4, dtype=torch.int32)
+    name = "model.language_model.layers.0.experts.0.gate_proj.qweight"
+    save_file({name: words, "model.language_model.vision_tower.x": words}, folder / "model.safetensors")
+    return folder
+
+
+def _without_tower(folder: Path) -> Path:
+    made = forms.stripped_31b(folder)
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | {"architectures": ["Gemma4ForConditionalGeneration"]}))
+    return made
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "stacked INT4 experts on a CPU": (
+        lambda p: w4a16("26b", p)[0],
+        r"layers\.0\.experts\.\w+_packed \(model\.safetensors\): experts in packed integers; .* on a CPU: serve it on",
+    ),
+    "AWQ experts on a CPU": (
+        _awq,
+        r"experts\.0\.gate_proj\.qweight \(model\.safetensors\): experts in packed integers",
+    ),
+    "no shard holds the tower": (
+        _without_tower,
+        r"config\.json has a vision tower and no shard holds it; .*--hf-overr",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line_before_a_process_starts(case: str, tmp_path: Path) -> None:
+    make, message = REFUSED[case]
+    folder = make(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=message) as raised:
+        vllm_config(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_inspect_says_the_same(tmp_path: Path) -> None:
+    report = inspect(Checkpoint(w4a16("26b", tmp_path / "int4")[0]))
+    assert report.vllm_alone == "fails while loading: it does not know the names of the experts"
+    assert report.machines["CPU"] == "refused: no kernel for experts in packed integers"
+    assert report.with_overlay == "loads it"
+    linears = inspect(Checkpoint(w4a16("31b", tmp_path / "linears")[0]))
+    assert linears.machines["CPU"] == "vLLM's own kernels, if it has one for the format"
+    towers = inspect(Checkpoint(_without_tower(tmp_path / "towers")))
+    assert towers.with_overlay.startswith("refuses it: config.json has a vision tower and no shard holds it")
+
+
+def test_the_way_out_of_a_missing_tower(tmp_path: Path) -> None:
+    folder = _without_tower(tmp_path / "model")
+    made = vllm_config(folder, hf_overrides={"architectures": ["Gemma4ForCausalLM"]})
+    assert made.model_config.architecture == "Gemma4ForCausalLM"
+
+
+def test_plan_counts_a_31b_without_towers(tmp_path: Path) -> None:
+    folder = forms.stripped_31b(tmp_path / "model")
+    read, tensors = plan_model.load(folder), Checkpoint(folder).tensors
+    held = sum(t.bytes for t in tensors.values() if len(t.shape) == 2)
+    keys = tensors["model.language_model.layers.1.self_attn.k_proj.weight"].bytes * 9 / 8
+    assert read.weight_bytes == held + 2 * keys  # vLLM holds the K of both full layers a second time, as V
+
+
+def test_gguf_is_refused_in_one_line(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    file = tmp_path / "gemma.gguf"
+    writer = GGUFWriter(file, "gemma4")
+    writer.add_block_count(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"gemma\.gguf: a GGUF file; vLLM 0\.19\.1 reads no Gemma 4") as raised:
+        vllm_config(file)
+    assert "\n" not in str(raised.value)
+
+
+def _sharded(folder: Path) -> Path:
+    """Two shards and an index; only the config beside them."""
+    folder.mkdir()
+    shutil.copy(FIXTURES / "31b-awq-full" / "config.json", folder)
+    tensors = load_file(FIXTURES / "31b-awq-full" / "model.safetensors")
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, held in parts.items():
+        save_file({name: tensors[name] for name in held}, folder / file)
+    index = {"weight_map": {name: file for file, held in parts.items() for name in held}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.slow
+def test_shards_without_optional_files(tmp_path: Path) -> None:
+    """No hf_quant_config.json, generation_config.json or metadata of the index; layers lie across both shards."""
+    folder = _sharded(tmp_path / "model")
+    wanted = reference.logprobs(folder, TOKENS)
+    torch.testing.assert_close(engine_logprobs(folder), wanted, atol=1e-4, rtol=0)
+    assert inspect(Checkpoint(folder)).shards == 2
+
+
+def test_a_shard_that_is_not_here_is_named(tmp_path: Path) -> None:
+    folder = _sharded(tmp_path / "model")
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors: cannot be read \(No such file"):
+        vllm_config(folder)
+
+
+def test_a_params_json_folder_is_named(tmp_path: Path) -> None:
+    """Mistral's form: no Gemma 4 has it, and no tool takes it for one."""
+    (tmp_path / "params.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file; name a folder that holds a Hugging Face"):
+        Checkpoint(tmp_path)
