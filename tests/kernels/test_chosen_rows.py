@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_gemma4_spec.kernels import chosen_rows
+from vllm_gemma4_spec.kernels import chosen_rows, stream_gemm
 
 TIMES = {1: (25.0, 29.0), 8: (26.0, 30.0), 9: (50.0, 30.0), 64: (70.0, 80.0), 65: (80.0, 120.0), 128: (90.0, 120.0)}
 
@@ -79,3 +82,17 @@ def test_a_cache_that_cannot_be_written_is_one_line(file: Path, caplog: pytest.L
         logger.removeHandler(caplog.handler)
     assert "cannot be written" in caplog.text
     assert "NVFP4 GEMM 8x8: Marlin (3/4 us, this kernel's and Marlin's, at 8 rows)" in caplog.text
+
+
+def test_a_measurement_that_fails_leaves_marlin(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Any) -> chosen_rows.Times:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    said: list[str] = []
+    monkeypatch.setattr(stream_gemm, "_times", fails)
+    monkeypatch.setattr(stream_gemm, "_maker", lambda: "a")
+    monkeypatch.setattr(stream_gemm.logger, "info", lambda text, *values: said.append(text % values))
+    layer: Any = SimpleNamespace(output_size_per_partition=8, input_size_per_partition=16)
+    assert stream_gemm.faster(layer) == 0
+    assert said == ["NVFP4 GEMM 8x16 stays on Marlin: CUDA out of memory."]
+    assert not file.exists()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tests.support.interpreter import interpreted
+from tests.support.fresh import interpreted
 
 
 def stock(logits: torch.Tensor, scales: torch.Tensor, top: int) -> Any:
