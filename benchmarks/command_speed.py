@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS = Path(os.environ["GEMMA4_ARTIFACTS"]) / "gemma4" / "models"
+MODELS = Path(os.environ.get("GEMMA4_ARTIFACTS", "")) / "gemma4" / "models"
 PAIR = ["--target", str(MODELS / "gemma-4-31B-it"), "--drafter", str(MODELS / "gemma-4-E4B-it")]
 CASES = {
     "list of commands": ["--help"],

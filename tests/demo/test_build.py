@@ -17,6 +17,7 @@ MEASURED = {
     "right_by_kind": {"counting": [3, 3]},
     "drafts": 3,
     "acceptance_length": 3.5,
+    "assistant_acceptance_length": 3.2,
     "seconds": 1.0,
     "cpu_seconds": 1.0,
 }
@@ -24,12 +25,12 @@ MEASURED = {
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Training stood in for by writing four small files; the folders it was asked for."""
+    """Training stood in for by writing six small files; the folders it was asked for."""
     asked: list[Path] = []
 
     def make(folder: Path, progress: build.Progress) -> None:
         asked.append(folder)
-        for name in ("target", "drafter"):
+        for name in ("target", "drafter", "assistant"):
             progress(name, 1, 1, 0.5)
             (folder / name).mkdir()
             (folder / name / "config.json").write_text("{}")

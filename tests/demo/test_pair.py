@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.commands import gemma4_spec, printed
 from tests.support.engine import acceptance, engine, generate
+from vllm_gemma4_spec.demo import assistant as network
 from vllm_gemma4_spec.demo import build, measure
 from vllm_gemma4_spec.demo.build import Pair
 from vllm_gemma4_spec.demo.template import prompt_text
@@ -67,6 +68,14 @@ def test_the_engine_gives_the_tokens_of_transformers(pair: Pair, loaded: tuple[A
         assert generate(llm, prompts, **ending) == wanted
         counted = acceptance(llm) - before
     assert 1 + counted.accepted / counted.drafts > 2.5
+    offline = network.acceptance(target, *network.load(pair.assistant), prompts, wanted, build.DRAFTS)
+    with engine(pair.target, speculative_config={"model": str(pair.assistant), "num_speculative_tokens": 3}) as llm:
+        before = acceptance(llm)
+        assert generate(llm, prompts, **ending) == wanted
+        counted = acceptance(llm) - before
+    # Of a step's drafts past the end of an answer the engine counts those before the token that ends it.
+    assert counted.accepted / counted.drafts == pytest.approx(sum(offline), rel=0.05)
+    assert 1 + sum(offline) > 2.2
 
 
 @pytest.mark.slow
@@ -75,3 +84,4 @@ def test_the_whole_demo_as_json(pair: Pair) -> None:
     assert found["equal_to_plain"] is True
     assert [a["kind"] for a in found["answers"] if not a["right"]] == []
     assert found["acceptance_length"] > 2.5
+    assert found["assistant"]["acceptance_length"] > 2.2

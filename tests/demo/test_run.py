@@ -50,11 +50,14 @@ def test_one_held_out_question_of_each_kind() -> None:
 
 
 def test_the_usual_flags_are_given() -> None:
-    pair = Pair(Path("/p"), Path("/p/target"), Path("/p/drafter"), {})
+    pair = Pair(Path("/p"), Path("/p/target"), Path("/p/drafter"), Path("/p/assistant"), {})
     plain = run.serve_arguments(pair, speculate=False)
     whole = run.serve_arguments(pair, speculate=True)
     assert whole[: len(plain)] == plain
     assert json.loads(whole[-1]) == {"method": "draft_model", "model": "/p/drafter", "num_speculative_tokens": 3}
+    assistant = run.serve_arguments(pair, speculate=True, drafter="assistant")
+    assert assistant[:-1] == whole[:-1]
+    assert json.loads(assistant[-1]) == {"method": "mtp", "model": "/p/assistant", "num_speculative_tokens": 3}
     for flag in ("--enable-prefix-caching", "--enable-chunked-prefill", "--enable-auto-tool-choice"):
         assert flag in plain
     assert plain[plain.index("--reasoning-parser") + 1] == plain[plain.index("--tool-call-parser") + 1] == "gemma4"

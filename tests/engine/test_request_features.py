@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.mtp import pairs
 from tests.support import tiny_multimodal
 from tests.support.engine import acceptance, engine, random_prompts
 
@@ -37,31 +38,48 @@ def target(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+OPTIONS = {"max_model_len": MAX_MODEL_LEN, "skip_tokenizer_init": False, "max_logprobs": 16, "max_num_seqs": 16}
+
+
+def outputs(llm: Any) -> dict[str, Any]:
+    """What every case gives, all asked at once: a step has requests of several cases."""
+    from vllm import SamplingParams
+
+    asked = [(name, prompt) for name in CASES for prompt in prompts(name)]
+    made = llm.generate(
+        [{"prompt_token_ids": prompt} for _, prompt in asked],
+        [SamplingParams(**({"temperature": 0.0, "max_tokens": 40} | CASES[name]())) for name, _ in asked],
+        use_tqdm=False,
+    )
+    return {name: [output for (of, _), output in zip(asked, made, strict=True) if of == name] for name in CASES}
+
+
 @pytest.fixture(scope="module")
-def runs(tiny: dict[str, Path], target: Path) -> dict[str, Any]:
+def plain(target: Path) -> dict[str, Any]:
+    with engine(target, **OPTIONS) as llm:
+        return outputs(llm)
+
+
+@pytest.fixture(scope="module", params=["close", pytest.param("assistant", marks=pytest.mark.slow)])
+def runs(
+    request: pytest.FixtureRequest,
+    tiny: dict[str, Path],
+    target: Path,
+    plain: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
     """Outputs of every case, plain and with speculation; and the counters of the latter."""
     from vllm import SamplingParams
 
-    options = {"max_model_len": MAX_MODEL_LEN, "skip_tokenizer_init": False, "max_logprobs": 16, "max_num_seqs": 16}
-    # All at once: a step has requests of several cases.
-    asked = [(name, prompt) for name in CASES for prompt in prompts(name)]
-    out: dict[str, Any] = {}
-    for kind, drafter in (("plain", None), ("speculation", tiny["close"])):
-        with engine(target, drafter, 4, **options) as llm:
-            before = acceptance(llm)
-            outputs = llm.generate(
-                [{"prompt_token_ids": prompt} for _, prompt in asked],
-                [SamplingParams(**({"temperature": 0.0, "max_tokens": 40} | CASES[name]())) for name, _ in asked],
-                use_tqdm=False,
-            )
-            out[kind] = {
-                name: [output for (of, _), output in zip(asked, outputs, strict=True) if of == name] for name in CASES
-            }
-            out["counts"] = acceptance(llm) - before
-            if drafter is not None:
-                for refused in ({"logit_bias": {50: 4.0}}, {"min_p": 0.1}):
-                    with pytest.raises(ValueError, match="not yet supported with speculative decoding"):
-                        llm.generate({"prompt_token_ids": PROMPTS[0]}, SamplingParams(**refused), use_tqdm=False)
+    model = tiny.get(request.param) or pairs.save_assistant(pairs.KINDS["31b"](), tmp_path_factory.mktemp("assistant"))
+    method = "mtp" if request.param == "assistant" else "draft_model"
+    with engine(target, model, 4, speculative={"method": method}, **OPTIONS) as llm:
+        before = acceptance(llm)
+        out = {"plain": plain, "speculation": outputs(llm)}
+        out["counts"] = acceptance(llm) - before
+        for refused in ({"logit_bias": {50: 4.0}}, {"min_p": 0.1}):
+            with pytest.raises(ValueError, match="not yet supported with speculative decoding"):
+                llm.generate({"prompt_token_ids": PROMPTS[0]}, SamplingParams(**refused), use_tqdm=False)
     return out
 
 
@@ -128,7 +146,7 @@ def test_an_answer_is_that_of_plain_decoding(runs: dict[str, Any], name: str) ->
 
 
 def test_drafts_were_accepted_and_rejected(runs: dict[str, Any]) -> None:
-    assert 0 < runs["counts"].accepted < runs["counts"].proposed
+    assert 0 < runs["counts"].accepted < runs["counts"].proposed  # by a random assistant few, by chance
 
 
 def test_the_cases_do_what_they_say(runs: dict[str, Any]) -> None:

@@ -10,6 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.mtp import pairs
+from tests.mtp.drafts import Watched
+from tests.mtp.shared import agreement
 from tests.support.engine import acceptance, engine, random_prompts
 from tests.support.stock import without
 from tests.support.tiny_models import target_config
@@ -67,6 +70,20 @@ def test_requests_with_and_without_an_adapter(tiny: dict[str, Path], adapter: Pa
     assert 0 < counts.accepted < counts.proposed
     if drafter == "target":  # every draft of the requests without an adapter is accepted
         assert counts.accepted >= len(PROMPTS) * (TOKENS - 1) * 3 // 4
+
+
+@pytest.mark.slow
+def test_an_assistant_drafts_for_requests_with_an_adapter(tiny: dict[str, Path], adapter: Path, tmp_path: Path) -> None:
+    """It reads the keys that the adapter made, and embeds tokens without it."""
+    assistant = pairs.save_assistant(pairs.KINDS["31b"](), tmp_path)
+    with engine(tiny["target"], **OPTIONS) as llm:
+        want = answers(llm, adapter)
+    with engine(tiny["target"], assistant, 3, speculative={"method": "mtp"}, **OPTIONS) as llm:
+        watched = Watched(llm, assistant)
+        assert answers(llm, adapter) == want
+    assert len(watched.drafts) > TOKENS
+    assert agreement([(d.made, d.wanted) for d in watched.drafts]) > 0.9
+    assert watched.changed == 0
 
 
 @pytest.mark.slow

@@ -152,14 +152,18 @@ def test_per_layer_configuration_of_later_transformers(target: Path, tmp_path: P
     assert (read.num_key_value_heads, read.num_global_key_value_heads) == (2, 1)
 
 
-def inspected(folder: Path) -> Any:
+def command(*words: object) -> Any:
     from typer.testing import CliRunner
 
     from vllm_gemma4_spec import cli
 
     if "inspect" not in {c.name for c in cli.app.registered_commands}:
         cli._register([])
-    return CliRunner().invoke(cli.app, ["inspect", str(folder)])
+    return CliRunner().invoke(cli.app, [str(word) for word in words])
+
+
+def inspected(folder: Path) -> Any:
+    return command("inspect", folder)
 
 
 def test_inspect_knows_an_assistant(tmp_path: Path) -> None:
@@ -174,6 +178,39 @@ def test_inspect_names_what_is_missing(tmp_path: Path) -> None:
     folder = edited(tmp_path, lambda t: t.pop("masked_embedding.token_ordering"), kind="e2b")
     done = inspected(folder)
     assert "tensor masked_embedding.token_ordering is missing" in str(done.exception) + done.output
+
+
+def test_quantize_writes_an_assistant_in_nvfp4(target: Path, tmp_path: Path) -> None:
+    """Linear layers alone; what becomes one matrix in the engine has one global scale."""
+    from vllm_gemma4_spec.checkpoints import nvfp4
+
+    source = pairs.save_assistant(pairs.KINDS["31b"](), tmp_path / "bf16")
+    done = command("quantize", source, tmp_path / "nvfp4", "--recipe", "w4a16")
+    assert done.exit_code == 0, done.output
+    assert "W4A16_NVFP4" in done.output
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("bf16", "nvfp4"))
+    layers = {name.removesuffix(".weight_scale_2") for name in after if name.endswith(".weight_scale_2")}
+    assert len(layers) == 4 * 5 + 2  # q, o, gate, up and down of four layers; pre_projection and post_projection
+    for layer in layers:
+        parts = [after[f"{layer}.{part}"] for part in ("weight", "weight_scale", "weight_scale_2")]
+        weight = before[f"{layer}.weight"]
+        assert (nvfp4.dequantize(*parts) - weight).norm() < 0.12 * weight.norm(), layer
+    assert {n for n in before if n.removesuffix(".weight") not in layers} == {
+        n for n in after if n.rsplit(".", 1)[0] not in layers
+    }
+    gate, up = (after[f"model.layers.0.mlp.{part}_proj.weight_scale_2"] for part in ("gate", "up"))
+    assert gate == up
+    assert configure(target, tmp_path / "nvfp4").draft_model_config.quantization == "modelopt_fp4"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--recipe", "awq-lite"], "give --recipe w4a16"), (["--fit", "1GiB"], "give --recipe w4a16")],
+)
+def test_other_recipes_are_not_an_assistants(tmp_path: Path, options: list[str], words: str) -> None:
+    source = pairs.save_assistant(pairs.KINDS["31b"](), tmp_path / "bf16")
+    done = command("quantize", source, tmp_path / "out", *options)
+    assert words in str(done.exception) + done.output
 
 
 def test_stock_does_not_know_assistants(target: Path, tmp_path: Path) -> None:

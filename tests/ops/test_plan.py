@@ -347,6 +347,26 @@ def test_an_assistant_has_the_matrices_of_its_checkpoint() -> None:
         assert model.load(name).weight_bytes == 2 * wanted
 
 
+def test_several_drafters_are_compared_in_one_run() -> None:
+    options = ["--target", "google/gemma-4-31B-it", "--target-weights", "nvfp4", "--hardware", "H200"]
+    options += ["--acceptance", "0.05 0.9"]
+    drafters = [["--drafter", f"google/gemma-4-{name}"] for name in ("E4B-it", "31B-it-assistant")]
+    both = [*drafters[0], *drafters[1]]
+    made, *alone = (printed("plan", in_process("plan", *options, *d, "--json")) for d in (both, *drafters))
+    assert made["machines"] == alone[0]["machines"]
+    assert [other["machines"] for other in made["others"]] == [alone[1]["machines"]]
+    assert alone[0]["choices"] == []
+    low, high = made["choices"]
+    assert (low["acceptance"], low["drafter"], low["k"]) == ("0.05", None, 0)
+    assert (high["acceptance"], high["drafter"]) == ("0.9", "gemma-4-31B-it-assistant")
+    assert high["k"] > 1
+    done = in_process("plan", *options, *both)
+    assert "H200, a=0.05: plain decoding" in done.stdout
+    assert "H200, a=0.9: gemma-4-31B-it-assistant, k = " in done.stdout
+    done = in_process("plan", *options, *both, "--draft-ms", "2")
+    assert "--draft-ms is one drafter's" in done.stderr
+
+
 def test_an_assistant_of_another_target_is_one_line() -> None:
     done = in_process("plan", "--target", "google/gemma-4-31B-it", "--drafter", "google/gemma-4-E4B-it-assistant")
     assert done.returncode == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import signal
 import sys
@@ -104,10 +105,14 @@ def main() -> None:
         typer.echo(f"{NAME}: {error}", err=True)
         sys.exit(2)
     except ImportError as error:
-        if not (error.name or "").startswith("vllm_gemma4_spec.demo"):
+        missing = (error.name or "").partition(".")[0]
+        if (error.name or "").startswith("vllm_gemma4_spec.demo"):
+            advice = "the demo is a package of its own (a server needs no trainer): in a checkout, pip install ./demo"
+        elif missing and missing != "vllm_gemma4_spec" and importlib.util.find_spec(missing) is None:
+            advice = f"{arguments[0]} needs {missing}, which is not installed here: run it where vLLM is, or install it"
+        else:
             raise
-        advice = "pip install vllm-gemma4-spec-demo; from a checkout: pip install ./demo"
-        typer.echo(f"{NAME}: the demo is a package of its own (a server needs no trainer): {advice}", err=True)
+        typer.echo(f"{NAME}: {advice}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -41,10 +41,9 @@ class Asked(Output):
     right: bool
 
 
-class Report(Output):
-    """The whole demo."""
+class Acceptance(Output):
+    """What became of one drafter's drafts."""
 
-    answers: list[Asked]
     drafts: int
     """proposals of k tokens for one request"""
     proposed: int
@@ -55,6 +54,14 @@ class Report(Output):
     """drafts accepted up to each position, position 0 first"""
     acceptance_length: float
     """mean tokens that a step with drafts adds to a request, the target's own counted"""
+
+
+class Report(Acceptance):
+    """The whole demo; the fields of its own drafts are the E4B-like drafter's."""
+
+    answers: list[Asked]
+    assistant: Acceptance | None
+    """the same questions with the MTP assistant; null without speculation, and with --keep"""
     equal_to_plain: bool | None
     """answers equal those without speculation; null without --check"""
 
@@ -79,8 +86,10 @@ def command(
     """Serve a small trained Gemma 4 pair with `vllm serve`, ask it, and show what speculation did.
 
     Makes the pair first if it is not there (see `demo-models`). Every answer is
-    asked for twice, streamed and not, and both must be the same. Any failure
-    ends with one line and a non-zero exit code.
+    asked for twice, streamed and not, and both must be the same. A second
+    server drafts with an MTP assistant in place of the E4B-like drafter and
+    must give the same answers. Any failure ends with one line and a non-zero
+    exit code.
 
     Example: vllm-gemma4-spec demo --check
     """
@@ -93,26 +102,57 @@ def command(
     questions = run.questions()
     # Removed only after success: every error names the log in it.
     logs = Path(tempfile.mkdtemp(prefix="vllm-gemma4-spec-demo-"))
-    answers, drafting = _serve_and_ask(
-        console, pair, questions, logs / "server.log", speculation, timeout, show=not as_json, keep=keep
-    )
+    drafter = "drafter" if speculation else None
+    log = logs / "server.log"
+    answers, drafting = _serve_and_ask(console, pair, questions, log, drafter, timeout, show=not as_json, keep=keep)
+    assistant = None
     if speculation:
-        _require_drafts(drafting, logs / "server.log")
+        _require_drafts(drafting, log)
         if not as_json and not keep:
-            _show_drafting(console, drafting)
+            _show_drafting(console, "E4B-like drafter", drafting)
+    if speculation and not keep:
+        log = logs / "assistant-server.log"
+        others, assistant = _serve_and_ask(console, pair, questions, log, "assistant", timeout, show=False)
+        _require_drafts(assistant, log)
+        _check_all(questions, answers, others, ("drafter's", "assistant's"), log)
+        if not as_json:
+            _show_drafting(console, "MTP assistant", assistant)
     if check:
         log = logs / "plain-server.log"
-        plain, _ = _serve_and_ask(console, pair, questions, log, False, timeout, show=False)
-        for question, answer, other in zip(questions, answers, plain, strict=True):
-            run.check_same(question, answer, other, ("speculative", "plain"), log)
+        plain, _ = _serve_and_ask(console, pair, questions, log, None, timeout, show=False)
+        _check_all(questions, answers, plain, ("speculative", "plain"), log)
         console.print(f"{len(plain)} of {len(plain)} answers equal those of plain decoding")
     if as_json:
-        typer.echo(_report(questions, answers, drafting, True if check else None).model_dump_json(indent=2))
+        report = _report(questions, answers, drafting, assistant, True if check else None)
+        typer.echo(report.model_dump_json(indent=2))
     shutil.rmtree(logs)
 
 
+def _check_all(
+    questions: list[Dialogue], answers: list[Answer], others: list[Answer], names: tuple[str, str], log: Path
+) -> None:
+    from vllm_gemma4_spec.demo import run
+
+    for question, answer, other in zip(questions, answers, others, strict=True):
+        run.check_same(question, answer, other, names, log)
+
+
+def _numbers(drafting: Drafting) -> dict[str, Any]:
+    return {
+        "drafts": drafting.drafts,
+        "proposed": drafting.proposed,
+        "accepted": drafting.accepted,
+        "accepted_by_position": drafting.accepted_at,
+        "acceptance_length": drafting.acceptance_length,
+    }
+
+
 def _report(
-    questions: list[Dialogue], answers: list[Answer], drafting: Drafting, equal_to_plain: bool | None
+    questions: list[Dialogue],
+    answers: list[Answer],
+    drafting: Drafting,
+    assistant: Drafting | None,
+    equal_to_plain: bool | None,
 ) -> Report:
     from vllm_gemma4_spec.demo import run
 
@@ -128,11 +168,8 @@ def _report(
             )
             for question, answer in zip(questions, answers, strict=True)
         ],
-        drafts=drafting.drafts,
-        proposed=drafting.proposed,
-        accepted=drafting.accepted,
-        accepted_by_position=drafting.accepted_at,
-        acceptance_length=drafting.acceptance_length,
+        **_numbers(drafting),
+        assistant=Acceptance(**_numbers(assistant)) if assistant else None,
         equal_to_plain=equal_to_plain,
     )
 
@@ -142,7 +179,7 @@ def _serve_and_ask(
     pair: Pair,
     questions: list[Dialogue],
     log: Path,
-    speculate: bool,
+    drafter: str | None,
     timeout: float,
     show: bool,
     keep: bool = False,
@@ -151,14 +188,16 @@ def _serve_and_ask(
     from vllm_gemma4_spec.demo import run
     from vllm_gemma4_spec.demo.server import Server
 
-    kind = "with speculation" if speculate else "without speculation"
+    kind = {"drafter": "with an E4B-like drafter", "assistant": "with an MTP assistant"}.get(drafter or "", "plain")
     answers = []
     with console.status(f"vllm serve {kind}: starting") as status:
 
         def waiting(seconds: float) -> None:
             status.update(f"vllm serve {kind}: starting, {seconds:.0f} s  (log: {log})")
 
-        with Server(run.serve_arguments(pair, speculate), log, timeout, waiting) as server:
+        with Server(
+            run.serve_arguments(pair, drafter is not None, drafter or "drafter"), log, timeout, waiting
+        ) as server:
             client = run.connect(server)
             for question in questions:
                 status.update(f"asking: {question.kind}")
@@ -173,7 +212,7 @@ def _serve_and_ask(
             if keep:
                 status.stop()
                 if drafting.drafts and show:
-                    _show_drafting(console, drafting)
+                    _show_drafting(console, "E4B-like drafter", drafting)
                 _keep(console, server.url)
                 status.start()
             status.update("stopping vllm serve")
@@ -231,8 +270,8 @@ def _require_drafts(drafting: Drafting, log: Path) -> None:
         raise DemoError(f"the server proposed no drafts: speculation was not on; its log: {log}")
 
 
-def _show_drafting(console: rich.Console, drafting: Drafting) -> None:
-    table = rich.Table("position, from 0", "proposed", "accepted", "share", title="speculation, from /metrics")
+def _show_drafting(console: rich.Console, name: str, drafting: Drafting) -> None:
+    table = rich.Table("position, from 0", "proposed", "accepted", "share", title=f"{name}: drafts, from /metrics")
     for position, accepted in enumerate(drafting.accepted_at):
         table.add_row(str(position), str(drafting.drafts), str(accepted), f"{accepted / drafting.drafts:.1%}")
     table.add_row("all", str(drafting.proposed), str(drafting.accepted), f"{drafting.accepted / drafting.proposed:.1%}")

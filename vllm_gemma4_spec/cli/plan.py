@@ -13,14 +13,17 @@ from vllm_gemma4_spec.cli._tables import show
 
 if TYPE_CHECKING:
     from vllm_gemma4_spec.ops.plan.groups import Group
-    from vllm_gemma4_spec.ops.plan.report import Machine, Report, Speed
+    from vllm_gemma4_spec.ops.plan.report import Machine, Report, Size, Speed
 
 _RATES = "0.5 0.7 0.9"
 
 
 def command(
     target: Annotated[str, typer.Option(help="The model that answers: folder, config.json or Hub id.")],
-    drafter: Annotated[str | None, typer.Option(help="The drafter: folder, config.json or Hub id.")] = None,
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option(help="The drafter: folder, config.json or Hub id; of several, says which pays on which card."),
+    ] = None,
     target_weights: Annotated[str | None, typer.Option(help="bf16, fp8 or nvfp4; default: the checkpoint's.")] = None,
     drafter_weights: Annotated[str | None, typer.Option(help="As --target-weights.")] = None,
     kv_dtype: Annotated[str, typer.Option(help="bf16, fp8 or float32.")] = "bf16",
@@ -64,12 +67,12 @@ def command(
         plots.check(plot)
 
     big = model.load(target, target_weights)
-    small = model.load(drafter, drafter_weights) if drafter else None
+    small = [model.load(name, drafter_weights) for name in drafter or ()]
     given = report.Given(
         None if target_ms is None else target_ms / 1e3, None if draft_ms is None else draft_ms / 1e3, overhead_ms / 1e3
     )
     with _checks.slow("computing", as_json):
-        made = report.make(
+        made = report.compare(
             big,
             small,
             machines,
@@ -85,7 +88,7 @@ def command(
     else:
         _print(rich.Console(highlight=False), made)
     if plot:
-        title = " + ".join(f"{m.name} ({m.weights})" for m in (big, small) if m)
+        title = " + ".join(f"{m.name} ({m.weights})" for m in (big, *small[:1]))
         title += f", {requests} request{'s' if requests > 1 else ''} at {context} tokens"
         lines = {
             m.name + _plot_note(m): {a: s.tok_s or s.tok_s_at_most for a, s in m.acceptance.items()}
@@ -95,19 +98,23 @@ def command(
 
 
 def _print(console: rich.Console, made: Report) -> None:
-    for role, one in (("target", made.target), ("drafter", made.drafter)):
+    several = bool(made.others)
+    drafters = [made.drafter, *(other.drafter for other in made.others)]
+    for role, one in (("target", made.target), *(("drafter", drafter) for drafter in drafters)):
         if one:
             size = f"{one.weight_bytes / 1e9:.1f} GB {one.weights}, text model"
             files = f"; files {one.files_bytes / 1e9:.1f} GB" if one.files_bytes else ""
             console.print(f"{role:<8} {one.name}: {one.layers} layers, {size}{files}")
-    drafts = f", {made.bytes_per_draft_step / 1e9:.2f} GB (each draft)" if made.drafter else ""
+    reads = [(made.drafter, made.bytes_per_draft_step), *((o.drafter, o.bytes_per_draft_step) for o in made.others)]
+    names = [f"each draft of {one.name}" if several else "each draft" for one, _ in reads if one]
+    drafts = "".join(f", {size / 1e9:.2f} GB ({name})" for name, (_, size) in zip(names, reads, strict=False))
     many = "s" if made.requests > 1 else ""
     console.print(
         f"a step reads {made.bytes_per_target_step / 1e9:.2f} GB (target){drafts}; "
         f"{made.requests} request{many} at {made.context} tokens"
     )
     console.print(
-        f"KV cache: {made.kv_bytes_per_token / 1024:.0f} KiB per further token, at most "
+        f"KV cache{_with(made.drafter, several)}: {made.kv_bytes_per_token / 1024:.0f} KiB per further token, at most "
         f"{made.kv_bytes_per_request / 2**20:.0f} MiB per request of {made.context} tokens\n"
     )
     table = rich.Table("groups", "of", "attention", "window", "block size", "layers each")
@@ -126,18 +133,33 @@ def _print(console: rich.Console, made: Report) -> None:
     show(console, table)
     rates = list(made.machines[0].acceptance)
     heads = ("card", "fit", "longest", "times", "target ms", "draft ms", "plain tok/s", *[f"a={r}" for r in rates])
-    speeds = rich.Table(*heads)
-    for m in made.machines:
-        cells = [_best(m.acceptance[r]) if m.fits else "-" for r in rates]
-        plain = _range(m.acceptance[rates[0]], 0) if m.fits else "-"
-        count = f"{m.requests_that_fit:.0f}" if m.fits else "none"
-        times = (f"{m.target_ms:.2f}", f"{m.draft_ms:.2f}")
-        speeds.add_row(m.name, count, str(m.longest_prompt), m.times, *times, plain, *cells)
+    speeds = rich.Table(heads[0], *(["drafter"] if several else []), *heads[1:])
+    rows = [(made.drafter, made.machines), *((o.drafter, o.machines) for o in made.others)]
+    best = {(c.machine, c.acceptance): c for c in made.choices}
+    for i in range(len(made.machines)):
+        for one, m in ((drafter, machines[i]) for drafter, machines in rows):
+            name = one.name if one else None
+            chosen = [(c := best.get((m.name, r))) is not None and several and c.drafter == name for r in rates]
+            cells = [_best(m.acceptance[r]) + "*" * c if m.fits else "-" for r, c in zip(rates, chosen, strict=True)]
+            plain = _range(m.acceptance[rates[0]], 0) if m.fits else "-"
+            count = f"{m.requests_that_fit:.0f}" if m.fits else "none"
+            times = (f"{m.target_ms:.2f}", f"{m.draft_ms:.2f}")
+            which = [m.name, name or "-"] if several else [m.name]
+            speeds.add_row(*which, count, str(m.longest_prompt), m.times, *times, plain, *cells)
     show(console, speeds)
     console.print(
         f"fit: requests of {made.context} tokens that fit at once; longest: tokens of the longest prompt; a=…: best k "
         "at that acceptance and its tok/s, all requests together."
     )
+    if several:
+        console.print(
+            "*: what pays, by the lower end of its range; no star in a column: plain decoding. A column is right for a "
+            "drafter that reaches its acceptance on your traffic."
+        )
+        for choice in made.choices:
+            what = f"{choice.drafter}, k = {choice.k}" if choice.drafter else "plain decoding"
+            doubt = "" if choice.sure else "; the ranges overlap"
+            console.print(f"  {choice.machine}, a={choice.acceptance}: {what}, {choice.tok_s:.0f} tok/s{doubt}")
     kinds = {m.times for m in made.machines}
     if "measured" in kinds:
         files = ", ".join(dict.fromkeys(m.measured_by for m in made.machines if m.measured_by))
@@ -150,6 +172,10 @@ def _print(console: rich.Console, made: Report) -> None:
     copies = ", ".join(f"{m.name} {m.copies / 1e9:.1f} GB" for m in made.machines if m.copies)
     if copies:
         console.print(f"Of the memory, weights that kernels hold a second time: {copies}.")
+
+
+def _with(drafter: Size | None, several: bool) -> str:
+    return f" with {drafter.name}" if several and drafter else ""
 
 
 def _best(speed: Speed) -> str:

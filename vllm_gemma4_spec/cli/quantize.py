@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,16 +36,16 @@ def command(
 ) -> None:
     """Quantize SRC into OUT, on the GPU or, slowly, on the CPU; the result has no NaN block scale.
 
-    OUT appears when it is complete. Exit code: 0 written, 2 bad input, no ModelOpt or no space.
+    An MTP assistant is written without ModelOpt, with --recipe w4a16. OUT
+    appears when it is complete. Exit code: 0 written, 2 bad input, no ModelOpt
+    or no space.
 
     Example: vllm-gemma4-spec quantize ./gemma-4-31B-it ./nvfp4 --recipe awq-full --calibration prompts.jsonl
     """
     import vllm_gemma4_spec
     from vllm_gemma4_spec.checkpoints import sizing
-    from vllm_gemma4_spec.checkpoints.files import Checkpoint
     from vllm_gemma4_spec.checkpoints.recipes import RECIPES
     from vllm_gemma4_spec.cli import _checks
-    from vllm_gemma4_spec.cli._progress import shards
 
     if (recipe is None) == (fit is None):
         raise SettingError("give one of --recipe and --fit")
@@ -54,6 +55,14 @@ def command(
     source = _checks.checkpoint(src)  # a wrong folder is named before ModelOpt is imported
     _checks.new_folder("OUT", out)
     towers = True
+    if source.config.get("model_type") == "gemma4_assistant":
+        if recipe != "w4a16":
+            raise SettingError(f"{src} is an MTP assistant: give --recipe w4a16; it needs no calibration")
+        from vllm_gemma4_spec.checkpoints import assistants
+
+        assistants.quantize(source, out)
+        _show(out, as_json)
+        return
     if recipe is None:
         choice = sizing.choose(source, memory)
         recipe, towers = choice.recipe, choice.towers
@@ -79,8 +88,19 @@ def command(
         if not as_json and sys.stderr.isatty():
             sys.stderr.write(line)
     if process.wait():
+        missing = re.fullmatch(r"ModuleNotFoundError: No module named '(\w+)[\w.]*'", last)
+        if missing:
+            advice = "in the checkout, pip install '.[quantize]', or name another with --python"
+            raise SettingError(f"quantize needs {missing[1]}, which {interpreter} does not have: {advice}")
         raise CheckpointError(last.removeprefix("vllm-gemma4-spec: "))
+    _show(out, as_json)
+
+
+def _show(out: Path, as_json: bool) -> None:
+    """What was written."""
+    from vllm_gemma4_spec.checkpoints.files import Checkpoint
     from vllm_gemma4_spec.checkpoints.inspection import inspect
+    from vllm_gemma4_spec.cli._progress import shards
 
     made = Checkpoint(out)
     with shards("checking", len(made.files), quiet=as_json) as step:

@@ -1,7 +1,7 @@
 """Making the demo pair and keeping it: a cache folder per recipe, checked by checksums before it is used.
 
-The folder holds ``target/`` and ``drafter/`` as transformers saves them, and ``manifest.json``. It appears under
-its name only when it is complete.
+The folder holds ``target/`` and ``drafter/`` as transformers saves them, ``assistant/`` as MTP assistants are
+published, and ``manifest.json``. It appears under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_gemma4_spec.demo import data, measure, models, template, tokenizer, train
+from vllm_gemma4_spec.demo import assistant, data, measure, models, template, tokenizer, train
 from vllm_gemma4_spec.errors import Gemma4SpecError
 from vllm_gemma4_spec.settings import DEMO_DIR
 
@@ -42,7 +42,7 @@ RECIPES = {
 }
 ASKED = 64  # held-out questions the finished pair is measured on
 DRAFTS = 3
-LEAST_RIGHT, LEAST_ACCEPTANCE = 0.9, 2.5
+LEAST_RIGHT, LEAST_ACCEPTANCE, LEAST_OF_ASSISTANT = 0.9, 2.5, 2.2
 
 Progress = Callable[[str, int, int, float], None]
 """Called with (what is trained, steps done, steps in all, loss)."""
@@ -54,18 +54,22 @@ class DemoModelsError(Gemma4SpecError):
 
 @dataclass(frozen=True)
 class Pair:
-    """A finished pair: folders that vLLM and transformers load, and what was measured when it was made."""
+    """A finished pair: folders that vLLM and transformers load, and what was measured when it was made.
+
+    ``assistant``: an MTP assistant of ``target``.
+    """
 
     folder: Path
     target: Path
     drafter: Path
+    assistant: Path
     measured: dict[str, Any]
 
 
 def recipe_hash() -> str:
     """Names the cache folder: 12 hex digits over everything that decides what the models become."""
     digest = hashlib.sha256()
-    for module in (data, models, tokenizer, train):
+    for module in (assistant, data, models, tokenizer, train):
         digest.update(Path(str(module.__file__)).read_bytes())
     recipe = {
         "format": FORMAT,
@@ -108,7 +112,7 @@ def load(folder: Path) -> Pair:
             raise DemoModelsError(f"{file}: missing from the demo pair; {REMEDY}")
         if file.stat().st_size != size or _sha256(file) != checksum:
             raise DemoModelsError(f"{file}: differs from what was made (checksum); {REMEDY}")
-    return Pair(folder, folder / "target", folder / "drafter", measured)
+    return Pair(folder, folder / "target", folder / "drafter", folder / "assistant", measured)
 
 
 def ensure(folder: Path, force: bool = False, progress: Progress = lambda *_: None) -> tuple[Pair, bool]:
@@ -163,11 +167,18 @@ def _make(folder: Path, progress: Progress) -> None:
     cpu = _train_side_by_side(folder, progress)
     target, drafter = (AutoModelForCausalLM.from_pretrained(folder / n, dtype="float32") for n in ("target", "drafter"))
     measured = measure.pair(target, drafter, learned, ASKED, DRAFTS)
+    measured |= measure.assistant(target, folder / "assistant", learned, ASKED, DRAFTS)
     if measured["right"] < LEAST_RIGHT or measured["acceptance_length"] < LEAST_ACCEPTANCE:
         raise DemoModelsError(
             f"the trained pair is not good enough: {measured['right']:.0%} of held-out answers right "
             f"(at least {LEAST_RIGHT:.0%} wanted), acceptance length {measured['acceptance_length']:.2f} "
             f"(at least {LEAST_ACCEPTANCE} wanted); report this with your CPU and torch version"
+        )
+    length = measured["assistant_acceptance_length"]
+    if length < LEAST_OF_ASSISTANT:
+        raise DemoModelsError(
+            f"the trained assistant is not good enough: acceptance length {length:.2f} "
+            f"(at least {LEAST_OF_ASSISTANT} wanted); report this with your CPU and torch version"
         )
     measured["seconds"] = round(time.monotonic() - started, 1)
     measured["cpu_seconds"] = round(cpu + time.process_time(), 1)
@@ -177,19 +188,24 @@ def _make(folder: Path, progress: Progress) -> None:
 def _train_side_by_side(folder: Path, progress: Progress) -> float:
     """Train each model in a process of its own and save it below ``folder``; returns the CPU seconds they took.
 
-    One thread each: two processes use two cores better than two threads share matrices this small, and the
-    rounding does not depend on how many cores there are.
+    The assistant, which learns from the finished target, begins when that is saved. One thread each: two processes use
+    two cores better than two threads share matrices this small, and the rounding does not depend on how many cores
+    there are.
     """
     context = multiprocessing.get_context("spawn")
     running: dict[Connection, tuple[str, SpawnProcess]] = {}
     seconds = 0.0
+
+    def start(name: str) -> None:
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_train_one, args=(folder, name, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        running[ours] = (name, process)
+
     try:
         for name in RECIPES:
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_train_one, args=(folder, name, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            running[ours] = (name, process)
+            start(name)
         while running:
             for ready in wait(list(running)):
                 assert isinstance(ready, Connection)
@@ -203,11 +219,13 @@ def _train_side_by_side(folder: Path, progress: Progress) -> float:
                             f"training the {name} failed (exit code {process.exitcode}; its traceback is above)"
                         ) from None
                     del running[ready]
+                    if name == "target":
+                        start("assistant")
                     continue
                 if step < 0:
                     seconds += cpu
                 else:
-                    progress(name, step, RECIPES[name][1].steps, loss)
+                    progress(name, step, RECIPES[name][1].steps if name in RECIPES else assistant.RECIPE.steps, loss)
     finally:
         for _, process in running.values():
             process.terminate()
@@ -218,18 +236,26 @@ def _train_side_by_side(folder: Path, progress: Progress) -> float:
 def _train_one(folder: Path, name: str, to_parent: Connection) -> None:
     """In a process of its own: train one model and send (step, loss, 0), at the end (-1, 0, CPU seconds)."""
     import torch
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    shape, recipe = RECIPES[name]
-    model = models.create(shape, recipe.seed)
-    learned = AutoTokenizer.from_pretrained(folder / name)
-    train.train(model, learned, recipe, lambda step, loss: to_parent.send((step, loss, 0.0)))
-    model.save_pretrained(folder / name)
+
+    def trained(step: int, loss: float) -> None:
+        to_parent.send((step, loss, 0.0))
+
+    if name == "assistant":
+        target = AutoModelForCausalLM.from_pretrained(folder / "target", dtype="float32")
+        learned = AutoTokenizer.from_pretrained(folder / "target")
+        assistant.save(*assistant.train(target, learned, assistant.RECIPE, trained), folder / name)
+    else:
+        shape, recipe = RECIPES[name]
+        model = models.create(shape, recipe.seed)
+        train.train(model, AutoTokenizer.from_pretrained(folder / name), recipe, trained)
+        model.save_pretrained(folder / name)
     to_parent.send((-1, 0.0, time.process_time()))
 
 

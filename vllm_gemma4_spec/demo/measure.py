@@ -11,6 +11,8 @@ from vllm_gemma4_spec.demo.template import prompt_text
 from vllm_gemma4_spec.demo.tokenizer import CONTROL_TOKENS, END_IDS
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import Gemma4ForCausalLM, PreTrainedTokenizerFast
 
 HELD_OUT_SEED = 1
@@ -72,6 +74,25 @@ def acceptance(drafter: Gemma4ForCausalLM, prompts: list[list[int]], answers: li
                 hits += 1
             place += hits + 1
     return [n / steps for n in accepted]
+
+
+def assistant(
+    target: Gemma4ForCausalLM,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: int,
+    k: int,
+    seed: int = HELD_OUT_SEED,
+) -> dict[str, Any]:
+    """Acceptance of an MTP assistant's k drafts on half of the held-out questions, as :func:`pair` measures it."""
+    from vllm_gemma4_spec.demo import assistant as network
+
+    prompts = [tokenizer(prompt_text(d))["input_ids"] for d in held_out(max(1, questions // 2), seed)]
+    accepted = network.acceptance(target, *network.load(folder), prompts, greedy(target, prompts, LONGEST_ANSWER), k)
+    return {
+        "assistant_accepted_by_position": [round(share, 4) for share in accepted],
+        "assistant_acceptance_length": round(1 + sum(accepted), 3),
+    }
 
 
 def pair(

@@ -52,8 +52,10 @@ class Drafting:
         return 1 + self.accepted / self.drafts if self.drafts else 1.0
 
 
-def serve_arguments(pair: Pair, speculate: bool) -> list[str]:
+def serve_arguments(pair: Pair, speculate: bool, drafter: str = "drafter") -> list[str]:
     """What follows ``vllm serve``: the flags of the usual Gemma 4 deployment.
+
+    ``drafter``: "drafter", the E4B-like model, or "assistant".
 
     Eager, because compiling takes longer than all that the demo asks of models this small.
     """
@@ -61,7 +63,9 @@ def serve_arguments(pair: Pair, speculate: bool) -> list[str]:
     arguments += ["--enable-prefix-caching", "--enable-chunked-prefill", "--max-num-seqs", "8"]
     arguments += ["--reasoning-parser", "gemma4", "--tool-call-parser", "gemma4", "--enable-auto-tool-choice"]
     if speculate:
-        speculation = {"method": "draft_model", "model": str(pair.drafter), "num_speculative_tokens": DRAFTS}
+        methods = {"drafter": ("draft_model", pair.drafter), "assistant": ("mtp", pair.assistant)}
+        method, model = methods[drafter]
+        speculation = {"method": method, "model": str(model), "num_speculative_tokens": DRAFTS}
         arguments += ["--speculative-config", json.dumps(speculation)]
     return arguments
 

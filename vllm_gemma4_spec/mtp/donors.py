@@ -37,6 +37,7 @@ def attention(donor: Attention, num_heads: int, scale: float, cache_config: Cach
     cache_config = copy.copy(cache_config)
     # The donor's dtype, whatever an index of its layer in the options says about ours.
     cache_config.cache_dtype, cache_config.kv_cache_dtype_skip_layers = donor.kv_cache_dtype, []
+    cache_config.calculate_kv_scales = False  # of keys, which are the donor's
     made = Attention(
         num_heads,
         donor.head_size,

@@ -28,11 +28,13 @@ def create_speculative_config(original: Callable[..., Any]) -> Callable[..., Any
     def wrapper(self: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
         asked = self.speculative_config
         try:
-            if _names_assistant(asked):
+            local = _names_assistant(asked)
+            if local:  # before vLLM's own checks, which end in tracebacks
                 _check_options(asked, target_parallel_config)
             config = original(self, target_model_config, target_parallel_config)
             if config is not None and scope.is_assistant(config):
-                _check_options(asked, target_parallel_config)
+                if not local:
+                    _check_options(asked, target_parallel_config)
                 _check_pair(config.draft_model_config, target_model_config)
                 if self.load_format != "dummy" and Path(asked["model"]).is_dir():
                     weights.check(Path(asked["model"]), config.draft_model_config.hf_config)

@@ -73,6 +73,29 @@ class Machine(Output):
     """by acceptance as it was written"""
 
 
+class Other(Output):
+    """A further drafter for the same target, machines and options."""
+
+    drafter: Size
+    bytes_per_draft_step: int
+    kv_bytes_per_draft_step: int
+    kv_bytes_per_request: int
+    machines: list[Machine]
+
+
+class Choice(Output):
+    """What is the fastest on one machine at one acceptance, by the lower end of what is expected."""
+
+    machine: str
+    acceptance: str
+    drafter: str | None
+    """null: plain decoding"""
+    k: int
+    tok_s: float
+    sure: bool
+    """no other drafter, nor plain decoding, reaches as much at the upper end of what is expected of it"""
+
+
 class Report(Output):
     """Everything that follows from the configs and the options."""
 
@@ -96,6 +119,10 @@ class Report(Output):
     kv_bytes_per_request: int
     """the most that one request of `context` tokens takes"""
     machines: list[Machine]
+    others: list[Other]
+    """of the further drafters named"""
+    choices: list[Choice]
+    """of several drafters and none, on machines where the target fits; empty with one drafter"""
 
 
 @dataclass(frozen=True)
@@ -113,6 +140,81 @@ class Given:
         drafts = floors.drafts if self.draft is None else tuple(k * self.draft for k in range(timing.MAX_K + 1))
         passes = floors.target if self.target is None else (self.target,) * len(floors.target)
         return timing.Steps(drafts, passes, self.overhead)
+
+
+def compare(
+    target: Model,
+    drafters: Sequence[Model],
+    machines: Sequence[timing.Hardware],
+    curves: Mapping[str, tuple[float, ...]],
+    *,
+    requests: int,
+    context: int,
+    kv_dtype: str,
+    utilization: float,
+    given: Given,
+) -> Report:
+    """:func:`make` of the first drafter, the others beside it, and what pays where.
+
+    Raises:
+        PlanError: as :func:`make`, or measured times of a draft were given for several drafters.
+    """
+    if given.draft is not None and len(drafters) > 1:
+        raise PlanError("--draft-ms is one drafter's; name one --drafter with it")
+    each: Sequence[Model | None] = drafters or [None]
+    made = [
+        make(
+            target,
+            drafter,
+            machines,
+            curves,
+            requests=requests,
+            context=context,
+            kv_dtype=kv_dtype,
+            utilization=utilization,
+            given=given,
+        )
+        for drafter in each
+    ]
+    if len(made) == 1:
+        return made[0]
+    others = [
+        Other(
+            drafter=one.drafter,
+            bytes_per_draft_step=one.bytes_per_draft_step,
+            kv_bytes_per_draft_step=one.kv_bytes_per_draft_step,
+            kv_bytes_per_request=one.kv_bytes_per_request,
+            machines=one.machines,
+        )
+        for one in made[1:]
+        if one.drafter
+    ]
+    found = (_choice([(r.drafter, r.machines[i]) for r in made], text) for i in range(len(machines)) for text in curves)
+    return made[0].model_copy(update={"others": others, "choices": [c for c in found if c]})
+
+
+def _choice(of: Sequence[tuple[Size | None, Machine]], text: str) -> Choice | None:
+    """``of``: a drafter and what it does on the same machine."""
+    # Drafter, k, lower and upper end of tok/s; plain decoding once.
+    rows: list[tuple[str | None, int, float, float]] = []
+    for drafter, machine in of:
+        speed = machine.acceptance[text]
+        low, high = speed.tok_s or speed.tok_s_at_least, speed.tok_s or speed.tok_s_at_most
+        if machine.fits and drafter:
+            k = max(range(1, len(low)), key=low.__getitem__)
+            rows.append((drafter.name, k, low[k], max(high[1:])))
+            rows.append((None, 0, low[0], high[0]))
+    if not rows:
+        return None
+    name, k, tok_s, _ = max(rows, key=lambda row: row[2])
+    return Choice(
+        machine=of[0][1].name,
+        acceptance=text,
+        drafter=name,
+        k=k,
+        tok_s=tok_s,
+        sure=all(high < tok_s for other, _, _, high in rows if other != name),
+    )
 
 
 def make(
@@ -200,6 +302,8 @@ def make(
         kv_bytes_per_token=round(cache.bytes_per_token),
         kv_bytes_per_request=cache.request_bytes,
         machines=made,
+        others=[],
+        choices=[],
     )
 
 
