@@ -11,20 +11,29 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "vllm_gemma4_spec/ops/plan/measured.json"
-# Results file -> the card it was run on. Their models are full-size shapes in NVFP4.
-RESULTS = {"benchmarks/results/h200-31b-e4b.json": "H200", "benchmarks/results/h200-26b-e4b.json": "H200"}
+# Results file -> the card it was run on, the engine that drafted. Targets and E4B are full-size shapes in NVFP4,
+# assistants in bfloat16.
+RESULTS = {
+    "benchmarks/results/h200-31b-e4b.json": ("H200", "spec"),
+    "benchmarks/results/h200-26b-e4b.json": ("H200", "spec"),
+    "benchmarks/results/h200-31b-mtp.json": ("H200", "mtp@4"),
+    "benchmarks/results/h200-26b-mtp.json": ("H200", "mtp@4"),
+}
 MODELS = {"31B": "google/gemma-4-31B-it", "26B-A4B": "google/gemma-4-26B-A4B-it", "E4B": "google/gemma-4-E4B-it"}
 
 
-def pair(file: str, card: str) -> dict[str, Any]:
+def pair(file: str, card: str, engine: str) -> dict[str, Any]:
     """One results file; milliseconds by requests at once."""
     found = json.loads((ROOT / file).read_text())
-    args, spec = found["args"], found["engines"]["spec"]
+    args, spec = found["args"], found["engines"][engine]
+    target, assistant = MODELS[args["target"]], engine.startswith("mtp")
     plain = {str(r["concurrency"]): r for r in found["engines"]["stock"]["runs"]}
     runs = {}
     for run in spec["runs"]:
         n = str(run["concurrency"])
         parts = spec["draft_parts"][n]
+        if assistant:  # its passes are alike
+            parts = parts | {"first": parts["pass"], "further": parts["pass"]}
         scale = run["draft"] / parts["whole"]  # the parts were timed by themselves, the whole inside steps
         runs.setdefault(
             n,
@@ -40,17 +49,18 @@ def pair(file: str, card: str) -> dict[str, Any]:
     return {
         "card": card,
         "source": file,
-        "target": MODELS[args["target"]],
-        "drafter": MODELS[args["drafter"]],
+        "target": target,
+        "drafter": f"{target}-assistant" if assistant else MODELS[args["drafter"]],
         "weights": "nvfp4",
+        "drafter_weights": "bf16" if assistant else "nvfp4",
         "context": args["prompt"] + args["tokens"] // 2,
-        "k": args["k"],
+        "k": int(engine.partition("@")[2] or args["k"]),
         "ms": runs,
     }
 
 
 def table() -> str:
-    return json.dumps([pair(*item) for item in RESULTS.items()], indent=1) + "\n"
+    return json.dumps([pair(file, *of) for file, of in RESULTS.items()], indent=1) + "\n"
 
 
 if __name__ == "__main__":

@@ -33,10 +33,10 @@ def test_no_form_that_was_slower_anywhere(us: list[tuple[float, float]]) -> None
     mask = chosen_rows.faster(times)
     for rows, (ours, marlins) in times.items():
         if mask >> rows // 2 & 1:
-            assert ours <= marlins
+            assert ours < marlins
         else:
             other = times[rows ^ 1]
-            assert ours > marlins or other[0] > other[1]
+            assert max(ours / marlins, other[0] / other[1]) > 0.96
 
 
 def test_measured_once_and_kept(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

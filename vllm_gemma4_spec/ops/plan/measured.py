@@ -9,8 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vllm_gemma4_spec.ops.plan import configs
-from vllm_gemma4_spec.ops.plan.model import Model
+from vllm_gemma4_spec.ops.plan.model import Model, published
 from vllm_gemma4_spec.ops.plan.timing import MAX_K, Hardware, Steps, Workload, hardware
 
 
@@ -19,14 +18,16 @@ def _rows() -> list[dict[str, Any]]:
     return list(json.loads(Path(__file__).with_name("measured.json").read_text()))
 
 
-@cache
-def _published(name: str) -> Model:
-    row = configs.published()[name]
-    return Model(name, configs.text({"model_type": "gemma4_text", **row}, name), "nvfp4")
+def _drafter(row: dict[str, Any]) -> Model:
+    return published(row["drafter"], row["drafter_weights"])
 
 
-def _same(model: Model, name: str, weights: str) -> bool:
-    return model.weights == weights and model.text == _published(name).text
+def _target(row: dict[str, Any]) -> Model:
+    return published(row["target"], row["weights"])
+
+
+def _same(model: Model, other: Model) -> bool:
+    return type(model) is type(other) and (model.weights, model.text) == (other.weights, other.text)
 
 
 def _at(runs: dict[str, dict[str, float]], requests: int) -> dict[str, float] | None:
@@ -49,9 +50,9 @@ def steps(machine: Hardware, target: Model, drafter: Model | None, load: Workloa
     number of drafts than the measured lie on the line through plain decoding's pass and the measured one.
     """
     for row in _rows():
-        fits = row["card"] == machine.name and _same(target, row["target"], row["weights"])
+        fits = row["card"] == machine.name and _same(target, _target(row))
         ms = _at(row["ms"], load.requests)
-        if not fits or ms is None or not (drafter is None or _same(drafter, row["drafter"], row["weights"])):
+        if not fits or ms is None or not (drafter is None or _same(drafter, _drafter(row))):
             continue
         short = Workload(load.requests, row["context"], load.kv_bytes)
 
@@ -97,8 +98,8 @@ def slowest(requests: int, experts: bool) -> Slowest:
         n = counts[min(bisect_left(counts, requests), len(counts) - 1)]
         ms, card = row["ms"][str(n)], hardware()[row["card"]]
         load = Workload(n, row["context"], 2.0)
-        floors = Steps.floors(_published(row["target"]), _published(row["drafter"]), load, card.bandwidth)
+        floors = Steps.floors(_target(row), _drafter(row), load, card.bandwidth)
         draft = max(draft, ms["first_draft"] / 1e3 / floors.drafts[1], ms["further_draft"] / 1e3 / floors.drafts[1])
-        if bool(_published(row["target"]).experts) == experts:
+        if bool(_target(row).experts) == experts:
             target = max(target, ms["step"] / 1e3 / floors.target[0], ms["verify"] / 1e3 / floors.target[row["k"]])
     return Slowest(target, draft)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -289,9 +289,21 @@ def load(model: str | Path, weights: str | None = None) -> Model:
     if found.weights not in WEIGHT_BYTES:
         raise PlanError(f"weights {found.weights!r}: choose from {', '.join(WEIGHT_BYTES)}")
     shards = sum(p.stat().st_size for p in file.parent.glob("*.safetensors")) if file else 0
-    fields = (name, text, found.weights, found.unquantized, shards or None, found.scaled, found.by_layer)
+    return _made(name, text, found, shards or None, raw, str(file or model))
+
+
+@cache
+def published(name: str, weights: str) -> Model:
+    """A model of the bundled table (:func:`configs.published`), whatever a local cache holds."""
+    row = configs.published()[name]
+    raw = row if "model_type" in row else {"model_type": "gemma4_text", **row}
+    return _made(name, configs.text(raw, name), _Weights(weights), None, raw, name)
+
+
+def _made(name: str, text: Any, found: _Weights, shards: int | None, raw: dict[str, Any], where: str) -> Model:
+    fields = (name, text, found.weights, found.unquantized, shards, found.scaled, found.by_layer)
     if raw["model_type"] == configs.ASSISTANT:
-        own = configs.assistant(raw, str(file or model))
+        own = configs.assistant(raw, where)
         rows = int(text.vocab_size)
         if own["use_ordered_embeddings"]:
             rows = own["num_centroids"] + rows // own["num_centroids"] * own["centroid_intermediate_top_k"]
