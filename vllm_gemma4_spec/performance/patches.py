@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         async_scheduling,
         compile_settings,
         draft_graphs,
+        expert_routing,
         graph_capture,
         split_attention,
         whole_copies,
@@ -23,6 +24,7 @@ else:  # a wrapper's module is imported only after the module of vLLM that it pa
     async_scheduling = Lazy("vllm_gemma4_spec.performance.async_scheduling")
     compile_settings = Lazy("vllm_gemma4_spec.performance.compile_settings")
     draft_graphs = Lazy("vllm_gemma4_spec.performance.draft_graphs")
+    expert_routing = Lazy("vllm_gemma4_spec.performance.expert_routing")
     graph_capture = Lazy("vllm_gemma4_spec.performance.graph_capture")
     split_attention = Lazy("vllm_gemma4_spec.performance.split_attention")
     whole_copies = Lazy("vllm_gemma4_spec.performance.whole_copies")
@@ -201,6 +203,20 @@ SPLIT_ATTENTION = Patch(
     ),
 )
 
+EXPERT_ROUTING = Patch(
+    name="expert-routing",
+    group=Group.CONVENIENCE,
+    why="26B-A4B chooses its experts with some ten functions of PyTorch, a sort among them: about 25 us a layer on an "
+    "H200, 0.8 of a decode step's 4.6 ms.",
+    how="On a GPU one Triton kernel finds the largest logits, takes the softmax over them and multiplies by the "
+    "experts' scales. Where it does not compile vLLM's own function stays.",
+    retire="A release that chooses Gemma 4's experts with one kernel.",
+    scope="Layers with experts of a Gemma 4, on a GPU.",
+    related="none found",
+    edits=(Edit("vllm.model_executor.models.gemma4:Gemma4MoE.__init__", expert_routing.moe_init),),
+    watches=("vllm.model_executor.layers.fused_moe.router.custom_routing_router:CustomRoutingRouter._compute_routing",),
+)
+
 WHOLE_COPIES = Patch(
     name="whole-copies",
     group=Group.CONVENIENCE,
@@ -235,4 +251,5 @@ PATCHES: tuple[Patch, ...] = (
     LOCAL_ARGMAX,
     DRAFT_COMPILE,
     SPLIT_ATTENTION,
+    EXPERT_ROUTING,
 )
