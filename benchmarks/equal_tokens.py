@@ -2,10 +2,10 @@
 
     GEMMA4_ARTIFACTS=… python benchmarks/equal_tokens.py --target 31B --out equal-tokens.json
 
-One engine decodes the same prompts alone, four and sixteen at a time, and another with the target's MTP assistant (random
-weights: its drafts are rejected, what is verified is five rows a request). Every answer is compared with the one of plain
-decoding, one request at a time: how many of its tokens come before the first that differs. Kernels whose rows depend on
-the batch end such runs early; ``--engines stock,plain,mtp@4`` shows whose do.
+One engine decodes the same prompts alone, four and sixteen at a time, and another with the target's MTP assistant
+(random weights: its drafts are rejected, what is verified is five rows a request). Every answer is compared with the
+one of plain decoding, one request at a time: how many of its tokens come before the first that differs. Kernels whose
+rows depend on the batch end such runs early; ``--engines stock,plain,mtp@4`` shows whose do.
 """
 
 from __future__ import annotations

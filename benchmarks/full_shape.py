@@ -6,7 +6,8 @@ Every engine is a process of its own: ``stock`` (plain decoding without this pac
 ``spec`` (speculation with ``--drafter``), ``mtp`` (with the target's MTP assistant) and, on request, ``spec-adaptive``
 (adaptive k) and what a part is worth: ``spec-eager`` (without the graphs), ``spec-sync`` (without async scheduling),
 ``spec-plain-compile`` (without the drafter's own compiler settings), ``spec-whole`` (a whole drafter on each rank of
-``--tp``); ``spec@5`` is ``spec`` with k = 5, ``plain+NAME=VALUE`` is ``plain`` with that variable set. One run with both drafters beside stock's plain decoding:
+``--tp``); ``spec@5`` is ``spec`` with k = 5, ``plain+NAME=VALUE`` is ``plain`` with that variable set. One run with both
+drafters beside stock's plain decoding:
 
     … --together --engines stock,spec@3,mtp@4 --concurrency 1,4,16 --acceptance 1.0,0.8,0.0 --repeats 2
 
@@ -76,6 +77,10 @@ def k_of(engine: str, k: int) -> int:
     return int(engine.partition("+")[0].partition("@")[2] or k)
 
 
+def file_name(engine: str) -> str:
+    return engine.replace("/", "_")
+
+
 def environment(engine: str) -> dict[str, str]:
     """What ``spec@5+NAME=VALUE`` sets."""
     name, *settings = engine.split("+")
@@ -136,7 +141,7 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
     rpc = llm.collective_rpc
     if args.turn:
         turn = args.turn.open("w")
-        args.turn.with_suffix(f".{args.engine}").touch()
+        args.turn.with_suffix(f".{file_name(args.engine)}").touch()
         fcntl.flock(turn, fcntl.LOCK_EX)  # let go of when the process ends
     result["finite_logits"] = rpc(probes.finite)[0]
     result |= rpc(probes.bandwidth_and_bytes)[0]
@@ -211,7 +216,8 @@ def kernel_table(kernels: list[tuple[str, float, float]], top: int = 30) -> str:
 
 def table(results: dict[str, Any]) -> str:
     """tok/s of every engine, and of speculation over plain decoding."""
-    base = {r["concurrency"]: r["tokens_per_s"] for r in results.get("stock", results.get("plain", {})).get("runs", [])}
+    plain = sorted((e for e in results if e.startswith(("stock", "plain"))), key=lambda e: not e.startswith("stock"))
+    base = {r["concurrency"]: r["tokens_per_s"] for r in (results[plain[0]].get("runs", []) if plain else [])}
     lines = ["engine              accept    c    tok/s  ratio    step  verify  sampling  draft    gap (ms)"]
     for engine, result in results.items():
         for r in result.get("runs", []):
@@ -229,15 +235,11 @@ def main() -> None:
         args.out.write_text(json.dumps(run_engine(args)))
         return
     results: dict[str, Any] = {}
-    parts = {engine: args.out.with_suffix(f".{engine}.part") for engine in args.engines.split(",")}
+    parts = {engine: args.out.with_suffix(f".{file_name(engine)}.part") for engine in args.engines.split(",")}
     turn = args.out.with_suffix(".turn")
 
     def start(engine: str) -> subprocess.Popen[bytes]:
-        env = (
-            os.environ
-            | environment(engine)
-            | {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO")}
-        )
+        env = os.environ | environment(engine) | {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO")}
         extra = ["--engine", engine, "--out", str(parts[engine]), *(["--turn", str(turn)] if args.together else [])]
         return subprocess.Popen([sys.executable, __file__, *sys.argv[1:], *extra], env=env)
 
@@ -246,7 +248,7 @@ def main() -> None:
         with turn.open("w") as held:  # nobody measures while another still compiles
             fcntl.flock(held, fcntl.LOCK_EX)
             running = {engine: start(engine) for engine in parts}
-            marks = {engine: turn.with_suffix(f".{engine}") for engine in parts}
+            marks = {engine: turn.with_suffix(f".{file_name(engine)}") for engine in parts}
             while any(running[e].poll() is None and not marks[e].exists() for e in parts):
                 time.sleep(1)
         for mark in marks.values():
