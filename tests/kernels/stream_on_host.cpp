@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -49,12 +48,6 @@ static void wait(unsigned barrier, unsigned parity) {
 }
 static void copy_once(unsigned to, const void* from, unsigned long long) { std::memcpy(shared + to, from, 16); }
 static uint4 load(const void* from) { return *(const uint4*)from; }
-static std::vector<const void*> brought;  // lines of 128 bytes
-static std::mutex bringing;
-static void bring_to_l2(const void* line) {
-    std::lock_guard<std::mutex> held(bringing);
-    brought.push_back(line);
-}
 static void publish_to_wgmma() {}
 static void reread(float&) {}
 static unsigned shift_right_8(unsigned value) { return value >> 8; }
@@ -146,8 +139,7 @@ static void mma_async(float (&d)[MT][4], const unsigned (&a)[4], unsigned long l
 
 extern "C" void run(const void* codes, const void* scales, const void* x, const void* pre, void* y,
                     const float* global_scale, float* partial, unsigned* arrivals, int rows, int N, int K,
-                    const void* next_codes, const void* next_scales, int next_N, int next_K, int blocks) {
-    brought.clear();
+                    int blocks) {
     gridDim = {blocks, 1, 1};
     blockDim = {THREADS, 1, 1};
     first_barrier = BARRIERS_AT;
@@ -163,15 +155,8 @@ extern "C" void run(const void* codes, const void* scales, const void* x, const 
                 threadIdx = {i, 0, 0};
                 blockIdx = {block, 0, 0};
                 nvfp4_stream((const unsigned char*)codes, (const unsigned char*)scales, (const u16*)x, (const u16*)pre,
-                             (u16*)y, global_scale, partial, arrivals, rows, N, K,
-                             (const unsigned char*)next_codes, (const unsigned char*)next_scales, next_N, next_K);
+                             (u16*)y, global_scale, partial, arrivals, rows, N, K);
             });
         for (auto& thread : threads) thread.join();
     }
-}
-
-// The lines that the last run brought into the L2; how many.
-extern "C" int brought_lines(const void** lines) {
-    if (lines) std::memcpy(lines, brought.data(), brought.size() * sizeof(void*));
-    return (int)brought.size();
 }

@@ -78,7 +78,6 @@ def run(
     pre: torch.Tensor | None = None,
     form: Form = FORM,
     tiles: int | None = None,
-    following: tuple[torch.Tensor, torch.Tensor, int, int] | None = None,
 ) -> torch.Tensor:
     tiles, k = tiles or stream_gemm.tiles_for(len(x)), x.shape[1]
     y = torch.full((len(x), n), torch.nan, dtype=torch.bfloat16)
@@ -89,9 +88,7 @@ def run(
         ctypes.c_void_p(t.data_ptr())
         for t in (words, scales, x, x if pre is None else pre, y, shift, partial, arrivals)
     ]
-    next_words, next_scales, next_n, next_k = following or (words, scales, 0, 0)
-    after = (ctypes.c_void_p(next_words.data_ptr()), ctypes.c_void_p(next_scales.data_ptr()), next_n, next_k)
-    get(tiles, pre is not None, form).run(*pointers, len(x), n, k, *after, blocks)
+    get(tiles, pre is not None, form).run(*pointers, len(x), n, k, blocks)
     assert not arrivals.any()  # ready for the next GEMM
     return y
 
@@ -129,40 +126,3 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(libraries: Any) -> No
     whole = run(libraries, x, packed, 256, 2)
     for rows in (1, 6):
         assert torch.equal(run(libraries, x[:rows].contiguous(), packed, 256, 2), whole[:rows]), rows
-
-
-@pytest.mark.parametrize(
-    ("n", "k", "blocks"),
-    [
-        (256, 4096, 2),  # the first 8 of 16 stages of each block
-        (320, 192, 3),  # the last tile and the last stage are not whole
-        (256, 128, 4),  # fewer stages than blocks
-    ],
-)
-def test_the_start_of_the_following_gemm_is_brought_into_the_l2(libraries: Any, n: int, k: int, blocks: int) -> None:
-    torch.manual_seed(0)
-    packed = marlin(*weight(256, 128))
-    words, scales = (torch.zeros(k // 16, size, dtype=torch.uint8) for size in (8 * n, n))
-    run(libraries, torch.randn(1, 128).bfloat16(), packed, 256, blocks, following=(words, scales, n, k))
-    library = libraries(1, False, FORM)
-    lines = (ctypes.c_void_p * library.brought_lines(None))()
-    library.brought_lines(lines)
-    found = {int(line or 0) for line in lines}
-    stages, units = -(-k // 128), -(-n // 256) * -(-k // 128)
-    grid = min(blocks, units)
-    wanted = set()
-    for block in range(grid):
-        first, last = units * block // grid, units * (block + 1) // grid
-        for unit in range(first, min(last, first + stream_gemm.AHEAD)):
-            column, row = unit // stages * 256, unit % stages * 8
-            for step in range(row, min(row + 8, k // 16)):
-                columns = min(256, n - column)
-                codes = words.data_ptr() + (step * n + column) * 8
-                wanted |= {codes + at for at in range(0, columns * 8, 128)}
-                wanted |= {scales.data_ptr() + step * n + column + at for at in range(0, columns, 128)}
-    assert found == wanted and len(lines) == len(found)
-
-
-def test_nothing_is_brought_where_nothing_follows(libraries: Any) -> None:
-    run(libraries, torch.randn(1, 128).bfloat16(), marlin(*weight(256, 128)), 256, 2)
-    assert libraries(1, False, FORM).brought_lines(None) == 0

@@ -207,6 +207,11 @@ SHOWN = {
         "performance/test_draft_compile::test_a_drafter_has_compiler_settings_of_its_own",
         r"enable_pdl",
     ),
+    "target-compile": Shown(
+        "performance/test_target_compile::test_stock_compiles_a_target_without_dependent_launch",
+        "performance/test_target_compile::test_a_target_is_compiled_with_dependent_launch",
+        r"enable_pdl",
+    ),
     "split-attention": Shown(
         f"{_KERNELS}::test_stock_walks_the_context_in_one_piece",
         f"{_KERNELS}::test_a_verification_splits_the_context",

@@ -26,9 +26,6 @@ typedef unsigned long long u64;
 #define WARPS (8 * HALVES)  // that multiply: 8 times 32 outputs
 #define COPIERS 128  // threads that copy
 #define FIRST 2      // stages that do not wait for the kernel before this one
-#ifndef AHEAD
-#define AHEAD 8      // stages of each block's share of the following GEMM that are brought into the L2
-#endif
 #define HANDOVER (WGMMA && MT >= 8)  // of registers; what each warp starts with goes by THREADS and PER_SM
 #define COPIER_REGISTERS (HALVES == 1 && PER_SM == 1 ? 104 : 64)
 #define OTHER_REGISTERS (HALVES == 2 ? 104 : PER_SM == 1 ? 200 : 88)
@@ -67,8 +64,6 @@ __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
 __device__ __forceinline__ void copy_once(u32 to, const void* from, u64 policy) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
 }
-
-__device__ __forceinline__ void bring_to_l2(const void* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
 
 __device__ __forceinline__ uint4 load(const void* from) {
     uint4 v;
@@ -214,10 +209,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
     const float* global_scale,    // [1], Marlin's: weight_scale_2 * 2^119 / scale_factor
     float* partial,               // [blocks, 2, MT, 8, 32, 8]: a block's part of its first and of its last tile
     u32* arrivals,                // [tiles of outputs, 8], zero before and after
-    int rows, int N, int K,
-    const unsigned char* next_codes,   // as codes, of the GEMM that follows: other kernels come between, which leave
-    const unsigned char* next_scales,  // the memory idle
-    int next_N, int next_K) {  // 0: nothing is known of it
+    int rows, int N, int K) {
     const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     // Multiples of 64; what the last tile and the last stage of a tile lack stays as it is in shared memory, x zero.
     const int per_tile = (K + DEPTH - 1) / DEPTH, units = (N + COLUMNS - 1) / COLUMNS * per_tile;
@@ -289,17 +281,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
             arrive(full + 8 * stage);
             if (i + 1 < count) load_x();
             if (++stage == STAGES) stage = 0, parity ^= 1;
-        }
-        const int next_per_tile = (next_K + DEPTH - 1) / DEPTH, next_units = (next_N + COLUMNS - 1) / COLUMNS * next_per_tile;
-        const int next_blocks = next_units < (int)gridDim.x ? next_units : (int)gridDim.x;
-        if ((int)blockIdx.x >= next_blocks) return;
-        const Share next = share_of(blockIdx.x, next_blocks, next_units);
-        for (int unit = next.first; unit < next.last && unit < next.first + AHEAD; unit++) {
-            const int tile = unit / next_per_tile, step = unit % next_per_tile * STEPS + p / 16;  // 128 bytes a thread
-            if (step >= next_K / 16) continue;
-            const long at = (long)step * next_N + tile * COLUMNS;
-            if (piece * 16 < next_N - tile * COLUMNS) bring_to_l2(next_codes + at * 8 + piece * 128);
-            if (piece < 2 && piece * 128 < next_N - tile * COLUMNS) bring_to_l2(next_scales + at + piece * 128);
         }
         return;
     }

@@ -1,7 +1,7 @@
 """NVFP4 GEMM of up to 128 rows that reads Marlin's own weights: ``nvfp4_stream.cu`` beside Marlin, as one operator.
 
 It takes the batches in which it is the faster one (``chosen_rows``) and leaves the others to Marlin; there is no second
-copy of a weight. Up to 64 rows a row's result has the same bits whatever rows stand beside it, which Marlin's has not.
+copy of a weight. Up to 32 rows a row's result has the same bits whatever rows stand beside it, which Marlin's has not.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import functools
 import itertools
 import logging
 import statistics
-import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
@@ -28,7 +27,6 @@ logger = logging.getLogger("vllm.plugins.gemma4_spec")
 COLUMNS, DEPTH = 256, 128  # outputs of a tile, inputs of a stage
 MULTIPLE = 64  # of which N and K must be
 MOST_ROWS = 128
-AHEAD = 8  # stages of each block's share of the following GEMM that are brought into the L2 (19 MB on an H200)
 ALL = 63  # every form
 
 
@@ -47,12 +45,12 @@ class Form:
         return 256 * self.halves + 128
 
 
-# By compiled number of 8-row tiles. Up to 64 rows all add up in the same order: a row's bits are the same in each.
+# By compiled number of 8-row tiles. Up to 32 rows all add up in the same order: a row's bits are the same in each.
 WGMMA_FORMS = {
     1: Form(4, wgmma=True),
     2: Form(4, wgmma=True),
     4: Form(4, wgmma=True),
-    8: Form(4, wgmma=True),
+    8: Form(6, halves=1, wgmma=True),
     10: Form(5, halves=1, wgmma=True),
     16: Form(4, halves=1, wgmma=True),
 }
@@ -92,7 +90,6 @@ def macros(tiles: int, scaled: bool, form: Form) -> dict[str, int]:
         "HALVES": form.halves,
         "PER_SM": form.per_sm,
         "WGMMA": int(form.wgmma),
-        "AHEAD": AHEAD,
     }
 
 
@@ -122,22 +119,6 @@ def units(n: int, k: int) -> int:
 
 
 SCRATCH = Scratch()
-_FOLLOWS: dict[int, tuple[weakref.ref[Module], weakref.ref[Module]]] = {}  # by the address of a layer's weight
-
-
-def follows(layer: Module, previous: Module) -> None:
-    """``layer`` is the next one to run after ``previous``: while other kernels run between them, part of its weights
-    come into the L2. A wrong guess costs reads, never a result."""
-    _FOLLOWS[previous.weight.data_ptr()] = weakref.ref(previous), weakref.ref(layer)
-
-
-def _following(weight: Tensor) -> tuple[Tensor, Tensor, int, int] | None:
-    """The weights, N and K of the layer that follows the one with this weight; None if nothing is known of it."""
-    known = _FOLLOWS.get(weight.data_ptr())
-    previous, layer = (ref() for ref in known) if known else (None, None)
-    if layer is None or previous is None or previous.weight.data_ptr() != weight.data_ptr():  # another layer's by now
-        return None
-    return layer.weight, layer.weight_scale, layer.output_size_per_partition, layer.input_size_per_partition
 
 
 def stream_gemm(
@@ -176,7 +157,6 @@ def launch(
     """The kernel of this form for up to ``8 * tiles`` rows; the rest as in :func:`stream_gemm`."""
     rows, k = x.shape
     y = torch.empty(rows, n, dtype=x.dtype, device=x.device)
-    next_weight, next_scale, next_n, next_k = _following(weight) or (weight, weight_scale, 0, 0)
     partial, arrivals = SCRATCH.on(x.device)
     kernel(tiles, pre_quant_scale is not None, form)(
         grid=(min(form.per_sm * _multiprocessors(x.device.index), units(n, k)), 1, 1),
@@ -193,10 +173,6 @@ def launch(
             rows,
             n,
             k,
-            next_weight,
-            next_scale,
-            next_n,
-            next_k,
         ],
         shared_bytes=shared_bytes(tiles, form),
     )

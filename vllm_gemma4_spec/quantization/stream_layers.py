@@ -6,16 +6,12 @@ smallest batches, and stream in those that are too large for it: its first pass 
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from vllm_gemma4_spec import scope, settings
 from vllm_gemma4_spec.quantization.small_batch_layers import scale_stands_alone
-
-_previous: weakref.ref[Module] | None = None  # layers are made ready in the order in which they run
 
 
 def prepare(layer: Module) -> None:
@@ -34,16 +30,6 @@ def prepare(layer: Module) -> None:
     stream_gemm.reserve(layer.output_size_per_partition, layer.input_size_per_partition, layer.weight.device)
     layer.streamed = stream_gemm.faster(layer)
     layer.stream_scaled = layer.streamed != 0 and layer.rows_codes is None and scale_stands_alone(layer)
-    global _previous
-    previous = _previous() if _previous else None
-    if previous is not None and _model(previous) == _model(layer):
-        stream_gemm.follows(layer, previous)
-    _previous = weakref.ref(layer)
-
-
-def _model(layer: Module) -> str:
-    """What stands before the layers in its name: target and drafter run after one another, with much between them."""
-    return str(layer.prefix).partition("layers.")[0]
 
 
 def linear(layer: Module, x: Tensor) -> Tensor:
