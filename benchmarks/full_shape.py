@@ -6,8 +6,8 @@ Every engine is a process of its own: ``stock`` (plain decoding without this pac
 ``spec`` (speculation with ``--drafter``), ``mtp`` (with the target's MTP assistant) and, on request, ``spec-adaptive``
 (adaptive k) and what a part is worth: ``spec-eager`` (without the graphs), ``spec-sync`` (without async scheduling),
 ``spec-plain-compile`` (without the drafter's own compiler settings), ``spec-whole`` (a whole drafter on each rank of
-``--tp``); ``spec@5`` is ``spec`` with k = 5, ``plain+NAME=VALUE`` is ``plain`` with that variable set. One run with both
-drafters beside stock's plain decoding:
+``--tp``); ``spec@5`` is ``spec`` with k = 5, ``plain+NAME=VALUE`` is ``plain`` with that variable set. One run with
+both drafters beside stock's plain decoding:
 
     … --together --engines stock,spec@3,mtp@4 --concurrency 1,4,16 --acceptance 1.0,0.8,0.0 --repeats 2
 

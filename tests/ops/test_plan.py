@@ -275,8 +275,8 @@ def test_predictions_are_what_was_measured(
     target: str, drafter: tuple[str, str], results: str, engine: str, k: int
 ) -> None:
     """Every run of the results files: where luck has no part (every draft accepted, or none) the server's tok/s to 4 %;
-    between them to 20 %, as a batch ends with its unluckiest request (42 to 62 steps each) and of two runs the slower is
-    given. Plain to 1 %."""
+    between them to 20 %, as a batch ends with its unluckiest request (42 to 62 steps each) and of two runs the slower
+    is given. Plain to 1 %."""
     engines = json.loads((ROOT / f"benchmarks/results/{results}.json").read_text())["engines"]
     name, weights = drafter
     models = ("--target", target, "--target-weights", "nvfp4", "--drafter", name, "--drafter-weights", weights)

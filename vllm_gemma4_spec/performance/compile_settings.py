@@ -1,6 +1,6 @@
 """How torch.compile makes the small kernels of a decode step, of the target and of a draft model.
 
-A step of 31B runs some 700 kernels of 1 to 4 us between its GEMMs, a draft pass 300: norms, rotary, activations.
+A step of 31B runs some 500 kernels of 1 to 4 us between its GEMMs, a draft pass 300: norms, rotary, activations.
 Programmatic dependent launch lets each of them start while the one before ends, and a GEMM fetch its first weights
 while a norm runs; a reduction over one hidden state (2,560 to 5,376 values) is read once instead of once per sum.
 """
@@ -61,7 +61,7 @@ def get_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def vllm_config(original: Callable[..., None]) -> Callable[..., None]:
-    """``VllmConfig.__post_init__``: the settings of an engine whose target is a Gemma 4; the key of its graphs has them.
+    """``VllmConfig.__post_init__``: the settings of an engine whose target is a Gemma 4, and so the key of its graphs.
 
     Patch: ``target-compile``. Evidence:
     ``tests/performance/test_target_compile.py::test_stock_compiles_a_target_without_dependent_launch``. Related
