@@ -159,8 +159,8 @@ TARGET_COMPILE = Patch(
     name="target-compile",
     group=Group.CONVENIENCE,
     why="A decode step of 31B has some 500 kernels of 1 to 7 us between its GEMMs; each of those that torch.compile "
-    "makes waits for its launch, the GEMM behind it for its end, and norms read their row once per sum: 0.8 of 9.5 ms on "
-    "an H200.",
+    "makes waits for its launch, the GEMM behind it for its end, and norms read their row once per sum: 0.8 of 9.5 ms "
+    "on an H200.",
     how="From Hopper on a Gemma 4 target is compiled with programmatic dependent launch (triton.enable_pdl in "
     "inductor_compile_config, unless a user set it) and with persistent reductions up to 8,192 values.",
     retire="An Inductor that does both by itself.",
