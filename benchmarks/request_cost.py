@@ -1,11 +1,14 @@
-"""What the rules of a request cost: processor time of the same work with the patches of ``requests/`` and without.
+"""What the rules of a request cost: the same work with the patches of ``requests/`` and without, timed and counted.
 
     python benchmarks/request_cost.py [--rounds 24] [--grammar] [--out request-cost.json]
 
-Two engines in two processes, one of them without these patches, take turns: a tiny Gemma 4 as its own drafter (CPU,
-float32, k = 3, 8 requests), without a rule and with each kind. Its steps are so short that what is done for a request
-weighs far more than with a real model. Beside the medians over the turns stand those of the fastest quarter of each
-engine's: whatever else a machine does makes turns slower, never faster.
+One engine, a tiny Gemma 4 as its own drafter (CPU, float32, k = 3, 8 requests), answers in turn without these patches,
+with them, and without them once more, first without a rule and then with each kind. The third shows what two equal
+engines differ by. Times are processor time: other processes do not count, but they share the caches; beside the medians
+over the rounds stand those of each one's fastest quarter. The steps are so short that what is done for a request weighs
+far more than with a real model.
+
+What no other process can change is counted in a further turn: steps, Python functions called, tensor operations.
 
 `--grammar` takes no engine: what a step of one request does with a grammar and nothing else (drafts validated, bitmasks
 filled, tokens accepted; xgrammar, k = 3), as vLLM does it and with the patch, hundreds of times in turn.
@@ -14,13 +17,12 @@ filled, tokens accepted; xgrammar, k = 3), as vLLM does it and with the patch, h
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,40 +32,39 @@ from tests.requests.generator import SCHEMA
 from tests.requests.test_random_requests import OPTIONS
 from tests.support import scripted
 from tests.support.engine import engine
+from tests.support.turns import Turns
 
+TOKENS, REQUESTS, K = 40, 8, 3
+FREE = "<bos><|turn>user\nWhat?<turn|>\n<|turn>model\n<|channel>thought\n<channel|>"
 CASES: dict[str, dict[str, Any]] = {
     "no rule": {"ignore_eos": True},
     "JSON schema": {"structured_outputs": {"json": {"type": "array", "items": SCHEMA, "minItems": 9}}},
     "regex": {"structured_outputs": {"regex": "([a-z]{1,9} ){40,60}"}},
+    "choice": {"structured_outputs": {"choice": ["Anna has two apples. " * 20, "Ben has two books. " * 20]}},
     "min_tokens": {"ignore_eos": True, "min_tokens": 36},
     "allowed_token_ids": {"ignore_eos": True, "allowed_token_ids": list(range(3, 200))},
+    "stop strings": {"ignore_eos": True, "stop": ["zzzz"]},
+    # In an open channel, and never spent: without the patches a budget is not looked at when speculating.
+    "thinking_token_budget": {"ignore_eos": True, "thinking_token_budget": TOKENS},
 }
-TOKENS = 40
-WAYS = ("stock", "patched")
+WAYS = {"stock": False, "patched": True, "stock again": False}
 
 
-def serve(way: str, target: Path, pipe: Any) -> None:
-    """In a process of its own: does what it is told, and says how many seconds it took and what came out."""
-    import vllm
-    from vllm.sampling_params import StructuredOutputsParams
-
-    from tests.support.stock import without
-    from vllm_gemma4_spec.requests.patches import PATCHES
-
-    prompt = scripted.tokenizer().encode("<bos><|turn>user\nWhat?<turn|>\n<|turn>model\n<|channel>thought\n<channel|>")
-    with contextlib.ExitStack() as stack:
-        for patch in PATCHES if way == "stock" else ():
-            stack.enter_context(without(patch))
-        llm = stack.enter_context(engine(target, target, 3, **OPTIONS))
-        for name in iter(pipe.recv, None):
-            fields = {"temperature": 0.0, "max_tokens": TOKENS} | CASES[name]
-            if "structured_outputs" in fields:
-                fields["structured_outputs"] = StructuredOutputsParams(**fields["structured_outputs"])
-            params = [vllm.SamplingParams(**fields) for _ in range(8)]
-            started = time.process_time()  # other processes on the machine do not count
-            outputs = llm.generate([{"prompt_token_ids": prompt}] * 8, params, use_tqdm=False)
-            pipe.send((time.process_time() - started, [list(o.outputs[0].token_ids) for o in outputs]))
-        pipe.send(None)
+def compared(case: str, rounds: int, run: Callable[[bool], float], unit: str, scale: float) -> dict[str, Any]:
+    """Seconds of ``run(patched)`` in turn, each way first as often as the others."""
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    ways = list(WAYS)
+    for turn in range(rounds):
+        for way in ways[turn % 3 :] + ways[: turn % 3]:
+            seconds[way].append(run(WAYS[way]))
+    row: dict[str, Any] = {"case": case, "rounds": rounds}
+    row |= {f"{way}, us a {unit}": round(1e6 * scale * statistics.median(s), 1) for way, s in seconds.items()}
+    fast = {way: statistics.median(sorted(s)[: max(1, rounds // 4)]) for way, s in seconds.items()}
+    for way in ("patched", "stock again"):
+        ratios = [a / b for a, b in zip(seconds[way], seconds["stock"], strict=True)]
+        row[f"{way} / stock, run for run"] = round(statistics.median(ratios), 3)
+        row[f"{way} / stock, fastest quarter"] = round(fast[way] / fast["stock"], 3)
+    return row
 
 
 def grammar_rows(rounds: int) -> list[dict[str, Any]]:
@@ -73,14 +74,14 @@ def grammar_rows(rounds: int) -> list[dict[str, Any]]:
 
     folder = scripted.save(Path(tempfile.mkdtemp(prefix="request-cost-")) / "target")
     managers = positions.manager.__wrapped__(folder)  # type: ignore[attr-defined]
-    manager, rows = next(managers)("xgrammar", 3), []
-    prompt = scripted.tokenizer().encode("<bos><|turn>user\nWhat?<turn|>\n<|turn>model\n<|channel>thought\n<channel|>")
+    manager, rows = next(managers)("xgrammar", K), []
+    prompt = scripted.tokenizer().encode(FREE)
     for name, fields in CASES.items():
         if "structured_outputs" not in fields:
             continue
-        request = positions.new_request(manager, "xgrammar", fields["structured_outputs"], prompt)
+        request = positions.new_request(manager, "xgrammar", dict(fields["structured_outputs"]), prompt)
         patched = request.structured_output_request.grammar
-        grammars = {"stock": patched._inner, "patched": patched}
+        grammars = {False: patched._inner, True: patched}
         chance, path = np.random.default_rng(1), []
         for _ in range(TOKENS):
             mask = manager.grammar_bitmask({"r": request}, ["r"], {})
@@ -88,26 +89,55 @@ def grammar_rows(rounds: int) -> list[dict[str, Any]]:
             allowed[positions.EOS] = 0
             path.append(int(chance.choice(np.flatnonzero(allowed))))
             assert patched.accept_tokens("r", path[-1:])
-        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-        for turn in range(rounds):
-            for way in WAYS[:: 1 if turn % 2 else -1]:
-                grammar = request.structured_output_request.grammar = grammars[way]
-                patched.reset()
+
+        def run(
+            way: bool, request: Any = request, grammars: Any = grammars, patched: Any = patched, path: Any = path
+        ) -> float:
+            grammar = request.structured_output_request.grammar = grammars[way]
+            patched.reset()
+            started = time.process_time()
+            for at in range(0, TOKENS, K + 1):
+                drafts = grammar.validate_tokens(path[at : at + K])
+                manager.grammar_bitmask({"r": request}, ["r"], {"r": drafts})
+                grammar.accept_tokens("r", path[at : at + K + 1])
+            return time.process_time() - started
+
+        rows.append(compared(f"{name}, the grammar alone", rounds, run, "step", (K + 1) / TOKENS))
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def engine_rows(rounds: int) -> list[dict[str, Any]]:
+    from vllm_gemma4_spec.requests.patches import PATCHES
+
+    target = scripted.save(Path(tempfile.mkdtemp(prefix="request-cost-")) / "target")
+    rows = []
+    with engine(target, target, K, **OPTIONS) as llm, Turns(llm, PATCHES) as turns:
+        for name, rule in CASES.items():
+            prompts = [scripted.prompt(0) if "budget" in name else scripted.tokenizer().encode(FREE)] * REQUESTS
+            fields = {"max_tokens": TOKENS} | rule
+            answers, steps, calls, operations = {}, {}, {}, {}
+            for patched in (False, True):
+                turns.change(patched)
+                turns.answers(prompts, fields)  # what happens once has happened
+                counts, answers[patched] = turns.calls(prompts, fields)
+                steps[patched], calls[patched] = len(counts), sum(counts)
+                operations[patched] = sum(turns.operations(prompts, fields).values())
+            tokens = sum(map(len, answers[True]))
+
+            def run(patched: bool, prompts: Any = prompts, fields: Any = fields) -> float:
+                turns.change(patched)
+                turns.answers(prompts[:2], fields | {"max_tokens": 9, "min_tokens": 0})  # warm again after a change
                 started = time.process_time()
-                for at in range(0, TOKENS, 4):
-                    drafts = grammar.validate_tokens(path[at : at + 3])
-                    manager.grammar_bitmask({"r": request}, ["r"], {"r": drafts})
-                    grammar.accept_tokens("r", path[at : at + 4])
-                seconds[way].append(time.process_time() - started)
-        steps = TOKENS // 4
-        row: dict[str, Any] = {"case": f"{name}, the grammar alone", "rounds": rounds}
-        row |= {f"{w}, us a step": round(1e6 * statistics.median(s) / steps, 1) for w, s in seconds.items()}
-        ratios = [p / s for s, p in zip(seconds["stock"], seconds["patched"], strict=True)]
-        row["ratio, run for run"] = round(statistics.median(ratios), 3)
-        fast = {w: statistics.median(sorted(s)[: rounds // 4]) for w, s in seconds.items()}
-        row["ratio, fastest quarter"] = round(fast["patched"] / fast["stock"], 3)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
+                turns.answers(prompts, fields)
+                return time.process_time() - started
+
+            row = compared(name, rounds, run, "token", 1 / tokens)
+            row |= {"tokens": tokens, "same answers": answers[True] == answers[False]}
+            for what, counted in (("steps", steps), ("Python calls", calls), ("tensor operations", operations)):
+                row |= {f"{what}, stock": counted[False], f"{what}, patched": counted[True]}
+            rows.append(row)
+            print(json.dumps(row), flush=True)
     return rows
 
 
@@ -117,48 +147,7 @@ def main() -> None:
     ap.add_argument("--grammar", action="store_true", help="what a step does with a grammar, without an engine")
     ap.add_argument("--out", type=Path, help="file for the results as JSON")
     args = ap.parse_args()
-    if args.grammar:
-        rows = grammar_rows(args.rounds * 20)
-        if args.out:
-            args.out.write_text(json.dumps(rows, indent=1) + "\n")
-        return
-
-    target = scripted.save(Path(tempfile.mkdtemp(prefix="request-cost-")) / "target")
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for way in WAYS:
-        pipes[way], theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(way, target, theirs), daemon=True))
-        processes[-1].start()
-
-    def ask(way: str, name: str) -> tuple[float, list[list[int]]]:
-        pipes[way].send(name)
-        answer: tuple[float, list[list[int]]] = pipes[way].recv()
-        return answer
-
-    rows = []
-    for name in CASES:
-        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-        tokens = {way: ask(way, name)[1] for way in WAYS}  # warm
-        for turn in range(args.rounds):
-            for way in WAYS[:: 1 if turn % 2 else -1]:
-                seconds[way].append(ask(way, name)[0])
-        row: dict[str, Any] = {"case": name, "rounds": args.rounds, "tokens": sum(map(len, tokens["patched"]))}
-        row["same answers"] = tokens["stock"] == tokens["patched"]
-        micro = {w: sorted(1e6 * x / sum(map(len, tokens[w])) for x in s) for w, s in seconds.items()}
-        row |= {f"{way}, us a token": round(statistics.median(micro[way]), 1) for way in WAYS}
-        fast = {way: statistics.median(micro[way][: max(1, args.rounds // 4)]) for way in WAYS}
-        row |= {f"{way}, fastest quarter": round(fast[way], 1) for way in WAYS}
-        ratios = [p / s for s, p in zip(seconds["stock"], seconds["patched"], strict=True)]
-        row["ratio, run for run"] = round(statistics.median(ratios), 3)
-        row["ratio, fastest quarter"] = round(fast["patched"] / fast["stock"], 3)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    for pipe in pipes.values():
-        pipe.send(None)
-        pipe.recv()
-    for process in processes:
-        process.join()
+    rows = grammar_rows(args.rounds * 20) if args.grammar else engine_rows(args.rounds)
     if args.out:
         args.out.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -42,6 +42,8 @@ MODULES: dict[str, list[str]] = {
     "requests.grammar": ["requests/test_grammar_positions.py"],
     "requests.structured_output": ["requests/test_grammar_positions.py"],
     "requests.channel": ["requests/test_grammar_positions.py"],
+    "requests.stop_strings": ["requests/test_stop_strings.py"],
+    "requests.allowed_tokens": ["requests/test_allowed_tokens.py"],
     "requests.validation": ["requests/test_validation.py"],
     "requests.responses_stream": ["requests/test_responses.py"],
     "scheduling.admission": ["scheduling/test_no_deadlock.py"],

@@ -16,6 +16,7 @@ import pytest
 
 from tests.support import tiny_models
 from tests.support.commands import environment, free_port, in_process
+from vllm_gemma4_spec import errors
 
 MAIN = [sys.executable, "-c", "from vllm_gemma4_spec.cli import main; main()"]
 
@@ -88,6 +89,24 @@ def test_no_such_folder(command: list[str], tmp_path: Path) -> None:
 def test_a_folder_of_another_kind(tmp_path: Path) -> None:
     for command in (["plan", "--target"], ["inspect"]):
         one_line(in_process(*command, str(tmp_path)), str(tmp_path))
+
+
+def test_a_file_in_place_of_a_folder_and_a_place_where_none_can_be_made(tmp_path: Path) -> None:
+    model = tiny_models.save(tiny_models.target_config(), tmp_path / "model")
+    file = model / "model.safetensors"
+    one_line(in_process("inspect", str(file)), str(file), "a file; name the folder that holds the checkpoint")
+    one_line(in_process("repair", str(model), "--out", "/proc/x"), "--out /proc/x: no folder can be made in /proc")
+
+
+@pytest.mark.parametrize("program", ["/usr/bin/vllm", "/x/api_server.py", "/x/vllm_command.py"])
+def test_a_program_of_vllms_ends_with_one_line_whatever_its_name(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = errors.VersionError("another vLLM")
+    monkeypatch.setattr("sys.argv", [program])
+    with pytest.raises(SystemExit, match=r"^vllm-gemma4-spec: another vLLM$"):
+        errors.stop(error)
+    monkeypatch.setattr("sys.argv", ["/home/me/server.py"])
+    with pytest.raises(errors.VersionError):  # somebody else's program can catch it
+        errors.stop(error)
 
 
 @pytest.mark.parametrize(

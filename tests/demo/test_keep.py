@@ -64,4 +64,5 @@ def test_the_server_stays_up_until_ctrl_c(monkeypatch: pytest.MonkeyPatch, tmp_p
     if keep:
         (curl,) = (shlex.split(line) for line in lines if line.startswith("curl"))
         assert json.loads(curl[-1])["stream"] is True
+        assert json.loads(curl[-1])["temperature"] == 0  # else the first answer waits for vLLM's compiler
         assert curl[2].startswith(URL)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_gemma4_spec.demo.server import Server, ServerError, last_error
+from vllm_gemma4_spec.demo import build
+from vllm_gemma4_spec.demo.server import Server, ServerError, environment, last_error
 
 # Stands in for `vllm serve`: a child that ignores SIGTERM, /health and /metrics, and what the test asks for.
 STAND_IN = """
@@ -116,3 +117,16 @@ def test_a_refused_path_names_status_and_log(tmp_path: Path) -> None:
 def test_last_error_finds_the_cause(tmp_path: Path, log: str, line: str) -> None:
     (tmp_path / "log").write_text(log)
     assert line in last_error(tmp_path / "log")
+
+
+def test_one_folder_of_the_cache_holds_all_that_the_demo_leaves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name in ("VLLM_CACHE_ROOT", "VLLM_GEMMA4_SPEC_DEMO_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    ours = tmp_path / "vllm-gemma4-spec"
+    assert Path(environment()["VLLM_CACHE_ROOT"]).is_relative_to(ours)
+    assert build.default_folder().is_relative_to(ours)
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "/mine")
+    assert environment()["VLLM_CACHE_ROOT"] == "/mine"

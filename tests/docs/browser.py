@@ -34,6 +34,8 @@ function look(page, width) {
         figures: [...content.querySelectorAll("img, svg.figure")].map(image => ({source: image.getAttribute("src"),
           drawn: image.complete && image.naturalWidth > 0 && image.getBoundingClientRect().width > 50,
           named: Boolean(image.alt)})),
+        // A block between items ends the list unless it is indented far enough; the numbers then begin anew.
+        broken: [...content.querySelectorAll("ol + div + ol, ol + pre + ol")].map(list => list.textContent.trim()),
         text: text.textContent, code: [...content.querySelectorAll("code")].map(node => node.textContent)});
       frame.remove();
       done();

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.support import tiny_tokenizer
-from tests.support.commands import vllm_server
+from tests.support.commands import demo_server
+from vllm_gemma4_spec.demo import build
 
 
 @pytest.fixture(scope="session")
@@ -22,16 +22,19 @@ def served_model(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def speculating_server(
-    tiny: dict[str, Path], served_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    speculative = {"method": "draft_model", "model": str(tiny["close"]), "num_speculative_tokens": 3}
-    log = tmp_path_factory.mktemp("server") / "log"
-    with vllm_server(served_model, log, "--speculative-config", json.dumps(speculative)) as url:
+def pair() -> build.Pair:
+    """The demo's: trained, with Gemma 4's control tokens, so that parsers can be asked for."""
+    made, _ = build.ensure(build.default_folder())
+    return made
+
+
+@pytest.fixture(scope="session")
+def speculating_server(pair: build.Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with demo_server(pair, tmp_path_factory.mktemp("server") / "log") as url:
         yield url
 
 
 @pytest.fixture(scope="session")
-def plain_server(served_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with vllm_server(served_model, tmp_path_factory.mktemp("server") / "log") as url:
+def plain_server(pair: build.Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with demo_server(pair, tmp_path_factory.mktemp("server") / "log", speculates=False) as url:
         yield url

@@ -1,7 +1,8 @@
-"""The benchmark against a real server, and its mistakes without one."""
+"""What the benchmark makes of results and of mistakes, without a server."""
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import json
 import signal
@@ -12,12 +13,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import aiohttp
 import psutil
 import pytest
 
-from tests.support.commands import environment, free_port, gemma4_spec, in_process, printed
+from tests.support.commands import environment, free_port, gemma4_spec, in_process
 from tests.support.fake_server import State, fake_server
-from vllm_gemma4_spec.ops.bench import measure, prompts, report
+from vllm_gemma4_spec.ops.bench import connections, measure, prompts, report
 
 
 @pytest.fixture
@@ -138,6 +140,42 @@ def test_an_empty_answer_is_no_tokens_and_an_error() -> None:
     assert list(run.latency_percentiles.model_dump().values()) == pytest.approx([1000, 2000, 2000])
 
 
+def test_a_connection_that_brought_an_error_is_not_used_again() -> None:
+    """The server closes it without a word, after it answered; with a connection kept, the next request would break."""
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            bad = self.rfile.read(int(self.headers["Content-Length"])) == b"bad"
+            self.send_response(400 if bad else 200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+            self.close_connection = bad
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    async def ask(url: str) -> list[int]:
+        async with aiohttp.ClientSession() as session:
+            codes = []
+            for body in (b"good", b"bad", b"good", b"bad", b"good"):
+                async with session.post(url, data=body) as response:
+                    codes.append(response.status)
+            return codes
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aiohttp.ClientResponse, "start", aiohttp.ClientResponse.start)  # put back at the end
+        connections.leave_after_a_refusal()
+        codes = asyncio.run(ask(f"http://127.0.0.1:{httpd.server_port}"))
+    httpd.shutdown()
+    httpd.server_close()
+    assert codes == [200, 400, 200, 400, 200]
+
+
 def test_every_output_says_what_was_measured() -> None:
     a = report.Server(url="a", model="m", vllm="0.19.1", plugin="0.1.0", method="draft_model", drafter="E4B", k=3)
     run = made_run("a", 30, 100)
@@ -168,60 +206,3 @@ def test_ratios_are_those_of_runs_side_by_side() -> None:
     assert ratio.latency_ms == report.Spread(median=1, lowest=1, highest=1)
     (unknown,) = report.ratios([made_run("a", 90, 1), made_run("c", 30, 1)], "a", "c")
     assert unknown.request_tok_s is None
-
-
-@pytest.mark.slow
-def test_a_real_server(speculating_server: str, prompt_file: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "bench.png"
-    options = ["--concurrency", "1,2", "--tokens", "12", "--requests", "3", "--json", "--plot", str(picture)]
-    done = gemma4_spec("bench", "--url", speculating_server, "--prompts", str(prompt_file), *options)
-    assert done.returncode == 0, done.stderr
-    found = printed("bench", done)
-    assert [r["concurrency"] for r in found["summary"]] == [1, 2]
-    for row in found["summary"]:
-        assert (row["requests"], row["errors"]) == (3, 0)
-        assert 3 <= row["output_tokens"] <= 3 * 12
-        assert row["aggregate_tok_s"] > 0
-        assert row["latency_ms"] >= row["ttft_ms"] > 0
-        assert len(row["accepted_by_position"]) == 3  # k
-        assert row["accepted_by_position"] == sorted(row["accepted_by_position"], reverse=True)
-        assert row["acceptance_length"] == pytest.approx(1 + sum(row["accepted_by_position"]))
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-def test_two_real_servers(speculating_server: str, plain_server: str, prompt_file: Path) -> None:
-    """Run for run, and in a pipe the Markdown is whole."""
-    options = ["--url", speculating_server, "--against", plain_server, "--prompts", str(prompt_file)]
-    options += ["--concurrency", "1", "--tokens", "12", "--requests", "2", "--repeats", "2"]
-    found = printed("bench", gemma4_spec("bench", *options, "--json"))
-    assert [r["url"] for r in found["runs"]] == [speculating_server, plain_server] * 2
-    with_drafts, without = found["summary"]
-    assert len(with_drafts["accepted_by_position"]) == 3
-    assert without["acceptance_length"] is None
-    assert with_drafts["output_tokens"] == without["output_tokens"]  # greedy: the same answers
-    (ratio,) = found["ratios"]
-    speeds = [r["aggregate_tok_s"] for r in found["runs"]]
-    pairs = [speeds[0] / speeds[1], speeds[2] / speeds[3]]
-    assert ratio["aggregate_tok_s"]["lowest"] == pytest.approx(min(pairs))
-    assert ratio["aggregate_tok_s"]["highest"] == pytest.approx(max(pairs))
-    done = gemma4_spec("bench", *options)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"- A: {speculating_server}, ")
-    assert f"- B: {plain_server}, " in done.stdout
-    assert "| A over B, concurrency |" in done.stdout
-    assert "\x1b[" not in done.stdout
-    assert done.stderr == ""  # no progress bar where nobody watches
-
-
-@pytest.mark.slow
-def test_one_bad_prompt_is_named_and_the_others_are_measured(speculating_server: str, tmp_path: Path) -> None:
-    file = tmp_path / "prompts.jsonl"
-    rows = ["w5 w6 w7", "w5 " * 2000, "w8 w9"]
-    file.write_text("".join(json.dumps({"prompt": r}) + "\n" for r in rows))
-    options = ["--concurrency", "1", "--requests", "3", "--tokens", "12"]
-    done = gemma4_spec("bench", "--url", speculating_server, "--prompts", str(file), *options)
-    assert done.returncode == 1, done.stderr
-    assert "1 of 3" in done.stdout
-    assert "1 failed on A: HTTP 400; " in done.stdout
-    assert "(prompt 2)" in done.stdout

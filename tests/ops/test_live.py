@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import os
@@ -18,8 +19,9 @@ from pathlib import Path
 import promql_parser
 import pytest
 
-from tests.support.commands import MAIN, environment, free_port, gemma4_spec, in_process, printed
+from tests.support.commands import MAIN, demo_server, environment, free_port, gemma4_spec, in_process, printed
 from tests.support.fake_server import State, fake_server
+from vllm_gemma4_spec.demo.build import Pair
 from vllm_gemma4_spec.ops import live, server
 from vllm_gemma4_spec.ops.server import Sample
 
@@ -153,6 +155,29 @@ def _count_up(state: State, stop: threading.Event) -> None:
     while not stop.wait(0.02):
         state.drafts += 10
         state.accepted = tuple(n + 9 - i for i, n in enumerate(state.accepted))
+
+
+@pytest.mark.slow
+def test_top_survives_a_restart_of_a_real_server(pair: Pair, tmp_path: Path) -> None:
+    """It speculates, goes away, and comes back without speculation."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+
+    def play(read: Callable[[], str], write: Callable[[bytes], object]) -> None:
+        while "position 2" not in read():
+            _complete(url)
+        running.close()
+        until(read, "waiting for it")
+        running.enter_context(demo_server(pair, tmp_path / "second", speculates=False, port=port))
+        until(read, "no speculation")
+        write(b"q")
+
+    with contextlib.ExitStack() as running:
+        running.enter_context(demo_server(pair, tmp_path / "first", port=port))
+        code, shown = _terminal([*MAIN, "top", "--url", url, "--interval", "0.5"], play)
+    assert code == 0
+    assert "gemma4-demo, draft_model, k = 3" in shown
+    assert "Traceback" not in shown
 
 
 def test_no_server_is_one_line() -> None:

@@ -59,11 +59,12 @@ def test_a_request_is_forgotten_once_its_output_is_long_enough_whatever_is_rejec
 
 @pytest.mark.parametrize("least", [0, LEAST])
 def test_outputs_are_asked_for_while_a_request_has_min_tokens(processor: Any, least: int) -> None:
-    from vllm_gemma4_spec.requests.min_tokens import make_sampling_metadata
+    from vllm_gemma4_spec.requests.min_tokens import MIN_TOKENS, make_sampling_metadata
 
     add(processor, [], least)
     asked = []
-    batch = SimpleNamespace(logitsprocs=SimpleNamespace(all=[processor]), logitsprocs_need_output_token_ids=False)
+    logitsprocs = SimpleNamespace(**{MIN_TOKENS: processor})
+    batch = SimpleNamespace(logitsprocs=logitsprocs, logitsprocs_need_output_token_ids=False)
     make_sampling_metadata(lambda batch: asked.append(batch.logitsprocs_need_output_token_ids))(batch)
     assert asked == [least > 0]
     assert batch.logitsprocs_need_output_token_ids is False

@@ -46,7 +46,7 @@ def wanted(budget: int, start: tuple[int, ...], end: tuple[int, ...], prompt: li
 @pytest.mark.parametrize("budget", [0, 1, 3])
 def test_the_end_is_due_where_the_budget_is_spent(start: tuple[int, ...], end: tuple[int, ...], budget: int) -> None:
     rng = random.Random(budget)
-    due = 0
+    due = never = 0
     for _ in range(150):
         prompt = [t for _ in range(rng.randint(0, 6)) for t in rng.choice([start, end, (rng.choice(WORDS),)])]
         thinking, output = Thinking(budget, start, end, prompt), []
@@ -55,8 +55,13 @@ def test_the_end_is_due_where_the_budget_is_spent(start: tuple[int, ...], end: t
             assert thinking.wanted == expected, (prompt, output)
             due += expected is not None
             ahead = thinking.copy()  # what it is asked about drafts changes nothing
-            for token in rng.choices(WORDS, k=3):
+            may_end = [thinking.may_end_within(n) for n in range(4)]
+            assert may_end[0] >= (expected is not None)
+            for n, token in enumerate(rng.choices([*WORDS, *start, *end], k=3), 1):
                 ahead.push(token)
+                assert may_end[n] >= (ahead.wanted is not None)
+            never += not may_end[2]
+            assert not thinking.may_end_within(-1)
             assert thinking.wanted == expected
             tokens = (expected,) if expected is not None else rng.choice([start, end, (rng.choice(WORDS),)])
             for token in tokens:
@@ -65,6 +70,7 @@ def test_the_end_is_due_where_the_budget_is_spent(start: tuple[int, ...], end: t
                 if thinking.wanted is not None:
                     break
     assert due > 20
+    assert (never > 20) == (budget > 2)  # there are steps that need not be looked into
 
 
 def processors(target: Any = GEMMA4) -> Any:

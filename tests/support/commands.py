@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from vllm_gemma4_spec.demo.build import Pair
 from vllm_gemma4_spec.demo.server import VLLM_SERVE, reserved_port
 from vllm_gemma4_spec.ops import output
 
@@ -72,9 +73,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def vllm_server(model: Path, log: Path, *args: str, **env: str) -> Iterator[str]:
+def vllm_server(model: Path, log: Path, *args: str, port: int = 0, **env: str) -> Iterator[str]:
     """A real ``vllm serve``, small and in float32; yields its address and ends it, children included."""
-    port = free_port()
+    port = port or free_port()
     command = [*VLLM_SERVE, str(model), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
     command += ["--max-num-seqs", "4", "--block-size", "16", "--num-gpu-blocks-override", "1024", *args]
@@ -97,6 +98,20 @@ def vllm_server(model: Path, log: Path, *args: str, **env: str) -> Iterator[str]
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # the engine core, too, where its parent was killed at start
         process.wait(10)
+
+
+PARSERS = ("--reasoning-parser", "gemma4", "--tool-call-parser", "gemma4", "--enable-auto-tool-choice")
+
+
+def demo_server(
+    pair: Pair, log: Path, speculates: bool = True, parsers: bool = True, port: int = 0, **env: str
+) -> contextlib.AbstractContextManager[str]:
+    """:func:`vllm_server` of the demo's pair, as ``gemma4-demo``, with k = 3."""
+    arguments = ["--served-model-name", "gemma4-demo", *(PARSERS if parsers else ())]
+    if speculates:
+        config = {"method": "draft_model", "model": str(pair.drafter), "num_speculative_tokens": 3}
+        arguments += ["--speculative-config", json.dumps(config)]
+    return vllm_server(pair.target, log, *arguments, port=port, **env)
 
 
 def post(url: str, body: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""A web server that answers as vLLM's does to ``/version``, ``/metrics`` and ``/v1/models``."""
+"""A web server that answers as vLLM's does to ``/version``, ``/metrics``, ``/v1/models`` and ``/v1/completions``."""
 
 from __future__ import annotations
 
@@ -38,9 +38,13 @@ class State:
     more: tuple[str, ...] = ()
     up: bool = True
     models: tuple[str, ...] = ("gemma-4",)
+    engine: str = "answers"
+    """or ``silent``, ``busy`` (others get tokens), or the text of an error"""
+    tokens: int = 7
 
     def metrics(self) -> str:
         lines = [_sample("vllm:num_requests_running", 1, model_name="gemma-4", engine="0"), *self.more]
+        lines.append(_sample("vllm:generation_tokens_total", self.tokens, engine="0"))
         lines.append(_sample("process_start_time_seconds", self.started))
         if self.accepted:
             lines.append(_sample("vllm:spec_decode_num_drafts_total", self.drafts, engine="0"))
@@ -69,13 +73,26 @@ def fake_server(state: State) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(pages[self.path].encode() if known else b"")
 
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            if state.engine in ("silent", "busy"):
+                state.tokens += state.engine == "busy"
+                ended.wait()
+                return
+            fine = state.engine == "answers"
+            self.send_response(200 if fine else 400)
+            self.end_headers()
+            self.wfile.write(json.dumps({} if fine else {"error": {"message": state.engine}}).encode())
+
         def log_message(self, *_: object) -> None:
             pass
 
+    ended = threading.Event()
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{httpd.server_port}"
     finally:
+        ended.set()
         httpd.shutdown()
         httpd.server_close()

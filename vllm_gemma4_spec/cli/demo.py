@@ -224,6 +224,7 @@ def _keep(console: rich.Console, url: str) -> None:
     body = {
         "model": "gemma4-demo",
         "messages": [{"role": "user", "content": "Count from 9 to 12."}],
+        "temperature": 0,  # as the demo asked; and vLLM compiles nothing for it, which takes 10 s on a CPU
         "stream": True,
     }
     command = sys.argv[0]  # as it was called: in a checkout it is not in PATH

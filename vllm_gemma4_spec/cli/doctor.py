@@ -24,12 +24,16 @@ def command(
     no_speculation: Annotated[
         bool, typer.Option("--no-speculation", help="With --url: the server is meant to decode plainly.")
     ] = False,
+    patience: Annotated[
+        float, typer.Option(min=0.1, help="With --url: seconds in which the engine must give one token.")
+    ] = 30.0,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Every patch on a line of its own.")] = False,
     api_key: Annotated[str | None, typer.Option(envvar="VLLM_API_KEY", help="If the server wants one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; docs/reference/json.md has the schema.")] = False,
 ) -> None:
-    """Check versions, device, patches, environment and, with --url, a running server: its patches in every process,
-    whether it speculates and how much is accepted, its model runner and parsers. Problems are printed last.
+    """Check versions, device, patches, environment and, with --url, a running server: whether its engine gives
+    a token, the patches of every process, whether it speculates and how much is accepted, its model runner and parsers.
+    Problems are printed last.
 
     The exit code is 0 only when there is no problem, 1 with problems, 2 when the server cannot be asked.
 
@@ -39,7 +43,7 @@ def command(
     from vllm_gemma4_spec.ops import doctor
 
     with _checks.slow(f"asking {url}" if url else "looking at what is installed", as_json):
-        report = doctor.examine(url, api_key, workers, not no_speculation)
+        report = doctor.examine(url, api_key, workers, not no_speculation, patience)
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
     else:

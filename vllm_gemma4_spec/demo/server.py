@@ -22,12 +22,18 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 STOP_SECONDS = 20.0
 KILL_SECONDS = 2.0
 VLLM_SERVE = (sys.executable, "-m", "vllm_gemma4_spec.demo.vllm_command", "serve")
-# What the demo sets for the server unless the user has set it: a small KV cache, no telemetry, no model hub.
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 # The last line of a traceback, or a line that vLLM logs as an error.
 _ERROR = re.compile(
     r"^(?:\([^)]*\) )?(?:ERROR\b.*?\] )?(?:[\w.]+(?:Error|Exception|Interrupt): .*|vllm-gemma4-spec: .*)$"
 )
+
+
+def environment() -> dict[str, str]:
+    """Of the server: this process's, and unless that sets it, a small KV cache, no telemetry, no model hub, and vLLM's
+    cache beside the demo's models, where one command removes both."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    ours = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    return ours | {"VLLM_CACHE_ROOT": str(cache / "vllm-gemma4-spec" / "vllm")} | dict(os.environ)
 
 
 class ServerError(Gemma4SpecError):
@@ -75,7 +81,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**ENVIRONMENT, **os.environ},
+                env=environment(),
                 start_new_session=True,
             )
         try:

@@ -17,6 +17,10 @@ class ServerError(Gemma4SpecError):
     """No server, or one that does not answer as expected."""
 
 
+class SilentError(ServerError):
+    """The server was reached and did not answer in time."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One line of the Prometheus text format."""
@@ -78,6 +82,10 @@ def _ask(request: urllib.request.Request, api_key: str | None, timeout: float) -
         raise ServerError(f"{url}: HTTP {error.code}" + (f"; {hint}" if hint else "")) from None
     except (urllib.error.URLError, OSError, UnicodeDecodeError, ValueError) as error:
         reason = getattr(error, "reason", error)
+        if isinstance(reason, TimeoutError):
+            raise SilentError(
+                f"{url}: no answer within {timeout:g} s; are host and port right, or does it hang?"
+            ) from None
         raise ServerError(f"{url}: no answer ({reason}); is the server up, and host and port right?") from None
 
 

@@ -35,6 +35,11 @@ class PositionedGrammar(StructuredOutputGrammar):
 
     def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
         """Advance by ``tokens``; False if the backend rejects one, which ends the advance before it."""
+        if self._begun and not self._ended and self._eos not in tokens:  # all are the backend's
+            if not self._inner.accept_tokens(request_id, tokens):
+                return False
+            self._taken += len(tokens)
+            return True
         return all(self._accept(request_id, token) for token in tokens)
 
     def _accept(self, request_id: str, token: int) -> bool:
@@ -64,11 +69,11 @@ class PositionedGrammar(StructuredOutputGrammar):
         """The longest prefix of ``tokens`` that would be accepted; nothing is advanced."""
         if self._ended:
             return tokens
-        begin = 0
-        if not self._begun:
-            if self._end_of_reasoning not in tokens:
-                return tokens
-            begin = tokens.index(self._end_of_reasoning) + 1
+        if self._begun:
+            return self._inner.validate_tokens(tokens)
+        if self._end_of_reasoning not in tokens:
+            return tokens
+        begin = tokens.index(self._end_of_reasoning) + 1
         return tokens[:begin] + self._inner.validate_tokens(tokens[begin:])
 
     def rollback(self, num_tokens: int) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.logits_processor.builtin import MinTokensLogitsProcessor, process_dict_updates
 
 from vllm_gemma4_spec.scope import gemma4_model
+
+# Attribute of an engine's LogitsProcessors: its MinTokens.
+MIN_TOKENS = "_gemma4_spec_min_tokens"
 
 
 class MinTokens(MinTokensLogitsProcessor):
@@ -26,29 +28,37 @@ class MinTokens(MinTokensLogitsProcessor):
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         super().__init__(vllm_config, device, is_pin_memory)
         self._most_drafts: int = vllm_config.speculative_config.num_speculative_tokens
+        self._at: list[tuple[int, int]] = []  # rows and tokens that were forbidden last, and the same as tensors
+        self._places: tuple[torch.Tensor, ...] = ()
 
     @staticmethod
     def add_request(params: Any, _: list[int] | None, output: list[int]) -> tuple[int, Sequence[int], set[int]] | None:
         return (params.min_tokens, output, params.all_stop_token_ids) if params.min_tokens else None
 
     def update_state(self, batch_update: Any) -> None:
-        process_dict_updates(self.min_toks, batch_update, self.add_request)
+        if batch_update:
+            process_dict_updates(self.min_toks, batch_update, self.add_request)
+        if not self.min_toks:
+            return
         long = [r for r, (least, output, _) in self.min_toks.items() if len(output) - self._most_drafts >= least]
         for row in long:
             del self.min_toks[row]
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (requests, vocabulary) of the token after the last draft, or after the output without drafts."""
+        if not self.min_toks:
+            return logits
         at = [
             (row, token)
             for row, (least, output, stops) in self.min_toks.items()
             if len(output) + (self.drafts[row] if self.drafts is not None else 0) < least
             for token in stops
         ]
+        if at and at != self._at:
+            self._at = at
+            self._places = tuple(self._device_tensor(places, torch.int32) for places in zip(*at, strict=True))
         if at:
-            rows, tokens = zip(*at, strict=True)
-            places = self._device_tensor(rows, torch.int32), self._device_tensor(tokens, torch.int32)
-            logits.index_put_(places, self.neg_inf_tensor)
+            logits.index_put_(self._places, self.neg_inf_tensor)
         return logits
 
 
@@ -62,9 +72,11 @@ def make_sampling_metadata(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def wrapper(self: Any) -> Any:
-        counts = any(isinstance(p, MinTokens) and p.min_toks for p in self.logitsprocs.all)
+        processor = getattr(self.logitsprocs, MIN_TOKENS, None)
+        if processor is None or not processor.min_toks:
+            return original(self)
         needed = self.logitsprocs_need_output_token_ids
-        self.logitsprocs_need_output_token_ids = needed or counts
+        self.logitsprocs_need_output_token_ids = True
         try:
             return original(self)
         finally:
@@ -86,10 +98,12 @@ def build_logitsprocs(original: Callable[..., Any]) -> Callable[..., Any]:
         built = original(vllm_config, device, is_pin_memory, *args, **kwargs)
         if vllm_config.speculative_config is None or not gemma4_model(vllm_config.model_config):
             return built
-        return LogitsProcessors(
-            MinTokens(vllm_config, device, is_pin_memory) if type(p) is MinTokensLogitsProcessor else p
-            for p in built.all
-        )
+        ours = MinTokens(vllm_config, device, is_pin_memory)
+        processors = built.non_argmax_invariant
+        processors[:] = [ours if type(p) is MinTokensLogitsProcessor else p for p in processors]
+        if ours in processors:
+            setattr(built, MIN_TOKENS, ours)
+        return built
 
     return wrapper
 
@@ -104,13 +118,13 @@ def forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def wrapper(self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
-        ours = [p for p in sampling_metadata.logitsprocs.non_argmax_invariant if isinstance(p, MinTokens)]
-        for processor in ours:
-            processor.drafts = metadata.num_draft_tokens
+        processor = getattr(sampling_metadata.logitsprocs, MIN_TOKENS, None)
+        if processor is None or not processor.min_toks:
+            return original(self, metadata, draft_probs, logits, sampling_metadata)
+        processor.drafts = metadata.num_draft_tokens
         try:
             return original(self, metadata, draft_probs, logits, sampling_metadata)
         finally:
-            for processor in ours:
-                processor.drafts = None
+            processor.drafts = None
 
     return wrapper

@@ -149,12 +149,12 @@ STOP_STRINGS = Patch(
         Edit("vllm.v1.engine.llm_engine:LLMEngine.__init__", stop_strings.engine_init),
         Edit("vllm.v1.engine.async_llm:AsyncLLM.__init__", stop_strings.engine_init),
         Edit(f"{_OUTPUT}.add_request", stop_strings.add_request),
-        Edit("vllm.v1.engine.detokenizer:BaseIncrementalDetokenizer.update", stop_strings.update),
-        Edit("vllm.v1.engine.logprobs:LogprobsProcessor.update_from_output", stop_strings.update_from_output),
     ),
     watches=(
         f"{_OUTPUT}.process_outputs",
+        "vllm.v1.engine.detokenizer:BaseIncrementalDetokenizer.update",
         "vllm.v1.engine.detokenizer:check_stop_strings",
+        "vllm.v1.engine.logprobs:LogprobsProcessor.update_from_output",
     ),
 )
 

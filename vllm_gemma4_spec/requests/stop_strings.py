@@ -10,7 +10,7 @@ from vllm_gemma4_spec.scope import gemma4_model
 
 # vLLM's detokenizer is imported where it is used: its import asks for this module.
 
-# Attribute of an OutputProcessor and of a detokenizer: they serve a Gemma 4.
+# Attribute of an OutputProcessor that serves a Gemma 4, and of the classes that look token by token.
 BY_TOKEN = "_gemma4_spec_by_token"
 
 
@@ -31,7 +31,9 @@ def engine_init(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def add_request(original: Callable[..., None]) -> Callable[..., None]:
-    """``OutputProcessor.add_request``: requests with stop strings are looked at token by token.
+    """``OutputProcessor.add_request``: requests with stop strings are looked at token by token, no others are touched.
+
+    Their detokenizer and log-probabilities become of a kind of their own.
 
     Patch: ``stop-strings``. Evidence:
     ``tests/requests/test_requests_engine.py::test_stock_vllm_forgets_grammar_budget_and_stop_strings``. Related
@@ -46,23 +48,26 @@ def add_request(original: Callable[..., None]) -> Callable[..., None]:
         state = self.request_states.get(request.request_id)
         detokenizer = getattr(state, "detokenizer", None)
         if getattr(self, BY_TOKEN, False) and isinstance(detokenizer, BaseIncrementalDetokenizer) and detokenizer.stop:
-            setattr(detokenizer, BY_TOKEN, True)
+            for part, method in ((detokenizer, update), (state.logprobs_processor, update_from_output)):
+                part.__class__ = _by_token(part.__class__, method)
 
     return wrapper
 
 
-def update(original: Callable[..., str | None]) -> Callable[..., str | None]:
-    """``BaseIncrementalDetokenizer.update``: tokens that a step has after the stop string are taken off its list.
+@functools.cache
+def _by_token(kind: Any, method: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Any:
+    """``kind`` with ``method`` around its method of that name; ``kind`` itself if it has it already."""
+    if hasattr(kind, BY_TOKEN):
+        return kind
+    name = method.__name__
+    return type(kind.__name__, (kind,), {BY_TOKEN: True, name: method(getattr(kind, name))})
 
-    Patch: ``stop-strings``. Evidence:
-    ``tests/requests/test_requests_engine.py::test_stock_vllm_forgets_grammar_budget_and_stop_strings``. Related
-    upstream change: none found.
-    """
+
+def update(original: Callable[..., str | None]) -> Callable[..., str | None]:
+    """A detokenizer's ``update``: tokens that a step has after the stop string are taken off its list."""
 
     @functools.wraps(original)
     def wrapper(self: Any, new_token_ids: list[int], stop_terminated: bool) -> str | None:
-        if not getattr(self, BY_TOKEN, False):
-            return original(self, new_token_ids, stop_terminated)
         stop = self.stop
         for at, token in enumerate(new_token_ids, 1):
             before = len(self.output_text)
@@ -102,12 +107,7 @@ def first_stop(text: str, seen: int, stop: list[str]) -> tuple[str, int] | None:
 
 
 def update_from_output(original: Callable[..., None]) -> Callable[..., None]:
-    """``LogprobsProcessor.update_from_output``: log-probabilities of the tokens that are left.
-
-    Patch: ``stop-strings``. Evidence:
-    ``tests/requests/test_requests_engine.py::test_stock_vllm_forgets_grammar_budget_and_stop_strings``. Related
-    upstream change: none found.
-    """
+    """``LogprobsProcessor.update_from_output``: log-probabilities of the tokens that are left."""
 
     @functools.wraps(original)
     def wrapper(self: Any, output: Any) -> None:

