@@ -163,21 +163,23 @@ def linear(
     marlin_scale: Tensor,
     marlin_global_scale: Tensor,
     workspace: Tensor,
+    streamed: int,
     n: int,
     gelu: bool,
 ) -> Tensor:
-    """One linear layer, by the kernel that suits the number of rows; see :func:`gemm`."""
+    """One linear layer, by the kernel that suits the number of rows; see :func:`gemm`.
+
+    Args:
+        streamed: of batches too large for :func:`gemm`, those that stream; see ``stream_gemm.faster``.
+    """
     flat = x.reshape(-1, x.shape[-1])
     if flat.shape[0] <= most_rows(n, flat.shape[-1]):
         y = gemm(flat.contiguous(), codes, scales, global_scale, gelu, pre_quant_scale)
     else:
-        if pre_quant_scale is not None:
-            flat = flat * pre_quant_scale
-        from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import apply_fp4_marlin_linear
+        from vllm_gemma4_spec.kernels import stream_gemm  # it imports this module
 
-        y = apply_fp4_marlin_linear(
-            flat, marlin_weight, marlin_scale, marlin_global_scale, workspace, n, flat.shape[-1]
-        )
+        weights = (marlin_weight, marlin_scale, marlin_global_scale, workspace)
+        y = stream_gemm.linear(flat, pre_quant_scale, *weights, n, streamed)
         if gelu:
             gate_up, y = y, y.new_empty(y.shape[0], n // 2)
             torch.ops._C.gelu_tanh_and_mul(y, gate_up)
