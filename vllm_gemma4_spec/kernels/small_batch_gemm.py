@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from vllm_gemma4_spec.kernels import cuda
+from vllm_gemma4_spec.kernels import cuda, stream_gemm
 from vllm_gemma4_spec.kernels.packing import COLUMNS, ROWS, pack
+from vllm_gemma4_spec.kernels.scratch import Scratch
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
@@ -77,25 +78,6 @@ def _kernel(tiles: int, gelu: bool, scaled: bool) -> Any:
 @functools.cache
 def _launch(n: int, k: int, tiles: int, gelu: bool, device: int) -> Launch:
     return plan(n, k, tiles, gelu, torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-class Scratch:
-    """Partial sums and arrival counters, one pair per device; GEMMs of one stream share them."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    def reserve(self, device: torch.device, floats: int, counters: int) -> None:
-        """Grow to what a layer needs; before any CUDA graph is captured."""
-        partial, arrivals = self._buffers.get(device, (None, None))
-        if partial is None or partial.numel() < floats:
-            partial = torch.empty(floats, dtype=torch.float32, device=device)
-        if arrivals is None or arrivals.numel() < counters:
-            arrivals = torch.zeros(counters, dtype=torch.int32, device=device)
-        self._buffers[device] = (partial, arrivals)
-
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        return self._buffers[device]
 
 
 SCRATCH = Scratch()
@@ -176,8 +158,6 @@ def linear(
     if flat.shape[0] <= most_rows(n, flat.shape[-1]):
         y = gemm(flat.contiguous(), codes, scales, global_scale, gelu, pre_quant_scale)
     else:
-        from vllm_gemma4_spec.kernels import stream_gemm  # it imports this module
-
         weights = (marlin_weight, marlin_scale, marlin_global_scale, workspace)
         y = stream_gemm.linear(flat, pre_quant_scale, *weights, n, streamed)
         if gelu:

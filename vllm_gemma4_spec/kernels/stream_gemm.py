@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from vllm_gemma4_spec.kernels import chosen_rows, cuda
-from vllm_gemma4_spec.kernels.small_batch_gemm import Scratch
+from vllm_gemma4_spec.kernels.scratch import Scratch
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
