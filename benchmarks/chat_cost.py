@@ -7,6 +7,7 @@ all alike, and each finds Python's caches as a server that has nothing else to d
 the blocks.
 
 `--before` adds the package as another checkout has it, in the same process and the same blocks: what a change costs.
+Beside it stands the present package once more, loaded as that one is (`again`): by what two equal ones differ.
 
 `--request` adds whole requests: from the request object to the last byte, with template, tokenizer, detokenizer and
 stop strings, all that a server does but sampling.
@@ -145,14 +146,17 @@ async def whole(server: Any, patches: Patches, way: str, fields: dict[str, Any],
     return time.process_time() - started
 
 
-def load_checkout(folder: Path, into: Path) -> None:
-    """Make the package of another checkout importable as ``before_spec``."""
+def load_checkout(folder: Path, into: Path, name: str) -> tuple[Any, Any]:
+    """The package of a checkout under another name: its patcher and its patch of the chat output."""
     source = folder / "vllm_gemma4_spec"
     for file in (*source.rglob("*.py"), *source.rglob("*.json")):
-        copy = into / "before_spec" / file.relative_to(source)
+        copy = into / name / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_text(file.read_text().replace("vllm_gemma4_spec", "before_spec"))
-    sys.path.insert(0, str(into))
+        copy.write_text(file.read_text().replace("vllm_gemma4_spec", name))
+    if str(into) not in sys.path:
+        sys.path.insert(0, str(into))
+    patch = importlib.import_module(f"{name}.chat.patches").CHAT_OUTPUT
+    return importlib.import_module(f"{name}.registry").PATCHER, patch
 
 
 async def block(once: Callable[[], Awaitable[float]], size: int) -> float:
@@ -173,13 +177,12 @@ async def compare(measured: Any, ways: dict[str, Any], tokens: list[int], blocks
             seconds[way].append(await block(lambda way=way: measured(*ways[way], fields, tokens, step), len(tokens)))
     row: dict[str, Any] = {"tokens": len(tokens), "step": step, "blocks": blocks}
     row |= {way: round(1e6 * statistics.median(seconds[way]) / len(tokens), 2) for way in ways}
-    ratios = [o / s for o, s in zip(seconds["overlay"], seconds["stock"], strict=True)]
-    differences = [o - s for o, s in zip(seconds["overlay"], seconds["stock"], strict=True)]
-    row["overlay/stock"] = round(statistics.median(ratios), 3)
-    row["more, us an answer"] = round(1e6 * statistics.median(differences), 1)
-    if "before" in ways:
-        ratios = [o / b for o, b in zip(seconds["overlay"], seconds["before"], strict=True)]
-        row["overlay/before"] = round(statistics.median(ratios), 3)
+    if "stock" in ways:
+        differences = [o - s for o, s in zip(seconds["overlay"], seconds["stock"], strict=True)]
+        row["more, us an answer"] = round(1e6 * statistics.median(differences), 1)
+    for way in (way for way in ("stock", "before", "again") if way in ways):
+        ratios = [o / other for o, other in zip(seconds["overlay"], seconds[way], strict=True)]
+        row[f"overlay/{way}"] = round(statistics.median(ratios), 3)
     return row
 
 
@@ -206,11 +209,10 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         }
         known = {"overlay": (PATCHER, CHAT_OUTPUT)}
         if args.before:
-            load_checkout(args.before, Path(folder) / "before")
-            before = importlib.import_module("before_spec.chat.completions").stream_generator
-            ways["before"] = (servers["parsed"], before(stock))
-            patcher = importlib.import_module("before_spec.registry").PATCHER
-            known["before"] = (patcher, importlib.import_module("before_spec.chat.patches").CHAT_OUTPUT)
+            for way, checkout in (("before", args.before), ("again", Path(__file__).resolve().parents[1])):
+                known[way] = load_checkout(checkout, Path(folder) / "copies", f"{way}_spec")
+                generator = importlib.import_module(f"{way}_spec.chat.completions").stream_generator
+                ways[way] = (servers["parsed"], generator(stock))
         encode = servers["plain"].engine.tokenizer.encode
         gc.collect()
         gc.freeze()  # vLLM's modules: collecting them again and again would be most of the time
@@ -233,7 +235,7 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], figure: Path) -> None:
-    """One panel per kind: microseconds a token against the length, token by token."""
+    """One panel per kind: the time of a token against the length, token by token, as a multiple of `plain`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -244,14 +246,14 @@ def draw(rows: list[dict[str, Any]], figure: Path) -> None:
     for kind, ax in zip(KINDS, axes.flat, strict=True):
         mine = [row for row in rows if (row["part"], row["kind"], row["step"]) == ("stream", kind, step)]
         for way, style in (("plain", "--"), ("stock", "-"), ("overlay", "-")):
-            ax.plot([r["tokens"] for r in mine], [r[way] for r in mine], style, marker=".", label=way)
+            ax.plot([r["tokens"] for r in mine], [r[way] / r["plain"] for r in mine], style, marker=".", label=way)
         ax.set(title=kind, xscale="log", yscale="log" if kind == "a call" else "linear")
         if kind != "a call":
             ax.set_ylim(bottom=0)
     for ax in axes[1]:
         ax.set_xlabel("tokens of the answer")
     for ax in axes[:, 0]:
-        ax.set_ylabel("µs of processor time a token")
+        ax.set_ylabel("processor time a token / plain")
     axes[0][0].legend()
     fig.tight_layout()
     fig.savefig(figure, metadata={"Date": None} if figure.suffix == ".svg" else None)

@@ -245,6 +245,8 @@ SCENARIOS = [
     _("a brace too many, no close", C + "get{n:1}}" + TURN, **WITH),
     _("no call behind a call without its close", C + "get{n:1}call:{}x" + C + "get{n:2}" + Z + RESPONSE, **WITH),
     _("text behind a call without its close", C + "get{n:1} Called it." + TURN, **WITH),
+    _("a string behind its quotes", C + "get{city:" + Q + "a" + Q + "b" + Q + "c" + Q + ",n:1}" + Z + TURN, **WITH),
+    _("a quote where none can stand", C + "get{n:1" + Q + "2" + Q + "}" + Z + TURN, **WITH),
     _("no word call", "<|tool_call>:get{n:1}" + Z + RESPONSE, **WITH),
     _("as Python calls", C + "get({n:1})" + Z + RESPONSE, **WITH),
     _("as Python calls, cut", "Ok. " + C + "get(", max_tokens=ALL, **WITH),
@@ -291,6 +293,7 @@ FEW = {
     "two calls in one pair of marks",
     "junk behind a call",
     "no word call",
+    "a string behind its quotes",
     "a line end stops, after thinking",
     "a call does not stop",
 }

@@ -175,6 +175,8 @@ BODIES = {
     "chat": ("/v1/chat/completions", {"messages": [USER]}),
     "responses": ("/v1/responses", {"input": "Hi"}),
     "messages": ("/v1/messages", {"messages": [USER], "max_tokens": 50}),
+    "batch": ("/v1/chat/completions/batch", {"messages": [[USER]]}),
+    "tokenize": ("/tokenize", {"messages": [USER]}),
 }
 
 
@@ -190,6 +192,14 @@ USED = {"type": "tool_use", "id": "c", "name": "get", "input": {}}
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {"messages": [USER, {"role": "robot", "content": "x"}]}, "messages[1]"),
     ("chat", {"messages": [USER, {"role": "tool", "tool_call_id": "no", "content": "x"}]}, "'no'"),
+    (
+        "chat",
+        {"messages": [USER, {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "weather"}]}]},
+        "messages[1].content[1]",
+    ),
+    ("batch", {"messages": [[USER], [USER, {"role": "robot", "content": "x"}]]}, "messages[1][1]"),
+    ("batch", {"messages": [[USER], [{"role": "user", "content": [{"type": "weather"}]}]]}, "messages[1][0].content"),
+    ("tokenize", {"messages": [USER, {"role": "robot", "content": "x"}]}, "messages[1]"),
     ("responses", {"input": [USER, {"type": "weather", "text": "x"}]}, "input[1]"),
     ("responses", {"input": [USER, {"role": "robot", "content": "x"}]}, "input[1]"),
     ("responses", {"input": [USER, {"type": "function_call_output", "call_id": "no", "output": "x"}]}, "input[1]"),

@@ -63,6 +63,17 @@ def test_several_choices(both: Server, encode: Any) -> None:
     assert [c["finish_reason"] for c in choices] == ["stop", "tool_calls", "stop"]
 
 
+def test_choices_that_call_at_once(both: Server, encode: Any) -> None:
+    """Their arguments arrive in turns, and what a chunk is made of is used again."""
+    city = '<|tool_call>call:get{city:<|"|>%s, the capital<|"|>,n:1}<tool_call|>'
+    scripts = [encode(city % a + city % b + "<|tool_response>") for a, b in (("Paris", "Rome"), ("Oslo", "Bern"))]
+    for more in ({}, {"parallel_tool_calls": False}):
+        choices = every_way(both, *scripts, n=2, tools=TOOLS, temperature=1.0, **more)
+        called = [[json.loads(arguments)["city"][:5] for _, arguments in c["calls"]] for c in choices]
+        wanted = [["Paris", "Rome,"], ["Oslo,", "Bern,"]]
+        assert called == ([w[:1] for w in wanted] if more else wanted)
+
+
 def test_every_token_has_its_logprobs(both: Server, encode: Any, tokenizer: Any) -> None:
     tokens = encode(REASONED)
     (choice,) = every_way(both, tokens, logprobs=True, top_logprobs=0, **THINK)
@@ -174,6 +185,20 @@ def test_forced_call_cut_by_max_tokens(both: Server, encode: Any, form: str) -> 
         (choice,) = every_way(both, tokens, tools=TOOLS, tool_choice=choice_, max_tokens=limit)
         for _, arguments in choice["calls"]:
             assert isinstance(json.loads(arguments), dict)
+
+
+@pytest.mark.parametrize("form", ["required", "named"])
+@pytest.mark.parametrize("between", ["<|channel>thought\nHm.<channel|>", "<|tool_call>call:set-it{n:2}<tool_call|>"])
+def test_forced_call_ends_where_something_else_begins(both: Server, encode: Any, form: str, between: str) -> None:
+    """Where no grammar is applied: what comes behind is no part of the call."""
+    begin = '[{"name": "get", "parameters": ' if form == "required" else ""
+    named = {"type": "function", "function": {"name": "get"}}
+    tokens = encode(f'{begin}{{"city": "Par{between}is"}}<turn|>')
+    (choice,) = every_way(both, tokens, tools=TOOLS, tool_choice=named if form == "named" else form)
+    more = [] if "thought" in between else [["set-it", '{"n": 2}']]
+    assert choice["calls"] == [["get", '{"city": "Par"}'], *more]
+    assert choice["content"] == 'is"}'
+    assert choice["finish_reason"] == "stop"
 
 
 def test_parallel_tool_calls_off(both: Server, encode: Any) -> None:

@@ -20,7 +20,7 @@ from vllm_gemma4_spec.registry import PATCHER
 from . import server
 from .scenarios import FEW, SCENARIOS, TOOLS, Scenario
 from .server import MODEL, Server, all_at_once, by
-from .test_serving import USER, differences, expected
+from .test_serving import USER, differences, expected, one
 
 # Newer releases of the Anthropic client are built on httpx2 and take no other client.
 anthropic_httpx = getattr(anthropic._base_client, "httpx2", httpx)
@@ -217,8 +217,37 @@ def test_every_endpoint_says_the_same(served: Server, scenario: Scenario, encode
     server.run(all_of_them())
 
 
-def raw_items(output: list[dict[str, Any]]) -> dict[str, Any]:
-    answer: dict[str, Any] = {"reasoning": "", "content": "", "calls": []}
+@pytest.mark.parametrize("parallel", [True, False], ids=["", "one call only"])
+def test_a_call_cut_at_every_place(served: Server, encode: Any, parallel: bool) -> None:
+    """By ``max_tokens``: the same in every API, streamed and not, with the end that each has for it."""
+    tokens = encode(
+        'Ok. <|tool_call>call:get{city:<|"|>Paris 日<|"|>,o:{l:[1,true],"k":"v w"}}<tool_call|>'
+        "<|tool_call>call:set-it{n:2}<tool_call|>"
+    )
+
+    async def ask(scenario: Scenario) -> dict[str, dict[str, Any]]:
+        got = {}
+        for stream in (False, True):
+            got[f"chat {stream}"] = await one(served, scenario, tokens, by(3), stream)
+            got[f"responses {stream}"] = await responses(served, scenario, stream)
+            if parallel:
+                got[f"messages {stream}"] = await messages(served, scenario, stream)
+        return got
+
+    more = {} if parallel else {"parallel_tool_calls": False}
+    for length in range(1, len(tokens) + 1):
+        scenario = Scenario("", (), {"tools": TOOLS, "max_tokens": length, **more})
+        for api, got in server.run(ask(scenario)).items():
+            want = expected(served.engine.tokenizer, scenario, tokens, served.engine.prompts[-1])
+            ends = {"chat": want["finish_reason"], "responses": "incomplete"}
+            ends["messages"] = "tool_use" if want["finish_reason"] == "tool_calls" else "max_tokens"
+            assert got.get("ended", got.get("finish_reason")) == ends[api.split()[0]], (api, length)
+            want |= {"usage": None, "finish_reason": None}
+            assert differences({"usage": None, "finish_reason": None, **got}, want) == {}, (api, length)
+
+
+def raw_items(output: list[dict[str, Any]], ended: str = "") -> dict[str, Any]:
+    answer: dict[str, Any] = {"reasoning": "", "content": "", "calls": [], "ended": ended}
     for item in output:
         if item["type"] == "function_call":
             answer["calls"].append([item["name"], item["arguments"]])
@@ -238,12 +267,12 @@ async def responses(served: Server, scenario: Scenario, stream: bool) -> dict[st
         reply = await client.post("/v1/responses", json=body)
     assert reply.status_code == 200, reply.text
     if not stream:
-        return raw_items(reply.json()["output"])
+        return raw_items(reply.json()["output"], reply.json()["status"])
     events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
     done = [e["item"] for e in events if e["type"] == "response.output_item.done"]
-    (final,) = [e["response"]["output"] for e in events if e["type"] == "response.completed"]
-    assert raw_items(done) == raw_items(final)
-    return raw_items(done)
+    (final,) = [e["response"] for e in events if e["type"] == "response.completed"]
+    assert raw_items(done) == raw_items(final["output"])
+    return raw_items(done, final["status"])
 
 
 async def messages(served: Server, scenario: Scenario, stream: bool) -> dict[str, Any]:
@@ -260,6 +289,7 @@ async def messages(served: Server, scenario: Scenario, stream: bool) -> dict[str
     assert reply.status_code == 200, reply.text
     answer: dict[str, Any] = {"reasoning": "", "content": "", "calls": []}
     if not stream:
+        answer["ended"] = reply.json()["stop_reason"]
         for block in reply.json()["content"]:
             if block["type"] == "tool_use":
                 answer["calls"].append([block["name"], json.dumps(block["input"])])
@@ -271,6 +301,7 @@ async def messages(served: Server, scenario: Scenario, stream: bool) -> dict[str
         if event.get("type") == "content_block_start" and event["content_block"]["type"] == "tool_use":
             answer["calls"].append([event["content_block"]["name"], ""])
         delta = event.get("delta") or {}
+        answer["ended"] = delta.get("stop_reason") or answer.get("ended")
         answer["reasoning"] += delta.get("thinking") or ""
         answer["content"] += delta.get("text") or ""
         if delta.get("type") == "input_json_delta":

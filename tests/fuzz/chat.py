@@ -100,13 +100,19 @@ def output(tokens: Sequence[int], finish: str | None = None, text: str = "", sto
 
 
 def read(options: Options, prompt: Sequence[int], deltas: Sequence[Any]) -> Message:
-    """The message of one choice, delta by delta; every token is counted once, every piece is of one kind."""
+    """The message of one choice, delta by delta; every token is counted once, every piece is of one kind, and nothing
+    stands between the events of a call."""
     choice = Choice(OutputParser(words().vocabulary, options, prompt), calls_finish=True)
-    message, counted = Message(), 0
+    message, counted, going_on = Message(), 0, -1
     for delta in deltas:
         for piece in choice.pieces(delta):
             assert not (piece.texts and piece.calls)
             counted += len(piece)
+            for event in piece.calls:
+                assert event.name or event.call == going_on, "of a call that is over"
+                going_on = -1 if event.cut else event.call
+            if piece.texts:
+                going_on = -1
             message.add(piece)
     assert counted == sum(len(d.token_ids) for d in deltas), "a token was counted twice or not at all"
     message.finish_reason = choice.finish_reason(deltas[-1].finish_reason)
@@ -178,13 +184,16 @@ def forced(data: bytes) -> None:
     if flags & 2:  # begin as the grammar does
         tokens += w.encode("{" if named else '[{"name": "f", "parameters": {')
     cuts = source.cuts(600)
-    tokens += [t for b in source.rest() for t in w.texts[b % len(w.texts)]]
+    marks = bool(flags & 4)  # where no grammar is applied
+    tokens += w.tokens(source.rest()) if marks else [t for b in source.rest() for t in w.texts[b % len(w.texts)]]
     tokens = reference._whole_characters(tokens, w.byte)
     cuts = [min(c, len(tokens)) for c in cuts]
     whole = read(options, (), [output(tokens, "length")])
     parts = pieces(tokens, cuts)
     streamed = read(options, (), [output(p) for p in parts[:-1]] + [output(parts[-1], "length")])
     assert streamed == whole, (streamed, whole)
+    if marks:
+        return
     text = w.decode(tokens)
     if not whole.tool_calls:
         # Syntax of a call that never came, and space before it, is the only text that may be missing.

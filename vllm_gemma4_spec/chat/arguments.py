@@ -14,6 +14,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from json.encoder import encode_basestring
 
 import regex  # a dependency of vLLM; unlike `re` it knows partial matches
 
@@ -34,13 +35,12 @@ _CUT_ESCAPE = re.compile(
 _HALF = re.compile(rf"\\{_HIGH}")
 _SPACE = " \t\r\n"
 _CLOSER = {"{": "}", "[": "]"}
-_encode = json.JSONEncoder(ensure_ascii=False).encode  # dumps() with an option makes an encoder every time
 _DEEPEST = 100  # braces and brackets in one another; JSON parsers give up on more (serde at 128, Python near 1,000)
 
 
 def json_text(text: str) -> str:
     """``text`` as the inside of a JSON string."""
-    return _encode(text)[1:-1]
+    return encode_basestring(text)[1:-1]  # what dumps() comes to in the end, with an encoder of its own each time
 
 
 def json_scalar(text: str) -> str:
@@ -104,6 +104,8 @@ class Arguments:
 
     def text(self, text: str) -> tuple[str, str]:
         """Read ordinary text; returns JSON, and the rest of ``text`` from where it fits nowhere on."""
+        if self._step == self._string:
+            return json_text(text), ""
         out: list[str] = []
         for i, c in enumerate(text):
             if self._step == self._string:

@@ -37,7 +37,11 @@ class Reader(Protocol):
 
     def text(self, text: str) -> None: ...
 
-    def end(self) -> None: ...
+    def leave(self) -> None:
+        """Something else begins; a call that is open does not go on behind it."""
+
+    def end(self) -> None:
+        """No more text."""
 
 
 class _OneCall:
@@ -137,7 +141,7 @@ class NativeCall:
         return text
 
     def quote(self, mark: str) -> bool:
-        if self._call is None:
+        if self._call is None or self._plain:
             return False
         unsaid = self._call.quote(mark)
         if unsaid is None:
@@ -189,6 +193,9 @@ class NamedCall:
             self._plain = self._call.over and bool(text)
         if text:
             self._sink.content(text)
+
+    def leave(self) -> None:
+        self.end()
 
     def end(self) -> None:
         if self._call is not None:
@@ -247,6 +254,11 @@ class RequiredCalls:
         self._pattern = self._NEXT
         self._call = _OneCall(self._sink)
         return text[match.end() :]
+
+    def leave(self) -> None:
+        if self._call is not None:
+            self._call.end()
+            self._call, self._plain = None, True
 
     def end(self) -> None:
         if self._call is not None:

@@ -35,6 +35,7 @@ class _Handover:
     def __init__(self, all_tokens: bool = False) -> None:
         self._all_tokens = all_tokens  # a chunk for every token, also where there is no text
         self._messages: dict[Kind, DeltaMessage] = {}
+        self._call: DeltaToolCall | None = None
 
     def is_reasoning_end(self, input_ids: Sequence[int]) -> bool:
         return False  # the generators shall ask for every delta
@@ -46,13 +47,28 @@ class _Handover:
         if kind is None:
             return DeltaMessage() if self._all_tokens and delta else None
         if kind == "call":
-            return _call_message(delta)
+            first, last = delta.calls[0], delta.calls[-1]
+            if first.name or first.call != last.call:
+                return _call_message(delta)
+            return self._more_arguments(first.call, "".join([event.text for event in delta.calls]))
         # vLLM makes JSON of a delta before it asks for the next, and a new message costs more than the parse.
         message = self._messages.get(kind)
         if message is None:
             message = self._messages[kind] = DeltaMessage(**{kind: delta.text})
         else:
             message.__dict__[kind] = delta.text  # setattr() would have pydantic look for hooks
+        return message
+
+    def _more_arguments(self, index: int, json: str) -> DeltaMessage:
+        """The arguments of one call go on; the message is used again, as that of a text."""
+        message, call = self._messages.get("call"), self._call
+        if message is None or call is None:
+            call = self._call = DeltaToolCall(index=index, function=DeltaFunctionCall(arguments=json))
+            message = self._messages["call"] = DeltaMessage(tool_calls=[call])
+        else:
+            call.__dict__["index"] = index
+            call.function.__dict__["arguments"] = json
+            message.__dict__["tool_calls"] = [call]  # vLLM puts a list of its own there
         return message
 
     def extract_reasoning(self, model_output: ParsedText, request: Any) -> tuple[str | None, ParsedText | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from typing import Any
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -56,6 +56,7 @@ def prepare(messages: MutableSequence[Any], name: str = "messages") -> None:
         where, role = f"{name}[{i}]", message.get("role")
         if role not in _ROLES:
             raise HistoryError(f"{where}: the role {role!r} is none of {', '.join(_ROLES)}")
+        _read_content(message, f"{where}.content")
         if role == "assistant":
             if not message.get("reasoning") and isinstance(message.get("reasoning_content"), str):
                 message["reasoning"] = message["reasoning_content"]
@@ -73,6 +74,20 @@ def prepare(messages: MutableSequence[Any], name: str = "messages") -> None:
         ordered.insert(_behind_call(ordered, result) if result else len(ordered), message)
     if any(a is not b for a, b in zip(ordered, messages, strict=True)):
         messages[:] = ordered
+
+
+def _read_content(message: MutableMapping[str, Any], where: str) -> None:
+    """Make a list of parts that are validated only as they are read; what has been read once is gone otherwise."""
+    content = message.get("content")
+    if not isinstance(content, Iterator):
+        return
+    parts: list[Any] = []
+    try:
+        for part in content:
+            parts.append(part)  # not extend(): how many there are says which one is wrong
+    except ValueError as error:
+        raise HistoryError(f"{where}[{len(parts)}]: cannot be read: {error}") from None
+    message["content"] = parts
 
 
 def _listed(calls: Any, where: str) -> list[Any]:

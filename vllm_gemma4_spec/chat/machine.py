@@ -6,7 +6,7 @@ so is what streamed and plain answers are made of.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any, Literal, NamedTuple
 
@@ -77,9 +77,9 @@ class Piece(list[int]):
         return other
 
 
-def _piece(kind: Kind | None = None, token_ids: Iterable[int] = (), text: str = "") -> Piece:
-    piece = Piece(token_ids)  # an __init__ of its own would cost as much again
-    piece.kind, piece.texts, piece.calls = kind, [text] if text else [], []
+def _piece() -> Piece:
+    piece = Piece()
+    piece.kind, piece.texts, piece.calls = None, [], []
     return piece
 
 
@@ -116,6 +116,7 @@ class OutputParser:
         """
         self._special = vocabulary.special
         self._texts = vocabulary.texts
+        self._text_of = vocabulary.texts.__getitem__
         self._options = options
         self._stream = TextStream(vocabulary)
         self._events: list[Event] = []
@@ -193,13 +194,25 @@ class OutputParser:
         kind = self._plain
         if kind is None:
             return None
-        try:
-            text = "".join(map(self._texts.__getitem__, token_ids))  # type: ignore[arg-type]
-        except TypeError:  # a control token or a byte has no text
-            return None
+        text: str | None
+        if len(token_ids) == 1:  # nearly always, and joining would cost as much again
+            text = self._texts[token_ids[0]]
+            if text is None:
+                return None
+        else:
+            try:
+                text = "".join(map(self._text_of, token_ids))  # type: ignore[arg-type]
+            except TypeError:  # a control token or a byte has no text
+                return None
         if self._guard is not None:
             text = self._guard.push_text(text)
-        return _piece(kind if text else None, token_ids, text)
+        piece = Piece(token_ids)  # an __init__ of its own would cost as much again
+        piece.calls = []
+        if text:
+            piece.kind, piece.texts = kind, [text]
+        else:
+            piece.kind, piece.texts = None, []
+        return piece
 
     def _one_by_one(self, token_ids: Sequence[int]) -> tuple[list[Piece], list[int]]:
         """The pieces of tokens fed one by one, and the last of them, which brought nothing about."""
@@ -232,12 +245,16 @@ class OutputParser:
 
     def _feed(self, token: int) -> None:
         text = self._texts[token]
-        if text is not None and self._plain is not None:
-            if self._guard is not None:
-                text = self._guard.push_text(text)
-            if text:
-                self._events.append(Event(self._plain, text))
-            return
+        if text is not None:
+            if self._plain is not None:
+                if self._guard is not None:
+                    text = self._guard.push_text(text)
+                if text:
+                    self._events.append(Event(self._plain, text))
+                return
+            if self._native is not None and not self._stream.waits:
+                self._native.text(text)  # text does not end a call, so nothing else changes
+                return
         if token in self._special:
             if self._stream.waits:
                 self._text(self._stream.flush())
@@ -287,7 +304,7 @@ class OutputParser:
             if not self._options.reasoning and self._options.special_text:
                 return False
             if token == tokens.CHANNEL_OPEN:
-                self._leave()
+                self._break()
                 self._mode, self._label = "channel", ""
             elif self._mode != "call":
                 self._leave()
@@ -298,10 +315,11 @@ class OutputParser:
             if self._options.tools is Tools.OFF:
                 return not self._options.special_text
             if token == tokens.TOOL_CALL_OPEN:
+                self._break()
                 self._mode, self._native = "call", NativeCall(self)
             return True
         if token in tokens.TURN_ENDS:
-            self._leave()
+            self._break()
             if token == tokens.TURN_OPEN and not self._options.special_text:
                 self._mode, self._label = "header", ""
                 return True
@@ -340,6 +358,12 @@ class OutputParser:
             return
         self._mode, self._label = "content", None
         self._text(rest if newline and role in tokens.ROLES else text)
+
+    def _break(self) -> None:
+        """End all that is open, for something else begins: also a call of a forced choice."""
+        self._leave()
+        if self._forced is not None:
+            self._forced.leave()
 
     def _leave(self, closed: bool = False) -> None:
         """End the channel, the call or the header that is open.

@@ -30,6 +30,7 @@ _BATCH = "vllm.entrypoints.openai.chat_completion.batch_serving:OpenAIServingCha
 _MESSAGES = "vllm.entrypoints.anthropic.serving:AnthropicServingMessages"
 _SERVING = "vllm.entrypoints.openai.engine.serving:OpenAIServing"
 _RENDER = "vllm.entrypoints.serve.render.serving:OpenAIServingRender"
+_TOKENIZATION = "vllm.entrypoints.serve.tokenize.serving:OpenAIServingTokenization"
 _SERVING_RESPONSES = "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"
 
 CHAT_OUTPUT = Patch(
@@ -52,7 +53,8 @@ CHAT_OUTPUT = Patch(
         Edit(f"{_RENDER}.__init__", startup.render_init),
         Edit(f"{_RENDER}.preprocess_chat", startup.preprocess_chat),
         Edit(f"{_RENDER}.render_chat", startup.history_errors),
-        Edit(f"{_BATCH}.render_batch_chat_request", startup.history_errors),
+        Edit(f"{_BATCH}.render_batch_chat_request", startup.render_batch),
+        Edit(f"{_TOKENIZATION}.create_tokenize", startup.history_errors),
         Edit(f"{_SERVING}._parse_tool_calls_from_content", completions.parsed_calls),
         Edit(f"{_CHAT}.chat_completion_stream_generator", completions.stream_generator),
         Edit(f"{_CHAT}.chat_completion_full_generator", completions.full_generator),

@@ -87,16 +87,36 @@ def preprocess_chat(original: Callable[..., Any]) -> Callable[..., Any]:
         # The experimental context of /v1/responses still parses text.
         if own is not None and parsers is not None and not envs.VLLM_USE_EXPERIMENTAL_PARSER_CONTEXT:
             request.skip_special_tokens = own
-            plan = Plan.of(parsers, request, self.renderer.tokenizer)
-            if plan.options.stop:  # all of them: vLLM refuses one that is empty
-                request.stop = SeenStops.of([request.stop] if isinstance(request.stop, str) else request.stop, plan)
+            stop = getattr(request, "stop", None)
+            if stop:  # all of them: vLLM refuses one that is empty
+                plan = Plan.of(parsers, request, self.renderer.tokenizer)
+                request.stop = SeenStops.of([stop] if isinstance(stop, str) else stop, plan)
         return result
 
     return wrapper
 
 
+def render_batch(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``OpenAIServingChatBatch.render_batch_chat_request``: conversations are checked before vLLM copies them
+    and loses parts that it does not know.
+
+    Patch: ``chat-output``. Evidence: ``tests/chat/test_serving.py::test_stock_is_wrong``. Related upstream change:
+    #41991, #52430; a parser on token ids is in 0.24.0.
+    """
+
+    @functools.wraps(original)
+    async def wrapper(self: Any, request: Any) -> Any:
+        render = self.openai_serving_render
+        if Parsers.of(render.reasoning_parser, render.tool_parser) is not None:
+            for i, messages in enumerate(request.messages):
+                prepare(messages, f"messages[{i}]")
+        return await original(self, request)
+
+    return history_errors(wrapper)
+
+
 def history_errors(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``OpenAIServingRender.render_chat``, ``OpenAIServingChatBatch.render_batch_chat_request`` and
+    """Wraps ``OpenAIServingRender.render_chat``, ``OpenAIServingTokenization.create_tokenize`` and
     ``OpenAIServingResponses.create_responses``: what is wrong with a history is an answer, not an error that the server
     logs with its stack.
 

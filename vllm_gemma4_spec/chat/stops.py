@@ -41,15 +41,20 @@ class StopGuard:
         self._engine_length = engine_length
 
     def takes(self, kind: Kind) -> bool:
-        """Nothing but text of ``kind`` is held, and no stop string has matched: :meth:`push_text` may be called."""
-        if self._matched is not None or self._seen.kind is None:
+        """Nothing but text of ``kind`` is held, and no stop string has matched: :meth:`push_text` may be called.
+
+        An output may begin with content, too.
+        """
+        if self._matched is not None:
             return False
-        return self._kind == kind and self._seen.kind == kind
+        return self._kind == kind and (self._seen.kind or "content") == kind
 
     def push_text(self, text: str) -> str:
         """Take text of the kind that came last, as :meth:`push` would; returns what is certain now."""
         if self._kind == "reasoning":
             return text  # no stop string is searched in it
+        if text and self._seen.kind is None:
+            self._seen.kind = "content"
         text = self._text + text
         sure = len(text) - self._width
         if sure <= 0:
