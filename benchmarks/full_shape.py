@@ -6,7 +6,8 @@ Every engine is a process of its own: ``stock`` (plain decoding without this pac
 ``spec`` (speculation with ``--drafter``), ``mtp`` (with the target's MTP assistant) and, on request, ``spec-adaptive``
 (adaptive k) and what a part is worth: ``spec-eager`` (without the graphs), ``spec-sync`` (without async scheduling),
 ``spec-plain-compile`` (without the drafter's own compiler settings), ``spec-whole`` (a whole drafter on each rank of
-``--tp``); ``spec@5`` is ``spec`` with k = 5. One run with both drafters beside stock's plain decoding:
+``--tp``); ``spec@5`` is ``spec`` with k = 5, ``plain+NAME=VALUE`` is ``plain`` with that variable set. One run with
+both drafters beside stock's plain decoding:
 
     … --together --engines stock,spec@3,mtp@4 --concurrency 1,4,16 --acceptance 1.0,0.8,0.0 --repeats 2
 
@@ -64,7 +65,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ap.add_argument("--kv-gib", type=float, default=6.0, help="KV cache of every engine, in GiB")
     ap.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks, one card each")
     ap.add_argument("--together", action="store_true", help="start all engines at once; they are measured in turn")
-    ap.add_argument("--profile", action="store_true", help="list the kernels of one draft")
+    ap.add_argument("--profile", action="store_true", help="list the kernels of one step, and of one draft")
     ap.add_argument("--out", type=Path, default=Path("full_shape.json"))
     ap.add_argument("--engine", help=argparse.SUPPRESS)
     ap.add_argument("--turn", type=Path, help=argparse.SUPPRESS)  # a file to be locked while measuring
@@ -73,7 +74,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def k_of(engine: str, k: int) -> int:
     """``spec@5`` -> 5; ``spec`` -> ``k``."""
-    return int(engine.partition("@")[2] or k)
+    return int(engine.partition("+")[0].partition("@")[2] or k)
+
+
+def file_name(engine: str) -> str:
+    return engine.replace("/", "_")
+
+
+def environment(engine: str) -> dict[str, str]:
+    """What ``spec@5+NAME=VALUE`` sets."""
+    name, *settings = engine.split("+")
+    return ENGINES[name.partition("@")[0]] | dict(setting.split("=", 1) for setting in settings)
 
 
 def run_engine(args: argparse.Namespace) -> dict[str, Any]:
@@ -104,7 +115,7 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
             options["speculative_config"]["draft_tensor_parallel_size"] = 1
     if args.tp > 1:
         options |= {"tensor_parallel_size": args.tp, "distributed_executor_backend": "mp"}
-    if args.engine.partition("@")[0].endswith("-sync"):
+    if args.engine.partition("+")[0].partition("@")[0].endswith("-sync"):
         options["async_scheduling"] = False
     began = time.perf_counter()
     llm = LLM(
@@ -130,7 +141,7 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
     rpc = llm.collective_rpc
     if args.turn:
         turn = args.turn.open("w")
-        args.turn.with_suffix(f".{args.engine}").touch()
+        args.turn.with_suffix(f".{file_name(args.engine)}").touch()
         fcntl.flock(turn, fcntl.LOCK_EX)  # let go of when the process ends
     result["finite_logits"] = rpc(probes.finite)[0]
     result |= rpc(probes.bandwidth_and_bytes)[0]
@@ -169,6 +180,15 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
             }
             print(args.engine, row, flush=True)
             result["runs"].append(row)
+    if args.profile:
+        for n in sizes:
+            generate(n, 24)
+            rpc(probes.profile_begins)
+            generate(n, 24)
+            kernels = rpc(probes.profile_ends)[0]
+            decoding = [k for k in kernels if k[1] > 0.3 * kernels[-1][1]]  # the prompts are behind
+            result.setdefault("steps", {})[n] = kernel_table(decoding).splitlines()
+            print(args.engine, f"some steps of {n}:", kernel_table(decoding), sep="\n", flush=True)
     if speculative:
         result["draft_parts"] = rpc(probes.draft_parts, args=(sizes, args.prompt + args.tokens))[0]
         print(args.engine, "draft parts", result["draft_parts"], flush=True)
@@ -196,7 +216,8 @@ def kernel_table(kernels: list[tuple[str, float, float]], top: int = 30) -> str:
 
 def table(results: dict[str, Any]) -> str:
     """tok/s of every engine, and of speculation over plain decoding."""
-    base = {r["concurrency"]: r["tokens_per_s"] for r in results.get("stock", results.get("plain", {})).get("runs", [])}
+    plain = sorted((e for e in results if e.startswith(("stock", "plain"))), key=lambda e: not e.startswith("stock"))
+    base = {r["concurrency"]: r["tokens_per_s"] for r in (results[plain[0]].get("runs", []) if plain else [])}
     lines = ["engine              accept    c    tok/s  ratio    step  verify  sampling  draft    gap (ms)"]
     for engine, result in results.items():
         for r in result.get("runs", []):
@@ -214,15 +235,11 @@ def main() -> None:
         args.out.write_text(json.dumps(run_engine(args)))
         return
     results: dict[str, Any] = {}
-    parts = {engine: args.out.with_suffix(f".{engine}.part") for engine in args.engines.split(",")}
+    parts = {engine: args.out.with_suffix(f".{file_name(engine)}.part") for engine in args.engines.split(",")}
     turn = args.out.with_suffix(".turn")
 
     def start(engine: str) -> subprocess.Popen[bytes]:
-        env = (
-            os.environ
-            | ENGINES[engine.partition("@")[0]]
-            | {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO")}
-        )
+        env = os.environ | environment(engine) | {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO")}
         extra = ["--engine", engine, "--out", str(parts[engine]), *(["--turn", str(turn)] if args.together else [])]
         return subprocess.Popen([sys.executable, __file__, *sys.argv[1:], *extra], env=env)
 
@@ -231,7 +248,7 @@ def main() -> None:
         with turn.open("w") as held:  # nobody measures while another still compiles
             fcntl.flock(held, fcntl.LOCK_EX)
             running = {engine: start(engine) for engine in parts}
-            marks = {engine: turn.with_suffix(f".{engine}") for engine in parts}
+            marks = {engine: turn.with_suffix(f".{file_name(engine)}") for engine in parts}
             while any(running[e].poll() is None and not marks[e].exists() for e in parts):
                 time.sleep(1)
         for mark in marks.values():

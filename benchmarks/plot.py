@@ -1,4 +1,4 @@
-"""Draw what ``full_shape.py`` measured: ``plot.py results.json figure.svg`` (needs matplotlib).
+"""Draw what ``full_shape.py`` measured: ``plot.py results.json figure.svg [ENGINE]`` (needs matplotlib).
 
 Speed over plain decoding, where the file has an engine without drafts, and what a step is made of.
 """
@@ -17,12 +17,12 @@ import matplotlib.pyplot as plt
 PARTS = ("verify", "sampling", "draft", "gap")
 
 
-def main(source: Path, figure: Path) -> None:
+def main(source: Path, figure: Path, engine: str = "spec") -> None:
     results = json.loads(source.read_text())
     engines = results.get("engines", {"spec": results})
     plain = engines.get("stock", engines.get("plain", {"runs": []}))
     base = {r["concurrency"]: r["tokens_per_s"] for r in plain["runs"]}
-    runs = engines["spec"]["runs"]
+    runs = engines[engine]["runs"]
     fig, axes = plt.subplots(1, 2 if base else 1, figsize=(11 if base else 5.5, 4), squeeze=False, layout="constrained")
     if base:
         speed = axes[0][0]
@@ -34,8 +34,18 @@ def main(source: Path, figure: Path) -> None:
                 marker="o",
                 label=f"acceptance {rate}",
             )
+        if "stock" in engines and "plain" in engines:
+            line = [r for r in engines["plain"]["runs"] if r["concurrency"] in base]
+            speed.plot(
+                [r["concurrency"] for r in line],
+                [r["tokens_per_s"] / base[r["concurrency"]] for r in line],
+                marker="o",
+                color="black",
+                linestyle="--",
+                label="no drafts, with the plugin",
+            )
         speed.axhline(1.0, color="grey", linewidth=0.8)
-        speed.set(xlabel="requests at a time", ylabel="tok/s over plain decoding", xscale="log", ylim=(0, None))
+        speed.set(xlabel="requests at a time", ylabel="tok/s over stock plain decoding", xscale="log", ylim=(0, None))
         sizes = sorted(base)
         speed.set_xticks(sizes, [str(n) for n in sizes])
         speed.minorticks_off()
@@ -54,6 +64,6 @@ def main(source: Path, figure: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        raise SystemExit("usage: plot.py results.json figure.svg")
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    if len(sys.argv) not in (3, 4):
+        raise SystemExit("usage: plot.py results.json figure.svg [ENGINE]")
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

@@ -227,6 +227,24 @@ def profile_replay(worker: Any, size: int) -> list[tuple[str, float, float]]:
     return [(e.name[:120], e.time_range.start - first, e.time_range.elapsed_us()) for e in kernels]
 
 
+def profile_begins(worker: Any) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    worker.model_runner.benchmark_profile = profile(activities=[ProfilerActivity.CUDA])
+    worker.model_runner.benchmark_profile.__enter__()
+
+
+def profile_ends(worker: Any) -> list[tuple[str, float, float]]:
+    """Kernels since ``profile_begins`` in order: name, start and duration in microseconds."""
+    torch.cuda.synchronize()
+    prof = worker.model_runner.benchmark_profile
+    prof.__exit__(None, None, None)
+    kernels = [e for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels.sort(key=lambda e: e.time_range.start)
+    first = kernels[0].time_range.start if kernels else 0
+    return [(e.name[:120], e.time_range.start - first, e.time_range.elapsed_us()) for e in kernels]
+
+
 def linear_times(worker: Any, tokens: int, bandwidth: float) -> list[dict[str, Any]]:
     """Per shape of the drafter's linear layers: microseconds of one call in a graph, and its floor.
 

@@ -1,6 +1,6 @@
 """What the rules of a request cost: the same work with the patches of ``requests/`` and without, timed and counted.
 
-    python benchmarks/request_cost.py [--rounds 24] [--grammar] [--out request-cost.json]
+    python benchmarks/request_cost.py [--rounds 24] [--grammar] [--cases CASE ...] [--out request-cost.json]
 
 One engine, a tiny Gemma 4 as its own drafter (CPU, float32, k = 3, 8 requests), answers in turn without these patches,
 with them, and without them once more, first without a rule and then with each kind. The third shows what two equal
@@ -11,7 +11,8 @@ far more than with a real model.
 What no other process can change is counted in a further turn: steps, Python functions called, tensor operations.
 
 `--grammar` takes no engine: what a step of one request does with a grammar and nothing else (drafts validated, bitmasks
-filled, tokens accepted; xgrammar, k = 3), as vLLM does it and with the patch, hundreds of times in turn.
+filled, tokens accepted; xgrammar, k = 3), as vLLM does it and with the patch, hundreds of times in turn. And what a
+step of eight requests does with their budgets.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -67,7 +69,9 @@ def compared(case: str, rounds: int, run: Callable[[bool], float], unit: str, sc
     return row
 
 
-def grammar_rows(rounds: int) -> list[dict[str, Any]]:
+def grammar_rows(rounds: int, cases: list[str]) -> list[dict[str, Any]]:
+    if not any("structured_outputs" in CASES[name] for name in cases):
+        return []
     import numpy as np
 
     from tests.requests import test_grammar_positions as positions
@@ -77,7 +81,7 @@ def grammar_rows(rounds: int) -> list[dict[str, Any]]:
     manager, rows = next(managers)("xgrammar", K), []
     prompt = scripted.tokenizer().encode(FREE)
     for name, fields in CASES.items():
-        if "structured_outputs" not in fields:
+        if name not in cases or "structured_outputs" not in fields:
             continue
         request = positions.new_request(manager, "xgrammar", dict(fields["structured_outputs"]), prompt)
         patched = request.structured_output_request.grammar
@@ -107,13 +111,43 @@ def grammar_rows(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def engine_rows(rounds: int) -> list[dict[str, Any]]:
+def budget_rows() -> list[dict[str, Any]]:
+    """What the processor of budgets does in a step of several requests; stock does nothing when it speculates."""
+    import torch
+
+    from vllm_gemma4_spec.requests.thinking_budget import ThinkingBudget
+
+    ids = SimpleNamespace(reasoning_start_token_ids=[100], reasoning_end_token_ids=[101])
+    rows = []
+    for name, left in (("far off", 1000), ("within the drafts", K - 1), ("after the drafts", K), ("spent", 0)):
+        processor = ThinkingBudget(SimpleNamespace(reasoning_config=ids), torch.device("cpu"), False)
+        params, output = SimpleNamespace(thinking_token_budget=100 + left), [100, *[5] * 100]
+        added = [(row, params, [2], output) for row in range(REQUESTS)]
+        processor.update_state(SimpleNamespace(added=added, removed=[], moved=[]))
+        processor.drafts = [[5] * K] * REQUESTS
+        last, drafts = torch.zeros(REQUESTS, 1024), torch.zeros(REQUESTS * K, 1024)
+        seconds = []
+        for _ in range(3000):
+            started = time.perf_counter()
+            processor.update_state(None)
+            processor.apply(last)
+            processor.apply_with_spec_decode(drafts, [K] * REQUESTS)
+            seconds.append(time.perf_counter() - started)
+        micro = [round(1e6 * x, 1) for x in (min(seconds), statistics.median(seconds))]
+        rows.append(
+            {"case": f"budgets, their end {name}", "requests": REQUESTS, "us a step": micro[1], "least": micro[0]}
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def engine_rows(rounds: int, cases: list[str]) -> list[dict[str, Any]]:
     from vllm_gemma4_spec.requests.patches import PATCHES
 
     target = scripted.save(Path(tempfile.mkdtemp(prefix="request-cost-")) / "target")
     rows = []
     with engine(target, target, K, **OPTIONS) as llm, Turns(llm, PATCHES) as turns:
-        for name, rule in CASES.items():
+        for name, rule in ((name, CASES[name]) for name in cases):
             prompts = [scripted.prompt(0) if "budget" in name else scripted.tokenizer().encode(FREE)] * REQUESTS
             fields = {"max_tokens": TOKENS} | rule
             answers, steps, calls, operations = {}, {}, {}, {}
@@ -144,10 +178,14 @@ def engine_rows(rounds: int) -> list[dict[str, Any]]:
 def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--rounds", type=int, default=24)
-    ap.add_argument("--grammar", action="store_true", help="what a step does with a grammar, without an engine")
+    ap.add_argument("--grammar", action="store_true", help="grammars and budgets by themselves, without an engine")
+    ap.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     ap.add_argument("--out", type=Path, help="file for the results as JSON")
     args = ap.parse_args()
-    rows = grammar_rows(args.rounds * 20) if args.grammar else engine_rows(args.rounds)
+    if args.grammar:
+        rows = [*budget_rows(), *grammar_rows(args.rounds * 20, args.cases)]
+    else:
+        rows = engine_rows(args.rounds, args.cases)
     if args.out:
         args.out.write_text(json.dumps(rows, indent=1) + "\n")
 

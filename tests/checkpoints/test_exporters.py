@@ -95,10 +95,10 @@ def _exports(name: str, out: Path) -> Path:
 def _write(page: Path) -> None:
     head, _, rest = page.read_text().partition(BEGIN)
     old, _, tail = rest.partition(END)
-    ran = {(row[0], row[2]) for row in _rows}
     kept = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in old.splitlines() if "|" in line]
-    kept = [row for row in kept if row[0] in EXPORTERS and (row[0], row[2]) not in ran]
-    rows = sorted((*kept, *_rows), key=lambda row: list(EXPORTERS).index(row[0]))
+    found = {(row[0], row[2]): row for row in (*kept, *_rows)}
+    order = [(exporter, name) for exporter, each in EXPORTERS.items() for name in each.names]
+    rows = [found[key] for key in order if key in found]
     table = [
         "| environment | exporter | model and recipe | plugin | transformers in float32 |",
         "|---|---|---|---|---|",
@@ -155,23 +155,41 @@ QUANTIZED: dict[str, tuple[str, Callable[[Path], list[str]], str, str]] = {
         "NVFP4_AWQ",
         "Gemma4ForCausalLM",
     ),
+    "a larger model, a card without": (
+        "31b-mm-larger",
+        lambda p: ["--fit", _fits(p, "awq-full", towers=False)],
+        "NVFP4_AWQ",
+        "Gemma4ForCausalLM",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", QUANTIZED)
 def test_quantize_with_the_newest_modelopt(case: str, tmp_path: Path) -> None:
     model, options, algorithm, family = QUANTIZED[case]
-    kind, _, multimodal = model.partition("-")
+    kind, *more = model.split("-")
     parent, made = tmp_path / "parent", tmp_path / "made"
-    tiny.build(kind, bool(multimodal)).save_pretrained(parent)
+    tiny.build(kind, "mm" in more, larger="larger" in more).save_pretrained(parent)
     (tmp_path / "ids.jsonl").write_text("".join(f"{json.dumps(row.tolist())}\n" for row in tiny.calibration()))
-    more = ["--calibration", tmp_path / "ids.jsonl", "--python", _python("modelopt-newest"), "--json"]
+    asked = [
+        *options(parent),
+        "--calibration",
+        tmp_path / "ids.jsonl",
+        "--python",
+        _python("modelopt-newest"),
+        "--json",
+    ]
     code = "from vllm_gemma4_spec.cli import main; main()"
-    command = [sys.executable, "-c", code, "quantize", parent, made, *options(parent), *more]
+    command = [sys.executable, "-c", code, "quantize", parent, made, *asked]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-800:]
     assert json.loads(done.stdout)["algorithm"] == algorithm
     assert json.loads((made / "config.json").read_text())["architectures"] == [family]
-    assert any("vision_tower" in name for name in Checkpoint(made).tensors) == (family != "Gemma4ForCausalLM")
+    tensors = Checkpoint(made).tensors
+    assert any("vision_tower" in name for name in tensors) == (family != "Gemma4ForCausalLM")
+    assert all(f"{name}_scale" in tensors for name in tensors if name.endswith("self_attn.o_proj.weight"))
+    if "larger" in more:
+        wanted = sizing.predict(Checkpoint(parent), "awq-full", towers=False)
+        assert sum(info.bytes for info in tensors.values()) == pytest.approx(wanted, rel=0.01)
     ours, truth = engine_logprobs(made, **text_only(made)), reference.logprobs(made, TOKENS, double=True)
     assert float((ours - truth).abs().max()) < TOLERANCE

@@ -73,7 +73,11 @@ def text_config(kind: str, wide: bool = False) -> dict[str, Any]:
     return config
 
 
-def build(kind: str, multimodal: bool = False, seed: int = 0, wide: bool = False) -> Any:
+# Wide enough that matrices outweigh norms and scales, as in real models.
+LARGER = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "initializer_range": 0.04}
+
+
+def build(kind: str, multimodal: bool = False, seed: int = 0, wide: bool = False, larger: bool = False) -> Any:
     """A random bfloat16 model of transformers whose activations have a few loud channels, as real ones do."""
     from transformers import Gemma4Config, Gemma4ForCausalLM, Gemma4ForConditionalGeneration, Gemma4TextConfig
 
@@ -91,7 +95,7 @@ def build(kind: str, multimodal: bool = False, seed: int = 0, wide: bool = False
             "position_embedding_size": 64,
         }
         config = Gemma4Config(
-            text_config=text_config(kind, wide),
+            text_config=text_config(kind, wide) | (LARGER if larger else {}),
             vision_config=vision,
             audio_config=None,
             tie_word_embeddings=True,
@@ -103,7 +107,7 @@ def build(kind: str, multimodal: bool = False, seed: int = 0, wide: bool = False
         )
         model = Gemma4ForConditionalGeneration(config)
     else:
-        model = Gemma4ForCausalLM(Gemma4TextConfig(**text_config(kind, wide)))
+        model = Gemma4ForCausalLM(Gemma4TextConfig(**text_config(kind, wide) | (LARGER if larger else {})))
     model.config.architectures = [type(model).__name__]  # from_pretrained sets it; ModelOpt reads it
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

@@ -17,11 +17,13 @@
 
 struct uint2 { unsigned x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 struct dim { int x, y, z; };
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static thread_local dim threadIdx, blockIdx;
 static dim blockDim, gridDim;
-alignas(128) static unsigned char shared[232448];
+alignas(1024) static unsigned char shared[232448];
 static std::unique_ptr<std::barrier<>> block_barrier;
 static std::vector<std::unique_ptr<std::barrier<>>> warp_barriers, pair_barriers;
 static std::vector<uint32_t> exchange;  // per warp: 32 lanes x 6 words
@@ -44,8 +46,13 @@ static void arrive_with_copies(unsigned barrier) { arrive(barrier); }
 static void wait(unsigned barrier, unsigned parity) {
     while ((unsigned)(at_barrier(barrier).phase & 1) == parity) std::this_thread::yield();
 }
-static void copy(unsigned to, const void* from) { std::memcpy(shared + to, from, 16); }
-static void copy_once(unsigned to, const void* from, unsigned long long) { copy(to, from); }
+static void copy_once(unsigned to, const void* from, unsigned long long) { std::memcpy(shared + to, from, 16); }
+static uint4 load(const void* from) { return *(const uint4*)from; }
+static void publish_to_wgmma() {}
+static void reread(float&) {}
+static unsigned shift_right_8(unsigned value) { return value >> 8; }
+template <int COUNT> static void give_registers() {}
+template <int COUNT> static void take_registers() {}
 static void pair_meets(int pair) { pair_barriers[pair]->arrive_and_wait(); }
 static void __syncthreads() { block_barrier->arrive_and_wait(); }
 static void __syncwarp() { warp_barriers[threadIdx.x / 32]->arrive_and_wait(); }
@@ -103,27 +110,52 @@ static void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)
     __syncwarp();
 }
 
+// A warp's quarter of wgmma.m64nNk16: the first operand from registers, the second as a matrix descriptor tells: eight
+// rows of 128 bytes behind each other, their 16-byte pieces swapped by bits 7 to 9 of the address.
+static void mma_begins() {}
+static void mma_commits() {}
+template <int LEFT> static void mma_finishes() { __syncwarp(); }
+static void mma_async(float (&d)[MT][4], const unsigned (&a)[4], unsigned long long matrix) {
+    if (matrix >> 62 != 1 || (matrix >> 32 & 0x3FFF) != 1024 / 16) std::abort();
+    const unsigned at = (matrix & 0x3FFF) * 16;
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    uint32_t* all = exchange.data() + threadIdx.x / 32 * 192;
+    std::memcpy(all + lane * 6, a, 16);
+    __syncwarp();
+    for (int m = 0; m < MT; m++)
+        for (int i = 0; i < 4; i++) {
+            int row = g + i / 2 * 8, column = t * 2 + i % 2;
+            for (int k = 0; k < 16; k++) {
+                unsigned from = at + m * 1024 + column * 128 + k * 2;
+                unsigned short x;
+                std::memcpy(&x, shared + (from ^ (from >> 7 & 7) << 4), 2);
+                d[m][i] += half_of(all[(row % 8 * 4 + k % 8 / 2) * 6 + k / 8 * 2 + row / 8], k % 2) * as_float((unsigned)x << 16);
+            }
+        }
+    __syncwarp();
+}
+
 #include NVFP4_STREAM_SOURCE
 
 extern "C" void run(const void* codes, const void* scales, const void* x, const void* pre, void* y,
-                    const float* global_scale, float* partial, unsigned* arrivals, int rows, int N, int K, int parts,
+                    const float* global_scale, float* partial, unsigned* arrivals, int rows, int N, int K,
                     int blocks) {
     gridDim = {blocks, 1, 1};
-    blockDim = {640, 1, 1};
+    blockDim = {THREADS, 1, 1};
     first_barrier = BARRIERS_AT;
     exchange.resize(20 * 192);
     for (int block = 0; block < blocks; block++) {
-        block_barrier = std::make_unique<std::barrier<>>(640);
+        block_barrier = std::make_unique<std::barrier<>>(THREADS);
         warp_barriers.clear(), pair_barriers.clear();
-        for (int w = 0; w < 20; w++) warp_barriers.push_back(std::make_unique<std::barrier<>>(32));
+        for (int w = 0; w < THREADS / 32; w++) warp_barriers.push_back(std::make_unique<std::barrier<>>(32));
         for (int w = 0; w < 8; w++) pair_barriers.push_back(std::make_unique<std::barrier<>>(64));
         std::vector<std::thread> threads;
-        for (int i = 0; i < 640; i++)
+        for (int i = 0; i < THREADS; i++)
             threads.emplace_back([=] {
                 threadIdx = {i, 0, 0};
                 blockIdx = {block, 0, 0};
                 nvfp4_stream((const unsigned char*)codes, (const unsigned char*)scales, (const u16*)x, (const u16*)pre,
-                             (u16*)y, global_scale, partial, arrivals, rows, N, K, parts);
+                             (u16*)y, global_scale, partial, arrivals, rows, N, K);
             });
         for (auto& thread : threads) thread.join();
     }

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vllm_gemma4_spec.kernels import cuda, small_batch_gemm
+from vllm_gemma4_spec.kernels import cuda, small_batch_gemm, stream_gemm
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,6 +25,16 @@ def test_the_kernel_compiles(capability: int, tiles: int, gelu: bool, scaled: bo
     code = cuda.compiled(small_batch_gemm.source(tiles, gelu, scaled), cuda.architecture(capability))
     assert code.startswith(b"\x7fELF")
     assert b"nvfp4_rows" in code
+
+
+@pytest.mark.parametrize(
+    ("architecture", "form"),
+    [("sm_90a", stream_gemm.WGMMA_FORMS[2]), ("sm_120", stream_gemm.MMA_FORMS[2])],
+    ids=["hopper", "later"],
+)
+def test_the_streaming_kernel_compiles(architecture: str, form: stream_gemm.Form) -> None:
+    code = cuda.compiled(stream_gemm.source(2, True, form), architecture)
+    assert b"nvfp4_stream" in code
 
 
 def test_a_card_newer_than_nvrtc_gets_its_generation() -> None:

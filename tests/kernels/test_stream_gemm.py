@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import shutil
 import subprocess
 from importlib import resources
@@ -12,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.kernels.test_small_batch_gemm import dequantized
 from vllm_gemma4_spec.kernels import stream_gemm
+from vllm_gemma4_spec.kernels.stream_gemm import Form
 
 HERE = Path(__file__).parent
 GLOBAL_SCALE = 0.01
@@ -52,52 +50,71 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pytest.skip("no g++ to build the kernel for the CPU with")
     folder = tmp_path_factory.mktemp("stream")
     source = Path(str(resources.files("vllm_gemma4_spec.kernels").joinpath("nvfp4_stream.cu")))
-    built: dict[tuple[int, bool], ctypes.CDLL] = {}
+    built: dict[Any, ctypes.CDLL] = {}
 
-    def get(tiles: int, scaled: bool) -> ctypes.CDLL:
-        if (tiles, scaled) not in built:
-            out = folder / f"stream-{tiles}-{int(scaled)}.so"
+    def get(tiles: int, scaled: bool, form: Form) -> ctypes.CDLL:
+        key = (tiles, scaled, form)
+        if key not in built:
+            out = folder / f"stream-{len(built)}.so"
             flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
-            macros = [f"-DMT={tiles}", f"-DSCALED={int(scaled)}", "-DSTAGES=2", f'-DNVFP4_STREAM_SOURCE="{source}"']
+            macros = [f"-D{k}={v}" for k, v in stream_gemm.macros(tiles, scaled, form).items()]
+            macros.append(f'-DNVFP4_STREAM_SOURCE="{source}"')
             subprocess.run([compiler, *flags, *macros, str(HERE / "stream_on_host.cpp"), "-o", str(out)], check=True)
-            built[tiles, scaled] = ctypes.CDLL(str(out))
-        return built[tiles, scaled]
+            built[key] = ctypes.CDLL(str(out))
+        return built[key]
 
     return get
 
 
-def run(get: Any, x: torch.Tensor, packed: Any, n: int, blocks: int, pre: torch.Tensor | None = None) -> torch.Tensor:
-    tiles, k = stream_gemm.tiles_for(len(x)), x.shape[1]
-    most = stream_gemm.parts(n, k, blocks)
+FORM = Form(stages=2, wgmma=True)
+
+
+def run(
+    get: Any,
+    x: torch.Tensor,
+    packed: Any,
+    n: int,
+    blocks: int,
+    pre: torch.Tensor | None = None,
+    form: Form = FORM,
+    tiles: int | None = None,
+) -> torch.Tensor:
+    tiles, k = tiles or stream_gemm.tiles_for(len(x)), x.shape[1]
     y = torch.full((len(x), n), torch.nan, dtype=torch.bfloat16)
-    partial = torch.full((n // 256 * most * tiles * 2048,), torch.nan)
-    arrivals = torch.zeros(n // 32, dtype=torch.int32)
+    partial = torch.full((blocks * 2 * tiles * 2048,), torch.nan)
+    arrivals = torch.zeros(-(-n // 256) * 8, dtype=torch.int32)
     words, scales, shift = packed
     pointers = [
         ctypes.c_void_p(t.data_ptr())
         for t in (words, scales, x, x if pre is None else pre, y, shift, partial, arrivals)
     ]
-    get(tiles, pre is not None).run(*pointers, len(x), n, k, most, blocks)
+    get(tiles, pre is not None, form).run(*pointers, len(x), n, k, blocks)
     assert not arrivals.any()  # ready for the next GEMM
     return y
 
 
 @pytest.mark.parametrize(
-    ("rows", "n", "k", "blocks", "scaled"),
+    ("rows", "n", "k", "blocks", "scaled", "form"),
     [
-        (1, 512, 384, 4, False),  # shares end within tiles of outputs: two, then three parts
-        (5, 256, 512, 4, True),  # four parts of one tile
-        (13, 512, 128, 2, False),  # no parts
-        (61, 256, 256, 2, True),
+        (1, 512, 384, 4, False, FORM),  # shares end within tiles of outputs: two, then three parts
+        pytest.param(5, 256, 512, 4, True, FORM, marks=pytest.mark.slow),  # four parts of one tile
+        pytest.param(13, 512, 128, 2, False, FORM, marks=pytest.mark.slow),  # no parts
+        (7, 320, 192, 3, True, FORM),  # the last tile and the last stage are not whole
+        pytest.param(61, 256, 256, 2, True, FORM, marks=pytest.mark.slow),
+        pytest.param(9, 256, 384, 2, True, Form(stages=2), marks=pytest.mark.slow),  # by mma of Ampere's kind
+        pytest.param(3, 512, 384, 2, False, Form(3, halves=1, per_sm=2, wgmma=True), marks=pytest.mark.slow),
+        pytest.param(77, 256, 384, 3, True, Form(2, halves=1, wgmma=True), marks=pytest.mark.slow),
     ],
 )
-def test_the_kernel_gives_the_gemm(libraries: Any, rows: int, n: int, k: int, blocks: int, scaled: bool) -> None:
+def test_the_kernel_gives_the_gemm(
+    libraries: Any, rows: int, n: int, k: int, blocks: int, scaled: bool, form: Form
+) -> None:
     torch.manual_seed(rows)
     codes, scale = weight(n, k)
     x = torch.randn(rows, k).bfloat16()
     pre = (torch.rand(k) + 0.5).bfloat16() if scaled else None
     wanted = (x if pre is None else x * pre).double() @ dequantized(codes, scale).T * GLOBAL_SCALE
-    got = run(libraries, x, marlin(codes, scale), n, blocks, pre).double()
+    got = run(libraries, x, marlin(codes, scale), n, blocks, pre, form).double()
     error = (got - wanted).norm() / wanted.norm()
     assert error < 4e-3, f"{error:.1e}"  # bfloat16's own rounding of the result
 
@@ -109,17 +126,3 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(libraries: Any) -> No
     whole = run(libraries, x, packed, 256, 2)
     for rows in (1, 6):
         assert torch.equal(run(libraries, x[:rows].contiguous(), packed, 256, 2), whole[:rows]), rows
-
-
-@given(st.integers(1, 700), st.integers(1, 200), st.integers(1, 300))
-def test_parts_are_the_most_blocks_that_share_a_tile(tiles: int, per_tile: int, blocks: int) -> None:
-    """By definition: the blocks whose shares meet a tile's units."""
-    units = tiles * per_tile
-    if units < blocks:
-        return
-    edges = [units * b // blocks for b in range(blocks + 1)]
-    met = [0] * tiles
-    for first, last in itertools.pairwise(edges):
-        for tile in range(first // per_tile, (last - 1) // per_tile + 1):
-            met[tile] += 1
-    assert stream_gemm.parts(tiles * stream_gemm.COLUMNS, per_tile * stream_gemm.DEPTH, blocks) == max(met)

@@ -263,9 +263,9 @@ def plan_of(*arguments: str) -> dict[str, Any]:
 NVFP4 = ("--target-weights", "nvfp4", "--drafter-weights", "nvfp4")
 E4B = ("google/gemma-4-E4B-it", "nvfp4")
 MEASURED = [
-    ("google/gemma-4-31B-it", E4B, "h200-31b-e4b", "spec", 3),
+    ("google/gemma-4-31B-it", E4B, "h200-31b", "spec@3", 3),
     ("google/gemma-4-26B-A4B-it", E4B, "h200-26b-e4b", "spec", 3),
-    ("google/gemma-4-31B-it", ("google/gemma-4-31B-it-assistant", "bf16"), "h200-31b-mtp", "mtp@4", 4),
+    ("google/gemma-4-31B-it", ("google/gemma-4-31B-it-assistant", "bf16"), "h200-31b", "mtp@4", 4),
     ("google/gemma-4-26B-A4B-it", ("google/gemma-4-26B-A4B-it-assistant", "bf16"), "h200-26b-mtp", "mtp@4", 4),
 ]
 
@@ -274,9 +274,9 @@ MEASURED = [
 def test_predictions_are_what_was_measured(
     target: str, drafter: tuple[str, str], results: str, engine: str, k: int
 ) -> None:
-    """Every run of the results files: with speculation the server's tok/s to 10 %: at 0.7 the runs themselves lie up to
-    8 % apart, and an answer of 128 tokens ends inside a step; with k = 4 to 15 %, as answers of a batch end further
-    apart. Plain, stock's to 1 %."""
+    """Every run of the results files: where luck has no part (every draft accepted, or none) the server's tok/s to 4 %;
+    between them to 20 %, as a batch ends with its unluckiest request (42 to 62 steps each) and of two runs the slower
+    is given. Plain to 1 %."""
     engines = json.loads((ROOT / f"benchmarks/results/{results}.json").read_text())["engines"]
     name, weights = drafter
     models = ("--target", target, "--target-weights", "nvfp4", "--drafter", name, "--drafter-weights", weights)
@@ -286,11 +286,13 @@ def test_predictions_are_what_was_measured(
         asked = ("--acceptance", " ".join(f"{rate:g}" for rate in rates))
         machine = plan_of(*models, "--context", "192", "--hardware", "H200", "--requests", str(n), *asked)
         assert (machine["times"], machine["measured_by"]) == ("measured", f"benchmarks/results/{results}.json")
-        (plain,) = [r["tokens_per_s"] for r in engines["stock"]["runs"] if r["concurrency"] == n]
+        without = engines["stock" if results == "h200-26b-e4b" else "plain"]
+        (plain,) = [r["tokens_per_s"] for r in without["runs"] if r["concurrency"] == n]
         assert machine["acceptance"][f"{rates[0]:g}"]["tok_s"][0] == pytest.approx(plain, rel=0.01)
         for run in [run for run in runs if run["concurrency"] == n]:
             speed = machine["acceptance"][f"{run['acceptance']:g}"]
-            assert speed["tok_s"][k] == pytest.approx(run["tokens_per_s"], rel=0.10 if k < 4 else 0.15), run
+            lucky = 0 < run["acceptance"] < 1
+            assert speed["tok_s"][k] == pytest.approx(run["tokens_per_s"], rel=0.20 if lucky else 0.04), run
             assert speed["tok_s_at_most"][k] > speed["tok_s"][k] > 0.99 * speed["tok_s_at_least"][k]
 
 

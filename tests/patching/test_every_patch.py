@@ -207,10 +207,20 @@ SHOWN = {
         "performance/test_draft_compile::test_a_drafter_has_compiler_settings_of_its_own",
         r"enable_pdl",
     ),
+    "target-compile": Shown(
+        "performance/test_target_compile::test_stock_compiles_a_target_without_dependent_launch",
+        "performance/test_target_compile::test_a_target_is_compiled_with_dependent_launch",
+        r"enable_pdl",
+    ),
     "split-attention": Shown(
         f"{_KERNELS}::test_stock_walks_the_context_in_one_piece",
         f"{_KERNELS}::test_a_verification_splits_the_context",
         r"kernel_unified_attention_2d",
+    ),
+    "expert-routing": Shown(
+        "performance/test_expert_routing::test_stock_chooses_with_pytorchs_functions",
+        "performance/test_expert_routing::test_one_kernel_chooses_on_a_gpu",
+        r"assert False|isinstance",
     ),
     "cpu-runner": Shown(
         f"{_STOCK}::test_the_cpu_refuses_speculation",

@@ -23,6 +23,7 @@ from vllm.forward_context import set_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 
 import vllm_gemma4_spec
+from vllm_gemma4_spec import scope
 from vllm_gemma4_spec.performance import compile_settings
 
 
@@ -49,6 +50,7 @@ class Layers(torch.nn.Module):
 def main() -> None:
     # A CPU has none; the setting changes no code here, but it is part of the key.
     compile_settings._takes_pdl = lambda: "forget" not in sys.argv
+    scope.gemma4_model = lambda _: True  # there is no model's config here
     FixFunctionalizationPass.__call__ = lambda *_: None  # names operators that vLLM's CPU build has not
     vllm_gemma4_spec.apply()
     config = VllmConfig(

@@ -92,9 +92,7 @@ def mixed(folder: Path) -> Path:
             if ".layers.1." in module:
                 out[f"{module}.weight"] = weight.bfloat16()
                 continue
-            scale = weight.abs().max() / 448
-            out |= {f"{module}.weight": (weight / scale).to(torch.float8_e4m3fn), f"{module}.weight_scale": scale}
-            out[f"{module}.input_scale"] = torch.tensor(0.01)
+            out |= _eight_bits(module, weight)
             algorithms[module] = {"quant_algo": "FP8"}
         return out
 
@@ -103,6 +101,32 @@ def mixed(folder: Path) -> Path:
     assert any(np.isnan(reference.e4m3(raw)).any() for d, raw in reference.read(made).values() if d == "F8_E4M3")
     new = {"quant_algo": "MIXED_PRECISION", "quantized_layers": algorithms, "ignore": [], "quant_method": "modelopt"}
     return _written(made, lambda c: c.update(quantization_config=new))
+
+
+def _eight_bits(module: str, weight: torch.Tensor) -> Tensors:
+    scale = weight.abs().max() / 448
+    made = {
+        "weight": (weight / scale).to(torch.float8_e4m3fn),
+        "weight_scale": scale,
+        "input_scale": torch.tensor(0.01),
+    }
+    return {f"{module}.{suffix}": value for suffix, value in made.items()}
+
+
+def eight_bits(folder: Path) -> Path:
+    """ModelOpt's FP8 of a whole E4B: layers that reuse KV have a lone q_proj."""
+    source = FIXTURES / "e4b-awq-lite"
+    weights = reference.fold(source)
+
+    def edit(tensors: Tensors) -> Tensors:
+        modules = [name.removesuffix(".weight_scale_2") for name in tensors if name.endswith(".weight_scale_2")]
+        out = {k: v for k, v in tensors.items() if k.rpartition(".")[0] not in modules}
+        for module in modules:
+            out |= _eight_bits(module, weights[f"{module}.weight"])
+        return out
+
+    made = edited(source, folder, edit)
+    return _written(made, lambda c: c["quantization_config"].update(quant_algo="FP8"))
 
 
 def _any(name: str, parts: tuple[str, ...]) -> bool:
@@ -115,4 +139,5 @@ FORMS: dict[str, Callable[[Path], Path]] = {
     "stripped": stripped,
     "stripped 31B": stripped_31b,
     "MIXED_PRECISION": mixed,
+    "FP8": eight_bits,
 }

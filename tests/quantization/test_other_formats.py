@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,10 @@ from tests.quantization.comparison import FIXTURES, TOKENS, engine_logprobs
 from tests.support.engine import engine
 from vllm_gemma4_spec.checkpoints.files import Checkpoint
 from vllm_gemma4_spec.checkpoints.inspection import inspect
+from vllm_gemma4_spec.cli import _checks
 from vllm_gemma4_spec.errors import CheckpointError
 from vllm_gemma4_spec.ops.plan import model as plan_model
+from vllm_gemma4_spec.quantization import loading
 
 GROUP = 32
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP, "symmetric": True, "dynamic": False}
@@ -94,7 +99,7 @@ def test_stacked_experts_reach_vllms_parameters(tmp_path: Path, monkeypatch: pyt
         found.update({name: p.data.clone() for name, p in model.named_parameters() if ".experts." in name})
         raise _LoadedError
 
-    monkeypatch.setattr(layers, "integer_experts", lambda tensors: None)
+    monkeypatch.setattr(layers, "packed_integers", lambda tensors, experts=False: None)
     monkeypatch.setattr(base_loader, "process_weights_after_loading", loaded)
     dtype = torch.get_default_dtype()
     try:
@@ -113,9 +118,7 @@ def test_stacked_experts_reach_vllms_parameters(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.slow
 def test_linears_in_integers_are_right(tmp_path: Path) -> None:
     """vLLM's own CPU kernel, in bfloat16: as near to float32 as the same weights unquantized are."""
-    import vllm._custom_ops  # noqa: F401 - registers the kernels
-
-    if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+    if not loading._integer_kernel():
         pytest.skip("vLLM's build for this CPU has no kernel for packed integers")
     folder, truth = w4a16("31b", tmp_path / "model")
     plain = shutil.copytree(folder, tmp_path / "plain")
@@ -147,7 +150,34 @@ def _without_tower(folder: Path) -> Path:
     return made
 
 
+def _eight_bits(folder: Path, **section: Any) -> Path:
+    """A model whose config says so; the shards are not looked at before."""
+    shutil.copytree(FIXTURES / "31b-nvfp4", folder, ignore=shutil.ignore_patterns("hf_quant_config.json"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
+    return folder
+
+
+FLOAT8 = {"num_bits": 8, "type": "float", "symmetric": True}
+DYNAMIC = {
+    "weights": FLOAT8 | {"strategy": "channel"},
+    "input_activations": FLOAT8 | {"strategy": "token", "dynamic": True},
+}
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "MXFP8 on a CPU": (
+        lambda p: _eight_bits(p, quant_method="modelopt", quant_algo="MXFP8", ignore=[]),
+        r"MXFP8: neither vLLM 0\.19\.1 nor this package multiplies with it on a CPU; serve it on a GPU, or take",
+    ),
+    "FP8_DYNAMIC on a CPU": (
+        lambda p: _eight_bits(
+            p,
+            quant_method="compressed-tensors",
+            format="float-quantized",
+            config_groups={"group_0": DYNAMIC | {"targets": ["Linear"]}},
+            ignore=["lm_head"],
+        ),
+        r"^compressed-tensors FP8: neither vLLM 0\.19\.1 nor this package multiplies with it on a CPU; serve it on",
+    ),
     "stacked INT4 experts on a CPU": (
         lambda p: w4a16("26b", p)[0],
         r"layers\.0\.experts\.\w+_packed \(model\.safetensors\): experts in packed integers; .* on a CPU: serve it on",
@@ -172,13 +202,44 @@ def test_refused_in_one_line_before_a_process_starts(case: str, tmp_path: Path) 
     assert "\n" not in str(raised.value)
 
 
+LINEARS = r"linears in packed integers; .*cpu_gemm_wna16.* AVX-512 alone: serve it on .* or take NVFP4 or bf16$"
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_linears_in_integers_need_a_kernel(kernel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's build for AVX2 has none: an AttributeError at the first pass."""
+    monkeypatch.setattr(loading, "_integer_kernel", lambda: kernel)
+    folder, _ = w4a16("31b", tmp_path / "model")
+    if kernel:
+        assert vllm_config(folder).model_config.quantization == "compressed-tensors"
+        return
+    with pytest.raises(CheckpointError, match=r"_proj\.weight_packed \(model\.safetensors\): " + LINEARS):
+        vllm_config(folder)
+    (folder / "model.safetensors").unlink()  # as a model that is not downloaded yet: told from its config
+    with pytest.raises(CheckpointError, match=r"model \(config\.json\): " + LINEARS):
+        vllm_config(folder)
+
+
+def test_the_kernel_is_looked_for_where_the_layers_take_it_from() -> None:
+    from vllm import _custom_ops
+
+    if loading._integer_kernel():
+        assert callable(torch.ops._C.cpu_gemm_wna16)
+        return
+    empty = torch.empty(0, 0)
+    with pytest.raises(AttributeError, match="cpu_gemm_wna16"):
+        _custom_ops.cpu_gemm_wna16(empty, empty, empty, None, None, None, 8, "vec")
+
+
 def test_inspect_says_the_same(tmp_path: Path) -> None:
     report = inspect(Checkpoint(w4a16("26b", tmp_path / "int4")[0]))
     assert report.vllm_alone == "fails while loading: it does not know the names of the experts"
     assert report.machines["CPU"] == "refused: no kernel for experts in packed integers"
     assert report.with_overlay == "loads it"
     linears = inspect(Checkpoint(w4a16("31b", tmp_path / "linears")[0]))
-    assert linears.machines["CPU"] == "vLLM's own kernels, if it has one for the format"
+    assert linears.machines["CPU"].startswith(
+        "vLLM's own kernel where the CPU has AVX-512; refused elsewhere: no kernel"
+    )
     towers = inspect(Checkpoint(_without_tower(tmp_path / "towers")))
     assert towers.with_overlay.startswith("refuses it: config.json has a vision tower and no shard holds it")
 
@@ -197,22 +258,71 @@ def test_plan_counts_a_31b_without_towers(tmp_path: Path) -> None:
     assert read.weight_bytes == held + 2 * keys  # vLLM holds the K of both full layers a second time, as V
 
 
-def test_gguf_is_not_read(tmp_path: Path) -> None:
-    """By transformers' own words, before anything of ours is asked; the tools name the file."""
+def _gguf(file: Path, architecture: str = "gemma4") -> Path:
     from gguf import GGUFWriter
 
-    from vllm_gemma4_spec.cli import _checks
-
-    file = tmp_path / "gemma.gguf"
-    writer = GGUFWriter(file, "gemma4")
+    writer = GGUFWriter(file, architecture)
     writer.add_block_count(2)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(ValueError, match="GGUF model with architecture gemma4 is not supported yet"):
+    return file
+
+
+GGUF = r"gemma\.gguf: a GGUF file; vLLM 0\.19\.1 reads no Gemma 4 from one: serve the checkpoint as safetensors"
+
+
+def test_gguf_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the `vllm` command and as an exception elsewhere; the tools name the file, too."""
+    from vllm.config import ModelConfig
+
+    file = _gguf(tmp_path / "gemma.gguf")
+    with pytest.raises(CheckpointError, match=f"{GGUF}$"):
         vllm_config(file)
+    with pytest.raises(CheckpointError, match=f"{GGUF}$"):  # as a drafter's config is made
+        ModelConfig(str(file))
     with pytest.raises(CheckpointError, match=r"gemma\.gguf: a GGUF file, which is not read here; name a folder"):
         _checks.checkpoint(file)
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/vllm", "serve", str(file)])
+    with pytest.raises(SystemExit, match=f"^vllm-gemma4-spec: [^\n]*{GGUF}$"):
+        vllm_config(file)
+
+
+def test_gguf_of_a_repository_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``org/model:Q4_0``, whose config.json is read and whose file vLLM would download."""
+    from huggingface_hub import constants
+    from vllm.config import LoadConfig, ModelConfig
+    from vllm.config.vllm import VllmConfig
+
+    snapshot = tmp_path / "models--org--model" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    tiny.build("31b").config.save_pretrained(snapshot)
+    (tmp_path / "models--org--model" / "refs").mkdir()
+    (tmp_path / "models--org--model" / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    config = ModelConfig("org/model:Q4_0", quantization="gguf", skip_tokenizer_init=True)
+    with pytest.raises(CheckpointError, match=r"^org/model:Q4_0: a GGUF file; vLLM 0\.19\.1 reads no Gemma 4"):
+        VllmConfig._get_quantization_config(config, LoadConfig(load_format="gguf"))
+
+
+def test_another_models_gguf_is_left_to_vllm(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="GGUF model with architecture other is not supported yet"):
+        vllm_config(_gguf(tmp_path / "other.gguf", "other"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["vllm_gemma4_spec.demo.vllm_command serve", "another.py"])
+def test_gguf_given_to_a_program(program: str, tmp_path: Path) -> None:
+    """Exit code 1 and the line last; no traceback in the `vllm` command."""
+    file = _gguf(tmp_path / "gemma.gguf")
+    (tmp_path / "another.py").write_text("import sys, vllm\nvllm.LLM(sys.argv[1])\n")
+    command = ["-m", *program.split()] if " " in program else [str(tmp_path / program)]
+    done = subprocess.run([sys.executable, *command, str(file)], capture_output=True, text=True)
+    assert done.returncode == 1
+    said = done.stderr.strip().splitlines()
+    assert re.search(f"{GGUF}$", said[-1])
+    assert (program == "another.py") == any("Traceback" in line for line in said)
 
 
 def _sharded(folder: Path) -> Path:

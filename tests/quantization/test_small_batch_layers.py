@@ -112,7 +112,7 @@ def test_the_scale_is_multiplied_once(monkeypatch: pytest.MonkeyPatch, scaled: b
 
     layer = loaded("o_proj")
     layer.rows_codes, layer.rows_scaled = torch.nn.Parameter(torch.ones(1)), scaled
-    layer.stream_scaled, layer.streamed_rows = False, 0
+    layer.stream_scaled, layer.streamed = False, 0
     seen: list[torch.Tensor] = []
     monkeypatch.setattr(small_batch_layers, "linear", lambda _, x: seen.append(x) or x)
     method = SimpleNamespace(backend=None)
@@ -128,8 +128,8 @@ def test_more_rows_go_to_marlin_with_the_scale(monkeypatch: pytest.MonkeyPatch) 
         marlin_utils_fp4, "apply_fp4_marlin_linear", lambda x, *_: given.append(x) or torch.zeros(len(x), 8)
     )
     x, nothing = torch.ones(65, 4), torch.ones(1)
-    y = small_batch_gemm.linear(x, torch.full((4,), 3.0), *[nothing] * 7, 8, False)
+    y = small_batch_gemm.linear(x, torch.full((4,), 3.0), *[nothing] * 7, 0, 8, False)
     assert y.shape == (65, 8)
     assert torch.equal(given[0], torch.full((65, 4), 3.0))
-    assert small_batch_gemm._output_shape(x, None, *[nothing] * 7, 8, False).shape == (65, 8)
-    assert small_batch_gemm._output_shape(x, None, *[nothing] * 7, 8, True).shape == (65, 4)
+    assert small_batch_gemm._output_shape(x, None, *[nothing] * 7, 0, 8, False).shape == (65, 8)
+    assert small_batch_gemm._output_shape(x, None, *[nothing] * 7, 0, 8, True).shape == (65, 4)

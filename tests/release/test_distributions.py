@@ -62,6 +62,7 @@ DEMO = {"assistant", "build", "data", "measure", "models", "run", "template", "t
 DEMO = {f"demo/{name}.py" for name in DEMO} | {"demo/chat_template.jinja"}
 # What is imported and not declared: the distribution that vLLM 0.19.1 or torch brings, and through which of them.
 BROUGHT = {
+    "aiohttp": "vllm",
     "cuda": "torch",
     "huggingface_hub": "transformers",
     "numpy": "vllm",

@@ -54,10 +54,12 @@ def stacked_experts(name: str) -> tuple[str, tuple[str, ...], str] | None:
     return found[1], projections, f"weight_{found[3]}"
 
 
-def integer_experts(tensors: Iterable[TensorInfo]) -> TensorInfo | None:
-    """A tensor of experts in packed integers (AWQ, GPTQ, compressed-tensors' W4A16); None where there is none."""
+def packed_integers(tensors: Iterable[TensorInfo], *, experts: bool = False) -> TensorInfo | None:
+    """The first tensor in packed integers (AWQ, GPTQ, compressed-tensors' W4A16), or the first of experts; None where
+    there is none."""
     ends = ("qweight", "_packed")
-    return next((t for t in tensors if ".experts." in t.name and t.dtype == "I32" and t.name.endswith(ends)), None)
+    words = (t for t in tensors if t.dtype == "I32" and t.name.endswith(ends))
+    return next((t for t in words if ".experts." in t.name or not experts), None)
 
 
 def missing_tower(config: Mapping[str, Any], tensors: Iterable[str]) -> bool:

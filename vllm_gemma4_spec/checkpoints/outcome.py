@@ -5,6 +5,7 @@ Told from the same description of layers that loading checks (:mod:`~vllm_gemma4
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from vllm_gemma4_spec.checkpoints import layers
@@ -17,6 +18,10 @@ NO_TOWER = (
 )
 INTEGER_EXPERTS = (
     "experts in packed integers; vLLM 0.19.1 has no kernel for them on a CPU: serve it on a GPU, or take NVFP4 or bf16"
+)
+INTEGER_LINEARS = (
+    "linears in packed integers; vLLM 0.19.1's kernel for them (cpu_gemm_wna16) is in its builds for CPUs with AVX-512 "
+    "alone: serve it on such a CPU or a GPU, or take NVFP4 or bf16"
 )
 
 CPU, HOPPER, BLACKWELL = "CPU", "GPU without FP4 (Ada, Hopper)", "GPU with FP4 (Blackwell)"
@@ -63,6 +68,17 @@ def fp8_without_kernel(section: dict[str, Any], method: str | None) -> str | Non
         return None
     weights = [g.get("weights") or {} for g in groups.values() if isinstance(g, dict)]
     return "FP8" if any(w.get("type") == "float" and w.get("num_bits") == 8 for w in weights) else None
+
+
+def in_integers(section: Mapping[str, Any]) -> bool:
+    """Whether a quantization config says that linears are packed integers: AWQ, GPTQ, compressed-tensors' W4A16."""
+    method = str(section.get("quant_method") or "").lower()
+    if method != "compressed-tensors":
+        return method in ("awq", "gptq")
+    groups = section.get("config_groups")
+    groups = groups.values() if isinstance(groups, Mapping) else ()
+    kinds = {(g.get("weights") or {}).get("type") for g in groups if isinstance(g, Mapping)}
+    return section.get("format") == "pack-quantized" and "int" in kinds
 
 
 def vllm_alone(checkpoint: Checkpoint, method: str | None, nan: bool) -> str:
@@ -123,13 +139,15 @@ def machines(checkpoint: Checkpoint, method: str | None) -> dict[str, str]:
     eight = any(m.algorithm == "FP8" for m in modules)
     missing, wanting = _experts_without_scales(checkpoint)
     refused = fp8_without_kernel(section, method)
-    if refused is None and layers.integer_experts(checkpoint.tensors.values()):
+    if refused is None and layers.packed_integers(checkpoint.tensors.values(), experts=True):
         refused = "experts in packed integers"
     ours = _nvfp4(checkpoint) or _compressed(checkpoint)
     if refused:
         cpu = f"refused: no kernel for {refused}"
     elif ours or eight:
         cpu = "emulated: weights dequantized, activations as they are"
+    elif layers.packed_integers(checkpoint.tensors.values()):
+        cpu = "vLLM's own kernel where the CPU has AVX-512; refused elsewhere: no kernel for linears in packed integers"
     else:
         cpu = "vLLM's own kernels, if it has one for the format"
     if not refused and (section.get("kv_cache_quant_algo") or section.get("kv_cache_scheme")):

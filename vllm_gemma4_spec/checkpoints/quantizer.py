@@ -186,7 +186,7 @@ def _load(folder: Path, towers: bool = True) -> Any:
     name = (checkpoint.config.get("architectures") or [""])[0]
     if checkpoint.config.get("model_type") == "gemma4_assistant":
         raise CheckpointError(
-            f"{folder}: an MTP assistant, which only its target's KV cache could calibrate; serve it as it is"
+            f"{folder}: an MTP assistant; `vllm-gemma4-spec quantize --recipe w4a16` writes it without ModelOpt"
         )
     kind = getattr(transformers, name, None) if name.startswith("Gemma4") else None
     if kind is None:

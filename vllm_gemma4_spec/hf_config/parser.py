@@ -1,4 +1,4 @@
-"""vLLM reads every Gemma 4 config in its normal form."""
+"""vLLM reads every Gemma 4 config in its normal form; a GGUF file of one ends in one line."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ def parse(original: Callable[..., tuple[dict[str, Any], Any]]) -> Callable[..., 
     def wrapper(self: Any, model: str | Path, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
         try:
             found = original(self, model, *args, **kwargs)
-        except ValueError as error:  # transformers' words for a GGUF file of an architecture that it cannot read
-            if "gguf_file" not in kwargs or "architecture gemma4" not in str(error):
-                raise
-            file = Path(model) / kwargs["gguf_file"]
-            stop(CheckpointError(f"{file}: {GGUF}"))
+        except ValueError as error:
+            if "gguf_file" in kwargs:
+                _stop_for_gguf(Path(model) / kwargs["gguf_file"], error)
+            raise
         written, config = found
         try:
             plain = normalized(written, str(Path(model) / "config.json"))
@@ -43,3 +42,29 @@ def parse(original: Callable[..., tuple[dict[str, Any], Any]]) -> Callable[..., 
         return plain, made
 
     return wrapper
+
+
+def speculators(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``maybe_override_with_speculators``, the first that opens what ``--model`` names.
+
+    A GGUF file of a Gemma 4 ends here in transformers' words, in a traceback.
+
+    Patch: ``config-form``. Evidence: ``tests/patching/test_stock.py::test_sizes_by_layer_are_not_read``. Related
+    upstream change: #51744, fixed by #49797.
+    """
+
+    @functools.wraps(original)
+    def wrapper(model: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(model, *args, **kwargs)
+        except ValueError as error:
+            _stop_for_gguf(model, error)
+            raise
+
+    return wrapper
+
+
+def _stop_for_gguf(file: str | Path, error: ValueError) -> None:
+    """Ends if ``error`` is what transformers says of a GGUF file whose architecture it cannot read, a Gemma 4's."""
+    if "GGUF model with architecture gemma4" in str(error):
+        stop(CheckpointError(f"{file}: {GGUF}"))

@@ -76,16 +76,18 @@ class Kernel:
     Args:
         source: CUDA C++ that needs no headers.
         name: the kernel's.
+        this_only: compile for this very architecture (``sm_90a``), whose own instructions the source takes.
 
     Raises:
         ImportError, RuntimeError: see :func:`compiled`; or the driver refuses the code.
     """
 
-    def __init__(self, source: str, name: str) -> None:
+    def __init__(self, source: str, name: str, this_only: bool = False) -> None:
         torch.cuda.init()
         major, minor = torch.cuda.get_device_capability()
         # From Hopper on a grid may start before the one before it has ended; the kernel says what it waits for.
-        self._load(compiled(source, architecture(10 * major + minor)), name, overlaps=major >= 9)
+        code = compiled(source, architecture(10 * major + minor) + "a" * this_only)
+        self._load(code, name, overlaps=major >= 9)
 
     def _load(self, code: bytes, name: str, overlaps: bool) -> None:
         from cuda.bindings import driver

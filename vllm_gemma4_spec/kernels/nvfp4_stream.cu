@@ -1,19 +1,20 @@
-// y[m, n] = sum_k x[m, k] * W[n, k] for up to 64 rows m and NVFP4 weights W in Marlin's order (sm_90 and newer).
+// y[m, n] = sum_k x[m, k] * W[n, k] for up to 128 rows m and NVFP4 weights W in Marlin's order (sm_90 and newer).
 //
 // A decode step is bound by reading its weights, so the grid is one block per multiprocessor, each with an equal
 // share of the weights, and four warps of a block do nothing but copy: they fill a ring of stages in shared memory
-// while 16 warps multiply. Nothing drains where one tile of outputs ends and the next begins.
+// while the others multiply. Nothing drains where one tile of outputs ends and the next begins.
 //
 // Marlin packs weights as the B operand of mma.m16n8k16; the same four registers are its A operand for 16 outputs
-// and 16 inputs, so weights go in as A and the rows of x as B. W's codes times their block scale are exact in
-// bfloat16 (two significand bits times four).
+// and 16 inputs, and a warp's part of the A operand of Hopper's wgmma.m64nNk16. So weights go in as A and the rows of x
+// as B, which wgmma reads from shared memory by itself. W's codes times their block scale are exact in bfloat16 (two
+// significand bits times four).
 //
 // Which inputs are added up in which order depends on the shape and on the grid, never on the number of rows, so a
 // row's result has the same bits whatever rows stand beside it.
 //
-// Compiled by NVRTC with MT (tiles of 8 rows: 1, 2, 4 or 8), STAGES and SCALED (1: x is multiplied by
-// pre_quant_scale first, each product rounded to bfloat16). Launched with as many blocks as there are
-// multiprocessors, 640 threads each, shared memory SHARED_BYTES.
+// Compiled by NVRTC with MT (tiles of 8 rows), STAGES, HALVES (of a stage's inputs, each with eight warps: 1 or 2),
+// PER_SM (blocks that a multiprocessor holds), WGMMA (1 on Hopper: needs mma_async, see stream_gemm.py) and SCALED (1: x is
+// multiplied by pre_quant_scale first, each product rounded to bfloat16). Launched with PER_SM blocks a multiprocessor.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -22,22 +23,25 @@ typedef unsigned long long u64;
 #define COLUMNS 256  // outputs of a tile
 #define DEPTH 128    // inputs of a stage
 #define STEPS (DEPTH / 16)
-#define WARPS 16     // that multiply: 8 times 32 outputs, twice half of a stage's inputs
+#define WARPS (8 * HALVES)  // that multiply: 8 times 32 outputs
 #define COPIERS 128  // threads that copy
-#define ROWS (8 * MT)
-#define X_STRIDE (DEPTH * 2 + 16)  // bytes; 16 more keep ldmatrix free of bank conflicts
+#define FIRST 2      // stages that do not wait for the kernel before this one
+#define HANDOVER (WGMMA && MT >= 8)  // of registers; what each warp starts with goes by THREADS and PER_SM
+#define COPIER_REGISTERS (HALVES == 1 && PER_SM == 1 ? 104 : 64)
+#define OTHER_REGISTERS (HALVES == 2 ? 104 : PER_SM == 1 ? 200 : 88)
+#define THREADS (WARPS * 32 + COPIERS)
 #define CODES_AT 0
 #define SCALES_AT (STEPS * COLUMNS * 8)
-#define PRE_AT (SCALES_AT + STEPS * COLUMNS)
-#define X_AT (PRE_AT + SCALED * DEPTH * 2)
-#define STAGE_BYTES (X_AT + ROWS * X_STRIDE)
+#define X_AT (SCALES_AT + STEPS * COLUMNS)
+#define X_PART (MT * 1024)  // bytes of 64 inputs of all rows: 128 a row, their 16-byte pieces swapped about by row
+#define STAGE_BYTES (X_AT + DEPTH / 64 * X_PART)
 #define SUMS_AT (STAGES * STAGE_BYTES)
 #define SUMS 2048  // floats that the warps of one half hand to the other's, per tile of 8 rows
-#define BARRIERS_AT (SUMS_AT + 2 * SUMS * 4)
+#define BARRIERS_AT (SUMS_AT + (HALVES - 1) * 2 * SUMS * 4)
 
 #ifndef NVFP4_STREAM_ON_HOST  // a test gives the functions below in plain C++ and runs the kernel on a CPU
 
-extern __shared__ __align__(128) unsigned char shared[];
+extern __shared__ __align__(1024) unsigned char shared[];
 
 __device__ __forceinline__ u32 address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
 
@@ -61,9 +65,14 @@ __device__ __forceinline__ void copy_once(u32 to, const void* from, u64 policy) 
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
 }
 
-__device__ __forceinline__ void copy(u32 to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+__device__ __forceinline__ uint4 load(const void* from) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
 }
+
+// What this thread has stored in shared memory becomes visible to wgmma, for those that wait for its next arrival.
+__device__ __forceinline__ void publish_to_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Arrive when all copies that this thread has started are done.
 __device__ __forceinline__ void arrive_with_copies(u32 barrier) {
@@ -88,6 +97,34 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
 __device__ __forceinline__ void load_matrices(u32 (&v)[4], u32 at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
+}
+
+#if WGMMA
+__device__ __forceinline__ void mma_begins() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void mma_commits() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int LEFT> __device__ __forceinline__ void mma_finishes() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+#endif
+
+// The value may have changed behind the compiler's back.
+__device__ __forceinline__ void reread(float& value) { asm volatile("" : "+f"(value)::"memory"); }
+
+// Warps that copy leave registers to those that multiply.
+template <int COUNT> __device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+template <int COUNT> __device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+__device__ __forceinline__ u32 shift_right_8(u32 value) {
+    u32 v;
+    asm("shr.b32 %0, %1, %2;" : "=r"(v) : "r"(value), "n"(8));
+    return v;
 }
 
 __device__ __forceinline__ u16 to_bf16(float value) {
@@ -133,12 +170,22 @@ __device__ __forceinline__ u32 times_high(u32 a, u32 both) {
 
 #endif
 
-// Two E2M1 codes, in bits 12 to 15 and 28 to 31, as bfloat16: the code's value times 2^-126.
-__device__ __forceinline__ u32 decode(u32 word) { return (word & 0x80008000u) | ((word >> 6) & 0x01C001C0u); }
+// Two E2M1 codes as bfloat16: the code's value times 2^-126. `sign` has their signs in bits 15 and 31, `rest` the other
+// bits in 6 to 8 and 22 to 24.
+__device__ __forceinline__ u32 decode(u32 sign, u32 rest) { return (sign & 0x80008000u) | (rest & 0x01C001C0u); }
+
+// Where 16 bytes of a row of x lie in a stage, and what wgmma is told of it: 128 bytes a row, eight rows in turn, their
+// pieces swapped (128-byte swizzle).
+__device__ __forceinline__ u32 x_piece(int row, int piece) {
+    return X_AT + piece / 8 * X_PART + row * 128 + (piece % 8 ^ row % 8) * 16;
+}
+
+__device__ __forceinline__ u64 x_matrix(u32 at_16) { return (u64)(1u << 30 | 64u) << 32 | ((1u << 16) + at_16); }
 
 // Two of Marlin's scale bytes (5 bits of exponent, 3 of mantissa; value scale * 2^7), bytes 0 and 2, as bfloat16 times
 // 2^96 more. The top bit of a byte is set unless the scale is zero, and then the codes are (see stream_gemm.py).
-__device__ __forceinline__ u32 scales_of(u32 bytes) { return ((bytes << 4) & 0x07F007F0u) | 0x70007000u; }
+// `shifted`: four bits to the left; `top`: 0x70007000.
+__device__ __forceinline__ u32 scales_of(u32 shifted, u32 top) { return (shifted & 0x07F007F0u) | top; }
 
 struct Share {  // units of one block: a unit is a stage's worth of inputs of one tile of outputs
     int first, last;
@@ -153,24 +200,25 @@ __device__ __forceinline__ int block_of(int unit, int blocks, int units) {
     return (int)(((long)(unit + 1) * blocks - 1) / units);
 }
 
-extern "C" __global__ void __launch_bounds__(640, 1) nvfp4_stream(
+extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
     const unsigned char* codes,   // [K / 16, 8 * N] bytes, Marlin's order
     const unsigned char* scales,  // [K / 16, N] bytes, Marlin's order
     const u16* x,                 // [rows, K] bfloat16
     const u16* pre,               // [K] bfloat16, where SCALED
     u16* y,                       // [rows, N] bfloat16
     const float* global_scale,    // [1], Marlin's: weight_scale_2 * 2^119 / scale_factor
-    float* partial,               // [N / 256, parts, MT, 8, 32, 8]
-    u32* arrivals,                // [N / 32], zero before and after
-    int rows, int N, int K, int parts) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int per_tile = K / DEPTH, units = N / COLUMNS * per_tile;
+    float* partial,               // [blocks, 2, MT, 8, 32, 8]: a block's part of its first and of its last tile
+    u32* arrivals,                // [tiles of outputs, 8], zero before and after
+    int rows, int N, int K) {
+    const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    // Multiples of 64; what the last tile and the last stage of a tile lack stays as it is in shared memory, x zero.
+    const int per_tile = (K + DEPTH - 1) / DEPTH, units = (N + COLUMNS - 1) / COLUMNS * per_tile;
     const Share mine = share_of(blockIdx.x, gridDim.x, units);
     const u32 base = address(shared), full = base + BARRIERS_AT, empty = full + 8 * STAGES;
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
-            init_barrier(full + 8 * s, COPIERS);
+            init_barrier(full + 8 * s, 2 * COPIERS);  // each brings weights and x
             init_barrier(empty + 8 * s, WARPS);
         }
         publish_barriers();
@@ -179,41 +227,67 @@ extern "C" __global__ void __launch_bounds__(640, 1) nvfp4_stream(
     let_next_grid_start();
 
     if (warp >= WARPS) {
-        const int p = threadIdx.x - WARPS * 32, count = mine.last - mine.first;
+#if HANDOVER
+        give_registers<COPIER_REGISTERS>();
+#endif
+        const int p = threadIdx.x - WARPS * 32, count = mine.last - mine.first, piece = p % 16;
         const u64 policy = leaves_first();
-        for (int pass = 0; pass < 2; pass++) {
-            // Pass 0 fills the ring with weights, which no kernel before this one writes; pass 1 brings x to these
-            // stages and goes on with both.
-            int tile = mine.first / per_tile, block = mine.first % per_tile, stage = 0, round = 0;
-            for (int i = 0; i < count && (pass || i < STAGES); i++) {
-                const u32 at = base + stage * STAGE_BYTES;
-                if (round) wait(empty + 8 * stage, (round - 1) & 1);
-                if (pass == 0 || round) {
-                    const unsigned char* from = codes + ((long)block * STEPS * N + tile * COLUMNS) * 8 + p * 16;
+        int tile = mine.first / per_tile, block = mine.first % per_tile, x_block = block, stage = 0, parity = 1;
+        const auto bring_weights = [&]() {
+            const u32 at = base + stage * STAGE_BYTES;
+            const unsigned char* from = codes + ((long)block * STEPS * N + tile * COLUMNS) * 8 + p * 16;
+            const int columns = N - tile * COLUMNS, steps = K / 16 - block * STEPS;
+            if (p * 2 < columns)
 #pragma unroll
-                    for (int s = 0; s < STEPS; s++)
-                        copy_once(at + CODES_AT + s * COLUMNS * 8 + p * 16, from + (long)s * N * 8, policy);
-                    copy_once(at + SCALES_AT + p * 16,
-                              scales + (long)(block * STEPS + p / 16) * N + tile * COLUMNS + p % 16 * 16, policy);
-                    if (SCALED && p < DEPTH / 8) copy(at + PRE_AT + p * 16, pre + block * DEPTH + p * 8);
-                }
-                if (pass) {
+                for (int s = 0; s < STEPS; s++)
+                    if (s < 4 || s < steps) copy_once(at + CODES_AT + s * COLUMNS * 8 + p * 16, from + (long)s * N * 8, policy);
+            if (piece * 16 < columns && p / 16 < steps)
+                copy_once(at + SCALES_AT + p * 16, scales + (long)(block * STEPS + p / 16) * N + tile * COLUMNS + piece * 16, policy);
+            arrive_with_copies(full + 8 * stage);
+            if (++block == per_tile) block = 0, tile++;
+        };
+        const uint4 none = make_uint4(0, 0, 0, 0);
+        uint4 mine_of_x[MT], by = none;
+        const auto load_x = [&]() {
+            const int k = x_block * DEPTH + piece * 8;
+            const bool has_input = k < K;
 #pragma unroll
-                    for (int m = 0; m < MT; m++) {
-                        const int row = m * 8 + p / 16;
-                        if (row < rows)
-                            copy(at + X_AT + row * X_STRIDE + p % 16 * 16, x + (long)row * K + block * DEPTH + p % 16 * 8);
-                    }
-                    arrive_with_copies(full + 8 * stage);
-                }
-                if (++block == per_tile) block = 0, tile++;
-                if (++stage == STAGES) stage = 0, round++;
+            for (int m = 0; m < MT; m++)
+                mine_of_x[m] = has_input && m * 8 + p / 16 < rows ? load(x + (long)(m * 8 + p / 16) * K + k) : none;
+            if (SCALED && has_input) by = load(pre + k);
+            if (++x_block == per_tile) x_block = 0;
+        };
+        // No kernel before this one writes weights: the first are on their way while it ends. x must not queue behind a
+        // whole ring of them.
+        int ahead = 0;
+        for (; ahead < count && ahead < FIRST; ahead++) bring_weights(), stage++;
+        wait_for_previous_grid();
+        load_x();
+        for (; ahead < count && ahead < STAGES; ahead++) bring_weights(), stage++;
+        stage = 0;
+        for (int i = 0; i < count; i++) {
+            if (i >= STAGES) {
+                wait(empty + 8 * stage, parity);
+                bring_weights();
             }
-            if (pass == 0) wait_for_previous_grid();
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                if (m * 8 + p / 16 >= rows) continue;
+                uint4 v = mine_of_x[m];
+                if (SCALED) v = make_uint4(times(v.x, by.x), times(v.y, by.y), times(v.z, by.z), times(v.w, by.w));
+                *reinterpret_cast<uint4*>(shared + stage * STAGE_BYTES + x_piece(m * 8 + p / 16, piece)) = v;
+            }
+            publish_to_wgmma();
+            arrive(full + 8 * stage);
+            if (i + 1 < count) load_x();
+            if (++stage == STAGES) stage = 0, parity ^= 1;
         }
         return;
     }
 
+#if HANDOVER
+    take_registers<OTHER_REGISTERS>();
+#endif
     const int g = lane / 4, t = lane % 4, part_n = warp % 8, part_k = warp / 8;
     float acc[2][MT][4];
 #pragma unroll
@@ -222,10 +296,11 @@ extern "C" __global__ void __launch_bounds__(640, 1) nvfp4_stream(
         for (int m = 0; m < MT; m++)
 #pragma unroll
             for (int i = 0; i < 4; i++) acc[q][m][i] = 0.0f;
-    // Where this lane's share of a step lies: two words of codes, four scales, a row of x for ldmatrix.
+    // Where this lane's share of a step lies: two words of codes, four scales.
     const u32 codes_at = CODES_AT + part_n / 2 * 512 + lane * 16 + part_n % 2 * 8;
     const u32 scales_at = SCALES_AT + part_n / 2 * 64 + g * 8 + part_n % 2 * 4;
-    const u32 x_at = X_AT + (lane % 8 + (MT > 1 ? lane / 16 * 8 : 0)) * X_STRIDE + (MT > 1 ? lane / 8 % 2 : lane / 8) * 16;
+    const u32 top = 0x70007000u | (u32)rows >> 31;  // kept in a register: an instruction takes one constant by itself
+    const u32 x_at_16 = ((base + X_AT) >> 4) + part_k * (STEPS / HALVES / 4 * X_PART / 16);
     const float scale = *global_scale * 1.262177448353619e-29f;  // 2^-96
     float* sums = reinterpret_cast<float*>(shared + SUMS_AT) + (part_n * 32 + lane) * 8;
 
@@ -233,38 +308,52 @@ extern "C" __global__ void __launch_bounds__(640, 1) nvfp4_stream(
     for (int left = mine.last - mine.first; left > 0; left--) {
         wait(full + 8 * stage, parity);
         const u32 here = stage * STAGE_BYTES;
-        u32 in[MT > 1 ? MT / 2 : 1][4];
+        const unsigned char* from = shared + here + part_k * (STEPS / HALVES * COLUMNS * 8) + codes_at;
+        const unsigned char* scales_from = shared + here + part_k * (STEPS / HALVES * COLUMNS) + scales_at;
+        uint2 words = *reinterpret_cast<const uint2*>(from);
+        u32 bytes = *reinterpret_cast<const u32*>(scales_from);
 #pragma unroll
-        for (int s = 0; s < STEPS / 2; s++) {
-            const int step = part_k * (STEPS / 2) + s;
-            const uint2 words = *reinterpret_cast<const uint2*>(shared + here + codes_at + step * COLUMNS * 8);
-            const u32 bytes = *reinterpret_cast<const u32*>(shared + here + scales_at + step * COLUMNS);
-            if (MT > 1 || s % 2 == 0) {  // with one tile of rows a load brings this step's and the next one's inputs
-#pragma unroll
-                for (int m = 0; m < MT; m += 2) {
-                    u32(&v)[4] = in[m / 2];
-                    load_matrices(v, base + here + x_at + m * 8 * X_STRIDE + step * 32);
-                    if (SCALED) {
-                        const u32* by = reinterpret_cast<const u32*>(shared + here + PRE_AT + step * 32) + t;
-                        const u32* by_second = MT > 1 ? by : by + 8;
-                        v[0] = times(v[0], by[0]), v[1] = times(v[1], by[4]);
-                        v[2] = times(v[2], by_second[0]), v[3] = times(v[3], by_second[4]);
-                    }
-                }
-            }
+        for (int s = 0; s < STEPS / HALVES; s++) {
+            u32 a[2][4];
 #pragma unroll
             for (int q = 0; q < 2; q++) {
-                const u32 word = q ? words.y : words.x;
-                const u32 both = scales_of(q ? bytes >> 8 : bytes);
-                const u32 a[4] = {times_low(decode(word << 12), both), times_high(decode(word << 4), both),
-                                  times_low(decode(word << 8), both), times_high(decode(word), both)};
+                const u32 word = q ? words.y : words.x, high = shift_right_8(word);
+                const u32 both = scales_of(q ? bytes >> 4 : bytes << 4, top);
+                a[q][0] = times_low(decode(word << 12, word << 6), both);
+                a[q][1] = times_high(decode(word << 4, high << 6), both);
+                a[q][2] = times_low(decode(word << 8, word << 2), both);
+                a[q][3] = times_high(decode(word, high << 2), both);
+            }
+            if (s + 1 < STEPS / HALVES) {  // the next step's are on their way while this one's are multiplied
+                words = *reinterpret_cast<const uint2*>(from + (s + 1) * COLUMNS * 8);
+                bytes = *reinterpret_cast<const u32*>(scales_from + (s + 1) * COLUMNS);
+            }
+#if WGMMA
+            const u64 rows_of_x = x_matrix(x_at_16 + stage * (STAGE_BYTES / 16) + s / 4 * (X_PART / 16) + s % 4 * 2);
+            mma_begins();
+            mma_async(acc[0], a[0], rows_of_x);
+            mma_async(acc[1], a[1], rows_of_x);
+            mma_commits();
+            if (MT < 8) mma_finishes<1>();  // the step before: its registers are free again
+            else mma_finishes<0>();
+#else
+            const int step = part_k * (STEPS / HALVES) + s;
 #pragma unroll
-                for (int m = 0; m < MT; m++) {
-                    const int pair = MT > 1 ? m % 2 * 2 : s % 2 * 2;
-                    mma(acc[q][m], a, in[m / 2][pair], in[m / 2][pair + 1]);
+            for (int m = 0; m < MT; m += 2) {
+                const int row = m * 8 + lane % 8 + (m + 1 < MT ? lane / 16 * 8 : 0);
+                u32 in[4];
+                load_matrices(in, base + here + x_piece(row, step * 2 + lane / 8 % 2));
+#pragma unroll
+                for (int q = 0; q < 2; q++) {
+                    mma(acc[q][m], a[q], in[0], in[1]);
+                    if (m + 1 < MT) mma(acc[q][m + 1 < MT ? m + 1 : m], a[q], in[2], in[3]);
                 }
             }
+#endif
         }
+#if WGMMA
+        mma_finishes<0>();
+#endif
         __syncwarp();
         if (lane == 0) arrive(empty + 8 * stage);
         if (++stage == STAGES) stage = 0, parity ^= 1;
@@ -274,9 +363,23 @@ extern "C" __global__ void __launch_bounds__(640, 1) nvfp4_stream(
         const int column = tile * COLUMNS + part_n * 32;
         const int first = block_of(tile * per_tile, gridDim.x, units);
         const int count = block_of((tile + 1) * per_tile - 1, gridDim.x, units) - first + 1;
-        float* of_tile = partial + ((long)tile * parts * MT * 8 + part_n) * 256 + lane * 8;
+        float* parts = partial + (long)first * (2 * MT * SUMS) + (part_n * 32 + lane) * 8;
+        const auto part = [&](int p, int m, int q) {  // this lane's four sums in part p: block first + p's
+            return reinterpret_cast<float4*>(parts + (long)((p * 2 + !p) * MT + m) * SUMS) + q;
+        };
+        const auto write = [&](int m, int q, const float4& v) {
+            if (column >= N) return;
+            u16* at = y + (long)(m * 8 + t * 2) * N + column + q * 16 + g;
+            if (m * 8 + t * 2 < rows) at[0] = to_bf16(v.x * scale), at[8] = to_bf16(v.z * scale);
+            if (m * 8 + t * 2 + 1 < rows) at[N] = to_bf16(v.y * scale), at[N + 8] = to_bf16(v.w * scale);
+        };
 #pragma unroll
         for (int m = 0; m < MT; m++) {
+#pragma unroll
+            for (int q = 0; q < 2; q++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) reread(acc[q][m][i]);
+#if HALVES == 2
             float* here = sums + buffer * SUMS;  // two in turn, so that one meeting each is enough
             buffer ^= 1;
             if (part_k) {
@@ -286,44 +389,55 @@ extern "C" __global__ void __launch_bounds__(640, 1) nvfp4_stream(
                         make_float4(acc[q][m][0], acc[q][m][1], acc[q][m][2], acc[q][m][3]);
             }
             pair_meets(part_n);
-            if (!part_k) {
+#endif
 #pragma unroll
-                for (int q = 0; q < 2; q++) {
-                    const float4 v = *reinterpret_cast<const float4*>(here + q * 4);
-                    acc[q][m][0] += v.x, acc[q][m][1] += v.y, acc[q][m][2] += v.z, acc[q][m][3] += v.w;
-                    if (count > 1)
-                        __stcg(reinterpret_cast<float4*>(of_tile + ((long)(blockIdx.x - first) * MT + m) * SUMS) + q,
-                               make_float4(acc[q][m][0], acc[q][m][1], acc[q][m][2], acc[q][m][3]));
-                }
+            for (int q = 0; q < 2; q++) {
+                if (part_k) continue;
+                float4 sum = make_float4(acc[q][m][0], acc[q][m][1], acc[q][m][2], acc[q][m][3]);
+#if HALVES == 2
+                const float4 v = *reinterpret_cast<const float4*>(here + q * 4);
+                sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+#endif
+                if (count > 1) __stcg(part(blockIdx.x - first, m, q), sum);
+                else write(m, q, sum);
             }
         }
-        bool writes = !part_k;
-        if (count > 1 && writes) {  // the last block to arrive adds up the parts, always in the same order
+        if (count > 1 && !part_k) {  // the last block to arrive adds up the parts, always in the same order
             __syncwarp();
             u32 arrived = 0;
             if (lane == 0) {
                 arrived = count_arrival(arrivals + tile * 8 + part_n);
                 if (arrived == count - 1) arrivals[tile * 8 + part_n] = 0;
             }
-            writes = __shfl_sync(0xFFFFFFFFu, arrived, 0) == count - 1;
-            if (writes) {
+            if (__shfl_sync(0xFFFFFFFFu, arrived, 0) == count - 1) {
+                // A load takes a microsecond: 8 or 16 of them at a time.
+                constexpr int TILES = MT == 1 ? 1 : HALVES == 2 || MT % 4 ? 2 : 4, DEEP = MT == 1 ? 4 : 2;
+#pragma unroll 1
+                for (int m = 0; m < MT && m * 8 < rows; m += TILES) {
+                    float4 a[TILES][2];
 #pragma unroll
-                for (int m = 0; m < MT; m++)
+                    for (int i = 0; i < TILES * 2; i++) a[i / 2][i % 2] = make_float4(0, 0, 0, 0);
+#pragma unroll 1
+                    for (int p = 0; p < count; p += DEEP) {
+                        float4 v[DEEP][TILES][2];
 #pragma unroll
-                    for (int q = 0; q < 2; q++) {
-                        float4 a = make_float4(0, 0, 0, 0);
-                        for (int p = 0; p < count; p += 4) {
-                            float4 v[4];
+                        for (int d = 0; d < DEEP; d++)
 #pragma unroll
-                            for (int j = 0; j < 4; j++)
-                                if (p + j < count)
-                                    v[j] = __ldcg(reinterpret_cast<const float4*>(of_tile + ((long)(p + j) * MT + m) * SUMS) + q);
+                            for (int i = 0; i < TILES * 2; i++)
+                                if (p + d < count) v[d][i / 2][i % 2] = __ldcg(part(p + d, m + i / 2, i % 2));
 #pragma unroll
-                            for (int j = 0; j < 4; j++)
-                                if (p + j < count) a.x += v[j].x, a.y += v[j].y, a.z += v[j].z, a.w += v[j].w;
-                        }
-                        acc[q][m][0] = a.x, acc[q][m][1] = a.y, acc[q][m][2] = a.z, acc[q][m][3] = a.w;
+                        for (int d = 0; d < DEEP; d++)
+#pragma unroll
+                            for (int i = 0; i < TILES * 2; i++)
+                                if (p + d < count) {
+                                    const float4& b = v[d][i / 2][i % 2];
+                                    float4& to = a[i / 2][i % 2];
+                                    to.x += b.x, to.y += b.y, to.z += b.z, to.w += b.w;
+                                }
                     }
+#pragma unroll
+                    for (int i = 0; i < TILES * 2; i++) write(m + i / 2, i % 2, a[i / 2][i % 2]);
+                }
             }
         }
 #pragma unroll
@@ -331,11 +445,7 @@ extern "C" __global__ void __launch_bounds__(640, 1) nvfp4_stream(
 #pragma unroll
             for (int m = 0; m < MT; m++)
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const int row = m * 8 + t * 2 + j % 2, n = column + q * 16 + g + j / 2 * 8;
-                    if (writes && row < rows) y[(long)row * N + n] = to_bf16(acc[q][m][j] * scale);
-                    acc[q][m][j] = 0.0f;
-                }
+                for (int i = 0; i < 4; i++) acc[q][m][i] = 0.0f;
         block = 0, tile++;
     }
 }

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from vllm_gemma4_spec.kernels import cuda
+from vllm_gemma4_spec.kernels import cuda, stream_gemm
 from vllm_gemma4_spec.kernels.packing import COLUMNS, ROWS, pack
+from vllm_gemma4_spec.kernels.scratch import Scratch
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
@@ -77,25 +78,6 @@ def _kernel(tiles: int, gelu: bool, scaled: bool) -> Any:
 @functools.cache
 def _launch(n: int, k: int, tiles: int, gelu: bool, device: int) -> Launch:
     return plan(n, k, tiles, gelu, torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-class Scratch:
-    """Partial sums and arrival counters, one pair per device; GEMMs of one stream share them."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    def reserve(self, device: torch.device, floats: int, counters: int) -> None:
-        """Grow to what a layer needs; before any CUDA graph is captured."""
-        partial, arrivals = self._buffers.get(device, (None, None))
-        if partial is None or partial.numel() < floats:
-            partial = torch.empty(floats, dtype=torch.float32, device=device)
-        if arrivals is None or arrivals.numel() < counters:
-            arrivals = torch.zeros(counters, dtype=torch.int32, device=device)
-        self._buffers[device] = (partial, arrivals)
-
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        return self._buffers[device]
 
 
 SCRATCH = Scratch()
@@ -163,21 +145,21 @@ def linear(
     marlin_scale: Tensor,
     marlin_global_scale: Tensor,
     workspace: Tensor,
+    streamed: int,
     n: int,
     gelu: bool,
 ) -> Tensor:
-    """One linear layer, by the kernel that suits the number of rows; see :func:`gemm`."""
+    """One linear layer, by the kernel that suits the number of rows; see :func:`gemm`.
+
+    Args:
+        streamed: of batches too large for :func:`gemm`, those that stream; see ``stream_gemm.faster``.
+    """
     flat = x.reshape(-1, x.shape[-1])
     if flat.shape[0] <= most_rows(n, flat.shape[-1]):
         y = gemm(flat.contiguous(), codes, scales, global_scale, gelu, pre_quant_scale)
     else:
-        if pre_quant_scale is not None:
-            flat = flat * pre_quant_scale
-        from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import apply_fp4_marlin_linear
-
-        y = apply_fp4_marlin_linear(
-            flat, marlin_weight, marlin_scale, marlin_global_scale, workspace, n, flat.shape[-1]
-        )
+        weights = (marlin_weight, marlin_scale, marlin_global_scale, workspace)
+        y = stream_gemm.linear(flat, pre_quant_scale, *weights, n, streamed)
         if gelu:
             gate_up, y = y, y.new_empty(y.shape[0], n // 2)
             torch.ops._C.gelu_tanh_and_mul(y, gate_up)

@@ -1,14 +1,17 @@
-"""NVFP4 GEMM of up to 64 rows that reads Marlin's own weights: ``nvfp4_stream.cu`` beside Marlin, as one operator.
+"""NVFP4 GEMM of up to 128 rows that reads Marlin's own weights: ``nvfp4_stream.cu`` beside Marlin, as one operator.
 
-On an H100 Marlin reads a layer of 31B at 2.0 TB/s and this kernel at 2.3, of 3.0. It takes small batches and leaves the
-others to Marlin; there is no second copy of a weight. A row's result has the same bits whatever rows stand beside it,
-which Marlin's has not.
+It takes the batches in which it is the faster one (``chosen_rows``) and leaves the others to Marlin; there is no second
+copy of a weight. Up to 32 rows a row's result has the same bits whatever rows stand beside it, which Marlin's has not.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -16,56 +19,103 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from vllm_gemma4_spec.kernels import cuda
-from vllm_gemma4_spec.kernels.small_batch_gemm import Scratch
+from vllm_gemma4_spec.kernels import chosen_rows, cuda
+from vllm_gemma4_spec.kernels.scratch import Scratch
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
-COLUMNS, DEPTH = 256, 128  # outputs of a tile, inputs of a stage; N and K must be multiples
-MOST_ROWS = 64
-# Up to here faster than Marlin for 31B's shapes on an H100 (13 % at 1 to 8 rows, 6 % at 16, 2 % at 32; at 64 rows 20 %
-# slower): benchmarks/results/h100-target-gemm.json.
-FASTER_ROWS = 32
-# Weights of a matrix from which on. 26B-A4B's are smaller: on an H200 its plain decoding took 4 % longer with them.
-FASTER_WEIGHTS = 2**25
-_TILES = (1, 2, 4, 8)  # compiled numbers of 8-row tiles
-_STAGES = {1: 4, 2: 4, 4: 4, 8: 4}
-_THREADS = 640
+COLUMNS, DEPTH = 256, 128  # outputs of a tile, inputs of a stage
+MULTIPLE = 64  # of which N and K must be
+MOST_ROWS = 128
+ALL = 63  # every form
 
 
-def tiles_for(rows: int) -> int:
-    return next(t for t in _TILES if rows <= 8 * t)
+@dataclass(frozen=True)
+class Form:
+    """How the kernel is compiled; see ``nvfp4_stream.cu``. Two forms differ in the order of additions by ``halves`` and
+    ``per_sm``, and in nothing else that reaches the result."""
+
+    stages: int
+    halves: int = 2
+    per_sm: int = 1
+    wgmma: bool = False
+
+    @property
+    def threads(self) -> int:
+        return 256 * self.halves + 128
 
 
-def source(tiles: int, scaled: bool, stages: int) -> str:
+# By compiled number of 8-row tiles. Up to 32 rows all add up in the same order: a row's bits are the same in each.
+WGMMA_FORMS = {
+    1: Form(4, wgmma=True),
+    2: Form(4, wgmma=True),
+    4: Form(4, wgmma=True),
+    8: Form(6, halves=1, wgmma=True),
+    10: Form(5, halves=1, wgmma=True),
+    16: Form(4, halves=1, wgmma=True),
+}
+MMA_FORMS = {1: Form(4), 2: Form(4), 4: Form(4), 8: Form(4)}  # cards without wgmma
+
+
+def _form(rows: int) -> int:
+    """Which of :func:`forms` takes this many rows; one behind the last if none."""
+    return sum(rows > 8 * tiles for tiles in forms())
+
+
+def tiles_for(rows: int, forms: Iterable[int] = WGMMA_FORMS) -> int:
+    return next(t for t in forms if rows <= 8 * t)
+
+
+def mma_async(tiles: int) -> str:
+    """``wgmma.m64n(8 * tiles)k16`` in CUDA C++: weights from registers, rows of x from shared memory."""
+    sums = 4 * tiles
+    d = ",".join(f"%{i}" for i in range(sums))
+    a = ",".join(f"%{sums + i}" for i in range(4))
+    outputs = ", ".join(f'"+f"(d[{i // 4}][{i % 4}])' for i in range(sums))
+    inputs = ", ".join(f'"r"(a[{i}])' for i in range(4))
+    return f"""
+__device__ __forceinline__ void mma_async(float (&d)[{tiles}][4], const unsigned (&a)[4], unsigned long long x) {{
+    asm volatile("wgmma.mma_async.sync.aligned.m64n{8 * tiles}k16.f32.bf16.bf16 "
+                 "{{{d}}}, {{{a}}}, %{sums + 4}, 1, 1, 1, 0;"
+                 : {outputs} : {inputs}, "l"(x));
+}}
+"""
+
+
+def macros(tiles: int, scaled: bool, form: Form) -> dict[str, int]:
+    return {
+        "MT": tiles,
+        "SCALED": int(scaled),
+        "STAGES": form.stages,
+        "HALVES": form.halves,
+        "PER_SM": form.per_sm,
+        "WGMMA": int(form.wgmma),
+    }
+
+
+def source(tiles: int, scaled: bool, form: Form) -> str:
     """The kernel's CUDA C++ for inputs of up to ``8 * tiles`` rows."""
     text = resources.files(__package__).joinpath("nvfp4_stream.cu").read_text()
-    return f"#define MT {tiles}\n#define SCALED {int(scaled)}\n#define STAGES {stages}\n{text}"
+    defined = "".join(f"#define {k} {v}\n" for k, v in macros(tiles, scaled, form).items())
+    return defined + mma_async(tiles) * form.wgmma + text
 
 
-def shared_bytes(tiles: int, scaled: bool, stages: int) -> int:
+def shared_bytes(tiles: int, form: Form) -> int:
     """What the kernel's ``BARRIERS_AT`` and the barriers behind it come to."""
-    stage = DEPTH // 16 * COLUMNS * 9 + scaled * DEPTH * 2 + 8 * tiles * (DEPTH * 2 + 16)
-    return stages * stage + 2 * 2048 * 4 + 16 * stages
+    stage = DEPTH // 16 * COLUMNS * 9 + tiles * 8 * DEPTH * 2
+    return form.stages * stage + (form.halves - 1) * 2 * 2048 * 4 + 16 * form.stages
 
 
 @functools.cache
-def _kernel(tiles: int, scaled: bool, stages: int) -> Any:
-    made = cuda.Kernel(source(tiles, scaled, stages), "nvfp4_stream")
-    made.allow_shared(shared_bytes(tiles, scaled, stages))
+def kernel(tiles: int, scaled: bool, form: Form) -> Any:
+    made = cuda.Kernel(source(tiles, scaled, form), "nvfp4_stream", this_only=form.wgmma)
+    made.allow_shared(shared_bytes(tiles, form))
     return made
 
 
-@functools.cache
-def parts(n: int, k: int, blocks: int) -> int:
-    """The most blocks that share a tile of outputs when ``blocks`` have equal shares of the weights."""
-    per_tile = k // DEPTH
-    units = n // COLUMNS * per_tile
-
-    def block_of(unit: int) -> int:
-        return ((unit + 1) * blocks - 1) // units
-
-    return max(block_of((tile + 1) * per_tile - 1) - block_of(tile * per_tile) + 1 for tile in range(n // COLUMNS))
+def units(n: int, k: int) -> int:
+    """What blocks have equal shares of: a stage of a tile of outputs."""
+    return -(-n // COLUMNS) * -(-k // DEPTH)
 
 
 SCRATCH = Scratch()
@@ -90,14 +140,27 @@ def stream_gemm(
     Returns:
         ``[rows, N]`` bfloat16; a row has the same bits whatever rows stand beside it.
     """
+    tiles = tiles_for(x.shape[0], forms())
+    return launch(tiles, forms()[tiles], x, pre_quant_scale, weight, weight_scale, global_scale, n)
+
+
+def launch(
+    tiles: int,
+    form: Form,
+    x: Tensor,
+    pre_quant_scale: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor,
+    n: int,
+) -> Tensor:
+    """The kernel of this form for up to ``8 * tiles`` rows; the rest as in :func:`stream_gemm`."""
     rows, k = x.shape
-    tiles, scaled = tiles_for(rows), pre_quant_scale is not None
-    stages, blocks = _STAGES[tiles], _blocks(x.device.index)
     y = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     partial, arrivals = SCRATCH.on(x.device)
-    _kernel(tiles, scaled, stages)(
-        grid=(blocks, 1, 1),
-        block=_THREADS,
+    kernel(tiles, pre_quant_scale is not None, form)(
+        grid=(min(form.per_sm * _multiprocessors(x.device.index), units(n, k)), 1, 1),
+        block=form.threads,
         args=[
             weight,
             weight_scale,
@@ -110,16 +173,61 @@ def stream_gemm(
             rows,
             n,
             k,
-            parts(n, k, blocks),
         ],
-        shared_bytes=shared_bytes(tiles, scaled, stages),
+        shared_bytes=shared_bytes(tiles, form),
     )
     return y
 
 
 @functools.cache
-def _blocks(device: int) -> int:
+def forms() -> dict[int, Form]:
+    """Forms for this card: the tensor cores of Hopper have instructions of their own, which no later card has."""
+    return WGMMA_FORMS if torch.cuda.get_device_capability()[0] == 9 else MMA_FORMS
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _times(layer: Module) -> chosen_rows.Times:
+    """Median microseconds of both kernels on this layer's weights, which each time come from memory and not the L2."""
+    n, k, device = layer.output_size_per_partition, layer.input_size_per_partition, layer.weight.device
+    weights = (layer.weight, layer.weight_scale, layer.weight_global_scale)
+    passes_by = torch.empty(2**27, dtype=torch.uint8, device=device)
+
+    def once(x: Tensor, streamed: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(5):  # the card is busy while the host prepares the launch, and the L2 holds other things
+            passes_by.zero_()
+        start.record()
+        linear(x, None, *weights, layer.workspace, n, streamed)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1000
+
+    found: chosen_rows.Times = {}
+    largest = [8 * tiles for tiles in forms()]
+    for count in itertools.chain.from_iterable(zip([1, *(r + 1 for r in largest)], largest, strict=False)):
+        x = torch.randn(count, k, device=device, dtype=torch.bfloat16)
+        ours, marlins = ([once(x, streamed) for _ in range(8)][1:] for streamed in (ALL, 0))
+        found[count] = statistics.median(ours), statistics.median(marlins)
+    return found
+
+
+def faster(layer: Module) -> int:
+    """Which forms are faster than Marlin for a layer that suits and is ready; bit i is the i-th of :func:`forms`."""
+    n, k = layer.output_size_per_partition, layer.input_size_per_partition
+    try:
+        return chosen_rows.chosen(n, k, _maker(), lambda: _times(layer))
+    except RuntimeError as error:  # no memory for it, or the kernel does not run here
+        logger.info("NVFP4 GEMM %dx%d stays on Marlin: %s", n, k, str(error).partition("\n")[0])
+        return 0
+
+
+@functools.cache
+def _maker() -> str:
+    return chosen_rows.made_by(*(source(tiles, False, form) for tiles, form in forms().items()))
 
 
 def linear(
@@ -130,11 +238,11 @@ def linear(
     global_scale: Tensor,
     workspace: Tensor,
     n: int,
-    most_rows: int,
+    streamed: int,
 ) -> Tensor:
-    """One linear layer: up to ``most_rows`` rows here, more on Marlin; see :func:`stream_gemm`."""
+    """One linear layer: batches of the forms in ``streamed`` here, others on Marlin; see :func:`faster`."""
     flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[0] <= most_rows:
+    if streamed and flat.shape[0] <= 8 * max(forms()) and streamed >> _form(flat.shape[0]) & 1:
         y = stream_gemm(flat.contiguous(), pre_quant_scale, weight, weight_scale, global_scale, n)
     else:
         if pre_quant_scale is not None:
@@ -163,9 +271,9 @@ def available() -> bool:
     if torch.cuda.get_device_capability()[0] < 9:  # bfloat16 multiplication and programmatic launch
         return False
     try:
-        for tiles in _TILES:
+        for tiles, form in forms().items():
             for scaled in (False, True):
-                _kernel(tiles, scaled, _STAGES[tiles])
+                kernel(tiles, scaled, form)
     except (ImportError, RuntimeError) as error:
         logger.info("NVFP4 GEMMs of small batches stay on Marlin: %s", str(error).splitlines()[0])
         return False
@@ -178,10 +286,8 @@ def suits(layer: Module) -> bool:
     return bool(
         layer.weight.is_cuda
         and layer.params_dtype == torch.bfloat16
-        and n % COLUMNS == 0
-        and k % DEPTH == 0
-        and n * k >= FASTER_WEIGHTS
-        and n // COLUMNS * (k // DEPTH) >= _blocks(layer.weight.device.index)  # every block has a share
+        and n % MULTIPLE == 0
+        and k % MULTIPLE == 0
         and getattr(layer, "bias", None) is None
         and available()
     )
@@ -189,6 +295,6 @@ def suits(layer: Module) -> bool:
 
 def reserve(n: int, k: int, device: torch.device) -> None:
     """Make room for the partial sums of this shape; no scratch can be replaced once a CUDA graph is captured."""
-    most = parts(n, k, _blocks(device.index))
-    SCRATCH.reserve(device, n // COLUMNS * most * MOST_ROWS * COLUMNS, n // COLUMNS * 8)
+    blocks = min(_multiprocessors(device.index), units(n, k))
+    SCRATCH.reserve(device, blocks * 2 * MOST_ROWS * COLUMNS, -(-n // COLUMNS) * 8)
     register_operator()

@@ -1,8 +1,8 @@
-"""How torch.compile makes the small kernels of a draft model.
+"""How torch.compile makes the small kernels of a decode step, of the target and of a draft model.
 
-A draft pass runs some 300 kernels of 1 to 3 us each, norms and activations between the GEMMs. Programmatic
-dependent launch lets each of them start while the one before ends, and a reduction over one hidden state
-(2,560 values) is read once instead of once per sum.
+A step of 31B runs some 500 kernels of 1 to 4 us between its GEMMs, a draft pass 300: norms, rotary, activations.
+Programmatic dependent launch lets each of them start while the one before ends, and a GEMM fetch its first weights
+while a norm runs; a reduction over one hidden state (2,560 to 5,376 values) is read once instead of once per sum.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TAG = "draft_model"  # vLLM's name for the graphs of a draft model; assistants u
 
 
 class Choices(InductorChoices):
-    """Inductor's choices, with longer persistent reductions where a draft model is compiled."""
+    """Inductor's choices, with longer persistent reductions where a model is compiled with our settings."""
 
     def should_use_persistent_reduction(self, features: Any, cooperative_reduction: bool) -> bool:
         if super().should_use_persistent_reduction(features, cooperative_reduction):
@@ -60,6 +60,40 @@ def get_model(original: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def vllm_config(original: Callable[..., None]) -> Callable[..., None]:
+    """``VllmConfig.__post_init__``: the settings of an engine whose target is a Gemma 4, and so the key of its graphs.
+
+    Patch: ``target-compile``. Evidence:
+    ``tests/performance/test_target_compile.py::test_stock_compiles_a_target_without_dependent_launch``. Related
+    upstream change: none found.
+    """
+
+    @functools.wraps(original)
+    def __post_init__(self: Any) -> None:
+        original(self)
+        if scope.gemma4_model(self.model_config) and _card_takes_pdl():
+            self.compilation_config.inductor_compile_config.setdefault(_PDL, True)  # what a user set stays
+
+    return __post_init__
+
+
+def target_backend(original: Callable[..., None]) -> Callable[..., None]:
+    """``VllmBackend.__init__``: Inductor asks :class:`Choices` before anything of such an engine is compiled.
+
+    Patch: ``target-compile``. Evidence:
+    ``tests/performance/test_target_compile.py::test_stock_compiles_a_target_without_dependent_launch``. Related
+    upstream change: none found.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if scope.gemma4_engine(self.vllm_config) and self.inductor_config.get(_PDL):
+            use_choices()
+
+    return wrapper
+
+
 def use_choices() -> None:
     """Inductor asks :class:`Choices` from now on."""
     if _takes_pdl() and config.inductor_choices_class is None:
@@ -83,6 +117,13 @@ def backend(original: Callable[..., None]) -> Callable[..., None]:
             self.inductor_config.setdefault(_PDL, True)  # what a user set stays, for target and drafter
 
     return wrapper
+
+
+def _card_takes_pdl() -> bool:
+    """As :func:`_takes_pdl`, where a process must not touch the card: it may fork, or never compute."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cuda() and current_platform.has_device_capability(90)
 
 
 def _takes_pdl() -> bool:

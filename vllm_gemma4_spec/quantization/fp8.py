@@ -5,6 +5,8 @@ W[n, k] = float32(weight[n, k]) * weight_scale        of the member of a fused l
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +20,12 @@ from vllm_gemma4_spec.errors import CheckpointError
 _UNQUANTIZED = UnquantizedLinearMethod()
 
 
-def linear_method(original: type) -> type:
-    """``ModelOptFp8LinearMethod`` that passes over absent members of a fused layer and is weight-only on a CPU.
+# Methods of vLLM's class and not a class in its place: a spawned worker unpickles the config, which names the class,
+# before its patches are on.
+
+
+def init(original: Callable[..., None]) -> Callable[..., None]:
+    """``ModelOptFp8LinearMethod.__init__``: 0.19.1 has no FP8 kernel for a CPU and raises there.
 
     Patch: ``modelopt-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
@@ -27,41 +33,77 @@ def linear_method(original: type) -> type:
     for NVFP4_AWQ and NVFP4_SVD.
     """
 
-    class Fp8LinearMethod(original):
-        def __init__(self, quant_config: Any) -> None:
-            if not current_platform.is_cpu():
-                super().__init__(quant_config)
-                return
-            self.quant_config = quant_config  # Not super().__init__: 0.19.1 has no FP8 kernel for a CPU
+    @functools.wraps(original)
+    def wrapper(self: Any, quant_config: Any) -> None:
+        if not current_platform.is_cpu():
+            original(self, quant_config)
+            return
+        self.quant_config = quant_config
 
-        def create_weights(self, layer: Module, *args: Any, **kwargs: Any) -> None:
-            super().create_weights(layer, *args, **kwargs)
-            layer.params_dtype = kwargs.get("params_dtype", args[4] if len(args) > 4 else torch.get_default_dtype())
-            layer.weight.data.view(torch.uint8).zero_()
+    return wrapper
 
-        def process_weights_after_loading(self, layer: Module) -> None:
-            for name in ("weight_scale", "input_scale"):
-                settle(getattr(layer, name).data, f"{getattr(layer, 'prefix', 'layer')}.{name}")
-            if not current_platform.is_cpu():
-                super().process_weights_after_loading(layer)
-                return
-            rows = torch.tensor(layer.logical_widths)
-            scale = layer.weight_scale.data.repeat_interleave(rows)
-            weight = (layer.weight.data.float() * scale.unsqueeze(-1)).to(layer.params_dtype)
-            for name in ("weight", "weight_scale", "input_scale"):
-                delattr(layer, name)
-            layer.weight = Parameter(weight, requires_grad=False)
-            _UNQUANTIZED.process_weights_after_loading(layer)
 
-        def apply(self, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-            if current_platform.is_cpu():
-                return _UNQUANTIZED.apply(layer, x, bias)
-            out: Tensor = super().apply(layer, x, bias)
-            return out
+def create_weights(original: Callable[..., None]) -> Callable[..., None]:
+    """``ModelOptFp8LinearMethod.create_weights``: weights of members that a checkpoint lacks are zero.
 
-    Fp8LinearMethod.__module__ = original.__module__  # where it takes the original's place, and pickle finds it
-    Fp8LinearMethod.__name__ = Fp8LinearMethod.__qualname__ = original.__name__  # vLLM chooses loaders by it
-    return Fp8LinearMethod
+    Patch: ``modelopt-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 to 0.32); none found
+    for NVFP4_AWQ and NVFP4_SVD.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, layer: Module, *args: Any, **kwargs: Any) -> None:
+        original(self, layer, *args, **kwargs)
+        layer.params_dtype = kwargs.get("params_dtype", args[4] if len(args) > 4 else torch.get_default_dtype())
+        layer.weight.data.view(torch.uint8).zero_()
+
+    return wrapper
+
+
+def process_weights_after_loading(original: Callable[..., None]) -> Callable[..., None]:
+    """``ModelOptFp8LinearMethod.process_weights_after_loading``: absent members have no say, a CPU dequantizes.
+
+    Patch: ``modelopt-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 to 0.32); none found
+    for NVFP4_AWQ and NVFP4_SVD.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, layer: Module) -> None:
+        for name in ("weight_scale", "input_scale"):
+            settle(getattr(layer, name).data, f"{getattr(layer, 'prefix', 'layer')}.{name}")
+        if not current_platform.is_cpu():
+            original(self, layer)
+            return
+        rows = torch.tensor(layer.logical_widths)
+        scale = layer.weight_scale.data.repeat_interleave(rows)
+        weight = (layer.weight.data.float() * scale.unsqueeze(-1)).to(layer.params_dtype)
+        for name in ("weight", "weight_scale", "input_scale"):
+            delattr(layer, name)
+        layer.weight = Parameter(weight, requires_grad=False)
+        _UNQUANTIZED.process_weights_after_loading(layer)
+
+    return wrapper
+
+
+def apply(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``ModelOptFp8LinearMethod.apply``: weight-only on a CPU.
+
+    Patch: ``modelopt-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 to 0.32); none found
+    for NVFP4_AWQ and NVFP4_SVD.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, layer: Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if current_platform.is_cpu():
+            return _UNQUANTIZED.apply(layer, x, bias)
+        return original(self, layer, x, bias)
+
+    return wrapper
 
 
 def settle(scales: Tensor, what: str) -> None:

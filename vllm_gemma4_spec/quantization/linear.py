@@ -88,7 +88,7 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
         layer.modelopt_checked = True
         layer.register_parameter("rows_codes", None)
         layer.rows_scaled = False  # whether the small-batch kernel multiplies by pre_quant_scale
-        layer.streamed_rows, layer.stream_scaled = 0, False
+        layer.streamed, layer.stream_scaled = 0, False
         if self.backend == NvFp4LinearBackend.MARLIN:
             small_batch_layers.prepare(layer)
         if self.backend == NvFp4LinearBackend.EMULATION:
@@ -168,7 +168,7 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
             x = x * layer.pre_quant_scale
         if layer.rows_codes is not None:
             y = small_batch_layers.linear(layer, x)
-        elif layer.streamed_rows:
+        elif layer.streamed:
             y = stream_layers.linear(layer, x)
         elif self.backend == NvFp4LinearBackend.EMULATION:
             y = emulation.linear(layer, x, bias)
@@ -188,7 +188,7 @@ def _tell_compiler(layer: Module) -> None:
     if not isinstance(additional, dict):
         return
     has = "".join(str(int(getattr(layer, name) is not None)) for name in (*_EXTRA, "rows_codes"))
-    has += f"{int(layer.rows_scaled)} {layer.streamed_rows} {int(layer.stream_scaled)}"
+    has += f"{int(layer.rows_scaled)} {layer.streamed} {int(layer.stream_scaled)}"
     before = additional.get(_KEY, "")
     additional[_KEY] = hashlib.sha256(f"{before} {layer.prefix} {has}".encode()).hexdigest()[:16]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from vllm.platforms import current_platform
@@ -15,6 +16,7 @@ from vllm.platforms import current_platform
 from vllm_gemma4_spec import scope
 from vllm_gemma4_spec.checkpoints import files, layers, outcome
 from vllm_gemma4_spec.errors import CheckpointError, stop
+from vllm_gemma4_spec.hf_config import parser
 
 _MODELOPT = ("modelopt", "modelopt_fp4", "modelopt_mixed")
 
@@ -64,21 +66,38 @@ def quantization_config(original: staticmethod[..., Any]) -> staticmethod[..., A
 
 
 def _check_forms(model_config: Any) -> None:
-    """What the headers of a Gemma 4's shards alone rule out; nothing where they are not here yet.
+    """What the headers of a Gemma 4's shards alone rule out; what its config does where they are not here yet.
 
     Raises:
-        CheckpointError: a vision tower that no shard holds would be served untrained; experts in integers on a CPU.
+        CheckpointError: a GGUF file; a vision tower that no shard holds would be served untrained; packed integers on a
+            CPU without a kernel for them.
     """
+    if getattr(model_config, "quantization", None) == "gguf":
+        raise CheckpointError(f"{model_config.model}: {parser.GGUF}")
     folder = local(model_config.model)
     if folder is None or not any(folder.glob("*.safetensors")):
+        section = getattr(model_config.hf_config, "quantization_config", None)
+        if isinstance(section, dict) and outcome.in_integers(section) and not _integer_kernel():
+            raise CheckpointError(f"{model_config.model} (config.json): {outcome.INTEGER_LINEARS}")
         return
     checkpoint = files.Checkpoint(folder)
     text_alone = getattr(model_config, "runner_type", None) == "draft" or not _has_tower(model_config)
     if not text_alone and layers.missing_tower(checkpoint.config, checkpoint.tensors):
         raise CheckpointError(f"{folder}: {outcome.NO_TOWER}")
-    found = layers.integer_experts(checkpoint.tensors.values()) if current_platform.is_cpu() else None
+    found = layers.packed_integers(checkpoint.tensors.values(), experts=True) if current_platform.is_cpu() else None
     if found is not None:
         raise CheckpointError(f"{found}: {outcome.INTEGER_EXPERTS}")
+    found = layers.packed_integers(checkpoint.tensors.values())
+    if found is not None and not _integer_kernel():
+        raise CheckpointError(f"{found}: {outcome.INTEGER_LINEARS}")
+
+
+def _integer_kernel() -> bool:
+    """Whether vLLM has a kernel for linears in packed integers here; its CPU build for AVX2 has none."""
+    if not current_platform.is_cpu():
+        return True
+    current_platform.import_kernels()
+    return hasattr(torch.ops._C, "cpu_gemm_wna16")
 
 
 def _has_tower(model_config: Any) -> bool:

@@ -99,10 +99,7 @@ class MixedMethods(Base):
         if algorithm in self.nvfp4:
             return self.nvfp4[algorithm].get_quant_method(layer, prefix)
         if isinstance(layer, LinearBase):
-            from vllm.model_executor.layers.quantization import modelopt
-
-            # Not fp8_config.LinearMethodCls: a spawned worker may unpickle that before the patch is on.
-            return modelopt.ModelOptFp8LinearMethod(self.fp8_config) if algorithm else UnquantizedLinearMethod()
+            return self.fp8_config.LinearMethodCls(self.fp8_config) if algorithm else UnquantizedLinearMethod()
         if isinstance(layer, FusedMoE) and algorithm and current_platform.is_cpu():
             raise CheckpointError(f"{prefix}: experts in FP8; vLLM 0.19.1 has no kernel for them on a CPU")
         return super().get_quant_method(layer, prefix)

@@ -30,6 +30,7 @@ else:  # a wrapper's module is imported only after the module of vLLM that it pa
     small_batch_layers = Lazy("vllm_gemma4_spec.quantization.small_batch_layers")
 
 _QUANTIZATION = "vllm.model_executor.layers.quantization.modelopt"
+_FP8 = f"{_QUANTIZATION}:ModelOptFp8LinearMethod"
 _LOADER = "vllm.model_executor.model_loader"
 _COMPRESSED = "vllm.model_executor.layers.quantization.compressed_tensors"
 _DRAFT_MODEL = "vllm.v1.spec_decode.draft_model:DraftModelProposer"
@@ -118,7 +119,10 @@ PATCHES: tuple[Patch, ...] = (
         edits=(
             Edit(f"{_QUANTIZATION}:ModelOptNvFp4Config", config.nvfp4_config),
             Edit(f"{_QUANTIZATION}:ModelOptMixedPrecisionConfig", mixed.mixed_config),
-            Edit(f"{_QUANTIZATION}:ModelOptFp8LinearMethod", fp8.linear_method),
+            Edit(f"{_FP8}.__init__", fp8.init),
+            Edit(f"{_FP8}.create_weights", fp8.create_weights),
+            Edit(f"{_FP8}.process_weights_after_loading", fp8.process_weights_after_loading),
+            Edit(f"{_FP8}.apply", fp8.apply),
             Edit(
                 f"{_QUANTIZATION}:ModelOptMxFp8Config.from_config",
                 loading.refused_on_cpu,

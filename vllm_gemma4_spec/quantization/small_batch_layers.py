@@ -116,6 +116,7 @@ def linear(layer: Module, x: Tensor) -> Tensor:
         layer.weight_scale,
         layer.weight_global_scale,
         layer.workspace,
+        layer.streamed,
         layer.output_size_per_partition,
         layer.rows_gelu,
     )

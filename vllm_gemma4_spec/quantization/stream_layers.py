@@ -1,7 +1,7 @@
-"""Which NVFP4 linear layers stream Marlin's weights in small batches: a target's that would run on Marlin.
+"""Which NVFP4 linear layers stream Marlin's weights in small batches: all that would run on Marlin.
 
-A drafter's layers have a second copy of their weights and a kernel of their own (``small_batch_layers``); a target's
-weights are too large for that.
+A drafter's layers have a second copy of their weights and a kernel of their own (``small_batch_layers``) for their
+smallest batches, and stream in those that are too large for it: its first pass with many requests.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from vllm_gemma4_spec.quantization.small_batch_layers import scale_stands_alone
 def prepare(layer: Module) -> None:
     """Decide for a layer whose weight Marlin has reordered.
 
-    Sets ``streamed_rows``, the largest batch that streams (0: it stays Marlin's), and ``stream_scaled``, whether the
-    kernel multiplies by ``pre_quant_scale``.
+    Sets ``streamed``, the batches that stream (``stream_gemm.faster``; 0: it stays Marlin's), and ``stream_scaled``,
+    whether the kernel multiplies by ``pre_quant_scale``.
     """
     from vllm_gemma4_spec.kernels import stream_gemm
 
     if not hasattr(layer, "stream_wanted"):  # weights that are loaded again are treated as the first were
         ours = settings.STREAM_GEMM.on() and scope.gemma4_engine(scope.current_config())
-        layer.stream_wanted = ours and layer.rows_codes is None and stream_gemm.suits(layer)
+        layer.stream_wanted = ours and stream_gemm.suits(layer)
     if not layer.stream_wanted:
         return
     stream_gemm.reserve(layer.output_size_per_partition, layer.input_size_per_partition, layer.weight.device)
-    layer.streamed_rows, layer.stream_scaled = stream_gemm.FASTER_ROWS, scale_stands_alone(layer)
+    layer.streamed = stream_gemm.faster(layer)
+    layer.stream_scaled = layer.streamed != 0 and layer.rows_codes is None and scale_stands_alone(layer)
 
 
 def linear(layer: Module, x: Tensor) -> Tensor:
@@ -44,5 +45,5 @@ def linear(layer: Module, x: Tensor) -> Tensor:
         layer.weight_global_scale,
         layer.workspace,
         layer.output_size_per_partition,
-        layer.streamed_rows,
+        layer.streamed,
     )

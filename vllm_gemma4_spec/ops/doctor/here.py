@@ -15,6 +15,7 @@ from packaging.version import Version
 
 from vllm_gemma4_spec import settings
 from vllm_gemma4_spec.errors import Gemma4SpecError
+from vllm_gemma4_spec.kernels import chosen_rows
 from vllm_gemma4_spec.ops.doctor.findings import Finding, State
 from vllm_gemma4_spec.patching import fingerprint
 from vllm_gemma4_spec.patching.version import SUPPORTED, TRANSFORMERS, vllm_version
@@ -132,6 +133,8 @@ def device() -> Iterator[Finding]:
         backend,
         advice="its results are wrong in 0.19.1; unset the variable" if wrong else _nvfp4_reason(backend, capability),
     )
+    for shape, chosen in chosen_rows.of_card(chosen_rows.card()).items():
+        yield Finding(section, f"NVFP4 GEMM {shape}", State.OK, chosen)
 
 
 def patches() -> Iterator[Finding]:

@@ -1,0 +1,98 @@
+"""Which kernel gets which batches: from times measured once per card and shape, and kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_gemma4_spec.kernels import chosen_rows, stream_gemm
+
+TIMES = {1: (25.0, 29.0), 8: (26.0, 30.0), 9: (50.0, 30.0), 64: (70.0, 80.0), 65: (80.0, 120.0), 128: (90.0, 120.0)}
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    file = tmp_path / "cache" / "nvfp4-rows.json"
+    monkeypatch.setattr(chosen_rows, "path", lambda: file)
+    monkeypatch.setattr(chosen_rows, "card", lambda: "Card, 3 multiprocessors")
+    monkeypatch.setattr(chosen_rows, "_chosen", {})
+    return file
+
+
+@given(st.lists(st.tuples(st.floats(1, 99), st.floats(1, 99)), max_size=12))
+def test_no_form_that_was_slower_anywhere(us: list[tuple[float, float]]) -> None:
+    times = dict(enumerate(us[: len(us) // 2 * 2]))
+    mask = chosen_rows.faster(times)
+    for rows, (ours, marlins) in times.items():
+        if mask >> rows // 2 & 1:
+            assert ours < marlins
+        else:
+            other = times[rows ^ 1]
+            assert max(ours / marlins, other[0] / other[1]) > 0.96
+
+
+def test_measured_once_and_kept(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def measure() -> chosen_rows.Times:
+        asked.append(1)
+        return TIMES
+
+    for _ in range(2):
+        assert chosen_rows.chosen(512, 256, "a", measure) == 0b101
+    monkeypatch.setattr(chosen_rows, "_chosen", {})  # another process
+    assert chosen_rows.chosen(512, 256, "a", measure) == 0b101
+    assert len(asked) == 1
+    assert chosen_rows.chosen(512, 512, "a", measure) == 0b101  # another shape
+    monkeypatch.setattr(chosen_rows, "_chosen", {})
+    assert chosen_rows.chosen(512, 256, "b", measure) == 0b101  # another kernel
+    assert len(asked) == 3
+    assert set(json.loads(file.read_text())["Card, 3 multiprocessors"]) == {"512x256", "512x512"}
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"Card, 3 multiprocessors": 3}', '{"Card, 3 multiprocessors": {"8x8": {}}}']
+)
+def test_a_cache_that_cannot_be_read_is_written_anew(file: Path, text: str) -> None:
+    file.parent.mkdir()
+    file.write_text(text)
+    assert chosen_rows.of_card("Card, 3 multiprocessors") == {}
+    assert chosen_rows.chosen(8, 8, "a", lambda: TIMES) == 0b101
+    us = "26/30, 70/80, 90/120 us, this kernel's and Marlin's, at 8, 64, 128 rows"
+    assert chosen_rows.of_card("Card, 3 multiprocessors") == {"8x8": f"streams 1 to 8 and 65 to 128 rows ({us})"}
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file.parent.write_text("a file where the folder should be")
+    logger = logging.getLogger("vllm.plugins.gemma4_spec")
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, logger.name):
+            assert chosen_rows.chosen(8, 8, "a", lambda: {1: (3.0, 2.0), 8: (3.0, 4.0)}) == 0
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "cannot be written" in caplog.text
+    assert "NVFP4 GEMM 8x8: Marlin (3/4 us, this kernel's and Marlin's, at 8 rows)" in caplog.text
+
+
+def test_a_measurement_that_fails_leaves_marlin(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Any) -> chosen_rows.Times:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    said: list[str] = []
+    monkeypatch.setattr(stream_gemm, "_times", fails)
+    monkeypatch.setattr(stream_gemm, "_maker", lambda: "a")
+    monkeypatch.setattr(stream_gemm.logger, "info", lambda text, *values: said.append(text % values))
+    layer: Any = SimpleNamespace(output_size_per_partition=8, input_size_per_partition=16)
+    assert stream_gemm.faster(layer) == 0
+    assert said == ["NVFP4 GEMM 8x16 stays on Marlin: CUDA out of memory."]
+    assert not file.exists()

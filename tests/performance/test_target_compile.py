@@ -1,0 +1,107 @@
+"""torch.compile's settings for a Gemma 4 target. What they are worth takes a GPU: ``benchmarks/full_shape.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch._inductor import config
+from vllm.compilation.backends import VllmBackend
+from vllm.engine.arg_utils import EngineArgs
+
+import vllm_gemma4_spec
+from tests.support import engine as _engine  # sets the environment
+from tests.support import tiny_models
+from tests.support.configs import LLAMA
+from tests.support.stock import without
+from vllm_gemma4_spec.performance import compile_settings
+from vllm_gemma4_spec.performance.compile_settings import Choices
+from vllm_gemma4_spec.performance.patches import TARGET_COMPILE
+
+assert _engine
+PDL = "triton.enable_pdl"
+
+
+@pytest.fixture(autouse=True)
+def _patched() -> Iterator[None]:
+    vllm_gemma4_spec.apply()
+    with config.patch(inductor_choices_class=None):
+        yield
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_settings, "_card_takes_pdl", lambda: True)
+    monkeypatch.setattr(compile_settings, "_takes_pdl", lambda: True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.save(tiny_models.target_config(), tmp_path_factory.mktemp("model") / "target")
+
+
+def finished(folder: Path, **own: Any) -> Any:
+    """The config of an engine for this model."""
+    args = EngineArgs(
+        str(folder), skip_tokenizer_init=True, dtype="float32", compilation_config={"inductor_compile_config": own}
+    )
+    return args.create_engine_config()
+
+
+def settings(made: Any) -> dict[str, Any]:
+    found: dict[str, Any] = made.compilation_config.inductor_compile_config
+    return found
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_target_is_compiled_with_dependent_launch(folder: Path) -> None:
+    made = finished(folder)
+    assert settings(made)[PDL] is True
+    VllmBackend(made)
+    assert config.inductor_choices_class is Choices
+
+
+@pytest.mark.usefixtures("hopper")
+def test_stock_compiles_a_target_without_dependent_launch(folder: Path) -> None:
+    with without(TARGET_COMPILE):
+        made = finished(folder)
+        assert PDL not in settings(made)
+        VllmBackend(made)
+        assert config.inductor_choices_class is None
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("value", [True, False])
+def test_what_a_user_sets_stays(folder: Path, value: bool) -> None:
+    made = finished(folder, **{PDL: value})
+    assert settings(made)[PDL] is value
+    VllmBackend(made)
+    assert config.inductor_choices_class is (Choices if value else None)
+
+
+def test_before_hopper_nothing_changes(folder: Path) -> None:
+    made = finished(folder)  # this machine has no card at all
+    assert PDL not in settings(made)
+    VllmBackend(made)
+    assert config.inductor_choices_class is None
+
+
+@pytest.mark.usefixtures("hopper")
+def test_another_model_is_compiled_as_in_stock() -> None:
+    def original(_: Any) -> None:
+        return None
+
+    made = SimpleNamespace(model_config=LLAMA, compilation_config=SimpleNamespace(inductor_compile_config={}))
+    compile_settings.vllm_config(original)(made)
+    assert settings(made) == {}
+
+
+@pytest.mark.usefixtures("hopper")
+def test_graphs_compiled_without_it_are_not_taken_for_these(folder: Path) -> None:
+    """The setting is part of the key of vLLM's compile cache."""
+    ours = finished(folder).compute_hash()
+    with without(TARGET_COMPILE):
+        assert finished(folder).compute_hash() != ours
