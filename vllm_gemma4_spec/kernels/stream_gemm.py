@@ -138,7 +138,7 @@ def stream_gemm(
             int32, ``[K / 16, N]`` bytes, ``[1]`` float32.
 
     Returns:
-        ``[rows, N]`` bfloat16; a row has the same bits whatever rows stand beside it.
+        ``[rows, N]`` bfloat16; up to 32 rows a row has the same bits whatever rows stand beside it.
     """
     tiles = tiles_for(x.shape[0], forms())
     return launch(tiles, forms()[tiles], x, pre_quant_scale, weight, weight_scale, global_scale, n)
