@@ -1,7 +1,7 @@
 """NVFP4 GEMM of up to 128 rows that reads Marlin's own weights: ``nvfp4_stream.cu`` beside Marlin, as one operator.
 
 It takes the batches in which it is the faster one (``chosen_rows``) and leaves the others to Marlin; there is no second
-copy of a weight. Up to 32 rows a row's result has the same bits whatever rows stand beside it, which Marlin's has not.
+copy of a weight. Up to 64 rows a row's result has the same bits whatever rows stand beside it, which Marlin's has not.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Form:
         return 256 * self.halves + 128
 
 
-# By compiled number of 8-row tiles. Up to 32 rows all add up in the same order: a row's bits are the same in each.
+# By compiled number of 8-row tiles. Up to 64 rows all add up in the same order: a row's bits are the same in each.
 WGMMA_FORMS = {
     1: Form(4, wgmma=True),
     2: Form(4, wgmma=True),
     4: Form(4, wgmma=True),
-    8: Form(6, halves=1, wgmma=True),
+    8: Form(4, wgmma=True),
     10: Form(5, halves=1, wgmma=True),
     16: Form(4, halves=1, wgmma=True),
 }
@@ -138,7 +138,7 @@ def stream_gemm(
             int32, ``[K / 16, N]`` bytes, ``[1]`` float32.
 
     Returns:
-        ``[rows, N]`` bfloat16; up to 32 rows a row has the same bits whatever rows stand beside it.
+        ``[rows, N]`` bfloat16; up to 64 rows a row has the same bits whatever rows stand beside it.
     """
     tiles = tiles_for(x.shape[0], forms())
     return launch(tiles, forms()[tiles], x, pre_quant_scale, weight, weight_scale, global_scale, n)
