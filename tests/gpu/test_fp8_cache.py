@@ -99,6 +99,7 @@ def test_a_trained_assistant_is_accepted_as_often(measured: Any) -> None:
     accepted: dict[str, float] = {}
     for dtype in ("auto", "fp8"):
         settings = device.options(4, dtype="bfloat16", kv_cache_dtype=dtype, max_model_len=384)
+        settings["attention_backend"] = "TRITON_ATTN"  # batch invariance asks for a name
         with engine.engine(pair.target, speculative_config=speculative, **settings) as llm:
             found = device.ask(llm, prompts, 96)
         assert found.proposed > 1000
