@@ -1,6 +1,6 @@
 """Removes the lines of patches one at a time: for each, a test must fail.
 
-    python tools/mutation.py [MODULE[:LINE] ...] [--jobs N] [--seconds N]
+    python tools/mutation.py [MODULE[:LINE,LINE...] ...] [--jobs N] [--seconds N]
 
 vLLM is imported once; each removal runs in a fork of that process, on the module's own fast tests. A removal that no
 test notices is printed.
@@ -29,18 +29,26 @@ LIMIT = 120  # seconds of one run; a removal that makes a test hang is found
 MODULES: dict[str, list[str]] = {
     "performance.argmax": ["kernels/test_patches.py"],
     "performance.draft_graphs": [
+        "performance/test_draft_replay.py::test_a_capture_runs_the_original_on_inputs_of_its_own",
         "performance/test_draft_replay.py::test_padding_stands_in_the_null_block_and_the_batch_where_it_was",
         "performance/test_draft_replay.py::test_batches_that_no_graph_fits",
         "performance/test_draft_replay.py::test_batch_sizes_follow_the_targets_and_thin_out",
         "performance/test_draft_capture.py",
     ],
     "performance.graph_capture": ["performance/test_draft_capture.py"],
-    "performance.split_attention": ["kernels/test_patches.py"],
+    "performance.split_attention": [
+        "performance/test_split_attention.py::test_what_fits",
+        "performance/test_split_attention.py::test_one_token_per_request_and_image_prefixes_are_left_alone",
+        "kernels/test_patches.py",
+    ],
     "performance.compile_settings": ["performance/test_draft_compile.py"],
     "requests.thinking": ["requests/test_thinking.py", "requests/test_grammar_positions.py"],
     "requests.thinking_budget": ["requests/test_thinking.py"],
     "requests.min_tokens": ["requests/test_min_tokens.py", "requests/test_thinking.py"],
-    "requests.grammar": ["requests/test_grammar_positions.py"],
+    "requests.grammar": [
+        "requests/test_grammar_positions.py::test_a_rollback_leads_to_where_it_was",
+        "requests/test_grammar_positions.py",
+    ],
     "requests.structured_output": ["requests/test_grammar_positions.py"],
     "requests.channel": ["requests/test_grammar_positions.py"],
     "requests.stop_strings": ["requests/test_stop_strings.py"],
@@ -161,15 +169,16 @@ def _removals(wanted: list[str]) -> Iterator[tuple[str, int, ast.Module | None]]
     modules = {m.partition(":")[0]: m.partition(":")[2] for m in wanted}
     for module in modules:
         yield module, 0, None
-    for module, line in modules.items():
+    for module, lines in modules.items():
+        only = {int(line) for line in lines.split(",") if line}
         for at, tree in mutants(_file(module).read_text()):
-            if not line or at == int(line):
+            if not only or at in only:
                 yield module, at, tree
 
 
 def main() -> int:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("modules", nargs="*", default=list(MODULES), metavar="MODULE[:LINE]")
+    ap.add_argument("modules", nargs="*", default=list(MODULES), metavar="MODULE[:LINE,...]")
     ap.add_argument("--jobs", type=int, default=1, help="removals tried at a time")
     ap.add_argument("--seconds", type=float, default=float("inf"), help="stop after this much processor time")
     args = ap.parse_args()
@@ -205,9 +214,15 @@ def main() -> int:
                     print(f"{file.relative_to(ROOT)}:{run.line}: no test fails without: {text}", flush=True)
             time.sleep(0.05)
 
+    def report() -> None:
+        """The counts of the module whose removals were tried last."""
+        finish(0)
+        for module, each in list(counts.items())[-1:]:
+            print(f"{module}: {_said(each)}", flush=True)
+
     for module, line, tree in _removals(args.modules):
         if line and module not in counts:
-            finish(0)  # what fails as it is shows nothing
+            report()  # and what fails as it is shows nothing
             counts[module] = {"noticed": 0, "unnoticed": 0, "not run": 0}
         if module in broken:
             continue
@@ -217,9 +232,7 @@ def main() -> int:
             continue
         running.append(start(module, line, tree))
         finish(args.jobs - 1)
-    finish(0)
-    for module, each in counts.items():
-        print(f"{module}: {_said(each)}")
+    report()
     total = {key: sum(each[key] for each in counts.values()) for key in ("noticed", "unnoticed", "not run")}
     print(f"{_said(total)}, {_processor_seconds():.0f} s of processor time")
     return 1 if total["unnoticed"] or broken else 0

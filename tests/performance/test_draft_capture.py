@@ -13,7 +13,7 @@ from tests.support.configs import GEMMA4, LLAMA, vllm_config
 from tests.support.stock import without
 from vllm_gemma4_spec import settings
 from vllm_gemma4_spec.performance import graph_capture
-from vllm_gemma4_spec.performance.draft_graphs import GRAPHS, update_cudagraph_mode
+from vllm_gemma4_spec.performance.draft_graphs import GRAPHS, propose, update_cudagraph_mode
 from vllm_gemma4_spec.performance.graph_capture import _batch_sizes, capture_drafts
 from vllm_gemma4_spec.performance.patches import DRAFT_GRAPHS, DRAFT_PIECES
 from vllm_gemma4_spec.registry import PATCHER
@@ -112,8 +112,8 @@ def test_piecewise_graphs_where_the_target_has_them(mode: str, device: str, draf
     self = runner(mode=mode, draft_model=draft_model)
     self.device = SimpleNamespace(type=device)
     self.drafter.initialize_cudagraph_keys = given.append
-    update_cudagraph_mode(lambda self: None)(self)
-    assert given == ([self.compilation_config.cudagraph_mode] if wanted else [])
+    update_cudagraph_mode(lambda self: given.append("the target's"))(self)
+    assert given == ["the target's"] + ([self.compilation_config.cudagraph_mode] if wanted else [])
 
 
 def test_piecewise_graphs_of_another_models_drafter_are_left_to_vllm() -> None:
@@ -161,6 +161,69 @@ def test_out_of_memory_while_graphs_are_captured_leaves_the_drafter_without(
     error = RuntimeError("a launch failed")
     with pytest.raises(RuntimeError, match="a launch failed"):
         capture_drafts(self)
+
+
+@pytest.mark.parametrize(("cost", "lengths"), [("0", [3]), ("0.2", [1, 2, 3])])
+def test_the_drafters_graphs_are_captured_after_the_targets(
+    monkeypatch: pytest.MonkeyPatch, cost: str, lengths: list[int]
+) -> None:
+    """What both took is the engine's to reserve; with a draft length that adapts, each has its graphs."""
+    import torch
+    from vllm.compilation import monitor
+    from vllm.distributed import parallel_state
+
+    monkeypatch.setenv(settings.ADAPTIVE_K.name, cost)
+    free, events = [100, 60], []
+
+    class Graphs:
+        def __init__(self, *args: Any) -> None:
+            self.batch_sizes, self.draft_lengths = args[-2:]
+
+        def capture(self, pool: Any) -> None:
+            monitor.validate_cudagraph_capturing_enabled()
+            events.append(("drafter", pool, self.batch_sizes, list(self.draft_lengths)))
+
+    monkeypatch.setattr(graph_capture, "DraftGraphs", Graphs)
+    monkeypatch.setattr(parallel_state, "graph_capture", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free.pop(0), 200))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(graph_capture, "_pool", lambda: "pool")
+    monkeypatch.setattr(monitor, "cudagraph_capturing_enabled", False)
+    self = runner()
+    self.device, self._freeze_gc = SimpleNamespace(type="cuda"), nullcontext
+    self.drafter = type("Proposer", (SimpleNamespace,), {"propose": None})(**vars(self.drafter), kv_cache_gid=0)
+    self.input_batch = SimpleNamespace(block_table=[SimpleNamespace(get_device_tensor=None)])
+    self.speculative_config.num_speculative_tokens = 3
+    self.speculative_config.parallel_drafting = False
+
+    def capture_model(self: Any) -> int:
+        events.append(("target",))
+        return 7
+
+    assert graph_capture.capture_model(capture_model)(self) == 7 + 40
+    assert events == [("target",), ("drafter", "pool", [1, 2, 4], lengths)]
+    assert isinstance(getattr(self.drafter, GRAPHS), Graphs)
+    with pytest.raises(RuntimeError):  # capturing is over
+        monitor.validate_cudagraph_capturing_enabled()
+
+
+def test_an_assistant_says_which_graphs_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(graph_capture.scope, "is_assistant", lambda spec: True)
+    self = runner()
+    self.speculative_config.num_speculative_tokens, self.speculative_config.parallel_drafting = 3, False
+    self.drafter.graphs_to_capture = asked.append
+    assert capture_drafts(self) == 0
+    assert len(asked) == 1
+    self.speculative_config.enforce_eager = True
+    assert capture_drafts(self) == 0
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("graphs", [None, SimpleNamespace(fits=lambda *_: False)], ids=["none", "too small"])
+def test_a_batch_without_a_graph_is_the_originals(graphs: Any) -> None:
+    drafter, given = SimpleNamespace(**{GRAPHS: graphs}), {"common_attn_metadata": "metadata"}
+    assert propose(lambda self, **kwargs: (self, kwargs))(drafter, **given) == (drafter, given)  # type: ignore[arg-type,return-value]
 
 
 def dispatched(self: Any) -> list[Any]:

@@ -7,6 +7,8 @@ else is the real thing; ``tests/gpu/test_exactness.py`` compares the graphs them
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,6 +141,59 @@ def test_padding_stands_in_the_null_block_and_the_batch_where_it_was() -> None:
     assert graphs._inputs.num_rejected[:3].tolist() == rejected.tolist()
     drafts.zero_()  # the next replay
     assert made.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+
+
+def test_a_capture_runs_the_original_on_inputs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each size and length, the largest first, nothing live and no graph inside a graph; then all is as it was."""
+    capturing: list[bool] = []
+
+    @contextmanager
+    def graph(*_: Any, **__: Any) -> Iterator[None]:
+        capturing.append(True)
+        yield
+        capturing.clear()
+
+    for name, value in {"graph": graph, "CUDAGraph": object, "synchronize": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    kernel = SimpleNamespace(num_live="the engine's")
+    before = {
+        "num_speculative_tokens": K,
+        "device": torch.device("cpu"),
+        "cudagraph_dispatcher": SimpleNamespace(keys_initialized=True),
+        "vllm_config": SimpleNamespace(model_config=SimpleNamespace(max_model_len=900)),
+        GRAPHS: "of an earlier capture",
+    }
+    proposer: Any = SimpleNamespace(**before)
+    ran = []
+
+    def propose(self: Any, **given: Any) -> torch.Tensor:
+        cad = given["common_attn_metadata"]
+        n, tokens = cad.num_reqs, cad.num_reqs * (K + 1)
+        ran.append((n, self.num_speculative_tokens, bool(capturing)))
+        assert kernel.num_live.tolist() == [0]
+        assert not self.cudagraph_dispatcher.keys_initialized
+        assert GRAPHS not in vars(self)
+        assert cad.query_start_loc.tolist() == cad.query_start_loc_cpu.tolist() == list(range(0, tokens + 1, K + 1))
+        assert (cad.max_seq_len, cad.max_query_len, cad.num_actual_tokens) == (900, K + 1, tokens)
+        assert cad.seq_lens.tolist() == [K + 1] * n
+        assert set(cad.slot_mapping.tolist()) == {PADDING_SLOT_ID}
+        assert len(given["target_token_ids"]) == len(given["target_positions"]) == tokens
+        assert len(given["next_token_ids"]) == len(given["num_rejected_tokens_gpu"]) == n == len(cad.block_table_tensor)
+        return torch.full((n, self.num_speculative_tokens), len(ran))
+
+    table = torch.zeros(4, 5, dtype=torch.int32)
+    graphs = DraftGraphs(
+        proposer, SimpleNamespace(slot_kernel=kernel), lambda rows: table[:rows], propose, [1, 4], [2, K]
+    )
+    graphs._num_live.fill_(3)  # of a step before
+    graphs.capture(None)
+    wanted = [(4, 2), (4, 2), (4, 2), (1, 2), (1, 2), (4, K), (4, K), (4, K), (1, K), (1, K)]
+    captures = [2, 4, 7, 9]
+    assert ran == [(*one, at in captures) for at, one in enumerate(wanted)]
+    assert {key: int(g.drafts[0, 0]) - 1 for key, g in graphs._graphs.items()} == {wanted[at]: at for at in captures}
+    assert vars(proposer) == before
+    assert (kernel.num_live, proposer.cudagraph_dispatcher.keys_initialized) == ("the engine's", True)
 
 
 def test_batches_that_no_graph_fits() -> None:

@@ -264,6 +264,58 @@ def test_steps_give_what_single_tokens_give(
     assert not ends or crossed > 0
 
 
+def fill(grammar: Any) -> list[int]:
+    """The mask of the next token: int32 words."""
+    import torch
+
+    bits = torch.from_numpy(ALL.copy()).repeat(1, 1)
+    grammar.fill_bitmask(bits, 0)
+    words: list[int] = bits[0].tolist()
+    return words
+
+
+def answered(manager: Any, backend: str) -> Any:
+    """The grammar of a request whose answer is one of several words."""
+    constraint = KINDS["choice"][0](backend)
+    assert constraint is not None
+    return new_request(manager(backend, 5), backend, constraint, scripted.prompt(0)).structured_output_request.grammar
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rollback_leads_to_where_it_was(manager: Any, backend: str) -> None:
+    """Over the end of reasoning, the end of sequence and the free tokens behind it."""
+    k, grammar = 5, answered(manager, backend)
+    answer = scripted.tokenizer().encode(CHOICES[2], add_special_tokens=False)
+    tokens = [7, 8, END_OF_REASONING, *answer, EOS, 9, 10, 11]
+    end = tokens.index(EOS)
+    masks, over = [fill(grammar)], [grammar.is_terminated()]
+    for token in tokens:
+        assert grammar.accept_tokens("r", [token])
+        masks.append(fill(grammar))
+        over.append(grammar.is_terminated())
+    assert over == [at > end for at in range(len(tokens) + 1)]
+    assert grammar.validate_tokens([3, 4]) == [3, 4]  # after the end all are free
+    at = len(tokens)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        back = int(rng.integers(0, min(k, at) + 1))
+        grammar.rollback(back)
+        at -= back
+        assert (fill(grammar), grammar.is_terminated()) == (masks[at], over[at]), (at, back)
+        on = int(rng.integers(0, len(tokens) - at + 1))
+        assert grammar.accept_tokens("r", tokens[at : at + on])
+        at += on
+        assert (fill(grammar), grammar.is_terminated()) == (masks[at], over[at]), (at, on)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_token_that_the_grammar_forbids_is_rejected(manager: Any, backend: str) -> None:
+    grammar = answered(manager, backend)
+    assert not grammar.accept_tokens("r", [END_OF_REASONING, EOS])
+    assert fill(grammar) != ALL.tolist()  # the reasoning has ended, the answer has not
+    assert not grammar.is_terminated()
+
+
 def test_lm_format_enforcer_cannot_be_loaded() -> None:
     """Its releases import a name that 0.19.1 has moved. Where this fails, the backend belongs into BACKENDS."""
     with pytest.raises(ImportError, match="vllm is not installed"):

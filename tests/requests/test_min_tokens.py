@@ -41,6 +41,9 @@ def test_placeholders_of_rejected_drafts_are_no_tokens(processor: Any) -> None:
     assert forbidden(processor, [2])
     assert not forbidden(processor, [3])
     assert forbidden(processor, None)
+    places = processor._places
+    assert forbidden(processor, None)
+    assert processor._places is places  # nothing is copied to the device again
     # Positions of the drafts themselves: the first three of four follow 5, 6 and 7 tokens.
     logits = processor.apply_with_spec_decode(torch.zeros(4, VOCAB), [4])
     assert logits[:, END].isinf().tolist() == [True, True, True, False]

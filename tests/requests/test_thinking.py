@@ -73,7 +73,7 @@ def test_the_end_is_due_where_the_budget_is_spent(start: tuple[int, ...], end: t
     assert (never > 20) == (budget > 2)  # there are steps that need not be looked into
 
 
-def processors(target: Any = GEMMA4) -> Any:
+def processors(target: Any = GEMMA4, speculates: bool = True) -> Any:
     import vllm_gemma4_spec
 
     vllm_gemma4_spec.apply()
@@ -82,6 +82,8 @@ def processors(target: Any = GEMMA4) -> Any:
     settings = vllm_config(SimpleNamespace(hf_config=target.hf_config, runner_type="generate"))
     settings.scheduler_config = SimpleNamespace(max_num_seqs=8)
     settings.speculative_config.num_speculative_tokens = 3
+    if not speculates:
+        settings.speculative_config = None
     settings.reasoning_config = SimpleNamespace(reasoning_start_token_ids=START, reasoning_end_token_ids=END)
     return build_logitsprocs(settings, torch.device("cpu"), False, False, ())
 
@@ -147,6 +149,13 @@ def test_every_position_of_a_step() -> None:
     assert ends == [False] * 4 + [True, True, True, False] + [False]
     assert [bool((row[list(STOPS)] == float("-inf")).any()) for row in seen["last"]] == [False, False, False]
 
+    # Without drafts neither is due yet, and what the last step had does not count.
+    alone = torch.zeros(3, VOCABULARY)
+    for processor in made.non_argmax_invariant:
+        alone = processor.apply(alone)
+    assert [bool((row[list(STOPS)] == float("-inf")).all()) for row in alone] == [False, True, False]
+    assert int((alone != 0).sum()) == len(STOPS)
+
     sampler([[3, 4], [6, 7], []], made, seen)
     assert seen["last"][0].argmax() == 101  # due after the last draft
     assert [bool((row[list(STOPS)] == float("-inf")).all()) for row in seen["last"]] == [False, True, False]
@@ -170,13 +179,34 @@ def test_every_position_of_a_step() -> None:
     assert not seen["drafts"].any()
 
 
+def test_a_budgets_rows_follow_the_drafts_of_the_requests_before_it() -> None:
+    made = processors()
+    for processor in made.all:
+        processor.update_state(update(added=[(1, params(thinking_token_budget=2), [2], [100, 3])]))
+    seen: dict[str, torch.Tensor] = {}
+    sampler([[6, 7, 8], [3, 4], [1]], made, seen)
+    assert seen["drafts"].argmax(-1).tolist() == [0, 0, 0, 0, 101, 0]
+
+
 def _swap() -> Any:
     from vllm.v1.sample.logits_processor.interface import MoveDirectionality
 
     return MoveDirectionality.SWAP
 
 
-def test_other_models_keep_vllms_processors() -> None:
-    names = [type(p).__module__ for p in processors(target=LLAMA).all]
-    assert not any(name.startswith("vllm_gemma4_spec") for name in names)
+def test_other_models_keep_vllms_processors_and_are_sampled_with_them() -> None:
+    made = processors(target=LLAMA)
+    assert not any(type(p).__module__.startswith("vllm_gemma4_spec") for p in made.all)
+    for processor in made.all:
+        processor.update_state(update(added=[(0, params(min_tokens=2), [2], [])]))
+    seen: dict[str, torch.Tensor] = {}
+    sampler([[3, 4]], made, seen)
+    assert [bool((row[list(STOPS)] == float("-inf")).all()) for row in seen["drafts"]] == [True, True]
     assert sum(type(p).__module__.startswith("vllm_gemma4_spec") for p in processors().all) == 2
+
+
+def test_one_processor_forces_the_end_without_speculation_too() -> None:
+    """vLLM's own counts by step, and would force the end a second time."""
+    names = [type(p).__name__ for p in processors(speculates=False).all]
+    assert names.count("ThinkingBudget") == 1
+    assert "ThinkingTokenBudgetLogitsProcessor" not in names

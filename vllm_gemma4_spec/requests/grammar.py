@@ -35,11 +35,6 @@ class PositionedGrammar(StructuredOutputGrammar):
 
     def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
         """Advance by ``tokens``; False if the backend rejects one, which ends the advance before it."""
-        if self._begun and not self._ended and self._eos not in tokens:  # all are the backend's
-            if not self._inner.accept_tokens(request_id, tokens):
-                return False
-            self._taken += len(tokens)
-            return True
         return all(self._accept(request_id, token) for token in tokens)
 
     def _accept(self, request_id: str, token: int) -> bool:

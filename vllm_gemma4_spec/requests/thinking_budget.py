@@ -60,8 +60,6 @@ class ThinkingBudget(LogitsProcessor):
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (requests, vocabulary) of the token after the last draft, or after the output without drafts."""
-        if not self.requests:
-            return logits
         forced = []
         for row, request in self.requests.items():
             thinking = request.now()
@@ -76,17 +74,17 @@ class ThinkingBudget(LogitsProcessor):
                 forced.append((row, thinking.wanted))
         return self._force(logits, forced)
 
-    def apply_with_spec_decode(self, logits: torch.Tensor, num_draft_tokens: list[int]) -> torch.Tensor:
+    def apply_to_drafts(
+        self, logits: torch.Tensor, drafts: Sequence[Sequence[int]], num_draft_tokens: list[int]
+    ) -> torch.Tensor:
         """Logits (drafts of all requests, vocabulary) that the drafts are verified with."""
-        if not self.requests or self.drafts is None:
-            return logits
         forced = []
         first = 0
         for row, count in enumerate(num_draft_tokens):
             request = self.requests.get(row)
             if request is not None and request.now().may_end_within(count - 1):
                 thinking = request.now().copy()
-                for at, token in enumerate(self.drafts[row][:count]):
+                for at, token in enumerate(drafts[row][:count]):
                     if thinking.wanted is not None:
                         forced.append((first + at, thinking.wanted))
                     thinking.push(token)
@@ -161,6 +159,6 @@ def apply_logits_processors(original: Callable[..., Any]) -> Callable[..., Any]:
         budget = getattr(sampling_metadata.logitsprocs, BUDGET, None)
         if budget is None or not budget.requests:
             return logits
-        return budget.apply_with_spec_decode(logits, metadata.num_draft_tokens)
+        return budget.apply_to_drafts(logits, sampling_metadata.spec_token_ids, metadata.num_draft_tokens)
 
     return wrapper
