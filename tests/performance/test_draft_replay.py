@@ -184,11 +184,11 @@ def test_a_capture_runs_the_original_on_inputs_of_its_own(monkeypatch: pytest.Mo
 
     table = torch.zeros(4, 5, dtype=torch.int32)
     graphs = DraftGraphs(
-        proposer, SimpleNamespace(slot_kernel=kernel), lambda rows: table[:rows], propose, [1, 4], [2, K]
+        proposer, SimpleNamespace(slot_kernel=kernel), lambda rows: table[:rows], propose, [1, 4], [K, 2]
     )
     graphs._num_live.fill_(3)  # of a step before
     graphs.capture(None)
-    wanted = [(4, 2), (4, 2), (4, 2), (1, 2), (1, 2), (4, K), (4, K), (4, K), (1, K), (1, K)]
+    wanted = [(4, K), (4, K), (4, K), (1, K), (1, K), (4, 2), (4, 2), (4, 2), (1, 2), (1, 2)]
     captures = [2, 4, 7, 9]
     assert ran == [(*one, at in captures) for at, one in enumerate(wanted)]
     assert {key: int(g.drafts[0, 0]) - 1 for key, g in graphs._graphs.items()} == {wanted[at]: at for at in captures}

@@ -140,8 +140,18 @@ def test_every_position_of_a_step() -> None:
     ]
     for processor in made.all:
         processor.update_state(update(added=added))
+
+    def min_tokens_alone_are_due() -> None:
+        """In a step without drafts: those of the step before do not count."""
+        logits = torch.zeros(3, VOCABULARY)
+        for processor in made.non_argmax_invariant:
+            logits = processor.apply(logits)
+        assert bool((logits[1, list(STOPS)] == float("-inf")).all())
+        assert int((logits != 0).sum()) == len(STOPS)
+
     seen: dict[str, torch.Tensor] = {}
     sampler([[3, 4, 101, 5], [6, 7, 8, 9], [1]], made, seen)
+    min_tokens_alone_are_due()
     forced = seen["drafts"].argmax(-1)
     # One token was thought; the budget is spent after two drafts, and the end is due at the third.
     assert [int(forced[i]) for i in range(4)] == [0, 0, 101, 0]
@@ -149,17 +159,11 @@ def test_every_position_of_a_step() -> None:
     assert ends == [False] * 4 + [True, True, True, False] + [False]
     assert [bool((row[list(STOPS)] == float("-inf")).any()) for row in seen["last"]] == [False, False, False]
 
-    # Without drafts neither is due yet, and what the last step had does not count.
-    alone = torch.zeros(3, VOCABULARY)
-    for processor in made.non_argmax_invariant:
-        alone = processor.apply(alone)
-    assert [bool((row[list(STOPS)] == float("-inf")).all()) for row in alone] == [False, True, False]
-    assert int((alone != 0).sum()) == len(STOPS)
-
     sampler([[3, 4], [6, 7], []], made, seen)
     assert seen["last"][0].argmax() == 101  # due after the last draft
     assert [bool((row[list(STOPS)] == float("-inf")).all()) for row in seen["last"]] == [False, True, False]
     assert int((seen["last"] != 0).sum()) == 1 + len(STOPS)
+    min_tokens_alone_are_due()
     sampler([[], [], []], made, seen)
     assert int((seen["last"] != 0).sum()) == len(STOPS)
 
