@@ -50,7 +50,7 @@ MODULES: dict[str, list[str]] = {
         "requests/test_grammar_positions.py",
     ],
     "requests.structured_output": ["requests/test_grammar_positions.py"],
-    "requests.channel": ["requests/test_grammar_positions.py"],
+    "requests.channel": ["requests/test_prompt_channel.py", "requests/test_grammar_positions.py"],
     "requests.stop_strings": ["requests/test_stop_strings.py"],
     "requests.allowed_tokens": ["requests/test_allowed_tokens.py"],
     "requests.validation": ["requests/test_validation.py"],
