@@ -1,4 +1,4 @@
-// Runs nvfp4_stream.cu on a CPU: a thread per CUDA thread, one block after the other, copies that are done at once.
+// Runs nvfp4_stream.cu on a CPU: a thread per CUDA thread of all blocks, copies that are done at once.
 // Every device function that the kernel takes from the hardware is given here in plain C++.
 #include <atomic>
 #include <barrier>
@@ -13,6 +13,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 #define __align__(n)
 
 struct uint2 { unsigned x, y; };
@@ -21,30 +22,40 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 struct dim { int x, y, z; };
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct Arrivals {
+    std::atomic<int> left, phase;
+    int wanted;
+};
+struct Block {
+    alignas(1024) unsigned char memory[232448];
+    std::barrier<> all;
+    std::vector<std::unique_ptr<std::barrier<>>> warps, pairs;
+    std::vector<uint32_t> exchange = std::vector<uint32_t>(20 * 192);  // per warp: 32 lanes x 6 words
+    Arrivals barriers[64];  // one for every 8 bytes from the first on
+    explicit Block(int threads) : all(threads) {}
+};
 static thread_local dim threadIdx, blockIdx;
 static dim blockDim, gridDim;
-alignas(1024) static unsigned char shared[232448];
-static std::unique_ptr<std::barrier<>> block_barrier;
-static std::vector<std::unique_ptr<std::barrier<>>> warp_barriers, pair_barriers;
-static std::vector<uint32_t> exchange;  // per warp: 32 lanes x 6 words
-
-struct Arrivals { std::atomic<int> left, phase; int wanted; };
-static Arrivals barriers[64];  // one for every 8 bytes from the first on
+static thread_local Block* own;
 static unsigned first_barrier;
+#define shared (own->memory)
 
 static unsigned address(const void*) { return 0; }
-static Arrivals& at_barrier(unsigned barrier) { return barriers[(barrier - first_barrier) / 8]; }
+static Arrivals& at_barrier(unsigned barrier) { return own->barriers[(barrier - first_barrier) / 8]; }
 static void init_barrier(unsigned barrier, unsigned arrivals) {
     Arrivals& b = at_barrier(barrier);
     b.left = b.wanted = arrivals, b.phase = 0;
 }
 static void arrive(unsigned barrier) {
     Arrivals& b = at_barrier(barrier);
-    if (b.left.fetch_sub(1) == 1) b.left = b.wanted, b.phase++;
+    if (b.left.fetch_sub(1) != 1) return;
+    b.left = b.wanted, b.phase++;
+    b.phase.notify_all();
 }
 static void arrive_with_copies(unsigned barrier) { arrive(barrier); }
 static void wait(unsigned barrier, unsigned parity) {
-    while ((unsigned)(at_barrier(barrier).phase & 1) == parity) std::this_thread::yield();
+    Arrivals& b = at_barrier(barrier);
+    for (int now = b.phase; (unsigned)(now & 1) == parity; now = b.phase) b.phase.wait(now);
 }
 static void copy_once(unsigned to, const void* from, unsigned long long) { std::memcpy(shared + to, from, 16); }
 static uint4 load(const void* from) { return *(const uint4*)from; }
@@ -53,19 +64,23 @@ static void reread(float&) {}
 static unsigned shift_right_8(unsigned value) { return value >> 8; }
 template <int COUNT> static void give_registers() {}
 template <int COUNT> static void take_registers() {}
-static void pair_meets(int pair) { pair_barriers[pair]->arrive_and_wait(); }
-static void __syncthreads() { block_barrier->arrive_and_wait(); }
-static void __syncwarp() { warp_barriers[threadIdx.x / 32]->arrive_and_wait(); }
+static void pair_meets(int pair) { own->pairs[pair]->arrive_and_wait(); }
+static void __syncthreads() { own->all.arrive_and_wait(); }
+static void __syncwarp() { own->warps[threadIdx.x / 32]->arrive_and_wait(); }
 static void let_next_grid_start() {}
 static void wait_for_previous_grid() {}
 static void publish_barriers() {}
 static unsigned long long leaves_first() { return 0; }
-static unsigned count_arrival(unsigned* counter) { return (*counter)++; }
+static unsigned count_arrival(unsigned* counter) { return std::atomic_ref(*counter)++; }
+static unsigned counted(const unsigned* counter) {
+    std::this_thread::yield();
+    return std::atomic_ref(*const_cast<unsigned*>(counter));
+}
 static float4 __ldcg(const float4* at) { return *at; }
 static void __stcg(float4* at, float4 v) { *at = v; }
 static float as_float(unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; }
 static unsigned __shfl_sync(unsigned, unsigned value, int lane) {
-    uint32_t* all = exchange.data() + threadIdx.x / 32 * 192;
+    uint32_t* all = own->exchange.data() + threadIdx.x / 32 * 192;
     all[threadIdx.x % 32] = value;
     __syncwarp();
     unsigned out = all[lane];
@@ -86,7 +101,7 @@ static unsigned times_high(unsigned a, unsigned both) { return times(a, (both & 
 
 // ldmatrix.x4 and mma.m16n8k16 as the PTX manual lays them out over the lanes of a warp.
 static void load_matrices(unsigned (&v)[4], unsigned at) {
-    uint32_t* all = exchange.data() + threadIdx.x / 32 * 192;
+    uint32_t* all = own->exchange.data() + threadIdx.x / 32 * 192;
     int lane = threadIdx.x % 32;
     all[lane] = at;
     __syncwarp();
@@ -95,7 +110,7 @@ static void load_matrices(unsigned (&v)[4], unsigned at) {
 }
 static void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    uint32_t* all = exchange.data() + threadIdx.x / 32 * 192;
+    uint32_t* all = own->exchange.data() + threadIdx.x / 32 * 192;
     const unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
     std::memcpy(all + lane * 6, mine, 24);
     __syncwarp();
@@ -119,7 +134,7 @@ static void mma_async(float (&d)[MT][4], const unsigned (&a)[4], unsigned long l
     if (matrix >> 62 != 1 || (matrix >> 32 & 0x3FFF) != 1024 / 16) std::abort();
     const unsigned at = (matrix & 0x3FFF) * 16;
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    uint32_t* all = exchange.data() + threadIdx.x / 32 * 192;
+    uint32_t* all = own->exchange.data() + threadIdx.x / 32 * 192;
     std::memcpy(all + lane * 6, a, 16);
     __syncwarp();
     for (int m = 0; m < MT; m++)
@@ -143,20 +158,21 @@ extern "C" void run(const void* codes, const void* scales, const void* x, const 
     gridDim = {blocks, 1, 1};
     blockDim = {THREADS, 1, 1};
     first_barrier = BARRIERS_AT;
-    exchange.resize(20 * 192);
+    std::vector<std::unique_ptr<Block>> all;
+    std::vector<std::thread> threads;
     for (int block = 0; block < blocks; block++) {
-        block_barrier = std::make_unique<std::barrier<>>(THREADS);
-        warp_barriers.clear(), pair_barriers.clear();
-        for (int w = 0; w < THREADS / 32; w++) warp_barriers.push_back(std::make_unique<std::barrier<>>(32));
-        for (int w = 0; w < 8; w++) pair_barriers.push_back(std::make_unique<std::barrier<>>(64));
-        std::vector<std::thread> threads;
+        all.push_back(std::make_unique<Block>(THREADS));
+        Block* made = all.back().get();
+        for (int w = 0; w < THREADS / 32; w++) made->warps.push_back(std::make_unique<std::barrier<>>(32));
+        for (int w = 0; w < 8; w++) made->pairs.push_back(std::make_unique<std::barrier<>>(64));
         for (int i = 0; i < THREADS; i++)
             threads.emplace_back([=] {
                 threadIdx = {i, 0, 0};
                 blockIdx = {block, 0, 0};
+                own = made;
                 nvfp4_stream((const unsigned char*)codes, (const unsigned char*)scales, (const u16*)x, (const u16*)pre,
                              (u16*)y, global_scale, partial, arrivals, rows, N, K);
             });
-        for (auto& thread : threads) thread.join();
     }
+    for (auto& thread : threads) thread.join();
 }

@@ -12,9 +12,9 @@
 // Which inputs are added up in which order depends on the shape and on the grid, never on the number of rows, so a
 // row's result has the same bits whatever rows stand beside it.
 //
-// Compiled by NVRTC with MT (tiles of 8 rows), STAGES, HALVES (of a stage's inputs, each with eight warps: 1 or 2),
-// PER_SM (blocks that a multiprocessor holds), WGMMA (1 on Hopper: needs mma_async, see stream_gemm.py) and SCALED (1: x is
-// multiplied by pre_quant_scale first, each product rounded to bfloat16). Launched with PER_SM blocks a multiprocessor.
+// Compiled by NVRTC with the macros of stream_gemm.macros: MT (tiles of 8 rows), SCALED (1: x is multiplied by
+// pre_quant_scale first, each product rounded to bfloat16), WGMMA (1 on Hopper: needs mma_async, see stream_gemm.py) and a
+// Form's fields. Launched with PER_SM blocks a multiprocessor.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -23,13 +23,20 @@ typedef unsigned long long u64;
 #define COLUMNS 256  // outputs of a tile
 #define DEPTH 128    // inputs of a stage
 #define STEPS (DEPTH / 16)
-#define WARPS (8 * HALVES)  // that multiply: 8 times 32 outputs
+#define WARPS (8 * GROUPS)  // that multiply: 8 times 32 outputs
+#define EACH (HALVES / GROUPS)  // halves of a stage's inputs that a warp takes, each with sums of its own
 #define COPIERS 128  // threads that copy
-#define FIRST 2      // stages that do not wait for the kernel before this one
-#define HANDOVER (WGMMA && MT >= 8)  // of registers; what each warp starts with goes by THREADS and PER_SM
-#define COPIER_REGISTERS (HALVES == 1 && PER_SM == 1 ? 104 : 64)
-#define OTHER_REGISTERS (HALVES == 2 ? 104 : PER_SM == 1 ? 200 : 88)
+#define HANDOVER (WGMMA && MT >= 6 && !REGISTERS)  // of registers; what each warp starts with goes by THREADS and PER_SM
+#define COPIER_REGISTERS (GROUPS == 1 && PER_SM == 1 ? 104 : 64)
+#define OTHER_REGISTERS (GROUPS == 2 ? 104 : PER_SM == 1 ? 200 : 88)
+#define LAST_ITEMS (MT == 1 ? 2 : GROUPS == 2 || MT % 4 ? 4 : 8)  // loads of the last block: LAST_ITEMS * LAST_DEEP at a time
+#define LAST_DEEP (MT == 1 ? 4 : 2)
 #define THREADS (WARPS * 32 + COPIERS)
+#if REGISTERS
+#define BOUNDS __maxnreg__(REGISTERS)
+#else
+#define BOUNDS __launch_bounds__(THREADS, PER_SM)
+#endif
 #define CODES_AT 0
 #define SCALES_AT (STEPS * COLUMNS * 8)
 #define X_AT (SCALES_AT + STEPS * COLUMNS)
@@ -37,7 +44,7 @@ typedef unsigned long long u64;
 #define STAGE_BYTES (X_AT + DEPTH / 64 * X_PART)
 #define SUMS_AT (STAGES * STAGE_BYTES)
 #define SUMS 2048  // floats that the warps of one half hand to the other's, per tile of 8 rows
-#define BARRIERS_AT (SUMS_AT + (HALVES - 1) * 2 * SUMS * 4)
+#define BARRIERS_AT (SUMS_AT + (GROUPS - 1) * 2 * SUMS * 4)
 
 #ifndef NVFP4_STREAM_ON_HOST  // a test gives the functions below in plain C++ and runs the kernel on a CPU
 
@@ -153,6 +160,13 @@ __device__ __forceinline__ u32 count_arrival(u32* counter) {
     return before;
 }
 
+// What has been counted, and makes visible what those that counted have written before.
+__device__ __forceinline__ u32 counted(const u32* counter) {
+    u32 now;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+    return now;
+}
+
 // a * {b, b} for the low or the high half b of `both`, which the multiplication selects by itself.
 __device__ __forceinline__ u32 times_low(u32 a, u32 both) {
     u32 d;
@@ -200,7 +214,38 @@ __device__ __forceinline__ int block_of(int unit, int blocks, int units) {
     return (int)(((long)(unit + 1) * blocks - 1) / units);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
+// Sum of `count` parts for every `step`-th item. A load takes a microsecond: ITEMS * DEEP of them at a time.
+template <int ITEMS, int DEEP, class Part, class Write>
+__device__ __forceinline__ void add_parts(int item, int step, int items, int count, const Part& part, const Write& write) {
+#pragma unroll 1
+    for (; item < items; item += ITEMS * step) {
+        float4 sum[ITEMS];
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) sum[i] = make_float4(0, 0, 0, 0);
+#pragma unroll 1
+        for (int p = 0; p < count; p += DEEP) {
+            float4 v[DEEP][ITEMS];
+#pragma unroll
+            for (int d = 0; d < DEEP; d++)
+#pragma unroll
+                for (int i = 0; i < ITEMS; i++)
+                    if (p + d < count && item + i * step < items) v[d][i] = __ldcg(part(p + d, item + i * step));
+#pragma unroll
+            for (int d = 0; d < DEEP; d++)
+#pragma unroll
+                for (int i = 0; i < ITEMS; i++)
+                    if (p + d < count && item + i * step < items) {
+                        const float4& b = v[d][i];
+                        sum[i].x += b.x, sum[i].y += b.y, sum[i].z += b.z, sum[i].w += b.w;
+                    }
+        }
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++)
+            if (item + i * step < items) write(item + i * step, sum[i]);
+    }
+}
+
+extern "C" __global__ void BOUNDS nvfp4_stream(
     const unsigned char* codes,   // [K / 16, 8 * N] bytes, Marlin's order
     const unsigned char* scales,  // [K / 16, N] bytes, Marlin's order
     const u16* x,                 // [rows, K] bfloat16
@@ -224,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
         publish_barriers();
     }
     __syncthreads();
-    let_next_grid_start();
+    if (!LATE) let_next_grid_start();
 
     if (warp >= WARPS) {
 #if HANDOVER
@@ -247,14 +292,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
             if (++block == per_tile) block = 0, tile++;
         };
         const uint4 none = make_uint4(0, 0, 0, 0);
-        uint4 mine_of_x[MT], by = none;
-        const auto load_x = [&]() {
+        uint4 mine_of_x[AHEAD][MT], by[AHEAD];
+        const auto load_x = [&](int d) {
             const int k = x_block * DEPTH + piece * 8;
             const bool has_input = k < K;
 #pragma unroll
             for (int m = 0; m < MT; m++)
-                mine_of_x[m] = has_input && m * 8 + p / 16 < rows ? load(x + (long)(m * 8 + p / 16) * K + k) : none;
-            if (SCALED && has_input) by = load(pre + k);
+                mine_of_x[d][m] = has_input && m * 8 + p / 16 < rows ? load(x + (long)(m * 8 + p / 16) * K + k) : none;
+            if (SCALED) by[d] = has_input ? load(pre + k) : none;
             if (++x_block == per_tile) x_block = 0;
         };
         // No kernel before this one writes weights: the first are on their way while it ends. x must not queue behind a
@@ -262,25 +307,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
         int ahead = 0;
         for (; ahead < count && ahead < FIRST; ahead++) bring_weights(), stage++;
         wait_for_previous_grid();
-        load_x();
+#pragma unroll
+        for (int d = 0; d < AHEAD; d++)
+            if (d < count) load_x(d);
         for (; ahead < count && ahead < STAGES; ahead++) bring_weights(), stage++;
         stage = 0;
-        for (int i = 0; i < count; i++) {
-            if (i >= STAGES) {
-                wait(empty + 8 * stage, parity);
-                bring_weights();
-            }
+        for (int i = 0; i < count;) {
 #pragma unroll
-            for (int m = 0; m < MT; m++) {
-                if (m * 8 + p / 16 >= rows) continue;
-                uint4 v = mine_of_x[m];
-                if (SCALED) v = make_uint4(times(v.x, by.x), times(v.y, by.y), times(v.z, by.z), times(v.w, by.w));
-                *reinterpret_cast<uint4*>(shared + stage * STAGE_BYTES + x_piece(m * 8 + p / 16, piece)) = v;
+            for (int d = 0; d < AHEAD; d++, i++) {
+                if (i >= count) break;
+                if (i >= STAGES) {
+                    wait(empty + 8 * stage, parity);
+                    bring_weights();
+                }
+                if (LATE && i == count - 1) let_next_grid_start();
+#pragma unroll
+                for (int m = 0; m < MT; m++) {
+                    if (m * 8 + p / 16 >= rows) continue;
+                    uint4 v = mine_of_x[d][m];
+                    if (SCALED)
+                        v = make_uint4(times(v.x, by[d].x), times(v.y, by[d].y), times(v.z, by[d].z), times(v.w, by[d].w));
+                    *reinterpret_cast<uint4*>(shared + stage * STAGE_BYTES + x_piece(m * 8 + p / 16, piece)) = v;
+                }
+                publish_to_wgmma();
+                arrive(full + 8 * stage);
+                if (i + AHEAD < count) load_x(d);
+                if (++stage == STAGES) stage = 0, parity ^= 1;
             }
-            publish_to_wgmma();
-            arrive(full + 8 * stage);
-            if (i + 1 < count) load_x();
-            if (++stage == STAGES) stage = 0, parity ^= 1;
         }
         return;
     }
@@ -289,31 +342,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
     take_registers<OTHER_REGISTERS>();
 #endif
     const int g = lane / 4, t = lane % 4, part_n = warp % 8, part_k = warp / 8;
-    float acc[2][MT][4];
+    float acc[EACH][2][MT][4];
 #pragma unroll
-    for (int q = 0; q < 2; q++)
-#pragma unroll
-        for (int m = 0; m < MT; m++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) acc[q][m][i] = 0.0f;
+    for (int j = 0; j < EACH * 2 * MT * 4; j++) acc[j / (8 * MT)][j / (4 * MT) % 2][j / 4 % MT][j % 4] = 0.0f;
     // Where this lane's share of a step lies: two words of codes, four scales.
     const u32 codes_at = CODES_AT + part_n / 2 * 512 + lane * 16 + part_n % 2 * 8;
     const u32 scales_at = SCALES_AT + part_n / 2 * 64 + g * 8 + part_n % 2 * 4;
     const u32 top = 0x70007000u | (u32)rows >> 31;  // kept in a register: an instruction takes one constant by itself
-    const u32 x_at_16 = ((base + X_AT) >> 4) + part_k * (STEPS / HALVES / 4 * X_PART / 16);
+    const u32 x_at_16 = ((base + X_AT) >> 4) + part_k * (STEPS / GROUPS / 4 * X_PART / 16);
     const float scale = *global_scale * 1.262177448353619e-29f;  // 2^-96
     float* sums = reinterpret_cast<float*>(shared + SUMS_AT) + (part_n * 32 + lane) * 8;
+
+    // Blocks that share a tile, and this lane's four sums (item: rows m * 8 + t * 2 and the next, times 2, plus which 16
+    // outputs) of the p-th of them: its last tile where it is the first of them, else its first.
+    const auto first_of = [&](int tile) { return block_of(tile * per_tile, gridDim.x, units); };
+    const auto count_of = [&](int tile, int first) {
+        return block_of((tile + 1) * per_tile - 1, gridDim.x, units) - first + 1;
+    };
+    const auto part = [&](int first, int p, int item) {
+        const long slot = ((first + p) * 2 + !p) * MT + item / 2;
+        return reinterpret_cast<float4*>(partial + slot * SUMS + (part_n * 32 + lane) * 8) + item % 2;
+    };
+    const auto write = [&](int tile, int item, const float4& v) {
+        const int column = tile * COLUMNS + part_n * 32, row = item / 2 * 8 + t * 2;
+        if (column >= N) return;
+        u16* at = y + (long)row * N + column + item % 2 * 16 + g;
+        if (row < rows) at[0] = to_bf16(v.x * scale), at[8] = to_bf16(v.z * scale);
+        if (row + 1 < rows) at[N] = to_bf16(v.y * scale), at[N + 8] = to_bf16(v.w * scale);
+    };
+    const int items = (rows + 7) / 8 * 2;
 
     int tile = mine.first / per_tile, block = mine.first % per_tile, stage = 0, parity = 0, buffer = 0;
     for (int left = mine.last - mine.first; left > 0; left--) {
         wait(full + 8 * stage, parity);
         const u32 here = stage * STAGE_BYTES;
-        const unsigned char* from = shared + here + part_k * (STEPS / HALVES * COLUMNS * 8) + codes_at;
-        const unsigned char* scales_from = shared + here + part_k * (STEPS / HALVES * COLUMNS) + scales_at;
+        const unsigned char* from = shared + here + part_k * (STEPS / GROUPS * COLUMNS * 8) + codes_at;
+        const unsigned char* scales_from = shared + here + part_k * (STEPS / GROUPS * COLUMNS) + scales_at;
         uint2 words = *reinterpret_cast<const uint2*>(from);
         u32 bytes = *reinterpret_cast<const u32*>(scales_from);
 #pragma unroll
-        for (int s = 0; s < STEPS / HALVES; s++) {
+        for (int s = 0; s < STEPS / GROUPS; s++) {
+            const int half = s / (STEPS / HALVES);
             u32 a[2][4];
 #pragma unroll
             for (int q = 0; q < 2; q++) {
@@ -324,20 +393,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
                 a[q][2] = times_low(decode(word << 8, word << 2), both);
                 a[q][3] = times_high(decode(word, high << 2), both);
             }
-            if (s + 1 < STEPS / HALVES) {  // the next step's are on their way while this one's are multiplied
+            if (s + 1 < STEPS / GROUPS) {  // the next step's are on their way while this one's are multiplied
                 words = *reinterpret_cast<const uint2*>(from + (s + 1) * COLUMNS * 8);
                 bytes = *reinterpret_cast<const u32*>(scales_from + (s + 1) * COLUMNS);
             }
 #if WGMMA
             const u64 rows_of_x = x_matrix(x_at_16 + stage * (STAGE_BYTES / 16) + s / 4 * (X_PART / 16) + s % 4 * 2);
             mma_begins();
-            mma_async(acc[0], a[0], rows_of_x);
-            mma_async(acc[1], a[1], rows_of_x);
+            mma_async(acc[half][0], a[0], rows_of_x);
+            mma_async(acc[half][1], a[1], rows_of_x);
             mma_commits();
-            if (MT < 8) mma_finishes<1>();  // the step before: its registers are free again
+            if (OVERLAP) mma_finishes<1>();  // the step before: its registers are free again
             else mma_finishes<0>();
 #else
-            const int step = part_k * (STEPS / HALVES) + s;
+            const int step = part_k * (STEPS / GROUPS) + s;
 #pragma unroll
             for (int m = 0; m < MT; m += 2) {
                 const int row = m * 8 + lane % 8 + (m + 1 < MT ? lane / 16 * 8 : 0);
@@ -345,8 +414,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
                 load_matrices(in, base + here + x_piece(row, step * 2 + lane / 8 % 2));
 #pragma unroll
                 for (int q = 0; q < 2; q++) {
-                    mma(acc[q][m], a[q], in[0], in[1]);
-                    if (m + 1 < MT) mma(acc[q][m + 1 < MT ? m + 1 : m], a[q], in[2], in[3]);
+                    mma(acc[half][q][m], a[q], in[0], in[1]);
+                    if (m + 1 < MT) mma(acc[half][q][m + 1 < MT ? m + 1 : m], a[q], in[2], in[3]);
                 }
             }
 #endif
@@ -360,92 +429,70 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
         if (++block < per_tile && left > 1) continue;
 
         // The tile ends here, or this block's share does: add up both halves of the inputs, then all parts.
-        const int column = tile * COLUMNS + part_n * 32;
-        const int first = block_of(tile * per_tile, gridDim.x, units);
-        const int count = block_of((tile + 1) * per_tile - 1, gridDim.x, units) - first + 1;
-        float* parts = partial + (long)first * (2 * MT * SUMS) + (part_n * 32 + lane) * 8;
-        const auto part = [&](int p, int m, int q) {  // this lane's four sums in part p: block first + p's
-            return reinterpret_cast<float4*>(parts + (long)((p * 2 + !p) * MT + m) * SUMS) + q;
-        };
-        const auto write = [&](int m, int q, const float4& v) {
-            if (column >= N) return;
-            u16* at = y + (long)(m * 8 + t * 2) * N + column + q * 16 + g;
-            if (m * 8 + t * 2 < rows) at[0] = to_bf16(v.x * scale), at[8] = to_bf16(v.z * scale);
-            if (m * 8 + t * 2 + 1 < rows) at[N] = to_bf16(v.y * scale), at[N + 8] = to_bf16(v.w * scale);
-        };
+        const int first = first_of(tile), count = count_of(tile, first);
 #pragma unroll
         for (int m = 0; m < MT; m++) {
 #pragma unroll
-            for (int q = 0; q < 2; q++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) reread(acc[q][m][i]);
-#if HALVES == 2
+            for (int j = 0; j < EACH * 8; j++) reread(acc[j / 8][j / 4 % 2][m][j % 4]);
+#if GROUPS == 2
             float* here = sums + buffer * SUMS;  // two in turn, so that one meeting each is enough
             buffer ^= 1;
             if (part_k) {
 #pragma unroll
                 for (int q = 0; q < 2; q++)
                     *reinterpret_cast<float4*>(here + q * 4) =
-                        make_float4(acc[q][m][0], acc[q][m][1], acc[q][m][2], acc[q][m][3]);
+                        make_float4(acc[0][q][m][0], acc[0][q][m][1], acc[0][q][m][2], acc[0][q][m][3]);
             }
             pair_meets(part_n);
 #endif
 #pragma unroll
             for (int q = 0; q < 2; q++) {
                 if (part_k) continue;
-                float4 sum = make_float4(acc[q][m][0], acc[q][m][1], acc[q][m][2], acc[q][m][3]);
-#if HALVES == 2
+                float4 sum = make_float4(acc[0][q][m][0], acc[0][q][m][1], acc[0][q][m][2], acc[0][q][m][3]);
+#if GROUPS == 2
                 const float4 v = *reinterpret_cast<const float4*>(here + q * 4);
                 sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+#elif EACH == 2
+                const float* v = acc[1][q][m];
+                sum = make_float4(sum.x + v[0], sum.y + v[1], sum.z + v[2], sum.w + v[3]);
 #endif
-                if (count > 1) __stcg(part(blockIdx.x - first, m, q), sum);
-                else write(m, q, sum);
+                if (count > 1) __stcg(part(first, blockIdx.x - first, m * 2 + q), sum);
+                else write(tile, m * 2 + q, sum);
             }
         }
-        if (count > 1 && !part_k) {  // the last block to arrive adds up the parts, always in the same order
+        if (count > 1 && !part_k) {
             __syncwarp();
             u32 arrived = 0;
-            if (lane == 0) {
-                arrived = count_arrival(arrivals + tile * 8 + part_n);
-                if (arrived == count - 1) arrivals[tile * 8 + part_n] = 0;
-            }
+            if (lane == 0) arrived = count_arrival(arrivals + tile * 8 + part_n);
+#if !SPREAD  // the last block to arrive adds up the parts, always in the same order
             if (__shfl_sync(0xFFFFFFFFu, arrived, 0) == count - 1) {
-                // A load takes a microsecond: 8 or 16 of them at a time.
-                constexpr int TILES = MT == 1 ? 1 : HALVES == 2 || MT % 4 ? 2 : 4, DEEP = MT == 1 ? 4 : 2;
-#pragma unroll 1
-                for (int m = 0; m < MT && m * 8 < rows; m += TILES) {
-                    float4 a[TILES][2];
-#pragma unroll
-                    for (int i = 0; i < TILES * 2; i++) a[i / 2][i % 2] = make_float4(0, 0, 0, 0);
-#pragma unroll 1
-                    for (int p = 0; p < count; p += DEEP) {
-                        float4 v[DEEP][TILES][2];
-#pragma unroll
-                        for (int d = 0; d < DEEP; d++)
-#pragma unroll
-                            for (int i = 0; i < TILES * 2; i++)
-                                if (p + d < count) v[d][i / 2][i % 2] = __ldcg(part(p + d, m + i / 2, i % 2));
-#pragma unroll
-                        for (int d = 0; d < DEEP; d++)
-#pragma unroll
-                            for (int i = 0; i < TILES * 2; i++)
-                                if (p + d < count) {
-                                    const float4& b = v[d][i / 2][i % 2];
-                                    float4& to = a[i / 2][i % 2];
-                                    to.x += b.x, to.y += b.y, to.z += b.z, to.w += b.w;
-                                }
-                    }
-#pragma unroll
-                    for (int i = 0; i < TILES * 2; i++) write(m + i / 2, i % 2, a[i / 2][i % 2]);
-                }
+                if (lane == 0) arrivals[tile * 8 + part_n] = 0;
+                add_parts<LAST_ITEMS, LAST_DEEP>(0, 1, items, count, [&](int p, int item) { return part(first, p, item); },
+                                       [&](int item, const float4& v) { write(tile, item, v); });
             }
+#endif
         }
 #pragma unroll
-        for (int q = 0; q < 2; q++)
-#pragma unroll
-            for (int m = 0; m < MT; m++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) acc[q][m][i] = 0.0f;
+        for (int j = 0; j < EACH * 2 * MT * 4; j++) acc[j / (8 * MT)][j / (4 * MT) % 2][j / 4 % MT][j % 4] = 0.0f;
         block = 0, tile++;
     }
+#if SPREAD  // all blocks that share a tile add up its parts, each for other rows or outputs, always in the same order
+    for (int n = 0; n < 2; n++) {
+        tile = (n ? mine.last - 1 : mine.first) / per_tile;
+        const int first = first_of(tile), count = count_of(tile, first);
+        if (count == 1 || (n && tile == mine.first / per_tile)) continue;
+        // All blocks of this grid run, or will once a kernel before it ends: the next grid's start after these.
+        u32* counter = arrivals + tile * 8 + part_n;
+        if (lane == 0)
+            while (counted(counter) < count) {}
+        __syncwarp();
+        const auto from = [&](int p, int item) { return part(first, p, item); };
+        const auto to = [&](int item, const float4& v) { write(tile, item, v); };
+        const int readers = count * GROUPS, me = (blockIdx.x - first) * GROUPS + part_k;
+        if (items > 2 * readers) add_parts<4, 4>(me, readers, items, count, from, to);
+        else add_parts<2, 8>(me, readers, items, count, from, to);
+        __syncwarp();
+        if (lane == 0 && count_arrival(counter) == count + readers - 1) *counter = 0;
+    }
+#endif
 }
