@@ -134,10 +134,10 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(libraries: Any) -> No
 @pytest.mark.parametrize(
     ("form", "tiles"),
     [
-        (Form(2, groups=1, wgmma=True, overlap=True), 2),  # both halves by the same warps
-        (Form(3, groups=1, wgmma=True, spread=True, ahead=2), 6),
+        (Form(2, groups=1, wgmma=True, overlap=True, carry=True), 2),  # both halves by the same warps
+        (Form(3, groups=1, wgmma=True, overlap=True, carry=True, batch=2, spread=True, ahead=2), 6),
         (Form(2, wgmma=True, spread=True), 2),
-        (Form(4, wgmma=True, first=4, ahead=4, late=True), 2),
+        (Form(4, wgmma=True, overlap=True, carry=True, batch=4, first=4, ahead=4, late=True), 2),
     ],
 )
 def test_forms_of_the_same_halves_have_the_same_bits(libraries: Any, form: Form, tiles: int) -> None:

@@ -206,12 +206,12 @@ struct Share {  // units of one block: a unit is a stage's worth of inputs of on
 };
 
 __device__ __forceinline__ Share share_of(int block, int blocks, int units) {
-    return {(int)((long)units * block / blocks), (int)((long)units * (block + 1) / blocks)};
+    return {(int)((u32)units * block / blocks), (int)((u32)units * (block + 1) / blocks)};  // of 10^11 weights at most
 }
 
 // The block whose share holds this unit.
 __device__ __forceinline__ int block_of(int unit, int blocks, int units) {
-    return (int)(((long)(unit + 1) * blocks - 1) / units);
+    return (int)(((u32)(unit + 1) * blocks - 1) / units);
 }
 
 // Sum of `count` parts for every `step`-th item. A load takes a microsecond: ITEMS * DEEP of them at a time.
@@ -372,61 +372,83 @@ extern "C" __global__ void BOUNDS nvfp4_stream(
     };
     const int items = (rows + 7) / 8 * 2;
 
-    int tile = mine.first / per_tile, block = mine.first % per_tile, stage = 0, parity = 0, buffer = 0;
-    for (int left = mine.last - mine.first; left > 0; left--) {
-        wait(full + 8 * stage, parity);
-        const u32 here = stage * STAGE_BYTES;
-        const unsigned char* from = shared + here + part_k * (STEPS / GROUPS * COLUMNS * 8) + codes_at;
-        const unsigned char* scales_from = shared + here + part_k * (STEPS / GROUPS * COLUMNS) + scales_at;
-        uint2 words = *reinterpret_cast<const uint2*>(from);
-        u32 bytes = *reinterpret_cast<const u32*>(scales_from);
+    int tile = mine.first / per_tile, block = mine.first % per_tile, stage = 0, parity = 0, buffer = 0, before = 0;
+    for (int left = mine.last - mine.first; left > 0;) {
+        const int whole = per_tile - block, stages = whole < left ? whole : left;
+        left -= stages;
+        for (int i = 0; i < stages; i++) {
+            wait(full + 8 * stage, parity);
+            const u32 here = stage * STAGE_BYTES;
+            const unsigned char* from = shared + here + part_k * (STEPS / GROUPS * COLUMNS * 8) + codes_at;
+            const unsigned char* scales_from = shared + here + part_k * (STEPS / GROUPS * COLUMNS) + scales_at;
+            uint2 words = *reinterpret_cast<const uint2*>(from);
+            u32 bytes = *reinterpret_cast<const u32*>(scales_from);
 #pragma unroll
-        for (int s = 0; s < STEPS / GROUPS; s++) {
-            const int half = s / (STEPS / HALVES);
-            u32 a[2][4];
+            for (int s = 0; s < STEPS / GROUPS; s += BATCH) {
+                const int half = s / (STEPS / HALVES);
+                u32 a[BATCH][2][4];
 #pragma unroll
-            for (int q = 0; q < 2; q++) {
-                const u32 word = q ? words.y : words.x, high = shift_right_8(word);
-                const u32 both = scales_of(q ? bytes >> 4 : bytes << 4, top);
-                a[q][0] = times_low(decode(word << 12, word << 6), both);
-                a[q][1] = times_high(decode(word << 4, high << 6), both);
-                a[q][2] = times_low(decode(word << 8, word << 2), both);
-                a[q][3] = times_high(decode(word, high << 2), both);
-            }
-            if (s + 1 < STEPS / GROUPS) {  // the next step's are on their way while this one's are multiplied
-                words = *reinterpret_cast<const uint2*>(from + (s + 1) * COLUMNS * 8);
-                bytes = *reinterpret_cast<const u32*>(scales_from + (s + 1) * COLUMNS);
-            }
-#if WGMMA
-            const u64 rows_of_x = x_matrix(x_at_16 + stage * (STAGE_BYTES / 16) + s / 4 * (X_PART / 16) + s % 4 * 2);
-            mma_begins();
-            mma_async(acc[half][0], a[0], rows_of_x);
-            mma_async(acc[half][1], a[1], rows_of_x);
-            mma_commits();
-            if (OVERLAP) mma_finishes<1>();  // the step before: its registers are free again
-            else mma_finishes<0>();
-#else
-            const int step = part_k * (STEPS / GROUPS) + s;
+                for (int b = 0; b < BATCH; b++) {
 #pragma unroll
-            for (int m = 0; m < MT; m += 2) {
-                const int row = m * 8 + lane % 8 + (m + 1 < MT ? lane / 16 * 8 : 0);
-                u32 in[4];
-                load_matrices(in, base + here + x_piece(row, step * 2 + lane / 8 % 2));
-#pragma unroll
-                for (int q = 0; q < 2; q++) {
-                    mma(acc[half][q][m], a[q], in[0], in[1]);
-                    if (m + 1 < MT) mma(acc[half][q][m + 1 < MT ? m + 1 : m], a[q], in[2], in[3]);
+                    for (int q = 0; q < 2; q++) {
+                        const u32 word = q ? words.y : words.x, high = shift_right_8(word);
+                        const u32 both = scales_of(q ? bytes >> 4 : bytes << 4, top);
+                        a[b][q][0] = times_low(decode(word << 12, word << 6), both);
+                        a[b][q][1] = times_high(decode(word << 4, high << 6), both);
+                        a[b][q][2] = times_low(decode(word << 8, word << 2), both);
+                        a[b][q][3] = times_high(decode(word, high << 2), both);
+                    }
+                    if (s + b + 1 < STEPS / GROUPS) {  // the next step's are on their way while this one's are multiplied
+                        words = *reinterpret_cast<const uint2*>(from + (s + b + 1) * COLUMNS * 8);
+                        bytes = *reinterpret_cast<const u32*>(scales_from + (s + b + 1) * COLUMNS);
+                    }
                 }
-            }
-#endif
-        }
 #if WGMMA
-        mma_finishes<0>();
+                mma_begins();
+#pragma unroll
+                for (int b = 0; b < BATCH; b++) {
+                    const u64 rows_of_x =
+                        x_matrix(x_at_16 + stage * (STAGE_BYTES / 16) + (s + b) / 4 * (X_PART / 16) + (s + b) % 4 * 2);
+                    mma_async(acc[half][0], a[b][0], rows_of_x);
+                    mma_async(acc[half][1], a[b][1], rows_of_x);
+                }
+                mma_commits();
+                if (OVERLAP) mma_finishes<1>();  // the steps before: their registers are free again
+                else mma_finishes<0>();
+                if (CARRY && s == 0 && i > 0) {  // all of the stage before is multiplied now
+                    __syncwarp();
+                    if (lane == 0) arrive(empty + 8 * before);
+                }
+#else
+                const int step = part_k * (STEPS / GROUPS) + s;
+#pragma unroll
+                for (int m = 0; m < MT; m += 2) {
+                    const int row = m * 8 + lane % 8 + (m + 1 < MT ? lane / 16 * 8 : 0);
+                    u32 in[4];
+                    load_matrices(in, base + here + x_piece(row, step * 2 + lane / 8 % 2));
+#pragma unroll
+                    for (int q = 0; q < 2; q++) {
+                        mma(acc[half][q][m], a[0][q], in[0], in[1]);
+                        if (m + 1 < MT) mma(acc[half][q][m + 1 < MT ? m + 1 : m], a[0][q], in[2], in[3]);
+                    }
+                }
 #endif
+            }
+#if !CARRY
+#if WGMMA
+            mma_finishes<0>();
+#endif
+            __syncwarp();
+            if (lane == 0) arrive(empty + 8 * stage);
+#endif
+            before = stage;
+            if (++stage == STAGES) stage = 0, parity ^= 1;
+        }
+#if CARRY
+        mma_finishes<0>();
         __syncwarp();
-        if (lane == 0) arrive(empty + 8 * stage);
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-        if (++block < per_tile && left > 1) continue;
+        if (lane == 0) arrive(empty + 8 * before);
+#endif
 
         // The tile ends here, or this block's share does: add up both halves of the inputs, then all parts.
         const int first = first_of(tile), count = count_of(tile, first);

@@ -45,6 +45,8 @@ class Form:
     registers: int = 0  # of a thread at most, so that other kernels' blocks fit beside this one's; 0: all there are
     late: bool = False  # the next kernel may start when the last weights are asked for, not at once
     overlap: bool = False  # decode while wgmma multiplies the step before
+    batch: int = 1  # steps of 16 inputs that wgmma is given at a time
+    carry: bool = False  # wgmma may still read a stage when the next one is decoded; with overlap
     spread: bool = False  # all blocks that share a tile add up its parts, not the last one
     sharing: int = 0  # blocks that share a tile at most, on average; 0: as many as there are
 
@@ -108,6 +110,8 @@ def macros(tiles: int, scaled: bool, form: Form) -> dict[str, int]:
         "REGISTERS": form.registers,
         "LATE": int(form.late),
         "OVERLAP": int(form.overlap),
+        "BATCH": form.batch,
+        "CARRY": int(form.carry),
         "SPREAD": int(form.spread),
     }
 
