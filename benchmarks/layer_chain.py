@@ -124,7 +124,8 @@ def few(name: str, base: dict[int, Form], rows: tuple[int, ...] = (1, 16, 32), *
     def fitting(tiles: int, form: Form) -> Form:
         most = (227 * 1024 - (form.groups - 1) * 16384) // (18432 + 2048 * tiles + 16)
         stages = min(form.stages, most)
-        return replace(form, stages=stages, first=min(form.first, stages), ahead=min(form.ahead, max(1, 8 // tiles)))
+        ahead, batch = min(form.ahead, max(1, 8 // tiles)), min(form.batch, 4 // tiles)
+        return replace(form, stages=stages, first=min(form.first, stages), ahead=ahead, batch=batch)
 
     kept = {t: f for t, f in base.items() if any(8 * t >= r > 4 * t or (t == 1 and r <= 8) for r in rows)}
     return both(name, {t: fitting(t, replace(f, **change)) for t, f in kept.items()}, rows)
@@ -142,6 +143,7 @@ TWO = Form(6, groups=1, wgmma=True, overlap=True)  # both halves by the same war
 MANY = {t: replace(TWO, spread=True) for t in (6, 8)}
 ONE = Form(5, halves=1, groups=1, wgmma=True)  # one sum
 BEST = replace(ONE, overlap=True, spread=True)
+QUICK = replace(BEST, carry=True, batch=2)
 
 PARTS: dict[str, dict[str, Variant]] = {
     "few": {
@@ -159,6 +161,8 @@ PARTS: dict[str, dict[str, Variant]] = {
         **few("x4 f4 c b4", FEW, (1, 16), ahead=4, first=4, carry=True, batch=4),
         **few("x4 f4 c b2 late", FEW, (1, 16), ahead=4, first=4, carry=True, batch=2, late=True),
         **few("x4 f4 c b2 spread", FEW, ahead=4, first=4, carry=True, batch=2, spread=True),
+        **few("x4 f4 c b2 bulk", FEW, ahead=4, first=4, carry=True, batch=2, bulk=True),
+        **few("x4 s8 f8 c b2 bulk", FEW, (1, 16), ahead=4, stages=8, first=8, carry=True, batch=2, bulk=True),
         **few("x4 s8 c b2", FEW, ahead=4, stages=8, carry=True, batch=2),
         **few("x4 s8 f8 c b2", FEW, ahead=4, stages=8, first=8, carry=True, batch=2),
         # A norm's block of 256 threads with 108 registers fits beside these.
@@ -175,6 +179,10 @@ PARTS: dict[str, dict[str, Variant]] = {
         **both("two spread", MANY, (33, 48, 64)),
         "two spread c": Variant(changed(MANY, carry=True), (48, 64)),
         **both("two spread c b2", changed(MANY, carry=True, batch=2), (33, 48, 64)),
+        "two spread c b2 bulk": Variant(changed(MANY, carry=True, batch=2, bulk=True), (48, 64)),
+        "two spread c b2 bulk x2 f6": Variant(
+            changed(MANY, carry=True, batch=2, bulk=True, ahead=2, first=6), (48, 64)
+        ),
         "two spread f4": Variant(changed(MANY, first=4), (48, 64)),
         "two spread x2": Variant(changed(MANY, ahead=2), (48, 64)),
         "two spread late": Variant(changed(MANY, late=True), (64,)),
@@ -186,6 +194,7 @@ PARTS: dict[str, dict[str, Variant]] = {
         "one overlap spread c": Variant({10: replace(BEST, carry=True)}, (80,)),
         **both("one overlap spread c b2", {10: replace(BEST, carry=True, batch=2)}, (65, 80)),
         "one overlap spread c b2 f5": Variant({10: replace(BEST, carry=True, batch=2, first=5)}, (65, 80)),
+        "one overlap spread c b2 bulk": Variant({10: replace(BEST, carry=True, batch=2, bulk=True)}, (80,)),
         "one overlap spread x2": Variant({10: replace(BEST, ahead=2)}, (80,)),
         "one overlap spread f4": Variant({10: replace(BEST, first=4)}, (80,)),
         "one spread 16": Variant({16: replace(ONE, stages=4, spread=True)}, (96, 128)),
@@ -198,12 +207,13 @@ PARTS: dict[str, dict[str, Variant]] = {
             "now spread": Variant(changed(NOW, spread=True), (1, 16, 32, 64, 80)),
             "x4 f4 c b2": Variant(changed({t: FEW[t] for t in (1, 2)}, ahead=4, first=4, carry=True, batch=2), (1, 16)),
             "two": Variant({6: TWO, 8: TWO}, (48, 64)),
-            "two spread": Variant(MANY, (48, 64)),
-            "one overlap": Variant({10: replace(BEST, spread=False)}, (80,)),
-            "one overlap spread": Variant({10: BEST}, (80,)),
-            "one overlap 4 share": Variant({10: replace(BEST, spread=False, sharing=4)}, (80,)),
-            "one overlap spread 4 share": Variant({10: replace(BEST, sharing=4)}, (80,)),
-            "one overlap spread 8 share": Variant({10: replace(BEST, sharing=8)}, (80,)),
+            "two spread c b2": Variant(changed(MANY, carry=True, batch=2), (48, 64)),
+            "one spread": Variant({10: BEST}, (80,)),
+            "one c b2": Variant({10: replace(QUICK, spread=False)}, (80,)),
+            "one c b2 spread": Variant({10: QUICK}, (80,)),
+            "one c b2 4 share": Variant({10: replace(QUICK, spread=False, sharing=4)}, (80,)),
+            "one c b2 spread 4 share": Variant({10: replace(QUICK, sharing=4)}, (80,)),
+            "one c b2 spread 8 share": Variant({10: replace(QUICK, sharing=8)}, (80,)),
         }.items()
     },
     # Two blocks of these fit a multiprocessor, so that a GEMM's first weights come while the one before runs.

@@ -26,7 +26,7 @@ struct dim { int x, y, z; };
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static thread_local dim threadIdx, blockIdx;
 static dim blockDim, gridDim;
-struct Arrivals { std::atomic<int> left, phase; int wanted; };
+struct Arrivals { std::atomic<int> left, phase; int wanted; std::atomic<int> bytes; };
 struct State {  // of a block
     explicit State(int threads) : whole(threads), exchange(threads / 32 * 192) {
         for (int w = 0; w < threads / 32; w++) warps.push_back(std::make_unique<std::barrier<>>(32));
@@ -46,13 +46,18 @@ static unsigned address(const void*) { return 0; }
 static Arrivals& at_barrier(unsigned barrier) { return state->barriers[(barrier - first_barrier) / 8]; }
 static void init_barrier(unsigned barrier, unsigned arrivals) {
     Arrivals& b = at_barrier(barrier);
-    b.left = b.wanted = arrivals, b.phase = 0;
+    b.left = b.wanted = arrivals, b.phase = b.bytes = 0;
 }
 static void arrive(unsigned barrier) {
     Arrivals& b = at_barrier(barrier);
     if (b.left.fetch_sub(1) != 1) return;
+    while (b.bytes) std::this_thread::yield();  // of bulk copies that another thread is still at
     b.left = b.wanted, b.phase++;
     b.phase.notify_all();
+}
+static void arrive_expecting(unsigned barrier, unsigned bytes) {
+    at_barrier(barrier).bytes += bytes;
+    arrive(barrier);
 }
 static void arrive_with_copies(unsigned barrier) { arrive(barrier); }
 static void wait(unsigned barrier, unsigned parity) {
@@ -60,6 +65,10 @@ static void wait(unsigned barrier, unsigned parity) {
     for (int now = phase; (unsigned)(now & 1) == parity; now = phase) phase.wait(now);
 }
 static void copy_once(unsigned to, const void* from, unsigned long long) { std::memcpy(shared + to, from, 16); }
+static void bulk_copy_once(unsigned to, const void* from, unsigned bytes, unsigned barrier, unsigned long long) {
+    std::memcpy(shared + to, from, bytes);
+    at_barrier(barrier).bytes -= bytes;
+}
 static uint4 load(const void* from) { return *(const uint4*)from; }
 static void publish_to_wgmma() {}
 static void reread(float&) {}

@@ -72,6 +72,18 @@ __device__ __forceinline__ void copy_once(u32 to, const void* from, u64 policy) 
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
 }
 
+// By one thread, without registers; `barrier` counts the bytes.
+__device__ __forceinline__ void bulk_copy_once(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+__device__ __forceinline__ void arrive_expecting(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
 __device__ __forceinline__ uint4 load(const void* from) {
     uint4 v;
     asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
@@ -272,7 +284,7 @@ extern "C" __global__ void BOUNDS nvfp4_stream(
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
-            init_barrier(full + 8 * s, 2 * COPIERS);  // each brings weights and x
+            init_barrier(full + 8 * s, 2 * COPIERS + BULK);  // each brings weights and x
             init_barrier(empty + 8 * s, WARPS);
         }
         publish_barriers();
@@ -291,10 +303,18 @@ extern "C" __global__ void BOUNDS nvfp4_stream(
             const u32 at = base + stage * STAGE_BYTES;
             const unsigned char* from = codes + ((long)block * STEPS * N + tile * COLUMNS) * 8 + p * 16;
             const int columns = N - tile * COLUMNS, steps = K / 16 - block * STEPS;
+#if BULK
+            const u32 bytes = (columns < COLUMNS ? columns : COLUMNS) * 8;
+            if (p == 0) arrive_expecting(full + 8 * stage, (steps < STEPS ? steps : STEPS) * bytes);
+            const int s = p / 32 * 2 + p % 32;
+            if (p % 32 < 2 && s < steps)
+                bulk_copy_once(at + CODES_AT + s * COLUMNS * 8, from + (long)s * N * 8 - p * 16, bytes, full + 8 * stage, policy);
+#else
             if (p * 2 < columns)
 #pragma unroll
                 for (int s = 0; s < STEPS; s++)
                     if (s < 4 || s < steps) copy_once(at + CODES_AT + s * COLUMNS * 8 + p * 16, from + (long)s * N * 8, policy);
+#endif
             if (piece * 16 < columns && p / 16 < steps)
                 copy_once(at + SCALES_AT + p * 16, scales + (long)(block * STEPS + p / 16) * N + tile * COLUMNS + piece * 16, policy);
             arrive_with_copies(full + 8 * stage);
@@ -520,8 +540,8 @@ extern "C" __global__ void BOUNDS nvfp4_stream(
         const auto from = [&](int p, int item) { return part(first, p, item); };
         const auto to = [&](int item, const float4& v) { write(tile, item, v); };
         const int readers = count * GROUPS, me = (blockIdx.x - first) * GROUPS + part_k;
-        if (items > 2 * readers) add_parts<4, 4>(me, readers, items, count, from, to);
-        else add_parts<2, 8>(me, readers, items, count, from, to);
+        if (items > 2 * readers) add_parts<4, 4 / GROUPS>(me, readers, items, count, from, to);
+        else add_parts<2, 8 / GROUPS>(me, readers, items, count, from, to);
         __syncwarp();
         if (lane == 0 && count_arrival(counter) == count + readers - 1) *counter = 0;
     }

@@ -46,6 +46,7 @@ class Form:
     late: bool = False  # the next kernel may start when the last weights are asked for, not at once
     overlap: bool = False  # decode while wgmma multiplies the step before
     batch: int = 1  # steps of 16 inputs that wgmma is given at a time
+    bulk: bool = False  # codes by bulk copies, which a thread in 64 starts
     carry: bool = False  # wgmma may still read a stage when the next one is decoded; with overlap
     spread: bool = False  # all blocks that share a tile add up its parts, not the last one
     sharing: int = 0  # blocks that share a tile at most, on average; 0: as many as there are
@@ -112,6 +113,7 @@ def macros(tiles: int, scaled: bool, form: Form) -> dict[str, int]:
         "OVERLAP": int(form.overlap),
         "BATCH": form.batch,
         "CARRY": int(form.carry),
+        "BULK": int(form.bulk),
         "SPREAD": int(form.spread),
     }
 
