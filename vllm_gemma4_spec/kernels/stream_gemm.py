@@ -133,7 +133,7 @@ def shared_bytes(tiles: int, form: Form) -> int:
 
 @functools.cache
 def kernel(tiles: int, scaled: bool, form: Form) -> Any:
-    made = cuda.Kernel(source(tiles, scaled, form), "nvfp4_stream", this_only=form.wgmma)
+    made = cuda.Kernel(source(tiles, scaled, form), "nvfp4_stream", this_only=form.wgmma, together=form.spread)
     made.allow_shared(shared_bytes(tiles, form))
     return made
 
