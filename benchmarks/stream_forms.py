@@ -47,8 +47,8 @@ def text(name: str, tiles: int, form: Form) -> str:
     source = stream_gemm.source(tiles, False, form)
     if name != "no-decoding":
         return source
-    head, tail = source.split("a[b][q][0] = ", 1)
-    return f"{head}for (int i = 0; i < 4; i++) a[b][q][i] = word + both + high;\n}}\n{tail.split('}', 1)[1]}"
+    head, tail = source.split("a[q][0] = ", 1)
+    return f"{head}for (int i = 0; i < 4; i++) a[q][i] = word + both + high;\n}}\n{tail.split('}', 1)[1]}"
 
 
 def loaded(tiles: int, form: Form, code: bytes, together: bool = False) -> Any:

@@ -15,7 +15,6 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __maxnreg__(...)
 #define __align__(n)
 
 struct uint2 { unsigned x, y; };
@@ -95,9 +94,17 @@ static unsigned counted(const unsigned* counter) {
     return __atomic_load_n(counter, __ATOMIC_ACQUIRE);
 }
 static unsigned hidden(unsigned constant, unsigned zero) { return constant | zero; }
+static float as_float(unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; }
+static float __uint_as_float(unsigned bits) { return as_float(bits); }
+static unsigned __float_as_uint(float v) { unsigned bits; std::memcpy(&bits, &v, 4); return bits; }
+static float4 peek(const float4* at) {
+    const unsigned* words = (const unsigned*)at;
+    std::this_thread::yield();
+    return {as_float(__atomic_load_n(words, __ATOMIC_RELAXED)), as_float(__atomic_load_n(words + 1, __ATOMIC_RELAXED)),
+            as_float(__atomic_load_n(words + 2, __ATOMIC_RELAXED)), as_float(__atomic_load_n(words + 3, __ATOMIC_RELAXED))};
+}
 static float4 __ldcg(const float4* at) { return *at; }
 static void __stcg(float4* at, float4 v) { *at = v; }
-static float as_float(unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; }
 static unsigned __shfl_sync(unsigned, unsigned value, int lane) {
     uint32_t* all = state->exchange.data() + threadIdx.x / 32 * 192;
     all[threadIdx.x % 32] = value;

@@ -26,17 +26,12 @@ typedef unsigned long long u64;
 #define WARPS (8 * GROUPS)  // that multiply: 8 times 32 outputs
 #define EACH (HALVES / GROUPS)  // halves of a stage's inputs that a warp takes, each with sums of its own
 #define COPIERS 128  // threads that copy
-#define HANDOVER (WGMMA && MT >= 6 && !REGISTERS)  // of registers; what each warp starts with goes by THREADS and PER_SM
+#define HANDOVER (WGMMA && MT >= 6)  // of registers; what each warp starts with goes by THREADS and PER_SM
 #define COPIER_REGISTERS (GROUPS == 1 && PER_SM == 1 ? 104 : 64)
 #define OTHER_REGISTERS (GROUPS == 2 ? 104 : PER_SM == 1 ? 200 : 88)
 #define LAST_ITEMS (MT == 1 ? 2 : GROUPS == 2 || MT % 4 ? 4 : 8)  // loads of the last block: LAST_ITEMS * LAST_DEEP at a time
 #define LAST_DEEP (MT == 1 ? 4 : 2)
 #define THREADS (WARPS * 32 + COPIERS)
-#if REGISTERS
-#define BOUNDS __maxnreg__(REGISTERS)
-#else
-#define BOUNDS __launch_bounds__(THREADS, PER_SM)
-#endif
 #define CODES_AT 0
 #define SCALES_AT (STEPS * COLUMNS * 8)
 #define X_AT (SCALES_AT + STEPS * COLUMNS)
@@ -186,6 +181,14 @@ __device__ __forceinline__ u32 counted(const u32* counter) {
     return now;
 }
 
+// What another block may be writing.
+__device__ __forceinline__ float4 peek(const float4* at) {
+    float4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(at) : "memory");
+    return v;
+}
+
 // a * {b, b} for the low or the high half b of `both`, which the multiplication selects by itself.
 __device__ __forceinline__ u32 times_low(u32 a, u32 both) {
     u32 d;
@@ -235,6 +238,17 @@ __device__ __forceinline__ int block_of(int unit, int blocks, int units) {
     return (int)(((u32)(unit + 1) * blocks - 1) / units);
 }
 
+// A part that nobody has written yet has all bits set; no sum has, NaN is 0x7FFFFFFF.
+__device__ __forceinline__ u32 larger(u32 a, u32 b) { return a > b ? a : b; }
+
+__device__ __forceinline__ u32 largest_word(const float4& v) {
+    return larger(larger(__float_as_uint(v.x), __float_as_uint(v.y)), larger(__float_as_uint(v.z), __float_as_uint(v.w)));
+}
+
+__device__ __forceinline__ float not_missing(float v) {
+    return __float_as_uint(v) == 0xFFFFFFFFu ? __uint_as_float(0x7FFFFFFFu) : v;
+}
+
 // Sum of `count` parts for every `step`-th item. A load takes a microsecond: ITEMS * DEEP of them at a time.
 template <int ITEMS, int DEEP, class Part, class Write>
 __device__ __forceinline__ void add_parts(int item, int step, int items, int count, const Part& part, const Write& write) {
@@ -245,12 +259,28 @@ __device__ __forceinline__ void add_parts(int item, int step, int items, int cou
         for (int i = 0; i < ITEMS; i++) sum[i] = make_float4(0, 0, 0, 0);
 #pragma unroll 1
         for (int p = 0; p < count; p += DEEP) {
+            // Where there are fewer, the last part or the first item again.
+            const auto at = [&](int j) {
+                const int other = item + j % ITEMS * step;
+                return part(p + j / ITEMS < count ? p + j / ITEMS : count - 1, other < items ? other : item);
+            };
             float4 v[DEEP][ITEMS];
+#if POLLED
+            u32 largest;
+            do {
+                largest = 0;
 #pragma unroll
-            for (int d = 0; d < DEEP; d++)
+                for (int j = 0; j < DEEP * ITEMS; j++) v[j / ITEMS][j % ITEMS] = peek(at(j));
 #pragma unroll
-                for (int i = 0; i < ITEMS; i++)
-                    if (p + d < count && item + i * step < items) v[d][i] = __ldcg(part(p + d, item + i * step));
+                for (int j = 0; j < DEEP * ITEMS; j++) largest = larger(largest, largest_word(v[j / ITEMS][j % ITEMS]));
+            } while (largest == 0xFFFFFFFFu);
+            const float missing = __uint_as_float(0xFFFFFFFFu);
+#pragma unroll
+            for (int j = 0; j < DEEP * ITEMS; j++) __stcg(at(j), make_float4(missing, missing, missing, missing));
+#else
+#pragma unroll
+            for (int j = 0; j < DEEP * ITEMS; j++) v[j / ITEMS][j % ITEMS] = __ldcg(at(j));
+#endif
 #pragma unroll
             for (int d = 0; d < DEEP; d++)
 #pragma unroll
@@ -266,14 +296,15 @@ __device__ __forceinline__ void add_parts(int item, int step, int items, int cou
     }
 }
 
-extern "C" __global__ void BOUNDS nvfp4_stream(
+extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
     const unsigned char* codes,   // [K / 16, 8 * N] bytes, Marlin's order
     const unsigned char* scales,  // [K / 16, N] bytes, Marlin's order
     const u16* x,                 // [rows, K] bfloat16
     const u16* pre,               // [K] bfloat16, where SCALED
     u16* y,                       // [rows, N] bfloat16
     const float* global_scale,    // [1], Marlin's: weight_scale_2 * 2^119 / scale_factor
-    float* partial,               // [blocks, 2, MT, 8, 32, 8]: a block's part of its first and of its last tile
+    float* partial,               // [blocks, 2, MT, 8, 32, 8]: a block's part of its first and of its last tile; where
+                                  // POLLED all bits set before and after
     u32* arrivals,                // [tiles of outputs, 8], zero before and after
     int rows, int N, int K) {
     const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -290,7 +321,7 @@ extern "C" __global__ void BOUNDS nvfp4_stream(
         publish_barriers();
     }
     __syncthreads();
-    if (!LATE) let_next_grid_start();
+    let_next_grid_start();
 
     if (warp >= WARPS) {
 #if HANDOVER
@@ -349,7 +380,6 @@ extern "C" __global__ void BOUNDS nvfp4_stream(
                     wait(empty + 8 * stage, parity);
                     bring_weights();
                 }
-                if (LATE && i == count - 1) let_next_grid_start();
 #pragma unroll
                 for (int m = 0; m < MT; m++) {
                     if (m * 8 + p / 16 >= rows) continue;
@@ -389,8 +419,8 @@ extern "C" __global__ void BOUNDS nvfp4_stream(
         return block_of((tile + 1) * per_tile - 1, gridDim.x, units) - first + 1;
     };
     const auto part = [&](int first, int p, int item) {
-        const long slot = ((first + p) * 2 + !p) * MT + item / 2;
-        return reinterpret_cast<float4*>(partial + slot * SUMS + (part_n * 32 + lane) * 8) + item % 2;
+        const u32 slot = ((first + p) * 2 + !p) * MT + item / 2;
+        return reinterpret_cast<float4*>(partial) + (slot * (SUMS / 4) + (part_n * 32 + lane) * 2 + item % 2);
     };
     const auto write = [&](int tile, int item, const float4& v) {
         const int column = tile * COLUMNS + part_n * 32, row = item / 2 * 8 + t * 2;
@@ -401,7 +431,7 @@ extern "C" __global__ void BOUNDS nvfp4_stream(
     };
     const int items = (rows + 7) / 8 * 2;
 
-    int tile = mine.first / per_tile, block = mine.first % per_tile, stage = 0, parity = 0, buffer = 0, before = 0;
+    int tile = mine.first / per_tile, block = mine.first % per_tile, stage = 0, parity = 0, buffer = 0;
     for (int left = mine.last - mine.first; left > 0;) {
         const int whole = per_tile - block, stages = whole < left ? whole : left;
         left -= stages;
@@ -413,41 +443,30 @@ extern "C" __global__ void BOUNDS nvfp4_stream(
             uint2 words = *reinterpret_cast<const uint2*>(from);
             u32 bytes = *reinterpret_cast<const u32*>(scales_from);
 #pragma unroll
-            for (int s = 0; s < STEPS / GROUPS; s += BATCH) {
+            for (int s = 0; s < STEPS / GROUPS; s++) {
                 const int half = s / (STEPS / HALVES);
-                u32 a[BATCH][2][4];
+                u32 a[2][4];
 #pragma unroll
-                for (int b = 0; b < BATCH; b++) {
-#pragma unroll
-                    for (int q = 0; q < 2; q++) {
-                        const u32 word = q ? words.y : words.x, high = shift_right_8(word);
-                        const u32 both = scales_of(q ? bytes >> 4 : bytes << 4, top);
-                        a[b][q][0] = times_low(decode_even(word), both);
-                        a[b][q][1] = times_high(decode_even(high), both);
-                        a[b][q][2] = times_low(decode_odd(word), both);
-                        a[b][q][3] = times_high(decode_odd(high), both);
-                    }
-                    if (s + b + 1 < STEPS / GROUPS) {  // the next step's are on their way while this one's are multiplied
-                        words = *reinterpret_cast<const uint2*>(from + (s + b + 1) * COLUMNS * 8);
-                        bytes = *reinterpret_cast<const u32*>(scales_from + (s + b + 1) * COLUMNS);
-                    }
+                for (int q = 0; q < 2; q++) {
+                    const u32 word = q ? words.y : words.x, high = shift_right_8(word);
+                    const u32 both = scales_of(q ? bytes >> 4 : bytes << 4, top);
+                    a[q][0] = times_low(decode_even(word), both);
+                    a[q][1] = times_high(decode_even(high), both);
+                    a[q][2] = times_low(decode_odd(word), both);
+                    a[q][3] = times_high(decode_odd(high), both);
+                }
+                if (s + 1 < STEPS / GROUPS) {  // the next step's are on their way while this one's are multiplied
+                    words = *reinterpret_cast<const uint2*>(from + (s + 1) * COLUMNS * 8);
+                    bytes = *reinterpret_cast<const u32*>(scales_from + (s + 1) * COLUMNS);
                 }
 #if WGMMA
+                const u64 rows_of_x = x_matrix(x_at_16 + stage * (STAGE_BYTES / 16) + s / 4 * (X_PART / 16) + s % 4 * 2);
                 mma_begins();
-#pragma unroll
-                for (int b = 0; b < BATCH; b++) {
-                    const u64 rows_of_x =
-                        x_matrix(x_at_16 + stage * (STAGE_BYTES / 16) + (s + b) / 4 * (X_PART / 16) + (s + b) % 4 * 2);
-                    mma_async(acc[half][0], a[b][0], rows_of_x);
-                    mma_async(acc[half][1], a[b][1], rows_of_x);
-                }
+                mma_async(acc[half][0], a[0], rows_of_x);
+                mma_async(acc[half][1], a[1], rows_of_x);
                 mma_commits();
-                if (OVERLAP) mma_finishes<1>();  // the steps before: their registers are free again
+                if (OVERLAP) mma_finishes<1>();  // the step before: its registers are free again
                 else mma_finishes<0>();
-                if (CARRY && s == 0 && i > 0) {  // all of the stage before is multiplied now
-                    __syncwarp();
-                    if (lane == 0) arrive(empty + 8 * before);
-                }
 #else
                 const int step = part_k * (STEPS / GROUPS) + s;
 #pragma unroll
@@ -457,32 +476,25 @@ extern "C" __global__ void BOUNDS nvfp4_stream(
                     load_matrices(in, base + here + x_piece(row, step * 2 + lane / 8 % 2));
 #pragma unroll
                     for (int q = 0; q < 2; q++) {
-                        mma(acc[half][q][m], a[0][q], in[0], in[1]);
-                        if (m + 1 < MT) mma(acc[half][q][m + 1 < MT ? m + 1 : m], a[0][q], in[2], in[3]);
+                        mma(acc[half][q][m], a[q], in[0], in[1]);
+                        if (m + 1 < MT) mma(acc[half][q][m + 1 < MT ? m + 1 : m], a[q], in[2], in[3]);
                     }
                 }
 #endif
             }
-#if !CARRY
 #if WGMMA
             mma_finishes<0>();
 #endif
             __syncwarp();
             if (lane == 0) arrive(empty + 8 * stage);
-#endif
-            before = stage;
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
-#if CARRY
-        mma_finishes<0>();
-        __syncwarp();
-        if (lane == 0) arrive(empty + 8 * before);
-#endif
 
         // The tile ends here, or this block's share does: add up both halves of the inputs, then all parts.
         const int first = first_of(tile), count = count_of(tile, first);
 #pragma unroll
         for (int m = 0; m < MT; m++) {
+            if (m * 8 >= rows) break;
 #pragma unroll
             for (int j = 0; j < EACH * 8; j++) reread(acc[j / 8][j / 4 % 2][m][j % 4]);
 #if GROUPS == 2
@@ -507,11 +519,14 @@ extern "C" __global__ void BOUNDS nvfp4_stream(
                 const float* v = acc[1][q][m];
                 sum = make_float4(sum.x + v[0], sum.y + v[1], sum.z + v[2], sum.w + v[3]);
 #endif
+#if POLLED
+                sum = make_float4(not_missing(sum.x), not_missing(sum.y), not_missing(sum.z), not_missing(sum.w));
+#endif
                 if (count > 1) __stcg(part(first, blockIdx.x - first, m * 2 + q), sum);
                 else write(tile, m * 2 + q, sum);
             }
         }
-        if (count > 1 && !part_k) {
+        if (!POLLED && count > 1 && !part_k) {
             __syncwarp();
             u32 arrived = 0;
             if (lane == 0) arrived = count_arrival(arrivals + tile * 8 + part_n);
@@ -528,20 +543,23 @@ extern "C" __global__ void BOUNDS nvfp4_stream(
         block = 0, tile++;
     }
 #if SPREAD  // all blocks that share a tile add up its parts, each for other rows or outputs, always in the same order
+#pragma unroll 1
     for (int n = 0; n < 2; n++) {
         tile = (n ? mine.last - 1 : mine.first) / per_tile;
         const int first = first_of(tile), count = count_of(tile, first);
         if (count == 1 || (n && tile == mine.first / per_tile)) continue;
         // All blocks of this grid run, or will once a kernel before it ends: the next grid's start after these.
         u32* counter = arrivals + tile * 8 + part_n;
-        if (lane == 0)
+        if (!POLLED && lane == 0)
             while (counted(counter) < count) {}
         __syncwarp();
         const auto from = [&](int p, int item) { return part(first, p, item); };
         const auto to = [&](int item, const float4& v) { write(tile, item, v); };
         const int readers = count * GROUPS, me = (blockIdx.x - first) * GROUPS + part_k;
-        if (items > 2 * readers) add_parts<4, 4 / GROUPS>(me, readers, items, count, from, to);
+        if (items <= readers) add_parts<1, 8>(me, readers, items, count, from, to);
+        else if (items > 2 * readers) add_parts<4, 4 / GROUPS>(me, readers, items, count, from, to);
         else add_parts<2, 8 / GROUPS>(me, readers, items, count, from, to);
+        if (POLLED) continue;
         __syncwarp();
         if (lane == 0 && count_arrival(counter) == count + readers - 1) *counter = 0;
     }

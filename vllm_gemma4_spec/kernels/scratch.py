@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Scratch:
-    """Partial sums and arrival counters, one pair per device; GEMMs of one stream share them."""
+    """Partial sums (all bits set) and arrival counters (zero), one pair per device; GEMMs of one stream share them."""
 
     def __init__(self) -> None:
         self._buffers: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -16,7 +16,7 @@ class Scratch:
         """Grow to what a layer needs; before any CUDA graph is captured."""
         partial, arrivals = self._buffers.get(device, (None, None))
         if partial is None or partial.numel() < floats:
-            partial = torch.empty(floats, dtype=torch.float32, device=device)
+            partial = torch.full((floats,), -1, dtype=torch.int32, device=device).view(torch.float32)
         if arrivals is None or arrivals.numel() < counters:
             arrivals = torch.zeros(counters, dtype=torch.int32, device=device)
         self._buffers[device] = (partial, arrivals)

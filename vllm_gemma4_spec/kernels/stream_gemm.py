@@ -42,13 +42,10 @@ class Form:
     wgmma: bool = False
     first: int = 2  # stages that do not wait for the kernel before
     ahead: int = 1  # stages of x that are asked for at a time
-    registers: int = 0  # of a thread at most, so that other kernels' blocks fit beside this one's; 0: all there are
-    late: bool = False  # the next kernel may start when the last weights are asked for, not at once
     overlap: bool = False  # decode while wgmma multiplies the step before
-    batch: int = 1  # steps of 16 inputs that wgmma is given at a time
     bulk: bool = False  # codes by bulk copies, which a thread in 64 starts
-    carry: bool = False  # wgmma may still read a stage when the next one is decoded; with overlap
     spread: bool = False  # all blocks that share a tile add up its parts, not the last one
+    polled: bool = False  # with spread: parts show by themselves that they are there; no arrivals are counted
     sharing: int = 0  # blocks that share a tile at most, on average; 0: as many as there are
 
     @property
@@ -108,13 +105,10 @@ def macros(tiles: int, scaled: bool, form: Form) -> dict[str, int]:
         "WGMMA": int(form.wgmma),
         "FIRST": form.first,
         "AHEAD": form.ahead,
-        "REGISTERS": form.registers,
-        "LATE": int(form.late),
         "OVERLAP": int(form.overlap),
-        "BATCH": form.batch,
-        "CARRY": int(form.carry),
         "BULK": int(form.bulk),
         "SPREAD": int(form.spread),
+        "POLLED": int(form.polled),
     }
 
 
