@@ -151,6 +151,8 @@ PARTS: dict[str, dict[str, Variant]] = {
         **both("now", NOW, (1, 4, 16, 32, 64, 80)),
         **few("x4", FEW, (1, 4, 16, 32), ahead=4),
         **few("x4 polled", FEW, (1, 4, 8, 16, 32), ahead=4, **P),
+        "x2 polled together, early": Variant(changed(FEW, ahead=2, **P), (1, 16), early=True, together=True),
+        "x2 polled, early": Variant(changed(FEW, ahead=2, **P), (1, 16, 32), early=True),
         **few("x4 polled bulk", FEW, (1, 4, 16, 32), ahead=4, bulk=True, **P),
         **few("x4 bulk", FEW, ahead=4, bulk=True),
         **few("x4 f0", FEW, (1, 16), ahead=4, first=0),
@@ -207,6 +209,11 @@ PARTS: dict[str, dict[str, Variant]] = {
         "now": Variant(NOW, (1, 16, 64), told=True),
         "now, early": Variant(NOW, (1,), told=True, early=True),
         **{name: replace(v, told=True) for name, v in few("x4 polled", FEW, (1, 16, 32), ahead=4, **P).items()},
+        **{
+            name: replace(v, told=True)
+            for name, v in few("x4 s8 polled bulk", FEW, (1, 32), ahead=4, stages=8, bulk=True, **P).items()
+            if v.early
+        },
         "two polled": Variant(changed(MANY, polled=True), (48, 64), told=True),
         "one polled": Variant({10: replace(ONE, polled=True)}, (80,), told=True),
     },
@@ -236,6 +243,7 @@ def told(source: str) -> str:
     head, kernel = source.split('extern "C" __global__')
     head += '__device__ __forceinline__ u64 now() { u64 v; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(v) :: '
     head += '"memory"); return v; }\n'
+    head += head.splitlines()[-1].replace("now()", "ticks()").replace("globaltimer", "clock64") + "\n"
     for i, (text, _, when) in enumerate(TOLD):
         before, after = kernel.split(text)
         first, newline, rest = text.partition("\n")
@@ -243,8 +251,10 @@ def told(source: str) -> str:
         if not newline:  # a comment's beginning
             kernel = before + say(i, when) + text + after
     kernel = kernel.replace("buffer = 0;", "buffer = 0, seen = 0;")
+    kernel = kernel.replace(TOLD[0][0], f"{TOLD[0][0]}const u64 began = ticks();\n")
     end = kernel.rindex("}")
-    return f'{head}extern "C" __global__{kernel[:end]}{say(len(TOLD), "threadIdx.x == 0")}}}\n'
+    last = say(len(TOLD), "threadIdx.x == 0") + say(7, "threadIdx.x == 0").replace("now()", "ticks() - began")
+    return f'{head}extern "C" __global__{kernel[:end]}{last}}}\n'
 
 
 class Chain:
@@ -333,6 +343,8 @@ def where(chain: Chain, variant: Variant, rows: int) -> dict[str, dict[str, list
                 found.setdefault(name, {}).setdefault(what, []).append(
                     [us[0].item(), us.median().item(), us[-1].item()]
                 )
+            clock = mine[:, 7] / (mine[:, len(TOLD)] - mine[:, 0]).clamp(min=1) * 1000
+            found[name].setdefault("MHz", []).append([clock[mine[:, 7] > 0].median().item()])
     return {
         name: {what: [round(sorted(v)[len(v) // 2], 1) for v in zip(*times, strict=True)] for what, times in by.items()}
         for name, by in found.items()

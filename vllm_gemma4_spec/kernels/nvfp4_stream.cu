@@ -404,9 +404,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
     float acc[EACH][2][MT][4];
 #pragma unroll
     for (int j = 0; j < EACH * 2 * MT * 4; j++) acc[j / (8 * MT)][j / (4 * MT) % 2][j / 4 % MT][j % 4] = 0.0f;
-    // Where this lane's share of a step lies: two words of codes, four scales.
-    const u32 codes_at = CODES_AT + part_n / 2 * 512 + lane * 16 + part_n % 2 * 8;
-    const u32 scales_at = SCALES_AT + part_n / 2 * 64 + g * 8 + part_n % 2 * 4;
+    // Where this lane's share of a step lies: two words of codes, four scales. Of the 64 outputs of two warps each takes
+    // half, by turns of eight lanes, so that 16 lanes read from all banks.
+    const int outputs = (part_n ^ lane / 8 % 2) * 32;
+    const u32 codes_at = CODES_AT + part_n / 2 * 512 + lane * 16 + outputs / 4 % 16;
+    const u32 scales_at = SCALES_AT + part_n / 2 * 64 + g * 8 + outputs / 8 % 8;
     const u32 top = hidden(0x70007000u, (u32)rows >> 31);
     const u32 x_at_16 = ((base + X_AT) >> 4) + part_k * (STEPS / GROUPS / 4 * X_PART / 16);
     const float scale = *global_scale * 1.262177448353619e-29f;  // 2^-96
@@ -423,7 +425,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
         return reinterpret_cast<float4*>(partial) + (slot * (SUMS / 4) + (part_n * 32 + lane) * 2 + item % 2);
     };
     const auto write = [&](int tile, int item, const float4& v) {
-        const int column = tile * COLUMNS + part_n * 32, row = item / 2 * 8 + t * 2;
+        const int column = tile * COLUMNS + outputs, row = item / 2 * 8 + t * 2;
         if (column >= N) return;
         u16* at = y + (long)row * N + column + item % 2 * 16 + g;
         if (row < rows) at[0] = to_bf16(v.x * scale), at[8] = to_bf16(v.z * scale);
