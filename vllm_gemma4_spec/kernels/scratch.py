@@ -13,12 +13,17 @@ class Scratch:
         self._buffers: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def reserve(self, device: torch.device, floats: int, counters: int) -> None:
-        """Grow to what a layer needs; before any CUDA graph is captured."""
+        """Grow to what a layer needs; before any CUDA graph is captured.
+
+        Weights that are loaded again reserve again: what waking from sleep level 2 leaves here is as it must be then.
+        """
         partial, arrivals = self._buffers.get(device, (None, None))
         if partial is None or partial.numel() < floats:
-            partial = torch.full((floats,), -1, dtype=torch.int32, device=device).view(torch.float32)
+            partial = torch.empty(floats, dtype=torch.float32, device=device)
         if arrivals is None or arrivals.numel() < counters:
-            arrivals = torch.zeros(counters, dtype=torch.int32, device=device)
+            arrivals = torch.empty(counters, dtype=torch.int32, device=device)
+        partial.view(torch.int32).fill_(-1)
+        arrivals.zero_()
         self._buffers[device] = (partial, arrivals)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
