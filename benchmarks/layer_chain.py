@@ -223,7 +223,7 @@ PARTS: dict[str, dict[str, Variant]] = {
 TOLD = (
     ("    let_next_grid_start();\n", "starts", "threadIdx.x == 0"),
     ("        wait_for_previous_grid();\n", "the kernel before has ended", "p == 0"),
-    ("                arrive(full + 8 * stage);\n                if (i + AHEAD", "x is there", "p == 0 && i == 0"),
+    ("                if (p % 32 == 0) arrive(full + 8 * stage);\n", "x is there", "p == 0 && i == 0"),
     (
         "            wait(full + 8 * stage, parity);\n            const u32 here",
         "first stage",

@@ -106,6 +106,7 @@ def run(
         pytest.param(9, 256, 384, 2, True, Form(stages=2), marks=SLOW),  # by mma of Ampere's kind
         pytest.param(3, 512, 384, 2, False, Form(3, halves=1, groups=1, per_sm=2, wgmma=True), marks=SLOW),
         pytest.param(77, 256, 384, 3, True, Form(2, halves=1, groups=1, wgmma=True, spread=True), marks=SLOW),
+        pytest.param(8, 320, 192, 3, True, Form(2, wgmma=True, bulk=True, spread=True, polled=True), marks=SLOW),
         pytest.param(6, 512, 896, 3, True, Form(3, first=3, ahead=4, spread=True), marks=SLOW),
     ],
 )
@@ -148,3 +149,9 @@ def test_forms_of_the_same_halves_have_the_same_bits(libraries: Any, form: Form,
     x, packed = torch.randn(11, 896).bfloat16(), marlin(codes, scale)
     wanted = run(libraries, x, packed, 512, 3)
     assert torch.equal(run(libraries, x, packed, 512, 3, form=form, tiles=tiles), wanted)
+
+
+@pytest.mark.parametrize("table", [stream_gemm.WGMMA_FORMS, stream_gemm.MMA_FORMS])
+def test_all_forms_leave_the_scratch_alike(table: dict[int, Form]) -> None:
+    """They share it."""
+    assert len({form.polled for form in table.values()}) == 1

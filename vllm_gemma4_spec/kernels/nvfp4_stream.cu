@@ -315,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
-            init_barrier(full + 8 * s, 2 * COPIERS + BULK);  // each brings weights and x
+            init_barrier(full + 8 * s, COPIERS / 32 + (BULK ? 1 : COPIERS));  // x by warps; weights
             init_barrier(empty + 8 * s, WARPS);
         }
         publish_barriers();
@@ -332,23 +332,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
         int tile = mine.first / per_tile, block = mine.first % per_tile, x_block = block, stage = 0, parity = 1;
         const auto bring_weights = [&]() {
             const u32 at = base + stage * STAGE_BYTES;
-            const unsigned char* from = codes + ((long)block * STEPS * N + tile * COLUMNS) * 8 + p * 16;
             const int columns = N - tile * COLUMNS, steps = K / 16 - block * STEPS;
 #if BULK
-            const u32 bytes = (columns < COLUMNS ? columns : COLUMNS) * 8;
-            if (p == 0) arrive_expecting(full + 8 * stage, (steps < STEPS ? steps : STEPS) * bytes);
-            const int s = p / 32 * 2 + p % 32;
+            const u32 bytes = columns < COLUMNS ? columns : COLUMNS;  // of scales, an eighth of those of codes
+            if (p == 0) arrive_expecting(full + 8 * stage, (steps < STEPS ? steps : STEPS) * bytes * 9);
+            const int s = p / 32 * 2 + p % 2;  // two steps a warp, their codes and their scales
+            const long row = block * STEPS + s;
             if (p % 32 < 2 && s < steps)
-                bulk_copy_once(at + CODES_AT + s * COLUMNS * 8, from + (long)s * N * 8 - p * 16, bytes, full + 8 * stage, policy);
+                bulk_copy_once(at + CODES_AT + s * COLUMNS * 8, codes + (row * N + tile * COLUMNS) * 8, bytes * 8, full + 8 * stage, policy);
+            else if (p % 32 < 4 && s < steps)
+                bulk_copy_once(at + SCALES_AT + s * COLUMNS, scales + row * N + tile * COLUMNS, bytes, full + 8 * stage, policy);
 #else
+            const unsigned char* from = codes + ((long)block * STEPS * N + tile * COLUMNS) * 8 + p * 16;
             if (p * 2 < columns)
 #pragma unroll
                 for (int s = 0; s < STEPS; s++)
                     if (s < 4 || s < steps) copy_once(at + CODES_AT + s * COLUMNS * 8 + p * 16, from + (long)s * N * 8, policy);
-#endif
             if (piece * 16 < columns && p / 16 < steps)
                 copy_once(at + SCALES_AT + p * 16, scales + (long)(block * STEPS + p / 16) * N + tile * COLUMNS + piece * 16, policy);
             arrive_with_copies(full + 8 * stage);
+#endif
             if (++block == per_tile) block = 0, tile++;
         };
         const uint4 none = make_uint4(0, 0, 0, 0);
@@ -389,7 +392,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
                     *reinterpret_cast<uint4*>(shared + stage * STAGE_BYTES + x_piece(m * 8 + p / 16, piece)) = v;
                 }
                 publish_to_wgmma();
-                arrive(full + 8 * stage);
+                __syncwarp();
+                if (p % 32 == 0) arrive(full + 8 * stage);
                 if (i + AHEAD < count) load_x(d);
                 if (++stage == STAGES) stage = 0, parity ^= 1;
             }

@@ -43,7 +43,7 @@ class Form:
     first: int = 2  # stages that do not wait for the kernel before
     ahead: int = 1  # stages of x that are asked for at a time
     overlap: bool = False  # decode while wgmma multiplies the step before
-    bulk: bool = False  # codes by bulk copies, which a thread in 64 starts
+    bulk: bool = False  # weights by bulk copies
     spread: bool = False  # all blocks that share a tile add up its parts, not the last one
     polled: bool = False  # with spread: parts show by themselves that they are there; no arrivals are counted
     sharing: int = 0  # blocks that share a tile at most, on average; 0: as many as there are
