@@ -1,6 +1,6 @@
 """Removes the lines of patches one at a time: for each, a test must fail.
 
-    python tools/mutation.py [MODULE[:LINE] ...] [--seconds N]
+    python tools/mutation.py [MODULE[:LINE] ...] [--jobs N] [--seconds N]
 
 vLLM is imported once; each removal runs in a fork of that process, on the module's own fast tests. A removal that no
 test notices is printed.
@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,28 @@ class _Finder(importlib.abc.MetaPathFinder):
         return importlib.util.spec_from_file_location(name, self._file, loader=loader)
 
 
-def survives(name: str, file: Path, tree: ast.Module | None, tests: list[str]) -> bool:
-    """Whether all tests pass, in a fork."""
+@dataclass
+class _Run:
+    """A fork that runs the tests of a module, without one statement or as it is."""
+
+    module: str
+    line: int
+    child: int
+    until: float
+
+    def survived(self) -> bool | None:
+        """Whether all tests passed; None while they run."""
+        done, status = os.waitpid(self.child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status) == 0
+        if time.monotonic() < self.until:
+            return None
+        os.killpg(self.child, signal.SIGKILL)
+        os.waitpid(self.child, 0)
+        return False
+
+
+def start(module: str, line: int, tree: ast.Module | None) -> _Run:
     import pytest
 
     child = os.fork()
@@ -118,26 +139,38 @@ def survives(name: str, file: Path, tree: ast.Module | None, tests: list[str]) -
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
         if tree is not None:
-            sys.meta_path.insert(0, _Finder(name, file, tree))
+            sys.meta_path.insert(0, _Finder(_name(module), _file(module), tree))
         code = 3
         with contextlib.suppress(BaseException):
-            paths = [str(ROOT / "tests" / t) for t in tests]
+            paths = [str(ROOT / "tests" / t) for t in MODULES[module]]
             code = int(pytest.main(["-x", "-q", "-m", "not slow and not gpu", "-p", "no:cacheprovider", *paths]))
         os._exit(code)
-    until = time.monotonic() + LIMIT
-    while time.monotonic() < until:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status) == 0
-        time.sleep(0.05)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False
+    return _Run(module, line, child, time.monotonic() + LIMIT)
+
+
+def _name(module: str) -> str:
+    return f"{PACKAGE}.{module}"
+
+
+def _file(module: str) -> Path:
+    return ROOT / PACKAGE / f"{module.replace('.', '/')}.py"
+
+
+def _removals(wanted: list[str]) -> Iterator[tuple[str, int, ast.Module | None]]:
+    """First every module as it is, then each removal."""
+    modules = {m.partition(":")[0]: m.partition(":")[2] for m in wanted}
+    for module in modules:
+        yield module, 0, None
+    for module, line in modules.items():
+        for at, tree in mutants(_file(module).read_text()):
+            if not line or at == int(line):
+                yield module, at, tree
 
 
 def main() -> int:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("modules", nargs="*", default=list(MODULES), metavar="MODULE[:LINE]")
+    ap.add_argument("--jobs", type=int, default=1, help="removals tried at a time")
     ap.add_argument("--seconds", type=float, default=float("inf"), help="stop after this much processor time")
     args = ap.parse_args()
     sys.path.insert(0, str(ROOT))
@@ -149,27 +182,47 @@ def main() -> int:
     import tests.support.engine  # noqa: F401 - sets the environment
 
     assert not any(name == PACKAGE or name.startswith(f"{PACKAGE}.") for name in sys.modules)
-    total = {"noticed": 0, "unnoticed": 0, "not run": 0}
-    for module, _, line in (m.partition(":") for m in args.modules):
-        name, file = f"{PACKAGE}.{module}", ROOT / PACKAGE / f"{module.replace('.', '/')}.py"
-        before, counts = _processor_seconds(), dict.fromkeys(total, 0)
-        if before < args.seconds and not survives(name, file, None, MODULES[module]):
-            print(f"{module}: its tests fail as it is", flush=True)
-            return 1
-        for at, tree in mutants(file.read_text()):
-            if line and at != int(line):
-                continue
-            outcome = "not run"
-            if _processor_seconds() < args.seconds:
-                outcome = "unnoticed" if survives(name, file, tree, MODULES[module]) else "noticed"
-            counts[outcome] += 1
-            if outcome == "unnoticed":
-                text = file.read_text().splitlines()[at - 1].strip()
-                print(f"{PACKAGE}/{module.replace('.', '/')}.py:{at}: no test fails without: {text}", flush=True)
-        print(f"{module}: {_said(counts)}, {_processor_seconds() - before:.0f} s", flush=True)
-        total = {outcome: total[outcome] + counts[outcome] for outcome in total}
+    counts: dict[str, dict[str, int]] = {}
+    running: list[_Run] = []
+    broken: set[str] = set()
+
+    def finish(at_most: int) -> None:
+        while len(running) > at_most:
+            for run in running[:]:
+                survived = run.survived()
+                if survived is None:
+                    continue
+                running.remove(run)
+                if not run.line:
+                    if not survived:
+                        broken.add(run.module)
+                        print(f"{run.module}: its tests fail as it is", flush=True)
+                    continue
+                counts[run.module]["unnoticed" if survived else "noticed"] += 1
+                if survived:
+                    file = _file(run.module)
+                    text = file.read_text().splitlines()[run.line - 1].strip()
+                    print(f"{file.relative_to(ROOT)}:{run.line}: no test fails without: {text}", flush=True)
+            time.sleep(0.05)
+
+    for module, line, tree in _removals(args.modules):
+        if line and module not in counts:
+            finish(0)  # what fails as it is shows nothing
+            counts[module] = {"noticed": 0, "unnoticed": 0, "not run": 0}
+        if module in broken:
+            continue
+        if _processor_seconds() >= args.seconds:
+            if line:
+                counts[module]["not run"] += 1
+            continue
+        running.append(start(module, line, tree))
+        finish(args.jobs - 1)
+    finish(0)
+    for module, each in counts.items():
+        print(f"{module}: {_said(each)}")
+    total = {key: sum(each[key] for each in counts.values()) for key in ("noticed", "unnoticed", "not run")}
     print(f"{_said(total)}, {_processor_seconds():.0f} s of processor time")
-    return 1 if total["unnoticed"] else 0
+    return 1 if total["unnoticed"] or broken else 0
 
 
 def _said(counts: dict[str, int]) -> str:

@@ -100,7 +100,7 @@ def test_apply_warns_of_a_program_without_a_guard(tmp_path: Path, guard: bool) -
 def test_the_page_names_what_the_package_exports_and_every_state() -> None:
     exported = re.findall(r"^\| `(\w+)(?:\(\))?` \|", PAGE, re.M)
     assert set(vllm_gemma4_spec.__all__) <= set(exported)
-    states = re.search(r"state: (.*?)\n        replaced", library.PatchStatus.__doc__ or "", re.S)
+    states = re.search(r"state: (.*?)\n\s+replaced", library.PatchStatus.__doc__ or "", re.S)
     assert states is not None
     assert all(f"| `{state}` |" in PAGE for state in re.findall(r"``([a-z ]+)``", states[1]))
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,23 +18,15 @@ from torch._inductor import config
 from torch._inductor.runtime.hints import ReductionHint
 from torch._inductor.virtualized import V
 
-import vllm_gemma4_spec
 from tests.support import engine as _engine  # sets the environment
 from tests.support.configs import GEMMA4, LLAMA, vllm_config
 from tests.support.stock import without
-from vllm_gemma4_spec.performance import compile_settings
 from vllm_gemma4_spec.performance.compile_settings import LaunchChoices
 from vllm_gemma4_spec.performance.patches import DRAFT_COMPILE
 
 assert _engine
+pytestmark = pytest.mark.usefixtures("inductor")
 PDL = "triton.enable_pdl"
-
-
-@pytest.fixture(autouse=True)
-def _patched() -> Iterator[None]:
-    vllm_gemma4_spec.apply()
-    with config.patch(inductor_choices_class=None):
-        yield
 
 
 class Backends:
@@ -54,11 +45,6 @@ class Backends:
         with set_model_tag(tag) if tag else nullcontext():
             backend = VllmBackend(self.config, prefix)
         return backend.inductor_config
-
-
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_settings, "_takes_pdl", lambda: True)
 
 
 @pytest.mark.usefixtures("hopper")

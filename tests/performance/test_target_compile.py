@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,6 @@ from torch._inductor import config
 from vllm.compilation.backends import VllmBackend
 from vllm.engine.arg_utils import EngineArgs
 
-import vllm_gemma4_spec
 from tests.support import engine as _engine  # sets the environment
 from tests.support import tiny_models
 from tests.support.configs import LLAMA
@@ -22,20 +20,8 @@ from vllm_gemma4_spec.performance.compile_settings import LaunchChoices
 from vllm_gemma4_spec.performance.patches import TARGET_COMPILE
 
 assert _engine
+pytestmark = pytest.mark.usefixtures("inductor")
 PDL = "triton.enable_pdl"
-
-
-@pytest.fixture(autouse=True)
-def _patched() -> Iterator[None]:
-    vllm_gemma4_spec.apply()
-    with config.patch(inductor_choices_class=None):
-        yield
-
-
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_settings, "_card_takes_pdl", lambda: True)
-    monkeypatch.setattr(compile_settings, "_takes_pdl", lambda: True)
 
 
 @pytest.fixture(scope="module")

@@ -77,10 +77,11 @@ BROUGHT = {
 }
 
 
-def run(*command: str, **env: str) -> subprocess.CompletedProcess[str]:
+def run(*command: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    """With ``-c``, Python 3.10 always looks for modules in ``cwd`` first."""
     return subprocess.run(
         [sys.executable, *command],
-        cwd=ROOT,
+        cwd=cwd,
         env=os.environ | env,
         capture_output=True,
         text=True,
@@ -154,7 +155,8 @@ def test_the_demo_is_a_package_of_its_own(installed: Path, demo_wheel: Path, tmp
     def demo(*folders: Path) -> subprocess.CompletedProcess[str]:
         code = "import sys; from vllm_gemma4_spec.cli import main; sys.argv[1:1] = ['demo-models', '--out']; main()"
         paths = os.pathsep.join(map(str, folders))
-        return run("-P", "-c", code, str(tmp_path / "file" / "pair"), PYTHONPATH=paths, VLLM_LOGGING_LEVEL="ERROR")
+        out = str(tmp_path / "file" / "pair")
+        return run("-c", code, out, cwd=tmp_path, PYTHONPATH=paths, VLLM_LOGGING_LEVEL="ERROR")
 
     (tmp_path / "file").touch()  # no folder can be made in it: nothing is trained here
     done = demo(installed)
@@ -218,7 +220,7 @@ def test_checkers(built: Path, wheel: Path, demo_wheel: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_installed_wheel_patches_the_vllm_beside_it(installed: Path) -> None:
+def test_installed_wheel_patches_the_vllm_beside_it(installed: Path, tmp_path: Path) -> None:
     """The wheel, not this working tree, is what vLLM's loader finds and what runs."""
     script = (
         "import importlib.metadata as m, vllm_gemma4_spec as p; print(p.__file__); "
@@ -226,7 +228,7 @@ def test_installed_wheel_patches_the_vllm_beside_it(installed: Path) -> None:
         "e = [e for e in d.entry_points if e.group == 'vllm.general_plugins'][0]; e.load()(); "
         "print(sorted({s.state for s in p.status()}))"
     )
-    done = run("-P", "-c", script, PYTHONPATH=str(installed), VLLM_LOGGING_LEVEL="ERROR")
+    done = run("-c", script, cwd=tmp_path, PYTHONPATH=str(installed), VLLM_LOGGING_LEVEL="ERROR")
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line]
     assert lines[0].startswith(str(installed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from vllm_gemma4_spec.errors import CheckpointError, stop
 from vllm_gemma4_spec.hf_config.normal_form import normalized
 
 GGUF = "a GGUF file; vLLM 0.19.1 reads no Gemma 4 from one: serve the checkpoint as safetensors"
+_ARCHITECTURE = re.compile(rb"general\.architecture\x08\0{3}.{8}gemma4", re.DOTALL)  # key, type string, length, value
 
 
 def parse(original: Callable[..., tuple[dict[str, Any], Any]]) -> Callable[..., tuple[dict[str, Any], Any]]:
@@ -65,6 +67,18 @@ def speculators(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _stop_for_gguf(file: str | Path, error: ValueError) -> None:
-    """Ends if ``error`` is what transformers says of a GGUF file whose architecture it cannot read, a Gemma 4's."""
-    if "GGUF model with architecture gemma4" in str(error):
+    """Ends if ``error`` is what transformers says of a Gemma 4's GGUF file.
+
+    On Python 3.10 it says ``Invalid version: 'N/A'`` of every file: it finds no version of the package that reads them.
+    """
+    if "GGUF model with architecture gemma4" in str(error) or _is_gemma4(Path(file)):
         stop(CheckpointError(f"{file}: {GGUF}"))
+
+
+def _is_gemma4(file: Path) -> bool:
+    """Whether this is a GGUF file whose architecture, one of its first keys, is Gemma 4."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        head = opened.read(1 << 16)
+    return head.startswith(b"GGUF") and _ARCHITECTURE.search(head) is not None
