@@ -109,7 +109,6 @@ class Variant:
     early: bool = False
     model: str = "31B"
     told: bool = False  # the kernel says where its time goes
-    together: bool = False  # launched so that all blocks run at once, or none
 
 
 def used_by(variant: Variant) -> set[int]:
@@ -120,103 +119,43 @@ def both(name: str, forms: dict[int, Form] | None, rows: tuple[int, ...], **rest
     return {name: Variant(forms, rows, **rest), f"{name}, early": Variant(forms, rows, early=True, **rest)}
 
 
-def few(name: str, base: dict[int, Form], rows: tuple[int, ...] = (1, 16, 32), **change: Any) -> dict[str, Variant]:
-    """``base`` changed: up to 32 rows; the largest form asks for less of x at a time, and has room for fewer stages."""
-
-    def fitting(tiles: int, form: Form) -> Form:
-        most = (227 * 1024 - (form.groups - 1) * 16384) // (18432 + 2048 * tiles + 16)
-        stages = min(form.stages, most)
-        return replace(form, stages=stages, first=min(form.first, stages), ahead=min(form.ahead, 8 // tiles))
-
-    kept = {t: f for t, f in base.items() if any(8 * t >= r > 4 * t or (t == 1 and r <= 8) for r in rows)}
-    return both(name, {t: fitting(t, replace(f, **change)) for t, f in kept.items()}, rows)
-
-
 def changed(forms: dict[int, Form], **change: Any) -> dict[int, Form]:
     return {tiles: replace(form, **change) for tiles, form in forms.items()}
 
 
 NOW = stream_gemm.WGMMA_FORMS
-FEW = {t: NOW[t] for t in (1, 2, 4)}
-MMA = {t: Form(4) for t in (1, 2, 4)}
-TWO = Form(6, groups=1, wgmma=True, overlap=True, spread=True)  # both halves by the same warps, two sums
-MANY = {6: TWO, 8: TWO}
-ONE = Form(5, halves=1, groups=1, wgmma=True, overlap=True, spread=True)  # one sum
-P = {"spread": True, "polled": True}
+PLAIN = {
+    **{t: Form(4, wgmma=True, overlap=True) for t in (1, 2, 4)},
+    8: Form(4, wgmma=True),
+    10: Form(5, halves=1, groups=1, wgmma=True),
+    16: Form(4, halves=1, groups=1, wgmma=True),
+}  # the forms of notes 20 to 29
+MMA = {t: Form(4, ahead=4, bulk=True) for t in (1, 2)}
+FEW, MANY = (1, 4, 8, 16, 32), (33, 48, 49, 64, 65, 80)
 
 PARTS: dict[str, dict[str, Variant]] = {
-    # x4: four stages of x at a time. f4: four stages of weights before the kernel before this one has ended.
-    "few": {
-        "marlin": Variant(None, (1, 4, 16, 32, 48, 64, 80)),
-        **both("now", NOW, (1, 4, 16, 32, 64, 80)),
-        **few("x4", FEW, (1, 4, 16, 32), ahead=4),
-        **few("x4 polled", FEW, (1, 4, 8, 16, 32), ahead=4, **P),
-        "x2 polled together, early": Variant(changed(FEW, ahead=2, **P), (1, 16), early=True, together=True),
-        "x2 polled, early": Variant(changed(FEW, ahead=2, **P), (1, 16, 32), early=True),
-        **few("x4 polled bulk", FEW, (1, 4, 16, 32), ahead=4, bulk=True, **P),
-        **few("x4 bulk", FEW, ahead=4, bulk=True),
-        **few("x4 f0", FEW, (1, 16), ahead=4, first=0),
-        **few("x4 f1 polled", FEW, ahead=4, first=1, **P),
-        **few("x4 f4 polled", FEW, ahead=4, first=4, **P),
-        **few("x4 s6 polled", FEW, ahead=4, stages=6, **P),
-        **few("x4 s8 polled", FEW, ahead=4, stages=8, **P),
-        **few("x4 s8 polled bulk", FEW, ahead=4, stages=8, bulk=True, **P),
-        **few("x4 s8 f4 polled bulk", FEW, ahead=4, stages=8, first=4, bulk=True, **P),
-        **few("mma x4", MMA, (1, 16), ahead=4),
-        **few("mma x4 polled", MMA, (1, 16), ahead=4, **P),
-        **few("mma x4 polled bulk", MMA, (1, 16), ahead=4, bulk=True, **P),
-        **few("mma x4 s8 f4 polled bulk", MMA, (1,), ahead=4, stages=8, first=4, bulk=True, **P),
-    },
-    "many": {
-        **both("two", MANY, (33, 48, 49, 64)),
-        **both("two x2", changed(MANY, ahead=2), (33, 48, 64)),
-        **both("two polled", changed(MANY, polled=True), (33, 48, 49, 64)),
-        "two polled x2": Variant(changed(MANY, polled=True, ahead=2), (48, 64)),
-        **both("two polled bulk", changed(MANY, polled=True, bulk=True), (33, 48, 64)),
-        "two polled bulk x2": Variant(changed(MANY, polled=True, bulk=True, ahead=2), (48, 64)),
-        "two polled s4": Variant(changed(MANY, polled=True, stages=4), (48, 64)),
-        "two polled together": Variant(changed(MANY, polled=True), (48, 64), together=True),
-        "one": Variant({10: ONE}, (65, 80)),
-        **both("one polled", {10: replace(ONE, polled=True)}, (65, 80)),
-        "one polled together": Variant({10: replace(ONE, polled=True)}, (80,), together=True),
-        **both("one polled bulk", {10: replace(ONE, polled=True, bulk=True)}, (65, 80)),
-        "one polled s4": Variant({10: replace(ONE, polled=True, stages=4)}, (80,)),
-        "one polled 8 share": Variant({10: replace(ONE, polled=True, sharing=8)}, (80,)),
-        "one polled 16": Variant({16: replace(ONE, stages=4, overlap=False, polled=True)}, (96, 128)),
-        "one polled 16 overlap": Variant({16: replace(ONE, stages=4, polled=True)}, (128,)),
+    "31B": {
+        "marlin": Variant(None, (*FEW, *MANY, 96, 128)),
+        **both("now", NOW, (*FEW, *MANY, 96, 128)),
+        **both("plain", PLAIN, (1, 16, 32, 33, 64, 80, 128)),
+        "one stage of x": Variant(changed(NOW, ahead=1), (1, 16, 32, 48, 64), early=True),
+        "no bulk copies": Variant(changed(NOW, bulk=False), (1, 16, 32), early=True),
+        "bulk copies": Variant(changed(NOW, bulk=True), (48, 64, 80), early=True),
+        "eight stages": Variant(changed({t: NOW[t] for t in (1, 2)}, stages=8), (1, 16), early=True),
+        **both("mma", MMA, (1, 16)),
     },
     "E4B": {
         name: replace(v, model="E4B")
         for name, v in {
-            "marlin": Variant(None, (1, 4, 16, 32, 48, 64, 80)),
-            "now": Variant(NOW, (1, 16, 32, 64, 80)),
-            "x4": Variant(changed(FEW, ahead=4), (1, 4, 16)),
-            "x4 polled": Variant(changed(FEW, ahead=4, **P), (1, 4, 16)),
-            "x2 polled": Variant(changed(FEW, ahead=2, **P), (1, 16, 32)),
-            "x2 polled bulk": Variant(changed(FEW, ahead=2, bulk=True, **P), (1, 16, 32)),
-            "two": Variant(MANY, (48, 64)),
-            "two polled": Variant(changed(MANY, polled=True), (33, 48, 64)),
-            "two polled bulk": Variant(changed(MANY, polled=True, bulk=True), (48, 64)),
-            "one": Variant({10: ONE}, (80,)),
-            "one polled": Variant({10: replace(ONE, polled=True)}, (80,)),
-            "one polled 8 share": Variant({10: replace(ONE, polled=True, sharing=8)}, (80,)),
-            "one polled 6 share": Variant({10: replace(ONE, polled=True, sharing=6)}, (80,)),
-            "one polled bulk 8 share": Variant({10: replace(ONE, polled=True, bulk=True, sharing=8)}, (80,)),
+            "marlin": Variant(None, (1, *MANY[1:], 16, 32)),
+            "now": Variant(NOW, (1, 16, 32, *MANY)),
+            "plain": Variant(PLAIN, (1, 16, 32, 64, 80)),
+            "all share": Variant(changed(NOW, sharing=0), (65, 80)),
+            "4 share": Variant(changed({10: NOW[10]}, sharing=4), (65, 80)),
         }.items()
     },
     # Not measured but told: where a GEMM's time goes.
-    "told": {
-        "now": Variant(NOW, (1, 16, 64), told=True),
-        "now, early": Variant(NOW, (1,), told=True, early=True),
-        **{name: replace(v, told=True) for name, v in few("x4 polled", FEW, (1, 16, 32), ahead=4, **P).items()},
-        **{
-            name: replace(v, told=True)
-            for name, v in few("x4 s8 polled bulk", FEW, (1, 32), ahead=4, stages=8, bulk=True, **P).items()
-            if v.early
-        },
-        "two polled": Variant(changed(MANY, polled=True), (48, 64), told=True),
-        "one polled": Variant({10: replace(ONE, polled=True)}, (80,), told=True),
-    },
+    "told": {"now": Variant(NOW, (1, 32, 64, 80), told=True, early=True)},
 }
 
 # Where the kernel says the time: behind this text, what, and when.
@@ -409,12 +348,12 @@ def run(part: str, layers: int, asked_rows: set[int], out: Path, ready: Any, go:
 
     kernels: dict[Any, Any] = {}
 
-    together = says = False
+    says = False
 
     def kernel(tiles: int, scaled: bool, form: Form) -> Any:
-        key = tiles, form, says, together
+        key = tiles, form, says
         if key not in kernels:
-            kernels[key] = loaded(tiles, form, codes[tiles, form, says], together)
+            kernels[key] = loaded(tiles, form, codes[tiles, form, says])
         return kernels[key]
 
     stream_gemm.kernel = kernel  # type: ignore[assignment]
@@ -444,9 +383,7 @@ def run(part: str, layers: int, asked_rows: set[int], out: Path, ready: Any, go:
                 wrong.append(f"chain of {rows} rows: another result")
 
     for name, v in variants.items():
-        start, wrong, together, says = time.time(), [], v.together, v.told
-        for partial, _ in stream_gemm.SCRATCH._buffers.values():
-            partial.view(torch.int32).fill_(-1)  # what forms that are not polled leave there
+        start, wrong, says = time.time(), [], v.told
         try:
             measure(name, v, wrong)
         except RuntimeError as error:  # a form that the card does not take

@@ -51,9 +51,9 @@ def text(name: str, tiles: int, form: Form) -> str:
     return f"{head}for (int i = 0; i < 4; i++) a[q][i] = word + both + high;\n}}\n{tail.split('}', 1)[1]}"
 
 
-def loaded(tiles: int, form: Form, code: bytes, together: bool = False) -> Any:
+def loaded(tiles: int, form: Form, code: bytes) -> Any:
     made = cuda.Kernel.__new__(cuda.Kernel)
-    made._load(code, "nvfp4_stream", overlaps=True, together=together)
+    made._load(code, "nvfp4_stream", overlaps=True)
     made.allow_shared(stream_gemm.shared_bytes(tiles, form))
     return made
 

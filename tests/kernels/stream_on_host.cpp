@@ -89,22 +89,10 @@ static void finishers_meet() { state->finishers.arrive_and_wait(); }
 static unsigned with_top(unsigned zero) { return 0x70007000u | zero; }
 static void rest() { std::this_thread::yield(); }
 static void give_up() { std::abort(); }
-static unsigned counted(const unsigned* counter) {
-    std::this_thread::yield();
-    return __atomic_load_n(counter, __ATOMIC_ACQUIRE);
-}
 static unsigned hidden(unsigned constant, unsigned zero) { return constant | zero; }
-static float as_float(unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; }
-static float __uint_as_float(unsigned bits) { return as_float(bits); }
-static unsigned __float_as_uint(float v) { unsigned bits; std::memcpy(&bits, &v, 4); return bits; }
-static float4 peek(const float4* at) {
-    const unsigned* words = (const unsigned*)at;
-    std::this_thread::yield();
-    return {as_float(__atomic_load_n(words, __ATOMIC_RELAXED)), as_float(__atomic_load_n(words + 1, __ATOMIC_RELAXED)),
-            as_float(__atomic_load_n(words + 2, __ATOMIC_RELAXED)), as_float(__atomic_load_n(words + 3, __ATOMIC_RELAXED))};
-}
 static float4 __ldcg(const float4* at) { return *at; }
 static void __stcg(float4* at, float4 v) { *at = v; }
+static float as_float(unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; }
 static unsigned __shfl_sync(unsigned, unsigned value, int lane) {
     uint32_t* all = state->exchange.data() + threadIdx.x / 32 * 192;
     all[threadIdx.x % 32] = value;
@@ -203,7 +191,7 @@ template <class Kernel> static void run_blocks(int blocks, int together, const K
 extern "C" void run(const void* codes, const void* scales, const void* x, const void* pre, void* y,
                     const float* global_scale, float* partial, unsigned* arrivals, int rows, int N, int K,
                     int blocks) {
-    run_blocks(blocks, SPREAD ? blocks : 1, [=] {
+    run_blocks(blocks, 1, [=] {
         nvfp4_stream((const unsigned char*)codes, (const unsigned char*)scales, (const u16*)x, (const u16*)pre, (u16*)y,
                      global_scale, partial, arrivals, rows, N, K);
     });

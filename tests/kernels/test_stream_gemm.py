@@ -82,7 +82,7 @@ def run(
 ) -> torch.Tensor:
     tiles, k = tiles or stream_gemm.tiles_for(len(x)), x.shape[1]
     y = torch.full((len(x), n), torch.nan, dtype=torch.bfloat16)
-    partial = torch.full((blocks * 2 * tiles * 2048,), -1, dtype=torch.int32)
+    partial = torch.full((blocks * 2 * tiles * 2048,), torch.nan)
     arrivals = torch.zeros(-(-n // 256) * 8, dtype=torch.int32)
     words, scales, shift = packed
     pointers = [
@@ -91,7 +91,6 @@ def run(
     ]
     get(tiles, pre is not None, form).run(*pointers, len(x), n, k, blocks)
     assert not arrivals.any()  # ready for the next GEMM
-    assert not form.polled or (partial == -1).all()
     return y
 
 
@@ -105,9 +104,9 @@ def run(
         pytest.param(61, 256, 256, 2, True, FORM, marks=SLOW),
         pytest.param(9, 256, 384, 2, True, Form(stages=2), marks=SLOW),  # by mma of Ampere's kind
         pytest.param(3, 512, 384, 2, False, Form(3, halves=1, groups=1, per_sm=2, wgmma=True), marks=SLOW),
-        pytest.param(77, 256, 384, 3, True, Form(2, halves=1, groups=1, wgmma=True, spread=True), marks=SLOW),
-        pytest.param(8, 320, 192, 3, True, Form(2, wgmma=True, bulk=True, spread=True, polled=True), marks=SLOW),
-        pytest.param(6, 512, 896, 3, True, Form(3, first=3, ahead=4, spread=True), marks=SLOW),
+        pytest.param(77, 256, 384, 3, True, Form(2, halves=1, groups=1, wgmma=True), marks=SLOW),
+        pytest.param(8, 320, 192, 3, True, Form(2, wgmma=True, bulk=True), marks=SLOW),
+        pytest.param(6, 512, 896, 3, True, Form(3, ahead=4), marks=SLOW),
     ],
 )
 def test_the_kernel_gives_the_gemm(
@@ -137,10 +136,10 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(libraries: Any) -> No
     ("form", "tiles"),
     [
         (Form(2, groups=1, wgmma=True, overlap=True), 2),  # both halves by the same warps
-        (Form(3, groups=1, wgmma=True, overlap=True, spread=True, ahead=2), 6),
-        (Form(2, wgmma=True, spread=True), 2),
-        (Form(2, wgmma=True, spread=True, polled=True, bulk=True), 2),
-        (Form(4, wgmma=True, overlap=True, first=4, ahead=4), 2),
+        (Form(3, groups=1, wgmma=True, overlap=True, ahead=2), 6),
+        (Form(2, wgmma=True), 2),
+        (Form(2, wgmma=True, bulk=True), 2),
+        (Form(4, wgmma=True, overlap=True, ahead=4), 2),
     ],
 )
 def test_forms_of_the_same_halves_have_the_same_bits(libraries: Any, form: Form, tiles: int) -> None:
@@ -149,9 +148,3 @@ def test_forms_of_the_same_halves_have_the_same_bits(libraries: Any, form: Form,
     x, packed = torch.randn(11, 896).bfloat16(), marlin(codes, scale)
     wanted = run(libraries, x, packed, 512, 3)
     assert torch.equal(run(libraries, x, packed, 512, 3, form=form, tiles=tiles), wanted)
-
-
-@pytest.mark.parametrize("table", [stream_gemm.WGMMA_FORMS, stream_gemm.MMA_FORMS])
-def test_all_forms_leave_the_scratch_alike(table: dict[int, Form]) -> None:
-    """They share it."""
-    assert len({form.polled for form in table.values()}) == 1

@@ -77,20 +77,19 @@ class Kernel:
         source: CUDA C++ that needs no headers.
         name: the kernel's.
         this_only: compile for this very architecture (``sm_90a``), whose own instructions the source takes.
-        together: all blocks of a launch run at once, or none (a cooperative launch): they may wait for each other.
 
     Raises:
         ImportError, RuntimeError: see :func:`compiled`; or the driver refuses the code.
     """
 
-    def __init__(self, source: str, name: str, this_only: bool = False, together: bool = False) -> None:
+    def __init__(self, source: str, name: str, this_only: bool = False) -> None:
         torch.cuda.init()
         major, minor = torch.cuda.get_device_capability()
         # From Hopper on a grid may start before the one before it has ended; the kernel says what it waits for.
         code = compiled(source, architecture(10 * major + minor) + "a" * this_only)
-        self._load(code, name, overlaps=major >= 9, together=together)
+        self._load(code, name, overlaps=major >= 9)
 
-    def _load(self, code: bytes, name: str, overlaps: bool, together: bool = False) -> None:
+    def _load(self, code: bytes, name: str, overlaps: bool) -> None:
         from cuda.bindings import driver
 
         self._driver = driver
@@ -99,11 +98,6 @@ class Kernel:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
-            self._attributes.append(attribute)
-        if together:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-            attribute.value.cooperative = 1
             self._attributes.append(attribute)
         self._module = _checked(driver.cuModuleLoadData(code), "cuModuleLoadData")
         self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()), "cuModuleGetFunction")

@@ -26,11 +26,12 @@ typedef unsigned long long u64;
 #define WARPS (8 * GROUPS)  // that multiply: 8 times 32 outputs
 #define EACH (HALVES / GROUPS)  // halves of a stage's inputs that a warp takes, each with sums of its own
 #define COPIERS 128  // threads that copy
+#define FIRST 2      // stages that do not wait for the kernel before this one
 #define HANDOVER (WGMMA && MT >= 6)  // of registers; what each warp starts with goes by THREADS and PER_SM
 #define COPIER_REGISTERS (GROUPS == 1 && PER_SM == 1 ? 104 : 64)
 #define OTHER_REGISTERS (GROUPS == 2 ? 104 : PER_SM == 1 ? 200 : 88)
-#define LAST_ITEMS (MT == 1 ? 2 : GROUPS == 2 || MT % 4 ? 4 : 8)  // loads of the last block: LAST_ITEMS * LAST_DEEP at a time
-#define LAST_DEEP (MT == 1 ? 4 : 2)
+#define FEW_PARTS (GROUPS == 1 ? 8 : MT == 1 ? 2 : 4), 4  // items and parts of them that the last block loads at a time
+#define MANY_PARTS (MT == 1 ? 2 : 4), (GROUPS == 1 || MT == 1 ? 8 : 4)
 #define THREADS (WARPS * 32 + COPIERS)
 #define CODES_AT 0
 #define SCALES_AT (STEPS * COLUMNS * 8)
@@ -174,21 +175,6 @@ __device__ __forceinline__ u32 count_arrival(u32* counter) {
     return before;
 }
 
-// What has been counted, and makes visible what those that counted have written before.
-__device__ __forceinline__ u32 counted(const u32* counter) {
-    u32 now;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
-    return now;
-}
-
-// What another block may be writing.
-__device__ __forceinline__ float4 peek(const float4* at) {
-    float4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0,%1,%2,%3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(at) : "memory");
-    return v;
-}
-
 // a * {b, b} for the low or the high half b of `both`, which the multiplication selects by itself.
 __device__ __forceinline__ u32 times_low(u32 a, u32 both) {
     u32 d;
@@ -238,61 +224,34 @@ __device__ __forceinline__ int block_of(int unit, int blocks, int units) {
     return (int)(((u32)(unit + 1) * blocks - 1) / units);
 }
 
-// A part that nobody has written yet has all bits set; no sum has, NaN is 0x7FFFFFFF.
-__device__ __forceinline__ u32 larger(u32 a, u32 b) { return a > b ? a : b; }
-
-__device__ __forceinline__ u32 largest_word(const float4& v) {
-    return larger(larger(__float_as_uint(v.x), __float_as_uint(v.y)), larger(__float_as_uint(v.z), __float_as_uint(v.w)));
-}
-
-__device__ __forceinline__ float not_missing(float v) {
-    return __float_as_uint(v) == 0xFFFFFFFFu ? __uint_as_float(0x7FFFFFFFu) : v;
-}
-
-// Sum of `count` parts for every `step`-th item. A load takes a microsecond: ITEMS * DEEP of them at a time.
+// Sum of `count` parts for every item. A load takes a microsecond: ITEMS * DEEP of them at a time.
 template <int ITEMS, int DEEP, class Part, class Write>
-__device__ __forceinline__ void add_parts(int item, int step, int items, int count, const Part& part, const Write& write) {
+__device__ __forceinline__ void add_parts(int items, int count, const Part& part, const Write& write) {
 #pragma unroll 1
-    for (; item < items; item += ITEMS * step) {
+    for (int item = 0; item < items; item += ITEMS) {
         float4 sum[ITEMS];
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) sum[i] = make_float4(0, 0, 0, 0);
 #pragma unroll 1
         for (int p = 0; p < count; p += DEEP) {
-            // Where there are fewer, the last part or the first item again.
-            const auto at = [&](int j) {
-                const int other = item + j % ITEMS * step;
-                return part(p + j / ITEMS < count ? p + j / ITEMS : count - 1, other < items ? other : item);
-            };
             float4 v[DEEP][ITEMS];
-#if POLLED
-            u32 largest;
-            do {
-                largest = 0;
 #pragma unroll
-                for (int j = 0; j < DEEP * ITEMS; j++) v[j / ITEMS][j % ITEMS] = peek(at(j));
+            for (int d = 0; d < DEEP; d++)
 #pragma unroll
-                for (int j = 0; j < DEEP * ITEMS; j++) largest = larger(largest, largest_word(v[j / ITEMS][j % ITEMS]));
-            } while (largest == 0xFFFFFFFFu);
-            const float missing = __uint_as_float(0xFFFFFFFFu);
-#pragma unroll
-            for (int j = 0; j < DEEP * ITEMS; j++) __stcg(at(j), make_float4(missing, missing, missing, missing));
-#else
-#pragma unroll
-            for (int j = 0; j < DEEP * ITEMS; j++) v[j / ITEMS][j % ITEMS] = __ldcg(at(j));
-#endif
+                for (int i = 0; i < ITEMS; i++)  // where there are fewer, the last one again: no branch between loads
+                    v[d][i] = __ldcg(part(p + d < count ? p + d : count - 1, item + i < items ? item + i : items - 1));
 #pragma unroll
             for (int d = 0; d < DEEP; d++)
 #pragma unroll
                 for (int i = 0; i < ITEMS; i++)
-                    if (p + d < count && item + i * step < items) {
+                    if (p + d < count) {
                         const float4& b = v[d][i];
                         sum[i].x += b.x, sum[i].y += b.y, sum[i].z += b.z, sum[i].w += b.w;
                     }
         }
 #pragma unroll
         for (int i = 0; i < ITEMS; i++)
-            if (item + i * step < items) write(item + i * step, sum[i]);
+            if (item + i < items) write(item + i, sum[i]);
     }
 }
 
@@ -303,8 +262,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
     const u16* pre,               // [K] bfloat16, where SCALED
     u16* y,                       // [rows, N] bfloat16
     const float* global_scale,    // [1], Marlin's: weight_scale_2 * 2^119 / scale_factor
-    float* partial,               // [blocks, 2, MT, 8, 32, 8]: a block's part of its first and of its last tile; where
-                                  // POLLED all bits set before and after
+    float* partial,               // [blocks, 2, MT, 8, 32, 8]: a block's part of its first and of its last tile
     u32* arrivals,                // [tiles of outputs, 8], zero before and after
     int rows, int N, int K) {
     const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -525,49 +483,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
                 const float* v = acc[1][q][m];
                 sum = make_float4(sum.x + v[0], sum.y + v[1], sum.z + v[2], sum.w + v[3]);
 #endif
-#if POLLED
-                sum = make_float4(not_missing(sum.x), not_missing(sum.y), not_missing(sum.z), not_missing(sum.w));
-#endif
                 if (count > 1) __stcg(part(first, blockIdx.x - first, m * 2 + q), sum);
                 else write(tile, m * 2 + q, sum);
             }
         }
-        if (!POLLED && count > 1 && !part_k) {
+        if (count > 1 && !part_k) {  // the last block to arrive adds up the parts, always in the same order
             __syncwarp();
             u32 arrived = 0;
-            if (lane == 0) arrived = count_arrival(arrivals + tile * 8 + part_n);
-#if !SPREAD  // the last block to arrive adds up the parts, always in the same order
-            if (__shfl_sync(0xFFFFFFFFu, arrived, 0) == count - 1) {
-                if (lane == 0) arrivals[tile * 8 + part_n] = 0;
-                add_parts<LAST_ITEMS, LAST_DEEP>(0, 1, items, count, [&](int p, int item) { return part(first, p, item); },
-                                       [&](int item, const float4& v) { write(tile, item, v); });
+            if (lane == 0) {
+                arrived = count_arrival(arrivals + tile * 8 + part_n);
+                if (arrived == count - 1) arrivals[tile * 8 + part_n] = 0;
             }
-#endif
+            if (__shfl_sync(0xFFFFFFFFu, arrived, 0) == count - 1) {
+                const auto from = [&](int p, int item) { return part(first, p, item); };
+                const auto to = [&](int item, const float4& v) { write(tile, item, v); };
+                if (count > 4) add_parts<MANY_PARTS>(items, count, from, to);
+                else add_parts<FEW_PARTS>(items, count, from, to);
+            }
         }
 #pragma unroll
         for (int j = 0; j < EACH * 2 * MT * 4; j++) acc[j / (8 * MT)][j / (4 * MT) % 2][j / 4 % MT][j % 4] = 0.0f;
         block = 0, tile++;
     }
-#if SPREAD  // all blocks that share a tile add up its parts, each for other rows or outputs, always in the same order
-#pragma unroll 1
-    for (int n = 0; n < 2; n++) {
-        tile = (n ? mine.last - 1 : mine.first) / per_tile;
-        const int first = first_of(tile), count = count_of(tile, first);
-        if (count == 1 || (n && tile == mine.first / per_tile)) continue;
-        // All blocks of this grid run, or will once a kernel before it ends: the next grid's start after these.
-        u32* counter = arrivals + tile * 8 + part_n;
-        if (!POLLED && lane == 0)
-            while (counted(counter) < count) {}
-        __syncwarp();
-        const auto from = [&](int p, int item) { return part(first, p, item); };
-        const auto to = [&](int item, const float4& v) { write(tile, item, v); };
-        const int readers = count * GROUPS, me = (blockIdx.x - first) * GROUPS + part_k;
-        if (items <= readers) add_parts<1, 8>(me, readers, items, count, from, to);
-        else if (items > 2 * readers) add_parts<4, 4 / GROUPS>(me, readers, items, count, from, to);
-        else add_parts<2, 8 / GROUPS>(me, readers, items, count, from, to);
-        if (POLLED) continue;
-        __syncwarp();
-        if (lane == 0 && count_arrival(counter) == count + readers - 1) *counter = 0;
-    }
-#endif
 }

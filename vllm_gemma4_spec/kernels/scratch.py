@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Scratch:
-    """Partial sums (all bits set) and arrival counters (zero), one pair per device; GEMMs of one stream share them."""
+    """Partial sums and arrival counters (zero), one pair per device; GEMMs of one stream share them."""
 
     def __init__(self) -> None:
         self._buffers: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -22,7 +22,6 @@ class Scratch:
             partial = torch.empty(floats, dtype=torch.float32, device=device)
         if arrivals is None or arrivals.numel() < counters:
             arrivals = torch.empty(counters, dtype=torch.int32, device=device)
-        partial.view(torch.int32).fill_(-1)
         arrivals.zero_()
         self._buffers[device] = (partial, arrivals)
 

@@ -40,12 +40,9 @@ class Form:
     groups: int = 2  # of eight warps that share the halves
     per_sm: int = 1
     wgmma: bool = False
-    first: int = 2  # stages that do not wait for the kernel before
     ahead: int = 1  # stages of x that are asked for at a time
     overlap: bool = False  # decode while wgmma multiplies the step before
     bulk: bool = False  # weights by bulk copies
-    spread: bool = False  # all blocks that share a tile add up its parts, not the last one
-    polled: bool = False  # with spread: parts show by themselves that they are there; no arrivals are counted
     sharing: int = 0  # blocks that share a tile at most, on average; 0: as many as there are
 
     @property
@@ -59,6 +56,15 @@ class Form:
 
 # By compiled number of 8-row tiles. Up to 64 rows all add up in the same order: a row's bits are the same in each.
 WGMMA_FORMS = {
+    1: Form(4, wgmma=True, overlap=True, ahead=4, bulk=True),
+    2: Form(4, wgmma=True, overlap=True, ahead=4, bulk=True),
+    4: Form(4, wgmma=True, overlap=True, ahead=2, bulk=True),
+    6: Form(6, groups=1, wgmma=True, overlap=True, ahead=2),
+    8: Form(6, groups=1, wgmma=True, overlap=True, ahead=2),
+    10: Form(5, halves=1, groups=1, wgmma=True, overlap=True, sharing=8),
+    16: Form(4, halves=1, groups=1, wgmma=True, sharing=8),
+}
+MMA_FORMS = {
     1: Form(4, wgmma=True, overlap=True),
     2: Form(4, wgmma=True, overlap=True),
     4: Form(4, wgmma=True, overlap=True),
@@ -103,12 +109,9 @@ def macros(tiles: int, scaled: bool, form: Form) -> dict[str, int]:
         "GROUPS": form.groups,
         "PER_SM": form.per_sm,
         "WGMMA": int(form.wgmma),
-        "FIRST": form.first,
         "AHEAD": form.ahead,
         "OVERLAP": int(form.overlap),
         "BULK": int(form.bulk),
-        "SPREAD": int(form.spread),
-        "POLLED": int(form.polled),
     }
 
 
@@ -127,7 +130,7 @@ def shared_bytes(tiles: int, form: Form) -> int:
 
 @functools.cache
 def kernel(tiles: int, scaled: bool, form: Form) -> Any:
-    made = cuda.Kernel(source(tiles, scaled, form), "nvfp4_stream", this_only=form.wgmma, together=form.spread)
+    made = cuda.Kernel(source(tiles, scaled, form), "nvfp4_stream", this_only=form.wgmma)
     made.allow_shared(shared_bytes(tiles, form))
     return made
 
