@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.mtp import pairs
+from tests.mtp.drafts import Watched
 from tests.support import tiny_multimodal
 from tests.support.engine import acceptance, engine, random_prompts
 
@@ -54,6 +55,27 @@ def outputs(llm: Any) -> dict[str, Any]:
     return {name: [output for (of, _), output in zip(asked, made, strict=True) if of == name] for name in CASES}
 
 
+class Helped(Watched):
+    """A random assistant is right by chance alone: every other draft becomes what plain decoding answers."""
+
+    def __init__(self, llm: Any, assistant: Path, plain: dict[str, Any]) -> None:
+        super().__init__(llm, assistant, reference=False)
+        self._following: dict[tuple[int, ...], list[int]] = {}
+        for request in (request for case in plain.values() for request in case):
+            for answer in request.outputs:
+                tokens = [*request.prompt_token_ids, *answer.token_ids]
+                for end in range(len(request.prompt_token_ids) + 1, len(tokens)):
+                    self._following[tuple(tokens[:end])] = tokens[end:]
+
+    def __call__(self, **kwargs: Any) -> Any:
+        drafts = super().__call__(**kwargs)
+        for row, made in enumerate(self.drafts[-len(drafts) :]):
+            following = self._following.get(tuple(made.context), []) if len(made.context) % 2 else []
+            for i, token in enumerate(following[: drafts.shape[1]]):
+                drafts[row, i] = token
+        return drafts
+
+
 @pytest.fixture(scope="module")
 def plain(target: Path) -> dict[str, Any]:
     with engine(target, **OPTIONS) as llm:
@@ -75,6 +97,8 @@ def runs(
     method = "mtp" if request.param == "assistant" else "draft_model"
     with engine(target, model, 4, speculative={"method": method}, **OPTIONS) as llm:
         before = acceptance(llm)
+        if method == "mtp":
+            Helped(llm, model, plain)
         out = {"plain": plain, "speculation": outputs(llm)}
         out["counts"] = acceptance(llm) - before
         for refused in ({"logit_bias": {50: 4.0}}, {"min_p": 0.1}):
@@ -146,7 +170,7 @@ def test_an_answer_is_that_of_plain_decoding(runs: dict[str, Any], name: str) ->
 
 
 def test_drafts_were_accepted_and_rejected(runs: dict[str, Any]) -> None:
-    assert 0 < runs["counts"].accepted < runs["counts"].proposed  # by a random assistant few, by chance
+    assert 0.01 < runs["counts"].accepted / runs["counts"].proposed < 1
 
 
 def test_the_cases_do_what_they_say(runs: dict[str, Any]) -> None:
