@@ -130,7 +130,8 @@ PLAIN = {
     10: Form(5, halves=1, groups=1, wgmma=True),
     16: Form(4, halves=1, groups=1, wgmma=True),
 }  # the forms of notes 20 to 29
-MMA = {t: Form(4, ahead=4, bulk=True) for t in (1, 2)}
+MMA = {2: Form(4, ahead=4, bulk=True)}
+WGMMA = {1: replace(NOW[2], ahead=4)}
 FEW, MANY = (1, 4, 8, 16, 32), (33, 48, 49, 64, 65, 80)
 
 PARTS: dict[str, dict[str, Variant]] = {
@@ -142,7 +143,8 @@ PARTS: dict[str, dict[str, Variant]] = {
         "no bulk copies": Variant(changed(NOW, bulk=False), (1, 16, 32), early=True),
         "bulk copies": Variant(changed(NOW, bulk=True), (48, 64, 80), early=True),
         "eight stages": Variant(changed({t: NOW[t] for t in (1, 2)}, stages=8), (1, 16), early=True),
-        **both("mma", MMA, (1, 16)),
+        **both("mma", MMA, (16,)),
+        **both("wgmma", WGMMA, (1,)),
     },
     "E4B": {
         name: replace(v, model="E4B")
