@@ -130,8 +130,7 @@ PLAIN = {
     10: Form(5, halves=1, groups=1, wgmma=True),
     16: Form(4, halves=1, groups=1, wgmma=True),
 }  # the forms of notes 20 to 29
-MMA = {2: Form(4, ahead=4, bulk=True)}
-WGMMA = {1: replace(NOW[2], ahead=4)}
+MMA = {t: Form(4, ahead=4, bulk=True) for t in (1, 2)}
 FEW, MANY = (1, 4, 8, 16, 32), (33, 48, 49, 64, 65, 80)
 
 PARTS: dict[str, dict[str, Variant]] = {
@@ -140,11 +139,9 @@ PARTS: dict[str, dict[str, Variant]] = {
         **both("now", NOW, (*FEW, *MANY, 96, 128)),
         **both("plain", PLAIN, (1, 16, 32, 33, 64, 80, 128)),
         "one stage of x": Variant(changed(NOW, ahead=1), (1, 16, 32, 48, 64), early=True),
-        "no bulk copies": Variant(changed(NOW, bulk=False), (1, 16, 32), early=True),
-        "bulk copies": Variant(changed(NOW, bulk=True), (48, 64, 80), early=True),
+        "bulk copies": Variant(changed(NOW, bulk=True), (1, 16, 32, 48, 64, 80), early=True),
         "eight stages": Variant(changed({t: NOW[t] for t in (1, 2)}, stages=8), (1, 16), early=True),
-        **both("mma", MMA, (16,)),
-        **both("wgmma", WGMMA, (1,)),
+        **both("mma", MMA, (1, 16)),
     },
     "E4B": {
         name: replace(v, model="E4B")

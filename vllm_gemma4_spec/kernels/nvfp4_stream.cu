@@ -30,8 +30,8 @@ typedef unsigned long long u64;
 #define HANDOVER (WGMMA && MT >= 6)  // of registers; what each warp starts with goes by THREADS and PER_SM
 #define COPIER_REGISTERS (GROUPS == 1 && PER_SM == 1 ? 104 : 64)
 #define OTHER_REGISTERS (GROUPS == 2 ? 104 : PER_SM == 1 ? 200 : 88)
-#define LAST_ITEMS (MT == 1 ? 2 : GROUPS == 2 || MT % 4 ? 4 : 8)  // loads of the last block: LAST_ITEMS * LAST_DEEP at a time
-#define LAST_DEEP (MT == 1 ? 4 : 2)
+#define FEW_PARTS (GROUPS == 1 ? 8 : MT == 1 ? 2 : 4), 4  // items and parts of them that the last block loads at a time
+#define MANY_PARTS (MT == 1 ? 2 : 4), (GROUPS == 1 || MT == 1 ? 8 : 4)
 #define THREADS (WARPS * 32 + COPIERS)
 #define CODES_AT 0
 #define SCALES_AT (STEPS * COLUMNS * 8)
@@ -497,7 +497,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
             if (__shfl_sync(0xFFFFFFFFu, arrived, 0) == count - 1) {
                 const auto from = [&](int p, int item) { return part(first, p, item); };
                 const auto to = [&](int item, const float4& v) { write(tile, item, v); };
-                add_parts<LAST_ITEMS, LAST_DEEP>(items, count, from, to);
+                if (count > 4) add_parts<MANY_PARTS>(items, count, from, to);
+                else add_parts<FEW_PARTS>(items, count, from, to);
             }
         }
 #pragma unroll

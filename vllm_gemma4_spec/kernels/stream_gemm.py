@@ -54,33 +54,16 @@ class Form:
         return min(most, self.sharing * -(-n // COLUMNS)) if self.sharing else most
 
 
-# By compiled number of 8-row tiles. Up to 64 rows all add up in the same order, and mma and wgmma alike, as seen on an
-# H200: a row's bits are the same in each.
+# By compiled number of 8-row tiles, each of those that ran in layer_chain.py's third run on an H200. Up to 64 rows all add
+# up in the same order: a row's bits are the same in each.
 WGMMA_FORMS = {
-    1: Form(4, ahead=4, bulk=True),  # wgmma is no faster with so few rows
-    2: Form(4, wgmma=True, overlap=True, ahead=4, bulk=True),
-    4: Form(4, wgmma=True, overlap=True, ahead=2, bulk=True),
-    6: Form(6, groups=1, wgmma=True, overlap=True, ahead=2),
-    8: Form(4, wgmma=True),
-    10: Form(5, halves=1, groups=1, wgmma=True, overlap=True, sharing=8),
-    16: Form(4, halves=1, groups=1, wgmma=True, sharing=8),
-}
-MMA_FORMS = {
-    1: Form(4, wgmma=True, overlap=True, ahead=4, bulk=True),
-    2: Form(4, wgmma=True, overlap=True, ahead=4, bulk=True),
-    4: Form(4, wgmma=True, overlap=True, ahead=2, bulk=True),
-    6: Form(6, groups=1, wgmma=True, overlap=True, ahead=2),
-    8: Form(6, groups=1, wgmma=True, overlap=True, ahead=2),
-    10: Form(5, halves=1, groups=1, wgmma=True, overlap=True, sharing=8),
-    16: Form(4, halves=1, groups=1, wgmma=True, sharing=8),
-}
-MMA_FORMS = {
-    1: Form(4, wgmma=True, overlap=True),
-    2: Form(4, wgmma=True, overlap=True),
+    1: Form(4, wgmma=True, overlap=True, ahead=4),
+    2: Form(4, wgmma=True, overlap=True, ahead=4),
     4: Form(4, wgmma=True, overlap=True),
+    6: Form(6, groups=1, wgmma=True, overlap=True, ahead=2),
     8: Form(4, wgmma=True),
-    10: Form(5, halves=1, groups=1, wgmma=True),
-    16: Form(4, halves=1, groups=1, wgmma=True),
+    10: Form(5, halves=1, groups=1, wgmma=True, overlap=True, sharing=8),
+    16: Form(4, halves=1, groups=1, wgmma=True, sharing=8),
 }
 MMA_FORMS = {1: Form(4), 2: Form(4), 4: Form(4), 8: Form(4)}  # cards without wgmma
 

@@ -140,15 +140,21 @@ _WRAPPERS = {
 def launch_early(kernel_class: type[Any]) -> None:
     """Wrap what writes ``gdc_wait`` before a Triton kernel's first load and ``gdc_launch_dependents`` behind its last.
 
-    A kernel of ours lets the next one start at once, which waits where it loads itself: a GEMM's first weights come
-    while a norm waits for the GEMM before. Behind the last load the line comes too late for that, and Inductor 2.10.0,
-    vLLM 0.19.1's, ends in an assertion where it writes it (repaired in 2.11: pytorch PR 170981). A kernel that loads
-    nothing must wait, too: it may write what kernels before it still read, and the next one waits for it alone.
+    Only where Inductor is 2.10's, vLLM 0.19.1's: it ends in an assertion where it writes the second line (repaired in
+    2.11: pytorch PR 170981). A kernel lets the next one start at once instead, which waits where it loads itself: a
+    GEMM's first weights come while a norm waits for the GEMM before. A kernel that loads nothing must wait, too: it may
+    write what kernels before it still read, and the next one waits for it alone. Any other Inductor's own dependent
+    launch stays as it is.
     """
+    owners = {name: next((c for c in kernel_class.__mro__ if name in vars(c)), None) for name in _WRAPPERS}
+    found = {name: vars(owner)[name] for name, owner in owners.items() if owner is not None}
+    if len(found) < len(_WRAPPERS) or any(hasattr(f, "__wrapped__") for f in found.values()):
+        return
+    counts = (found["_handle_pdl_before_load"], found["_handle_pdl_after_load"])
+    if not all("_load_index" in f.__code__.co_names for f in counts) or "generate" not in counts[1].__code__.co_names:
+        return
     for name, wrapper in _WRAPPERS.items():
-        owner = next((c for c in kernel_class.__mro__ if name in vars(c)), None)
-        if owner is not None and not hasattr(vars(owner)[name], "__wrapped__"):
-            setattr(owner, name, wrapper(vars(owner)[name]))
+        setattr(owners[name], name, wrapper(found[name]))
 
 
 def _ours() -> bool:
