@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -68,3 +69,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "drafter": tiny_models.save(tiny_models.drafter_config(), folder / "drafter", seed=1),
         "close": tiny_models.perturbed(target, folder / "close"),
     }
+
+
+@pytest.fixture(scope="session")
+def served_model(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of ``target`` with a tokenizer, as a server needs it."""
+    from tests.support import tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("served") / "model"
+    shutil.copytree(tiny["target"], folder)
+    tiny_tokenizer.save(folder)
+    return folder

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from tests.support import tiny_tokenizer
 from tests.support.commands import demo_server
 from vllm_gemma4_spec.demo import build
-
-
-@pytest.fixture(scope="session")
-def served_model(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("served") / "model"
-    shutil.copytree(tiny["target"], folder)
-    tiny_tokenizer.save(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
