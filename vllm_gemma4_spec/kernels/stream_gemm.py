@@ -54,8 +54,8 @@ class Form:
         return min(most, self.sharing * -(-n // COLUMNS)) if self.sharing else most
 
 
-# By compiled number of 8-row tiles, each of those that ran in layer_chain.py's third run on an H200. Up to 64 rows all add
-# up in the same order: a row's bits are the same in each.
+# By compiled number of 8-row tiles; each ran in the third run of layer_chain.py on an H200. Up to 64 rows all add up in
+# the same order: a row's bits are the same in each.
 WGMMA_FORMS = {
     1: Form(4, wgmma=True, overlap=True, ahead=4),
     2: Form(4, wgmma=True, overlap=True, ahead=4),
