@@ -29,25 +29,26 @@ def forms(stages: dict[int, int], **rest: Any) -> dict[int, Form]:
     return {tiles: Form(count, **rest) for tiles, count in stages.items()}
 
 
+W = {"wgmma": True, "overlap": True}
 FORMS: dict[str, dict[int, Form]] = {
     "mma": forms({1: 4, 2: 4, 4: 4, 8: 4}),
     "mma-deep": forms({1: 8, 2: 8, 4: 6, 8: 5}),
     "wgmma": stream_gemm.WGMMA_FORMS,
-    "wgmma-deep": forms({1: 8, 2: 8, 4: 6, 8: 5}, wgmma=True),
-    "wgmma-two": forms({1: 4, 2: 4, 4: 4}, halves=1, per_sm=2, wgmma=True),
-    "wgmma-whole": forms({1: 8, 2: 8, 4: 8, 8: 6, 10: 5, 16: 4}, halves=1, wgmma=True),
+    "wgmma-deep": forms({1: 8, 2: 8, 4: 6}, **W) | forms({8: 5}, wgmma=True),
+    "wgmma-two": forms({1: 4, 2: 4, 4: 4}, halves=1, groups=1, per_sm=2, **W),
+    "wgmma-whole": forms({1: 8, 2: 8, 4: 8}, halves=1, groups=1, **W)
+    | forms({8: 6, 10: 5, 16: 4}, halves=1, groups=1, wgmma=True),
     # What reading alone takes: the same without decoding, and results that mean nothing.
-    "no-decoding": forms({1: 8}, wgmma=True),
+    "no-decoding": forms({1: 8}, **W),
 }
-_DECODED = "times_low(decode(word << 12, word << 6), both)"
 
 
 def text(name: str, tiles: int, form: Form) -> str:
     source = stream_gemm.source(tiles, False, form)
     if name != "no-decoding":
         return source
-    head, tail = source.split("                a[q][0] = ", 1)
-    return f"{head}for (int i = 0; i < 4; i++) a[q][i] = word + both + high;\n            }}\n{tail.split('}', 1)[1]}"
+    head, tail = source.split("a[q][0] = ", 1)
+    return f"{head}for (int i = 0; i < 4; i++) a[q][i] = word + both + high;\n}}\n{tail.split('}', 1)[1]}"
 
 
 def loaded(tiles: int, form: Form, code: bytes) -> Any:

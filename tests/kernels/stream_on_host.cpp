@@ -1,7 +1,9 @@
-// Runs nvfp4_stream.cu on a CPU: a thread per CUDA thread, one block after the other, copies that are done at once.
+// Runs nvfp4_stream.cu on a CPU: a thread per CUDA thread, one block after the other, copies that are done at once. With
+// NVFP4_MLP_SOURCE also nvfp4_mlp.cu, whose blocks wait for each other and so run together.
 // Every device function that the kernel takes from the hardware is given here in plain C++.
 #include <atomic>
 #include <barrier>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -23,49 +25,76 @@ struct dim { int x, y, z; };
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static thread_local dim threadIdx, blockIdx;
 static dim blockDim, gridDim;
-alignas(1024) static unsigned char shared[232448];
-static std::unique_ptr<std::barrier<>> block_barrier;
-static std::vector<std::unique_ptr<std::barrier<>>> warp_barriers, pair_barriers;
-static std::vector<uint32_t> exchange;  // per warp: 32 lanes x 6 words
-
-struct Arrivals { std::atomic<int> left, phase; int wanted; };
-static Arrivals barriers[64];  // one for every 8 bytes from the first on
+struct Arrivals { std::atomic<int> left, phase; int wanted; std::atomic<int> bytes; };
+struct State {  // of a block
+    explicit State(int threads) : whole(threads), exchange(threads / 32 * 192) {
+        for (int w = 0; w < threads / 32; w++) warps.push_back(std::make_unique<std::barrier<>>(32));
+        for (int w = 0; w < 8; w++) pairs.push_back(std::make_unique<std::barrier<>>(64));
+    }
+    alignas(1024) unsigned char memory[232448];
+    std::barrier<> whole, finishers{256};
+    std::vector<std::unique_ptr<std::barrier<>>> warps, pairs;
+    std::vector<uint32_t> exchange;  // per warp: 32 lanes x 6 words
+    Arrivals barriers[64];           // one for every 8 bytes from the first on
+};
+static thread_local State* state;
+#define shared state->memory
 static unsigned first_barrier;
 
 static unsigned address(const void*) { return 0; }
-static Arrivals& at_barrier(unsigned barrier) { return barriers[(barrier - first_barrier) / 8]; }
+static Arrivals& at_barrier(unsigned barrier) { return state->barriers[(barrier - first_barrier) / 8]; }
 static void init_barrier(unsigned barrier, unsigned arrivals) {
     Arrivals& b = at_barrier(barrier);
-    b.left = b.wanted = arrivals, b.phase = 0;
+    b.left = b.wanted = arrivals, b.phase = b.bytes = 0;
 }
 static void arrive(unsigned barrier) {
     Arrivals& b = at_barrier(barrier);
-    if (b.left.fetch_sub(1) == 1) b.left = b.wanted, b.phase++;
+    if (b.left.fetch_sub(1) != 1) return;
+    while (b.bytes) std::this_thread::yield();  // of bulk copies that another thread is still at
+    b.left = b.wanted, b.phase++;
+    b.phase.notify_all();
+}
+static void arrive_expecting(unsigned barrier, unsigned bytes) {
+    at_barrier(barrier).bytes += bytes;
+    arrive(barrier);
 }
 static void arrive_with_copies(unsigned barrier) { arrive(barrier); }
 static void wait(unsigned barrier, unsigned parity) {
-    while ((unsigned)(at_barrier(barrier).phase & 1) == parity) std::this_thread::yield();
+    std::atomic<int>& phase = at_barrier(barrier).phase;
+    for (int now = phase; (unsigned)(now & 1) == parity; now = phase) phase.wait(now);
 }
 static void copy_once(unsigned to, const void* from, unsigned long long) { std::memcpy(shared + to, from, 16); }
+static void bulk_copy_once(unsigned to, const void* from, unsigned bytes, unsigned barrier, unsigned long long) {
+    std::memcpy(shared + to, from, bytes);
+    at_barrier(barrier).bytes -= bytes;
+}
 static uint4 load(const void* from) { return *(const uint4*)from; }
 static void publish_to_wgmma() {}
 static void reread(float&) {}
 static unsigned shift_right_8(unsigned value) { return value >> 8; }
 template <int COUNT> static void give_registers() {}
 template <int COUNT> static void take_registers() {}
-static void pair_meets(int pair) { pair_barriers[pair]->arrive_and_wait(); }
-static void __syncthreads() { block_barrier->arrive_and_wait(); }
-static void __syncwarp() { warp_barriers[threadIdx.x / 32]->arrive_and_wait(); }
+static void pair_meets(int pair) { state->pairs[pair]->arrive_and_wait(); }
+static void __syncthreads() { state->whole.arrive_and_wait(); }
+static void __syncwarp() { state->warps[threadIdx.x / 32]->arrive_and_wait(); }
 static void let_next_grid_start() {}
 static void wait_for_previous_grid() {}
 static void publish_barriers() {}
 static unsigned long long leaves_first() { return 0; }
-static unsigned count_arrival(unsigned* counter) { return (*counter)++; }
+static unsigned count_arrival(unsigned* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL); }
+static unsigned read_meeting(const unsigned* at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
+static unsigned peek_at_meeting(const unsigned* at) { return read_meeting(at); }
+static void add_to_meeting(unsigned* at, unsigned value) { __atomic_fetch_add(at, value, __ATOMIC_RELEASE); }
+static void finishers_meet() { state->finishers.arrive_and_wait(); }
+static unsigned with_top(unsigned zero) { return 0x70007000u | zero; }
+static void rest() { std::this_thread::yield(); }
+static void give_up() { std::abort(); }
+static unsigned hidden(unsigned constant, unsigned zero) { return constant | zero; }
 static float4 __ldcg(const float4* at) { return *at; }
 static void __stcg(float4* at, float4 v) { *at = v; }
 static float as_float(unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; }
 static unsigned __shfl_sync(unsigned, unsigned value, int lane) {
-    uint32_t* all = exchange.data() + threadIdx.x / 32 * 192;
+    uint32_t* all = state->exchange.data() + threadIdx.x / 32 * 192;
     all[threadIdx.x % 32] = value;
     __syncwarp();
     unsigned out = all[lane];
@@ -77,6 +106,7 @@ static uint16_t to_bf16(float value) {
     std::memcpy(&bits, &value, 4);
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
+static float to_float(uint16_t bits) { return as_float((unsigned)bits << 16); }
 static float half_of(unsigned pair, int i) { return as_float((i ? pair >> 16 : pair) << 16); }
 static unsigned times(unsigned a, unsigned b) {
     return to_bf16(half_of(a, 0) * half_of(b, 0)) | (unsigned)to_bf16(half_of(a, 1) * half_of(b, 1)) << 16;
@@ -86,7 +116,7 @@ static unsigned times_high(unsigned a, unsigned both) { return times(a, (both & 
 
 // ldmatrix.x4 and mma.m16n8k16 as the PTX manual lays them out over the lanes of a warp.
 static void load_matrices(unsigned (&v)[4], unsigned at) {
-    uint32_t* all = exchange.data() + threadIdx.x / 32 * 192;
+    uint32_t* all = state->exchange.data() + threadIdx.x / 32 * 192;
     int lane = threadIdx.x % 32;
     all[lane] = at;
     __syncwarp();
@@ -95,7 +125,7 @@ static void load_matrices(unsigned (&v)[4], unsigned at) {
 }
 static void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    uint32_t* all = exchange.data() + threadIdx.x / 32 * 192;
+    uint32_t* all = state->exchange.data() + threadIdx.x / 32 * 192;
     const unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
     std::memcpy(all + lane * 6, mine, 24);
     __syncwarp();
@@ -119,7 +149,7 @@ static void mma_async(float (&d)[MT][4], const unsigned (&a)[4], unsigned long l
     if (matrix >> 62 != 1 || (matrix >> 32 & 0x3FFF) != 1024 / 16) std::abort();
     const unsigned at = (matrix & 0x3FFF) * 16;
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    uint32_t* all = exchange.data() + threadIdx.x / 32 * 192;
+    uint32_t* all = state->exchange.data() + threadIdx.x / 32 * 192;
     std::memcpy(all + lane * 6, a, 16);
     __syncwarp();
     for (int m = 0; m < MT; m++)
@@ -137,26 +167,49 @@ static void mma_async(float (&d)[MT][4], const unsigned (&a)[4], unsigned long l
 
 #include NVFP4_STREAM_SOURCE
 
-extern "C" void run(const void* codes, const void* scales, const void* x, const void* pre, void* y,
-                    const float* global_scale, float* partial, unsigned* arrivals, int rows, int N, int K,
-                    int blocks) {
+template <class Kernel> static void run_blocks(int blocks, int together, const Kernel& kernel) {
     gridDim = {blocks, 1, 1};
     blockDim = {THREADS, 1, 1};
     first_barrier = BARRIERS_AT;
-    exchange.resize(20 * 192);
-    for (int block = 0; block < blocks; block++) {
-        block_barrier = std::make_unique<std::barrier<>>(THREADS);
-        warp_barriers.clear(), pair_barriers.clear();
-        for (int w = 0; w < THREADS / 32; w++) warp_barriers.push_back(std::make_unique<std::barrier<>>(32));
-        for (int w = 0; w < 8; w++) pair_barriers.push_back(std::make_unique<std::barrier<>>(64));
+    for (int from = 0; from < blocks; from += together) {
+        std::vector<std::unique_ptr<State>> states;
         std::vector<std::thread> threads;
-        for (int i = 0; i < THREADS; i++)
-            threads.emplace_back([=] {
-                threadIdx = {i, 0, 0};
-                blockIdx = {block, 0, 0};
-                nvfp4_stream((const unsigned char*)codes, (const unsigned char*)scales, (const u16*)x, (const u16*)pre,
-                             (u16*)y, global_scale, partial, arrivals, rows, N, K);
-            });
+        for (int block = from; block < from + together && block < blocks; block++) {
+            states.push_back(std::make_unique<State>(THREADS));
+            for (int i = 0; i < THREADS; i++)
+                threads.emplace_back([=, &kernel, mine = states.back().get()] {
+                    threadIdx = {i, 0, 0};
+                    blockIdx = {block, 0, 0};
+                    state = mine;
+                    kernel();
+                });
+        }
         for (auto& thread : threads) thread.join();
     }
 }
+
+extern "C" void run(const void* codes, const void* scales, const void* x, const void* pre, void* y,
+                    const float* global_scale, float* partial, unsigned* arrivals, int rows, int N, int K,
+                    int blocks) {
+    run_blocks(blocks, 1, [=] {
+        nvfp4_stream((const unsigned char*)codes, (const unsigned char*)scales, (const u16*)x, (const u16*)pre, (u16*)y,
+                     global_scale, partial, arrivals, rows, N, K);
+    });
+}
+
+#ifdef NVFP4_MLP_SOURCE
+#include NVFP4_MLP_SOURCE
+
+extern "C" void run_mlp(const void* gate_up_codes, const void* gate_up_scales, const float* gate_up_global,
+                        const void* down_codes, const void* down_scales, const float* down_global, const void* x,
+                        const void* pre, void* act, void* y, float* partial, unsigned* arrivals, int rows, int hidden,
+                        int inner, int scaled, int blocks) {
+    run_blocks(blocks, blocks, [=] {
+        nvfp4_mlp((const unsigned char*)gate_up_codes, (const unsigned char*)gate_up_scales, gate_up_global,
+                  (const unsigned char*)down_codes, (const unsigned char*)down_scales, down_global, (const u16*)x,
+                  (const u16*)pre, (u16*)act, (u16*)y, partial, arrivals, rows, hidden, inner, scaled);
+    });
+}
+
+extern "C" unsigned short run_activate(unsigned short gate, unsigned short up) { return activate(gate, up); }
+#endif

@@ -18,6 +18,7 @@ from vllm_gemma4_spec.kernels.stream_gemm import Form
 
 HERE = Path(__file__).parent
 GLOBAL_SCALE = 0.01
+SLOW = pytest.mark.slow
 
 
 def weight(n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,13 +98,15 @@ def run(
     ("rows", "n", "k", "blocks", "scaled", "form"),
     [
         (1, 512, 384, 4, False, FORM),  # shares end within tiles of outputs: two, then three parts
-        pytest.param(5, 256, 512, 4, True, FORM, marks=pytest.mark.slow),  # four parts of one tile
-        pytest.param(13, 512, 128, 2, False, FORM, marks=pytest.mark.slow),  # no parts
+        pytest.param(5, 256, 512, 4, True, FORM, marks=SLOW),  # four parts of one tile
+        pytest.param(13, 512, 128, 2, False, FORM, marks=SLOW),  # no parts
         (7, 320, 192, 3, True, FORM),  # the last tile and the last stage are not whole
-        pytest.param(61, 256, 256, 2, True, FORM, marks=pytest.mark.slow),
-        pytest.param(9, 256, 384, 2, True, Form(stages=2), marks=pytest.mark.slow),  # by mma of Ampere's kind
-        pytest.param(3, 512, 384, 2, False, Form(3, halves=1, per_sm=2, wgmma=True), marks=pytest.mark.slow),
-        pytest.param(77, 256, 384, 3, True, Form(2, halves=1, wgmma=True), marks=pytest.mark.slow),
+        pytest.param(61, 256, 256, 2, True, FORM, marks=SLOW),
+        pytest.param(9, 256, 384, 2, True, Form(stages=2), marks=SLOW),  # by mma of Ampere's kind
+        pytest.param(3, 512, 384, 2, False, Form(3, halves=1, groups=1, per_sm=2, wgmma=True), marks=SLOW),
+        pytest.param(77, 256, 384, 3, True, Form(2, halves=1, groups=1, wgmma=True), marks=SLOW),
+        pytest.param(8, 320, 192, 3, True, Form(2, wgmma=True, bulk=True), marks=SLOW),
+        pytest.param(6, 512, 896, 3, True, Form(3, ahead=4), marks=SLOW),
     ],
 )
 def test_the_kernel_gives_the_gemm(
@@ -126,3 +129,22 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(libraries: Any) -> No
     whole = run(libraries, x, packed, 256, 2)
     for rows in (1, 6):
         assert torch.equal(run(libraries, x[:rows].contiguous(), packed, 256, 2), whole[:rows]), rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "tiles"),
+    [
+        (Form(2, groups=1, wgmma=True, overlap=True), 2),  # both halves by the same warps
+        (Form(3, groups=1, wgmma=True, overlap=True, ahead=2), 6),
+        (Form(2, wgmma=True), 2),
+        (Form(2, wgmma=True, bulk=True), 2),
+        (Form(4, wgmma=True, overlap=True, ahead=4), 2),
+    ],
+)
+def test_forms_of_the_same_halves_have_the_same_bits(libraries: Any, form: Form, tiles: int) -> None:
+    torch.manual_seed(0)
+    codes, scale = weight(512, 896)
+    x, packed = torch.randn(11, 896).bfloat16(), marlin(codes, scale)
+    wanted = run(libraries, x, packed, 512, 3)
+    assert torch.equal(run(libraries, x, packed, 512, 3, form=form, tiles=tiles), wanted)

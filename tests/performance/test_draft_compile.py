@@ -21,7 +21,7 @@ from torch._inductor.virtualized import V
 from tests.support import engine as _engine  # sets the environment
 from tests.support.configs import GEMMA4, LLAMA, vllm_config
 from tests.support.stock import without
-from vllm_gemma4_spec.performance.compile_settings import Choices
+from vllm_gemma4_spec.performance.compile_settings import LaunchChoices
 from vllm_gemma4_spec.performance.patches import DRAFT_COMPILE
 
 assert _engine
@@ -81,7 +81,7 @@ def test_what_a_user_sets_stays(value: bool) -> None:
 
 
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize(("drafter", "choices"), [(GEMMA4, Choices), (LLAMA, None)], ids=["gemma4", "llama"])
+@pytest.mark.parametrize(("drafter", "choices"), [(GEMMA4, LaunchChoices), (LLAMA, None)], ids=["gemma4", "llama"])
 def test_the_choices_are_there_before_anything_is_compiled(
     monkeypatch: pytest.MonkeyPatch, drafter: Any, choices: Any
 ) -> None:
@@ -132,4 +132,4 @@ def test_a_drafters_rows_stay_in_registers(values: int, hint: ReductionHint, dra
     sizes = SimpleNamespace(statically_known_leq=lambda value, limit: value <= limit)
     graph: Any = SimpleNamespace(sizevars=sizes)
     with config.patch({PDL: drafter}), V.set_graph_handler(graph):
-        assert Choices().should_use_persistent_reduction(features, cooperative_reduction=False) == persistent
+        assert LaunchChoices().should_use_persistent_reduction(features, cooperative_reduction=False) == persistent

@@ -16,7 +16,7 @@ from tests.support import tiny_models
 from tests.support.configs import LLAMA
 from tests.support.stock import without
 from vllm_gemma4_spec.performance import compile_settings
-from vllm_gemma4_spec.performance.compile_settings import Choices
+from vllm_gemma4_spec.performance.compile_settings import LaunchChoices
 from vllm_gemma4_spec.performance.patches import TARGET_COMPILE
 
 assert _engine
@@ -47,7 +47,7 @@ def test_a_target_is_compiled_with_dependent_launch(folder: Path) -> None:
     made = finished(folder)
     assert settings(made)[PDL] is True
     VllmBackend(made)
-    assert config.inductor_choices_class is Choices
+    assert config.inductor_choices_class is LaunchChoices
 
 
 @pytest.mark.usefixtures("hopper")
@@ -65,7 +65,7 @@ def test_what_a_user_sets_stays(folder: Path, value: bool) -> None:
     made = finished(folder, **{PDL: value})
     assert settings(made)[PDL] is value
     VllmBackend(made)
-    assert config.inductor_choices_class is (Choices if value else None)
+    assert config.inductor_choices_class is (LaunchChoices if value else None)
 
 
 def test_before_hopper_nothing_changes(folder: Path) -> None:

@@ -12,9 +12,9 @@
 // Which inputs are added up in which order depends on the shape and on the grid, never on the number of rows, so a
 // row's result has the same bits whatever rows stand beside it.
 //
-// Compiled by NVRTC with MT (tiles of 8 rows), STAGES, HALVES (of a stage's inputs, each with eight warps: 1 or 2),
-// PER_SM (blocks that a multiprocessor holds), WGMMA (1 on Hopper: needs mma_async, see stream_gemm.py) and SCALED (1: x is
-// multiplied by pre_quant_scale first, each product rounded to bfloat16). Launched with PER_SM blocks a multiprocessor.
+// Compiled by NVRTC with the macros of stream_gemm.macros: MT (tiles of 8 rows), SCALED (1: x is multiplied by
+// pre_quant_scale first, each product rounded to bfloat16), WGMMA (1 on Hopper: needs mma_async, see stream_gemm.py) and a
+// Form's fields. Launched with PER_SM blocks a multiprocessor.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -23,12 +23,15 @@ typedef unsigned long long u64;
 #define COLUMNS 256  // outputs of a tile
 #define DEPTH 128    // inputs of a stage
 #define STEPS (DEPTH / 16)
-#define WARPS (8 * HALVES)  // that multiply: 8 times 32 outputs
+#define WARPS (8 * GROUPS)  // that multiply: 8 times 32 outputs
+#define EACH (HALVES / GROUPS)  // halves of a stage's inputs that a warp takes, each with sums of its own
 #define COPIERS 128  // threads that copy
 #define FIRST 2      // stages that do not wait for the kernel before this one
-#define HANDOVER (WGMMA && MT >= 8)  // of registers; what each warp starts with goes by THREADS and PER_SM
-#define COPIER_REGISTERS (HALVES == 1 && PER_SM == 1 ? 104 : 64)
-#define OTHER_REGISTERS (HALVES == 2 ? 104 : PER_SM == 1 ? 200 : 88)
+#define HANDOVER (WGMMA && MT >= 6)  // of registers; what each warp starts with goes by THREADS and PER_SM
+#define COPIER_REGISTERS (GROUPS == 1 && PER_SM == 1 ? 104 : 64)
+#define OTHER_REGISTERS (GROUPS == 2 ? 104 : PER_SM == 1 ? 200 : 88)
+#define FEW_PARTS (GROUPS == 1 ? 8 : MT == 1 ? 2 : 4), 4  // items and parts of them that the last block loads at a time
+#define MANY_PARTS (MT == 1 ? 2 : 4), (GROUPS == 1 || MT == 1 ? 8 : 4)
 #define THREADS (WARPS * 32 + COPIERS)
 #define CODES_AT 0
 #define SCALES_AT (STEPS * COLUMNS * 8)
@@ -37,7 +40,7 @@ typedef unsigned long long u64;
 #define STAGE_BYTES (X_AT + DEPTH / 64 * X_PART)
 #define SUMS_AT (STAGES * STAGE_BYTES)
 #define SUMS 2048  // floats that the warps of one half hand to the other's, per tile of 8 rows
-#define BARRIERS_AT (SUMS_AT + (HALVES - 1) * 2 * SUMS * 4)
+#define BARRIERS_AT (SUMS_AT + (GROUPS - 1) * 2 * SUMS * 4)
 
 #ifndef NVFP4_STREAM_ON_HOST  // a test gives the functions below in plain C++ and runs the kernel on a CPU
 
@@ -63,6 +66,18 @@ __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
 // Weights pass by once: they may leave the L2 first.
 __device__ __forceinline__ void copy_once(u32 to, const void* from, u64 policy) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
+}
+
+// By one thread, without registers; `barrier` counts the bytes.
+__device__ __forceinline__ void bulk_copy_once(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+__device__ __forceinline__ void arrive_expecting(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ uint4 load(const void* from) {
@@ -127,6 +142,13 @@ __device__ __forceinline__ u32 shift_right_8(u32 value) {
     return v;
 }
 
+// A constant that the compiler does not know and so keeps in a register: an instruction takes one by itself.
+__device__ __forceinline__ u32 hidden(u32 constant, u32 zero) {
+    u32 v;
+    asm volatile("or.b32 %0, %1, %2;" : "=r"(v) : "r"(constant), "r"(zero));
+    return v;
+}
+
 __device__ __forceinline__ u16 to_bf16(float value) {
     u16 bits;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
@@ -170,9 +192,11 @@ __device__ __forceinline__ u32 times_high(u32 a, u32 both) {
 
 #endif
 
-// Two E2M1 codes as bfloat16: the code's value times 2^-126. `sign` has their signs in bits 15 and 31, `rest` the other
-// bits in 6 to 8 and 22 to 24.
-__device__ __forceinline__ u32 decode(u32 sign, u32 rest) { return (sign & 0x80008000u) | (rest & 0x01C001C0u); }
+// E2M1 codes 0 and 4, or 1 and 5, of a word of eight as bfloat16: a code's value times 2^-126. One multiplication puts a
+// code where its sign belongs and where its other bits do.
+__device__ __forceinline__ u32 decode_even(u32 word) { return (word & 0x000F000Fu) * 0x1040u & 0x81C081C0u; }
+
+__device__ __forceinline__ u32 decode_odd(u32 word) { return (word & 0x00F000F0u) * 0x104u & 0x81C081C0u; }
 
 // Where 16 bytes of a row of x lie in a stage, and what wgmma is told of it: 128 bytes a row, eight rows in turn, their
 // pieces swapped (128-byte swizzle).
@@ -192,12 +216,43 @@ struct Share {  // units of one block: a unit is a stage's worth of inputs of on
 };
 
 __device__ __forceinline__ Share share_of(int block, int blocks, int units) {
-    return {(int)((long)units * block / blocks), (int)((long)units * (block + 1) / blocks)};
+    return {(int)((u32)units * block / blocks), (int)((u32)units * (block + 1) / blocks)};  // of 10^11 weights at most
 }
 
 // The block whose share holds this unit.
 __device__ __forceinline__ int block_of(int unit, int blocks, int units) {
-    return (int)(((long)(unit + 1) * blocks - 1) / units);
+    return (int)(((u32)(unit + 1) * blocks - 1) / units);
+}
+
+// Sum of `count` parts for every item. A load takes a microsecond: ITEMS * DEEP of them at a time.
+template <int ITEMS, int DEEP, class Part, class Write>
+__device__ __forceinline__ void add_parts(int items, int count, const Part& part, const Write& write) {
+#pragma unroll 1
+    for (int item = 0; item < items; item += ITEMS) {
+        float4 sum[ITEMS];
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) sum[i] = make_float4(0, 0, 0, 0);
+#pragma unroll 1
+        for (int p = 0; p < count; p += DEEP) {
+            float4 v[DEEP][ITEMS];
+#pragma unroll
+            for (int d = 0; d < DEEP; d++)
+#pragma unroll
+                for (int i = 0; i < ITEMS; i++)  // where there are fewer, the last one again: no branch between loads
+                    v[d][i] = __ldcg(part(p + d < count ? p + d : count - 1, item + i < items ? item + i : items - 1));
+#pragma unroll
+            for (int d = 0; d < DEEP; d++)
+#pragma unroll
+                for (int i = 0; i < ITEMS; i++)
+                    if (p + d < count) {
+                        const float4& b = v[d][i];
+                        sum[i].x += b.x, sum[i].y += b.y, sum[i].z += b.z, sum[i].w += b.w;
+                    }
+        }
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++)
+            if (item + i < items) write(item + i, sum[i]);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
@@ -218,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
-            init_barrier(full + 8 * s, 2 * COPIERS);  // each brings weights and x
+            init_barrier(full + 8 * s, COPIERS / 32 + (BULK ? 1 : COPIERS));  // x by warps; weights
             init_barrier(empty + 8 * s, WARPS);
         }
         publish_barriers();
@@ -235,8 +290,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
         int tile = mine.first / per_tile, block = mine.first % per_tile, x_block = block, stage = 0, parity = 1;
         const auto bring_weights = [&]() {
             const u32 at = base + stage * STAGE_BYTES;
-            const unsigned char* from = codes + ((long)block * STEPS * N + tile * COLUMNS) * 8 + p * 16;
             const int columns = N - tile * COLUMNS, steps = K / 16 - block * STEPS;
+#if BULK
+            const u32 bytes = columns < COLUMNS ? columns : COLUMNS;  // of scales, an eighth of those of codes
+            if (p == 0) arrive_expecting(full + 8 * stage, (steps < STEPS ? steps : STEPS) * bytes * 9);
+            const int s = p / 32 * 2 + p % 2;  // two steps a warp, their codes and their scales
+            const long row = block * STEPS + s;
+            if (p % 32 < 2 && s < steps)
+                bulk_copy_once(at + CODES_AT + s * COLUMNS * 8, codes + (row * N + tile * COLUMNS) * 8, bytes * 8, full + 8 * stage, policy);
+            else if (p % 32 < 4 && s < steps)
+                bulk_copy_once(at + SCALES_AT + s * COLUMNS, scales + row * N + tile * COLUMNS, bytes, full + 8 * stage, policy);
+#else
+            const unsigned char* from = codes + ((long)block * STEPS * N + tile * COLUMNS) * 8 + p * 16;
             if (p * 2 < columns)
 #pragma unroll
                 for (int s = 0; s < STEPS; s++)
@@ -244,17 +309,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
             if (piece * 16 < columns && p / 16 < steps)
                 copy_once(at + SCALES_AT + p * 16, scales + (long)(block * STEPS + p / 16) * N + tile * COLUMNS + piece * 16, policy);
             arrive_with_copies(full + 8 * stage);
+#endif
             if (++block == per_tile) block = 0, tile++;
         };
         const uint4 none = make_uint4(0, 0, 0, 0);
-        uint4 mine_of_x[MT], by = none;
-        const auto load_x = [&]() {
+        uint4 mine_of_x[AHEAD][MT], by[AHEAD];
+        const auto load_x = [&](int d) {
             const int k = x_block * DEPTH + piece * 8;
             const bool has_input = k < K;
 #pragma unroll
             for (int m = 0; m < MT; m++)
-                mine_of_x[m] = has_input && m * 8 + p / 16 < rows ? load(x + (long)(m * 8 + p / 16) * K + k) : none;
-            if (SCALED && has_input) by = load(pre + k);
+                mine_of_x[d][m] = has_input && m * 8 + p / 16 < rows ? load(x + (long)(m * 8 + p / 16) * K + k) : none;
+            if (SCALED) by[d] = has_input ? load(pre + k) : none;
             if (++x_block == per_tile) x_block = 0;
         };
         // No kernel before this one writes weights: the first are on their way while it ends. x must not queue behind a
@@ -262,25 +328,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
         int ahead = 0;
         for (; ahead < count && ahead < FIRST; ahead++) bring_weights(), stage++;
         wait_for_previous_grid();
-        load_x();
+#pragma unroll
+        for (int d = 0; d < AHEAD; d++)
+            if (d < count) load_x(d);
         for (; ahead < count && ahead < STAGES; ahead++) bring_weights(), stage++;
         stage = 0;
-        for (int i = 0; i < count; i++) {
-            if (i >= STAGES) {
-                wait(empty + 8 * stage, parity);
-                bring_weights();
-            }
+        for (int i = 0; i < count;) {
 #pragma unroll
-            for (int m = 0; m < MT; m++) {
-                if (m * 8 + p / 16 >= rows) continue;
-                uint4 v = mine_of_x[m];
-                if (SCALED) v = make_uint4(times(v.x, by.x), times(v.y, by.y), times(v.z, by.z), times(v.w, by.w));
-                *reinterpret_cast<uint4*>(shared + stage * STAGE_BYTES + x_piece(m * 8 + p / 16, piece)) = v;
+            for (int d = 0; d < AHEAD; d++, i++) {
+                if (i >= count) break;
+                if (i >= STAGES) {
+                    wait(empty + 8 * stage, parity);
+                    bring_weights();
+                }
+#pragma unroll
+                for (int m = 0; m < MT; m++) {
+                    if (m * 8 + p / 16 >= rows) continue;
+                    uint4 v = mine_of_x[d][m];
+                    if (SCALED)
+                        v = make_uint4(times(v.x, by[d].x), times(v.y, by[d].y), times(v.z, by[d].z), times(v.w, by[d].w));
+                    *reinterpret_cast<uint4*>(shared + stage * STAGE_BYTES + x_piece(m * 8 + p / 16, piece)) = v;
+                }
+                publish_to_wgmma();
+                __syncwarp();
+                if (p % 32 == 0) arrive(full + 8 * stage);
+                if (i + AHEAD < count) load_x(d);
+                if (++stage == STAGES) stage = 0, parity ^= 1;
             }
-            publish_to_wgmma();
-            arrive(full + 8 * stage);
-            if (i + 1 < count) load_x();
-            if (++stage == STAGES) stage = 0, parity ^= 1;
         }
         return;
     }
@@ -289,117 +363,128 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
     take_registers<OTHER_REGISTERS>();
 #endif
     const int g = lane / 4, t = lane % 4, part_n = warp % 8, part_k = warp / 8;
-    float acc[2][MT][4];
+    float acc[EACH][2][MT][4];
 #pragma unroll
-    for (int q = 0; q < 2; q++)
-#pragma unroll
-        for (int m = 0; m < MT; m++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) acc[q][m][i] = 0.0f;
-    // Where this lane's share of a step lies: two words of codes, four scales.
-    const u32 codes_at = CODES_AT + part_n / 2 * 512 + lane * 16 + part_n % 2 * 8;
-    const u32 scales_at = SCALES_AT + part_n / 2 * 64 + g * 8 + part_n % 2 * 4;
-    const u32 top = 0x70007000u | (u32)rows >> 31;  // kept in a register: an instruction takes one constant by itself
-    const u32 x_at_16 = ((base + X_AT) >> 4) + part_k * (STEPS / HALVES / 4 * X_PART / 16);
+    for (int j = 0; j < EACH * 2 * MT * 4; j++) acc[j / (8 * MT)][j / (4 * MT) % 2][j / 4 % MT][j % 4] = 0.0f;
+    // Where this lane's share of a step lies: two words of codes, four scales. Of the 64 outputs of two warps each takes
+    // half, by turns of eight lanes, so that 16 lanes read from all banks.
+    const int outputs = (part_n ^ lane / 8 % 2) * 32;
+    const u32 codes_at = CODES_AT + part_n / 2 * 512 + lane * 16 + outputs / 4 % 16;
+    const u32 scales_at = SCALES_AT + part_n / 2 * 64 + g * 8 + outputs / 8 % 8;
+    const u32 top = hidden(0x70007000u, (u32)rows >> 31);
+    const u32 x_at_16 = ((base + X_AT) >> 4) + part_k * (STEPS / GROUPS / 4 * X_PART / 16);
     const float scale = *global_scale * 1.262177448353619e-29f;  // 2^-96
     float* sums = reinterpret_cast<float*>(shared + SUMS_AT) + (part_n * 32 + lane) * 8;
 
+    // Blocks that share a tile, and this lane's four sums (item: rows m * 8 + t * 2 and the next, times 2, plus which 16
+    // outputs) of the p-th of them: its last tile where it is the first of them, else its first.
+    const auto first_of = [&](int tile) { return block_of(tile * per_tile, gridDim.x, units); };
+    const auto count_of = [&](int tile, int first) {
+        return block_of((tile + 1) * per_tile - 1, gridDim.x, units) - first + 1;
+    };
+    const auto part = [&](int first, int p, int item) {
+        const u32 slot = ((first + p) * 2 + !p) * MT + item / 2;
+        return reinterpret_cast<float4*>(partial) + (slot * (SUMS / 4) + (part_n * 32 + lane) * 2 + item % 2);
+    };
+    const auto write = [&](int tile, int item, const float4& v) {
+        const int column = tile * COLUMNS + outputs, row = item / 2 * 8 + t * 2;
+        if (column >= N) return;
+        u16* at = y + (long)row * N + column + item % 2 * 16 + g;
+        if (row < rows) at[0] = to_bf16(v.x * scale), at[8] = to_bf16(v.z * scale);
+        if (row + 1 < rows) at[N] = to_bf16(v.y * scale), at[N + 8] = to_bf16(v.w * scale);
+    };
+    const int items = (rows + 7) / 8 * 2;
+
     int tile = mine.first / per_tile, block = mine.first % per_tile, stage = 0, parity = 0, buffer = 0;
-    for (int left = mine.last - mine.first; left > 0; left--) {
-        wait(full + 8 * stage, parity);
-        const u32 here = stage * STAGE_BYTES;
-        const unsigned char* from = shared + here + part_k * (STEPS / HALVES * COLUMNS * 8) + codes_at;
-        const unsigned char* scales_from = shared + here + part_k * (STEPS / HALVES * COLUMNS) + scales_at;
-        uint2 words = *reinterpret_cast<const uint2*>(from);
-        u32 bytes = *reinterpret_cast<const u32*>(scales_from);
+    for (int left = mine.last - mine.first; left > 0;) {
+        const int whole = per_tile - block, stages = whole < left ? whole : left;
+        left -= stages;
+        for (int i = 0; i < stages; i++) {
+            wait(full + 8 * stage, parity);
+            const u32 here = stage * STAGE_BYTES;
+            const unsigned char* from = shared + here + part_k * (STEPS / GROUPS * COLUMNS * 8) + codes_at;
+            const unsigned char* scales_from = shared + here + part_k * (STEPS / GROUPS * COLUMNS) + scales_at;
+            uint2 words = *reinterpret_cast<const uint2*>(from);
+            u32 bytes = *reinterpret_cast<const u32*>(scales_from);
 #pragma unroll
-        for (int s = 0; s < STEPS / HALVES; s++) {
-            u32 a[2][4];
-#pragma unroll
-            for (int q = 0; q < 2; q++) {
-                const u32 word = q ? words.y : words.x, high = shift_right_8(word);
-                const u32 both = scales_of(q ? bytes >> 4 : bytes << 4, top);
-                a[q][0] = times_low(decode(word << 12, word << 6), both);
-                a[q][1] = times_high(decode(word << 4, high << 6), both);
-                a[q][2] = times_low(decode(word << 8, word << 2), both);
-                a[q][3] = times_high(decode(word, high << 2), both);
-            }
-            if (s + 1 < STEPS / HALVES) {  // the next step's are on their way while this one's are multiplied
-                words = *reinterpret_cast<const uint2*>(from + (s + 1) * COLUMNS * 8);
-                bytes = *reinterpret_cast<const u32*>(scales_from + (s + 1) * COLUMNS);
-            }
-#if WGMMA
-            const u64 rows_of_x = x_matrix(x_at_16 + stage * (STAGE_BYTES / 16) + s / 4 * (X_PART / 16) + s % 4 * 2);
-            mma_begins();
-            mma_async(acc[0], a[0], rows_of_x);
-            mma_async(acc[1], a[1], rows_of_x);
-            mma_commits();
-            if (MT < 8) mma_finishes<1>();  // the step before: its registers are free again
-            else mma_finishes<0>();
-#else
-            const int step = part_k * (STEPS / HALVES) + s;
-#pragma unroll
-            for (int m = 0; m < MT; m += 2) {
-                const int row = m * 8 + lane % 8 + (m + 1 < MT ? lane / 16 * 8 : 0);
-                u32 in[4];
-                load_matrices(in, base + here + x_piece(row, step * 2 + lane / 8 % 2));
+            for (int s = 0; s < STEPS / GROUPS; s++) {
+                const int half = s / (STEPS / HALVES);
+                u32 a[2][4];
 #pragma unroll
                 for (int q = 0; q < 2; q++) {
-                    mma(acc[q][m], a[q], in[0], in[1]);
-                    if (m + 1 < MT) mma(acc[q][m + 1 < MT ? m + 1 : m], a[q], in[2], in[3]);
+                    const u32 word = q ? words.y : words.x, high = shift_right_8(word);
+                    const u32 both = scales_of(q ? bytes >> 4 : bytes << 4, top);
+                    a[q][0] = times_low(decode_even(word), both);
+                    a[q][1] = times_high(decode_even(high), both);
+                    a[q][2] = times_low(decode_odd(word), both);
+                    a[q][3] = times_high(decode_odd(high), both);
                 }
-            }
-#endif
-        }
+                if (s + 1 < STEPS / GROUPS) {  // the next step's are on their way while this one's are multiplied
+                    words = *reinterpret_cast<const uint2*>(from + (s + 1) * COLUMNS * 8);
+                    bytes = *reinterpret_cast<const u32*>(scales_from + (s + 1) * COLUMNS);
+                }
 #if WGMMA
-        mma_finishes<0>();
+                const u64 rows_of_x = x_matrix(x_at_16 + stage * (STAGE_BYTES / 16) + s / 4 * (X_PART / 16) + s % 4 * 2);
+                mma_begins();
+                mma_async(acc[half][0], a[0], rows_of_x);
+                mma_async(acc[half][1], a[1], rows_of_x);
+                mma_commits();
+                if (OVERLAP) mma_finishes<1>();  // the step before: its registers are free again
+                else mma_finishes<0>();
+#else
+                const int step = part_k * (STEPS / GROUPS) + s;
+#pragma unroll
+                for (int m = 0; m < MT; m += 2) {
+                    const int row = m * 8 + lane % 8 + (m + 1 < MT ? lane / 16 * 8 : 0);
+                    u32 in[4];
+                    load_matrices(in, base + here + x_piece(row, step * 2 + lane / 8 % 2));
+#pragma unroll
+                    for (int q = 0; q < 2; q++) {
+                        mma(acc[half][q][m], a[q], in[0], in[1]);
+                        if (m + 1 < MT) mma(acc[half][q][m + 1 < MT ? m + 1 : m], a[q], in[2], in[3]);
+                    }
+                }
 #endif
-        __syncwarp();
-        if (lane == 0) arrive(empty + 8 * stage);
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-        if (++block < per_tile && left > 1) continue;
+            }
+#if WGMMA
+            mma_finishes<0>();
+#endif
+            __syncwarp();
+            if (lane == 0) arrive(empty + 8 * stage);
+            if (++stage == STAGES) stage = 0, parity ^= 1;
+        }
 
         // The tile ends here, or this block's share does: add up both halves of the inputs, then all parts.
-        const int column = tile * COLUMNS + part_n * 32;
-        const int first = block_of(tile * per_tile, gridDim.x, units);
-        const int count = block_of((tile + 1) * per_tile - 1, gridDim.x, units) - first + 1;
-        float* parts = partial + (long)first * (2 * MT * SUMS) + (part_n * 32 + lane) * 8;
-        const auto part = [&](int p, int m, int q) {  // this lane's four sums in part p: block first + p's
-            return reinterpret_cast<float4*>(parts + (long)((p * 2 + !p) * MT + m) * SUMS) + q;
-        };
-        const auto write = [&](int m, int q, const float4& v) {
-            if (column >= N) return;
-            u16* at = y + (long)(m * 8 + t * 2) * N + column + q * 16 + g;
-            if (m * 8 + t * 2 < rows) at[0] = to_bf16(v.x * scale), at[8] = to_bf16(v.z * scale);
-            if (m * 8 + t * 2 + 1 < rows) at[N] = to_bf16(v.y * scale), at[N + 8] = to_bf16(v.w * scale);
-        };
+        const int first = first_of(tile), count = count_of(tile, first);
 #pragma unroll
         for (int m = 0; m < MT; m++) {
+            if (m * 8 >= rows) break;
 #pragma unroll
-            for (int q = 0; q < 2; q++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) reread(acc[q][m][i]);
-#if HALVES == 2
+            for (int j = 0; j < EACH * 8; j++) reread(acc[j / 8][j / 4 % 2][m][j % 4]);
+#if GROUPS == 2
             float* here = sums + buffer * SUMS;  // two in turn, so that one meeting each is enough
             buffer ^= 1;
             if (part_k) {
 #pragma unroll
                 for (int q = 0; q < 2; q++)
                     *reinterpret_cast<float4*>(here + q * 4) =
-                        make_float4(acc[q][m][0], acc[q][m][1], acc[q][m][2], acc[q][m][3]);
+                        make_float4(acc[0][q][m][0], acc[0][q][m][1], acc[0][q][m][2], acc[0][q][m][3]);
             }
             pair_meets(part_n);
 #endif
 #pragma unroll
             for (int q = 0; q < 2; q++) {
                 if (part_k) continue;
-                float4 sum = make_float4(acc[q][m][0], acc[q][m][1], acc[q][m][2], acc[q][m][3]);
-#if HALVES == 2
+                float4 sum = make_float4(acc[0][q][m][0], acc[0][q][m][1], acc[0][q][m][2], acc[0][q][m][3]);
+#if GROUPS == 2
                 const float4 v = *reinterpret_cast<const float4*>(here + q * 4);
                 sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+#elif EACH == 2
+                const float* v = acc[1][q][m];
+                sum = make_float4(sum.x + v[0], sum.y + v[1], sum.z + v[2], sum.w + v[3]);
 #endif
-                if (count > 1) __stcg(part(blockIdx.x - first, m, q), sum);
-                else write(m, q, sum);
+                if (count > 1) __stcg(part(first, blockIdx.x - first, m * 2 + q), sum);
+                else write(tile, m * 2 + q, sum);
             }
         }
         if (count > 1 && !part_k) {  // the last block to arrive adds up the parts, always in the same order
@@ -410,42 +495,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
                 if (arrived == count - 1) arrivals[tile * 8 + part_n] = 0;
             }
             if (__shfl_sync(0xFFFFFFFFu, arrived, 0) == count - 1) {
-                // A load takes a microsecond: 8 or 16 of them at a time.
-                constexpr int TILES = MT == 1 ? 1 : HALVES == 2 || MT % 4 ? 2 : 4, DEEP = MT == 1 ? 4 : 2;
-#pragma unroll 1
-                for (int m = 0; m < MT && m * 8 < rows; m += TILES) {
-                    float4 a[TILES][2];
-#pragma unroll
-                    for (int i = 0; i < TILES * 2; i++) a[i / 2][i % 2] = make_float4(0, 0, 0, 0);
-#pragma unroll 1
-                    for (int p = 0; p < count; p += DEEP) {
-                        float4 v[DEEP][TILES][2];
-#pragma unroll
-                        for (int d = 0; d < DEEP; d++)
-#pragma unroll
-                            for (int i = 0; i < TILES * 2; i++)
-                                if (p + d < count) v[d][i / 2][i % 2] = __ldcg(part(p + d, m + i / 2, i % 2));
-#pragma unroll
-                        for (int d = 0; d < DEEP; d++)
-#pragma unroll
-                            for (int i = 0; i < TILES * 2; i++)
-                                if (p + d < count) {
-                                    const float4& b = v[d][i / 2][i % 2];
-                                    float4& to = a[i / 2][i % 2];
-                                    to.x += b.x, to.y += b.y, to.z += b.z, to.w += b.w;
-                                }
-                    }
-#pragma unroll
-                    for (int i = 0; i < TILES * 2; i++) write(m + i / 2, i % 2, a[i / 2][i % 2]);
-                }
+                const auto from = [&](int p, int item) { return part(first, p, item); };
+                const auto to = [&](int item, const float4& v) { write(tile, item, v); };
+                if (count > 4) add_parts<MANY_PARTS>(items, count, from, to);
+                else add_parts<FEW_PARTS>(items, count, from, to);
             }
         }
 #pragma unroll
-        for (int q = 0; q < 2; q++)
-#pragma unroll
-            for (int m = 0; m < MT; m++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) acc[q][m][i] = 0.0f;
+        for (int j = 0; j < EACH * 2 * MT * 4; j++) acc[j / (8 * MT)][j / (4 * MT) % 2][j / 4 % MT][j % 4] = 0.0f;
         block = 0, tile++;
     }
 }

@@ -7,18 +7,22 @@ from torch import Tensor
 
 
 class Scratch:
-    """Partial sums and arrival counters, one pair per device; GEMMs of one stream share them."""
+    """Partial sums and arrival counters (zero), one pair per device; GEMMs of one stream share them."""
 
     def __init__(self) -> None:
         self._buffers: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def reserve(self, device: torch.device, floats: int, counters: int) -> None:
-        """Grow to what a layer needs; before any CUDA graph is captured."""
+        """Grow to what a layer needs; before any CUDA graph is captured.
+
+        Weights that are loaded again reserve again: what waking from sleep level 2 leaves here is as it must be then.
+        """
         partial, arrivals = self._buffers.get(device, (None, None))
         if partial is None or partial.numel() < floats:
             partial = torch.empty(floats, dtype=torch.float32, device=device)
         if arrivals is None or arrivals.numel() < counters:
-            arrivals = torch.zeros(counters, dtype=torch.int32, device=device)
+            arrivals = torch.empty(counters, dtype=torch.int32, device=device)
+        arrivals.zero_()
         self._buffers[device] = (partial, arrivals)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:

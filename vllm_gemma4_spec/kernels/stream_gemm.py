@@ -33,26 +33,37 @@ ALL = 63  # every form
 @dataclass(frozen=True)
 class Form:
     """How the kernel is compiled; see ``nvfp4_stream.cu``. Two forms differ in the order of additions by ``halves`` and
-    ``per_sm``, and in nothing else that reaches the result."""
+    by how many blocks share the weights (``per_sm``, ``sharing``), and in nothing else that reaches the result."""
 
-    stages: int
-    halves: int = 2
+    stages: int  # of the ring of weights
+    halves: int = 2  # of a stage's inputs, added up apart
+    groups: int = 2  # of eight warps that share the halves
     per_sm: int = 1
     wgmma: bool = False
+    ahead: int = 1  # stages of x that are asked for at a time
+    overlap: bool = False  # decode while wgmma multiplies the step before
+    bulk: bool = False  # weights by bulk copies
+    sharing: int = 0  # blocks that share a tile at most, on average; 0: as many as there are
 
     @property
     def threads(self) -> int:
-        return 256 * self.halves + 128
+        return 256 * self.groups + 128
+
+    def blocks(self, multiprocessors: int, n: int, k: int) -> int:
+        most = min(self.per_sm * multiprocessors, units(n, k))
+        return min(most, self.sharing * -(-n // COLUMNS)) if self.sharing else most
 
 
-# By compiled number of 8-row tiles. Up to 64 rows all add up in the same order: a row's bits are the same in each.
+# By compiled number of 8-row tiles; each ran in the third run of layer_chain.py on an H200. Up to 64 rows all add up in
+# the same order: a row's bits are the same in each.
 WGMMA_FORMS = {
-    1: Form(4, wgmma=True),
-    2: Form(4, wgmma=True),
-    4: Form(4, wgmma=True),
+    1: Form(4, wgmma=True, overlap=True, ahead=4),
+    2: Form(4, wgmma=True, overlap=True, ahead=4),
+    4: Form(4, wgmma=True, overlap=True),
+    6: Form(6, groups=1, wgmma=True, overlap=True, ahead=2),
     8: Form(4, wgmma=True),
-    10: Form(5, halves=1, wgmma=True),
-    16: Form(4, halves=1, wgmma=True),
+    10: Form(5, halves=1, groups=1, wgmma=True, overlap=True, sharing=8),
+    16: Form(4, halves=1, groups=1, wgmma=True, sharing=8),
 }
 MMA_FORMS = {1: Form(4), 2: Form(4), 4: Form(4), 8: Form(4)}  # cards without wgmma
 
@@ -88,8 +99,12 @@ def macros(tiles: int, scaled: bool, form: Form) -> dict[str, int]:
         "SCALED": int(scaled),
         "STAGES": form.stages,
         "HALVES": form.halves,
+        "GROUPS": form.groups,
         "PER_SM": form.per_sm,
         "WGMMA": int(form.wgmma),
+        "AHEAD": form.ahead,
+        "OVERLAP": int(form.overlap),
+        "BULK": int(form.bulk),
     }
 
 
@@ -103,7 +118,7 @@ def source(tiles: int, scaled: bool, form: Form) -> str:
 def shared_bytes(tiles: int, form: Form) -> int:
     """What the kernel's ``BARRIERS_AT`` and the barriers behind it come to."""
     stage = DEPTH // 16 * COLUMNS * 9 + tiles * 8 * DEPTH * 2
-    return form.stages * stage + (form.halves - 1) * 2 * 2048 * 4 + 16 * form.stages
+    return form.stages * stage + (form.groups - 1) * 2 * 2048 * 4 + 16 * form.stages
 
 
 @functools.cache
@@ -159,7 +174,7 @@ def launch(
     y = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     partial, arrivals = SCRATCH.on(x.device)
     kernel(tiles, pre_quant_scale is not None, form)(
-        grid=(min(form.per_sm * _multiprocessors(x.device.index), units(n, k)), 1, 1),
+        grid=(form.blocks(_multiprocessors(x.device.index), n, k), 1, 1),
         block=form.threads,
         args=[
             weight,

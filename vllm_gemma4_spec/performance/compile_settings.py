@@ -23,8 +23,15 @@ _PDL = "triton.enable_pdl"
 TAG = "draft_model"  # vLLM's name for the graphs of a draft model; assistants use it, too
 
 
-class Choices(InductorChoices):
-    """Inductor's choices, with longer persistent reductions where a model is compiled with our settings."""
+class LaunchChoices(InductorChoices):
+    """Inductor's choices, with longer persistent reductions where a model is compiled with our settings, and kernels
+    that let the next one start before they wait for the one before."""
+
+    def triton_kernel_kwargs(
+        self, kernel_cls: type[Any], features: Any, groups: list[Any], kernel_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        launch_early(kernel_cls)  # asked for before any kernel is written
+        return super().triton_kernel_kwargs(kernel_cls, features, groups, kernel_kwargs)
 
     def should_use_persistent_reduction(self, features: Any, cooperative_reduction: bool) -> bool:
         if super().should_use_persistent_reduction(features, cooperative_reduction):
@@ -42,7 +49,7 @@ class Choices(InductorChoices):
 
 
 def get_model(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``DraftModelProposer._get_model``: Inductor asks :class:`Choices`, before target or drafter are compiled.
+    """``DraftModelProposer._get_model``: Inductor asks :class:`LaunchChoices`, before target or drafter are compiled.
 
     The class is part of the key of every compiled graph, so a second start must set it at the same time as the first.
 
@@ -78,7 +85,7 @@ def vllm_config(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def target_backend(original: Callable[..., None]) -> Callable[..., None]:
-    """``VllmBackend.__init__``: Inductor asks :class:`Choices` before anything of such an engine is compiled.
+    """``VllmBackend.__init__``: Inductor asks :class:`LaunchChoices` before anything of such an engine is compiled.
 
     Patch: ``target-compile``. Evidence:
     ``tests/performance/test_target_compile.py::test_stock_compiles_a_target_without_dependent_launch``. Related
@@ -94,10 +101,71 @@ def target_backend(original: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+def _before_load(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def wrapper(self: Any, wait_buffer: Any) -> None:
+        if _ours() and self._load_index == 0:  # the first load; the original writes the wait behind this line
+            (self.body if self.inside_reduction else wait_buffer).writeline("tl.extra.cuda.gdc_launch_dependents()")
+        original(self, wait_buffer)
+
+    return wrapper
+
+
+def _after_load(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any) -> None:
+        if not _ours():
+            original(self, *args)
+
+    return wrapper
+
+
+def _codegen_body(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def wrapper(self: Any) -> None:
+        if _ours() and self._load_index == 0 and (self.stores or self.post_loop_store):
+            self.loads.writeline("tl.extra.cuda.gdc_wait()")
+        original(self)
+
+    return wrapper
+
+
+_WRAPPERS = {
+    "_handle_pdl_before_load": _before_load,
+    "_handle_pdl_after_load": _after_load,
+    "codegen_body": _codegen_body,
+}
+
+
+def launch_early(kernel_class: type[Any]) -> None:
+    """Wrap what writes ``gdc_wait`` before a Triton kernel's first load and ``gdc_launch_dependents`` behind its last.
+
+    Only where Inductor is 2.10's, vLLM 0.19.1's: it ends in an assertion where it writes the second line (repaired in
+    2.11: pytorch PR 170981). A kernel lets the next one start at once instead, which waits where it loads itself: a
+    GEMM's first weights come while a norm waits for the GEMM before. A kernel that loads nothing must wait, too: it may
+    write what kernels before it still read, and the next one waits for it alone. Any other Inductor's own dependent
+    launch stays as it is.
+    """
+    owners = {name: next((c for c in kernel_class.__mro__ if name in vars(c)), None) for name in _WRAPPERS}
+    found = {name: vars(owner)[name] for name, owner in owners.items() if owner is not None}
+    if len(found) < len(_WRAPPERS) or any(hasattr(f, "__wrapped__") for f in found.values()):
+        return
+    counts = (found["_handle_pdl_before_load"], found["_handle_pdl_after_load"])
+    if not all("_load_index" in f.__code__.co_names for f in counts) or "generate" not in counts[1].__code__.co_names:
+        return
+    for name, wrapper in _WRAPPERS.items():
+        setattr(owners[name], name, wrapper(found[name]))
+
+
+def _ours() -> bool:
+    """Whether what is compiled now is a model of ours, on a card with programmatic dependent launch."""
+    return config.inductor_choices_class is LaunchChoices and config.triton.enable_pdl and _takes_pdl()
+
+
 def use_choices() -> None:
-    """Inductor asks :class:`Choices` from now on."""
+    """Inductor asks :class:`LaunchChoices` from now on."""
     if _takes_pdl() and config.inductor_choices_class is None:
-        config.inductor_choices_class = Choices  # for the process; it differs under _PDL only
+        config.inductor_choices_class = LaunchChoices  # for the process; it differs under _PDL only
 
 
 def backend(original: Callable[..., None]) -> Callable[..., None]:

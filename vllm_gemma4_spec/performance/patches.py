@@ -162,7 +162,9 @@ TARGET_COMPILE = Patch(
     "makes waits for its launch, the GEMM behind it for its end, and norms read their row once per sum: 0.8 of 9.5 ms "
     "on an H200.",
     how="From Hopper on a Gemma 4 target is compiled with programmatic dependent launch (triton.enable_pdl in "
-    "inductor_compile_config, unless a user set it) and with persistent reductions up to 8,192 values.",
+    "inductor_compile_config, unless a user set it) and with persistent reductions up to 8,192 values. Its kernels let "
+    "the next one start before they wait for the one before; where Inductor 2.10.0 would write that line it ends in an "
+    "assertion (repaired in 2.11, pytorch PR 170981).",
     retire="An Inductor that does both by itself.",
     scope="Engines whose target is a Gemma 4, from Hopper on.",
     related="none found",
