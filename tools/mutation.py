@@ -43,8 +43,8 @@ MODULES: dict[str, list[str]] = {
     ],
     "performance.compile_settings": ["performance/test_draft_compile.py"],
     "requests.thinking": ["requests/test_thinking.py", "requests/test_grammar_positions.py"],
-    "requests.thinking_budget": ["requests/test_thinking.py"],
-    "requests.min_tokens": ["requests/test_min_tokens.py", "requests/test_thinking.py"],
+    "requests.thinking_budget": ["requests/test_thinking.py", "requests/test_step_cost.py"],
+    "requests.min_tokens": ["requests/test_min_tokens.py", "requests/test_thinking.py", "requests/test_step_cost.py"],
     "requests.grammar": [
         "requests/test_grammar_positions.py::test_a_rollback_leads_to_where_it_was",
         "requests/test_grammar_positions.py",

@@ -60,6 +60,8 @@ class ThinkingBudget(LogitsProcessor):
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (requests, vocabulary) of the token after the last draft, or after the output without drafts."""
+        if not self.requests:
+            return logits
         forced = []
         for row, request in self.requests.items():
             thinking = request.now()
