@@ -1,5 +1,4 @@
-// Runs nvfp4_stream.cu on a CPU: a thread per CUDA thread, one block after the other, copies that are done at once. With
-// NVFP4_MLP_SOURCE also nvfp4_mlp.cu, whose blocks wait for each other and so run together.
+// Runs nvfp4_stream.cu on a CPU: a thread per CUDA thread, one block after the other, copies that are done at once.
 // Every device function that the kernel takes from the hardware is given here in plain C++.
 #include <atomic>
 #include <barrier>
@@ -32,7 +31,7 @@ struct State {  // of a block
         for (int w = 0; w < 8; w++) pairs.push_back(std::make_unique<std::barrier<>>(64));
     }
     alignas(1024) unsigned char memory[232448];
-    std::barrier<> whole, finishers{256};
+    std::barrier<> whole;
     std::vector<std::unique_ptr<std::barrier<>>> warps, pairs;
     std::vector<uint32_t> exchange;  // per warp: 32 lanes x 6 words
     Arrivals barriers[64];           // one for every 8 bytes from the first on
@@ -82,13 +81,6 @@ static void wait_for_previous_grid() {}
 static void publish_barriers() {}
 static unsigned long long leaves_first() { return 0; }
 static unsigned count_arrival(unsigned* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL); }
-static unsigned read_meeting(const unsigned* at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
-static unsigned peek_at_meeting(const unsigned* at) { return read_meeting(at); }
-static void add_to_meeting(unsigned* at, unsigned value) { __atomic_fetch_add(at, value, __ATOMIC_RELEASE); }
-static void finishers_meet() { state->finishers.arrive_and_wait(); }
-static unsigned with_top(unsigned zero) { return 0x70007000u | zero; }
-static void rest() { std::this_thread::yield(); }
-static void give_up() { std::abort(); }
 static unsigned hidden(unsigned constant, unsigned zero) { return constant | zero; }
 static float4 __ldcg(const float4* at) { return *at; }
 static void __stcg(float4* at, float4 v) { *at = v; }
@@ -106,7 +98,6 @@ static uint16_t to_bf16(float value) {
     std::memcpy(&bits, &value, 4);
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
-static float to_float(uint16_t bits) { return as_float((unsigned)bits << 16); }
 static float half_of(unsigned pair, int i) { return as_float((i ? pair >> 16 : pair) << 16); }
 static unsigned times(unsigned a, unsigned b) {
     return to_bf16(half_of(a, 0) * half_of(b, 0)) | (unsigned)to_bf16(half_of(a, 1) * half_of(b, 1)) << 16;
@@ -167,49 +158,23 @@ static void mma_async(float (&d)[MT][4], const unsigned (&a)[4], unsigned long l
 
 #include NVFP4_STREAM_SOURCE
 
-template <class Kernel> static void run_blocks(int blocks, int together, const Kernel& kernel) {
-    gridDim = {blocks, 1, 1};
-    blockDim = {THREADS, 1, 1};
-    first_barrier = BARRIERS_AT;
-    for (int from = 0; from < blocks; from += together) {
-        std::vector<std::unique_ptr<State>> states;
-        std::vector<std::thread> threads;
-        for (int block = from; block < from + together && block < blocks; block++) {
-            states.push_back(std::make_unique<State>(THREADS));
-            for (int i = 0; i < THREADS; i++)
-                threads.emplace_back([=, &kernel, mine = states.back().get()] {
-                    threadIdx = {i, 0, 0};
-                    blockIdx = {block, 0, 0};
-                    state = mine;
-                    kernel();
-                });
-        }
-        for (auto& thread : threads) thread.join();
-    }
-}
-
 extern "C" void run(const void* codes, const void* scales, const void* x, const void* pre, void* y,
                     const float* global_scale, float* partial, unsigned* arrivals, int rows, int N, int K,
                     int blocks) {
-    run_blocks(blocks, 1, [=] {
-        nvfp4_stream((const unsigned char*)codes, (const unsigned char*)scales, (const u16*)x, (const u16*)pre, (u16*)y,
-                     global_scale, partial, arrivals, rows, N, K);
-    });
+    gridDim = {blocks, 1, 1};
+    blockDim = {THREADS, 1, 1};
+    first_barrier = BARRIERS_AT;
+    for (int block = 0; block < blocks; block++) {
+        const auto mine = std::make_unique<State>(THREADS);
+        std::vector<std::thread> threads;
+        for (int i = 0; i < THREADS; i++)
+            threads.emplace_back([=, mine = mine.get()] {
+                threadIdx = {i, 0, 0};
+                blockIdx = {block, 0, 0};
+                state = mine;
+                nvfp4_stream((const unsigned char*)codes, (const unsigned char*)scales, (const u16*)x, (const u16*)pre,
+                             (u16*)y, global_scale, partial, arrivals, rows, N, K);
+            });
+        for (auto& thread : threads) thread.join();
+    }
 }
-
-#ifdef NVFP4_MLP_SOURCE
-#include NVFP4_MLP_SOURCE
-
-extern "C" void run_mlp(const void* gate_up_codes, const void* gate_up_scales, const float* gate_up_global,
-                        const void* down_codes, const void* down_scales, const float* down_global, const void* x,
-                        const void* pre, void* act, void* y, float* partial, unsigned* arrivals, int rows, int hidden,
-                        int inner, int scaled, int blocks) {
-    run_blocks(blocks, blocks, [=] {
-        nvfp4_mlp((const unsigned char*)gate_up_codes, (const unsigned char*)gate_up_scales, gate_up_global,
-                  (const unsigned char*)down_codes, (const unsigned char*)down_scales, down_global, (const u16*)x,
-                  (const u16*)pre, (u16*)act, (u16*)y, partial, arrivals, rows, hidden, inner, scaled);
-    });
-}
-
-extern "C" unsigned short run_activate(unsigned short gate, unsigned short up) { return activate(gate, up); }
-#endif
