@@ -109,6 +109,8 @@ class Variant:
     early: bool = False
     model: str = "31B"
     told: bool = False  # the kernel says where its time goes
+    without: tuple[str, ...] = ()  # of LEFT_OUT; results mean nothing
+    before: bool = False  # the text of the kernel as it was
 
 
 def used_by(variant: Variant) -> set[int]:
@@ -124,52 +126,146 @@ def changed(forms: dict[int, Form], **change: Any) -> dict[int, Form]:
 
 
 NOW = stream_gemm.WGMMA_FORMS
-PLAIN = {
-    **{t: Form(4, wgmma=True, overlap=True) for t in (1, 2, 4)},
-    8: Form(4, wgmma=True),
-    10: Form(5, halves=1, groups=1, wgmma=True),
-    16: Form(4, halves=1, groups=1, wgmma=True),
-}  # the forms of notes 20 to 29
-MMA = {t: Form(4, ahead=4, bulk=True) for t in (1, 2)}
 FEW, MANY = (1, 4, 8, 16, 32), (33, 48, 49, 64, 65, 80)
 
+
+def direct(stages: int, first: int, dealt: bool = True, **rest: Any) -> dict[int, Form]:
+    return {t: Form(stages, tensor=True, first=first, dealt=dealt, **rest) for t in (1, 2)}
+
+
+def early(forms: dict[int, Form] | None, rows: tuple[int, ...] = (1, 8, 16), **rest: Any) -> Variant:
+    return Variant(forms, rows, early=True, **rest)
+
+
+def one(form: Form, **rest: Any) -> Variant:
+    return early({1: form}, (1,), **rest)
+
+
+DEALT8 = Form(8, tensor=True, first=8, dealt=True)
+LEAN8 = Form(8, tensor=True, first=8)
+W = {"wgmma": True, "overlap": True}
 PARTS: dict[str, dict[str, Variant]] = {
-    "31B": {
-        "marlin": Variant(None, (*FEW, *MANY, 96, 128)),
-        **both("now", NOW, (*FEW, *MANY, 96, 128)),
-        **both("plain", PLAIN, (1, 16, 32, 33, 64, 80, 128)),
-        "one stage of x": Variant(changed(NOW, ahead=1), (1, 16, 32, 48, 64), early=True),
-        "bulk copies": Variant(changed(NOW, bulk=True), (1, 16, 32, 48, 64, 80), early=True),
-        "eight stages": Variant(changed({t: NOW[t] for t in (1, 2)}, stages=8), (1, 16), early=True),
-        **both("mma", MMA, (1, 16)),
+    "few": {
+        "before": early(NOW, (1, 4, 8, 16, 32), before=True),
+        "before, mma": early({t: Form(4, ahead=4) for t in (1, 2)}, before=True),
+        "now": early(NOW, (1, 4, 8, 16, 32)),
+        "dealt 8": early(direct(8, 8), (1, 4, 8, 16)),
+        "dealt 8, first 4": early(direct(8, 4)),
+        "dealt 8, first 2": early(direct(8, 2)),
+        "lean 8": early(direct(8, 8, False), (1, 4, 8, 16)),
+        "lean 8, first 2": early(direct(8, 2, False)),
+        "dealt 8 without shifts of codes": early(direct(8, 8), without=("shifts of codes",)),
+        "dealt 8 without shifts": early(direct(8, 8), without=("shifts of codes", "shifts of scales")),
+        "dealt 4": early(direct(4, 4)),
+        "dealt 6": early(direct(6, 6)),
+        "dealt 10": early({1: Form(10, tensor=True, first=10, dealt=True)}, (1, 8)),
+        "dealt 8, late": Variant(direct(8, 8), (1, 16)),
+        "lean 8, late": Variant(direct(8, 8, False), (1, 16)),
+        "now, late": Variant(NOW, (1, 16)),
     },
-    "E4B": {
-        name: replace(v, model="E4B")
+    "out": {
+        name: v
+        for what, form in (("dealt", DEALT8), ("lean", LEAN8))
         for name, v in {
-            "marlin": Variant(None, (1, *MANY[1:], 16, 32)),
-            "now": Variant(NOW, (1, 16, 32, *MANY)),
-            "plain": Variant(PLAIN, (1, 16, 32, 64, 80)),
-            "all share": Variant(changed(NOW, sharing=0), (65, 80)),
-            "4 share": Variant(changed({10: NOW[10]}, sharing=4), (65, 80)),
+            f"{what}": one(form),
+            **{
+                f"{what} without {' '.join(w)}": one(form, without=w)
+                for w in (
+                    ("copies",),
+                    ("mma",),
+                    ("decoding",),
+                    ("x",),
+                    ("last",),
+                    ("copies", "mma"),
+                    ("copies", "decoding"),
+                    ("mma", "decoding"),
+                    ("copies", "mma", "decoding"),
+                    ("copies", "mma", "decoding", "x"),
+                )[: 10 if what == "dealt" else 3]
+            },
         }.items()
     },
+    "wgmma": {
+        "wgmma dealt 8": early({1: Form(8, ahead=4, first=8, tensor=True, dealt=True, **W)}, (1, 8)),
+        "wgmma tensor 8": early({t: Form(8, ahead=4, first=8, tensor=True, **W) for t in (1, 2)}),
+        "wgmma dealt 4": early(
+            {
+                t: Form(6 if t < 4 else 5, ahead=4 if t < 4 else 2, first=4, tensor=True, dealt=True, **W)
+                for t in (1, 2, 4)
+            },
+            (1, 16, 32),
+        ),
+        "wgmma tensor 4": early({4: Form(5, ahead=2, first=4, tensor=True, **W)}, (32,)),
+    },
+    "many": {
+        "before": Variant(NOW, (48, 64, 80), before=True),
+        "now": Variant(NOW, (48, 64, 80)),
+        "tensor": Variant(changed({t: NOW[t] for t in (6, 8, 10)}, tensor=True, first=4), (48, 64, 80)),
+        "tensor, ahead 2": Variant(changed({t: NOW[t] for t in (8, 10)}, tensor=True, first=4, ahead=2), (64, 80)),
+        "E4B before": Variant(NOW, (1, 16, 64, 80), before=True, model="E4B"),
+        "E4B dealt 8": Variant(direct(8, 8), (1, 16), model="E4B"),
+        "E4B tensor": Variant(changed({t: NOW[t] for t in (8, 10)}, tensor=True, first=4), (64, 80), model="E4B"),
+    },
     # Not measured but told: where a GEMM's time goes.
-    "told": {"now": Variant(NOW, (1, 32, 64, 80), told=True, early=True)},
+    "told": {
+        "before": early(NOW, (1,), told=True, before=True),
+        "dealt 8": early(direct(8, 8), (1, 16), told=True),
+        "dealt 8, first 2": early(direct(8, 2), (1,), told=True),
+    },
 }
 
-# Where the kernel says the time: behind this text, what, and when.
+LEFT_OUT = {
+    "copies": (
+        "if (p == 0) bring_tile(base",
+        "if (p == 0 && rows > 0) arrive(full + 8 * to); else if (p == 0) bring_tile(base",
+    ),
+    "mma": (
+        "mma(acc[0][q][m], a[q], b0, b1);",
+        'asm volatile("" ::"r"(a[q][0]), "r"(a[q][1]), "r"(a[q][2]), "r"(a[q][3]), "r"(b0), "r"(b1));',
+    ),
+    "decoding": (
+        "a[q][0] = times_low(decode_even(word), both);",
+        "a[q][0] = word, a[q][1] = high, a[q][2] = both, a[q][3] = word; continue;",
+    ),
+    "x": ("if (row < rows) copy_x(", "if (row < rows && K < 0) copy_x("),
+    "last": ("if (count > 1 && !part_k) {", "if (count > 1 && !part_k && K < 0) {"),
+    # Not left out but in other units: results are right.
+    "shifts of codes": (
+        'asm("shr.b32 %0, %1, %2;" : "=r"(v) : "r"(value), "n"(8));',
+        'asm("mul.hi.u32 %0, %1, %2;" : "=r"(v) : "r"(value), "n"(1 << 24));',
+    ),
+    "shifts of scales": ("scales_of(q ? bytes >> 4 : ", "scales_of(q ? __umulhi(bytes, 1u << 28) : "),
+}
+
+# What the kernel says the time of, when, and behind which of these texts ("<": before).
 TOLD = (
-    ("    let_next_grid_start();\n", "starts", "threadIdx.x == 0"),
-    ("        wait_for_previous_grid();\n", "the kernel before has ended", "p == 0"),
-    ("                if (p % 32 == 0) arrive(full + 8 * stage);\n", "x is there", "p == 0 && i == 0"),
+    ("starts", "threadIdx.x == 0", ["    let_next_grid_start();\n"]),
+    ("the kernel before has ended", "p == 0", ["        wait_for_previous_grid();\n"]),
+    ("x is there", "p == 0 && i == 0", ["                if (p % 32 == 0) arrive(full + 8 * stage);\n"]),
     (
-        "            wait(full + 8 * stage, parity);\n            const u32 here",
         "first stage",
         "threadIdx.x == 0 && !seen++",
+        [
+            "            wait(full + 8 * stage, parity);\n",
+        ],
     ),
-    ("        // The tile ends here", "last stage multiplied", "threadIdx.x == 0"),
-    ("        block = 0, tile++;\n", "parts written", "threadIdx.x == 0"),
+    ("last stage multiplied", "threadIdx.x == 0", ["<        // The tile ends here"]),
+    ("parts written", "threadIdx.x == 0", ["        block = 0, tile++;\n"]),
 )
+
+
+def text_of(of: Variant, tiles: int) -> str:
+    """The kernel's text, as it was where that is asked for, without what is left out, or saying where its time goes."""
+    form = of.forms[tiles]  # type: ignore[index]
+    source = stream_gemm.source(tiles, False, form)
+    if of.before:
+        now = Path(stream_gemm.__file__).with_name("nvfp4_stream.cu").read_text()
+        source = source.replace(now, Path(__file__).with_name("nvfp4_stream_before.cu").read_text())
+    for name in of.without:
+        old, new = LEFT_OUT[name]
+        assert source.count(old) == 1, name
+        source = source.replace(old, new)
+    return told(source) if of.told else source
 
 
 def told(source: str) -> str:
@@ -182,14 +278,13 @@ def told(source: str) -> str:
     head += '__device__ __forceinline__ u64 now() { u64 v; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(v) :: '
     head += '"memory"); return v; }\n'
     head += head.splitlines()[-1].replace("now()", "ticks()").replace("globaltimer", "clock64") + "\n"
-    for i, (text, _, when) in enumerate(TOLD):
-        before, after = kernel.split(text)
-        first, newline, rest = text.partition("\n")
-        kernel = before + first + newline + say(i, when) + rest + after
-        if not newline:  # a comment's beginning
-            kernel = before + say(i, when) + text + after
+    for i, (_, when, texts) in enumerate(TOLD):
+        for text in texts:
+            said = text.removeprefix("<")
+            kernel = kernel.replace(said, say(i, when) + said if text != said else said + say(i, when))
     kernel = kernel.replace("buffer = 0;", "buffer = 0, seen = 0;")
-    kernel = kernel.replace(TOLD[0][0], f"{TOLD[0][0]}const u64 began = ticks();\n")
+    first = TOLD[0][2][0]
+    kernel = kernel.replace(first, f"{first}const u64 began = ticks();\n")
     end = kernel.rindex("}")
     last = say(len(TOLD), "threadIdx.x == 0") + say(7, "threadIdx.x == 0").replace("now()", "ticks() - began")
     return f'{head}extern "C" __global__{kernel[:end]}{last}}}\n'
@@ -276,7 +371,9 @@ def where(chain: Chain, variant: Variant, rows: int) -> dict[str, dict[str, list
         for i, name in enumerate(chain.shapes, 4):
             before, mine = all_times[i - 1], all_times[i]
             ended = before[:, len(TOLD)].max()
-            for j, what in enumerate([*(what for _, what, _ in TOLD), "ends"]):
+            for j, what in enumerate([*(what for what, _, _ in TOLD), "ends"]):
+                if not (mine[:, j] > 0).any():
+                    continue
                 us = (mine[:, j][mine[:, j] > 0] - ended).sort().values / 1000
                 found.setdefault(name, {}).setdefault(what, []).append(
                     [us[0].item(), us.median().item(), us[-1].item()]
@@ -310,8 +407,9 @@ class Check:
     def __call__(self, tiles: int, form: Form) -> list[str]:
         said, one = [], self.made
         weights = (one.weight, one.weight_scale, one.weight_global_scale)
-        order = (form.halves, form.per_sm, form.sharing)  # wgmma and mma may round differently: seen here
-        for rows in sorted({1, 5, 8 * tiles - 5, 8 * tiles}):
+        order = (form.halves, form.per_sm, form.sharing, form.dealt)  # wgmma and mma may round differently: seen here
+        few = range(1, 8 * tiles + 1) if tiles < 3 else {1, 5, 8 * tiles - 5, 8 * tiles}
+        for rows in sorted(few):
             x = self.x[:rows].contiguous()
             y = stream_gemm.launch(tiles, form, x, None, *weights, one.output_size_per_partition)
             if (error := self.error(y)) > self.marlin * 1.05:
@@ -330,11 +428,13 @@ def run(part: str, layers: int, asked_rows: set[int], out: Path, ready: Any, go:
     import vllm.model_executor.layers.quantization.utils.marlin_utils_fp4  # noqa: F401
 
     variants = PARTS[part]
-    wanted = {(t, v.forms[t], v.told) for v in variants.values() if v.forms for t in used_by(v)}
+    wanted = {text_of(v, t): v.forms[t] for v in variants.values() if v.forms for t in used_by(v)}
 
-    def compiled(of: tuple[int, Form, bool]) -> bytes:
-        text = stream_gemm.source(of[0], False, of[1])
-        return cuda.compiled(told(text) if of[2] else text, "sm_90a" if of[1].wgmma else "sm_90")
+    def compiled(text: str) -> bytes | str:
+        try:
+            return cuda.compiled(text, "sm_90a" if wanted[text].wgmma else "sm_90")
+        except RuntimeError as error:
+            return str(error)
 
     with ThreadPoolExecutor(8) as pool:
         codes = dict(zip(wanted, pool.map(compiled, wanted), strict=True))
@@ -347,13 +447,16 @@ def run(part: str, layers: int, asked_rows: set[int], out: Path, ready: Any, go:
 
     kernels: dict[Any, Any] = {}
 
-    says = False
+    current: Variant | None = None
 
     def kernel(tiles: int, scaled: bool, form: Form) -> Any:
-        key = tiles, form, says
-        if key not in kernels:
-            kernels[key] = loaded(tiles, form, codes[tiles, form, says])
-        return kernels[key]
+        text = text_of(current, tiles)  # type: ignore[arg-type]
+        if text not in kernels:
+            code = codes[text]
+            if isinstance(code, str):
+                raise RuntimeError(code)
+            kernels[text] = loaded(tiles, form, code)
+        return kernels[text]
 
     stream_gemm.kernel = kernel  # type: ignore[assignment]
     start = time.time()
@@ -368,7 +471,7 @@ def run(part: str, layers: int, asked_rows: set[int], out: Path, ready: Any, go:
             for rows in v.rows:
                 report["told"].setdefault(name, {})[rows] = where(chains[v.model], v, rows)
             return
-        if not v.early:
+        if not v.without and v.model == min(models):
             for tiles in sorted(used_by(v)):
                 wrong += check(tiles, v.forms[tiles])  # type: ignore[index]
         for rows in [r for r in v.rows if not asked_rows or r in asked_rows]:
@@ -376,13 +479,13 @@ def run(part: str, layers: int, asked_rows: set[int], out: Path, ready: Any, go:
             us, ended = timed(chain, v, rows)
             report["us"].setdefault(v.model, {}).setdefault(rows, {})[name] = round(us / len(chain.made), 1)
             form = v.forms[stream_gemm.tiles_for(rows, v.forms)] if v.forms else None
-            order = form and (form.wgmma, form.halves, form.per_sm, form.sharing)
+            order = form and not v.without and (form.halves, form.per_sm, form.sharing, form.dealt)
             known = results.setdefault((v.model, rows, order), ended[0].clone())
             if order and not all(torch.equal(y, known) for y in ended):
                 wrong.append(f"chain of {rows} rows: another result")
 
     for name, v in variants.items():
-        start, wrong, says = time.time(), [], v.told
+        start, wrong, current = time.time(), [], v
         try:
             measure(name, v, wrong)
         except RuntimeError as error:  # a form that the card does not take

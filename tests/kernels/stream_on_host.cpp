@@ -62,6 +62,16 @@ static void wait(unsigned barrier, unsigned parity) {
     std::atomic<int>& phase = at_barrier(barrier).phase;
     for (int now = phase; (unsigned)(now & 1) == parity; now = phase) phase.wait(now);
 }
+static void copy_x(unsigned to, const void* from, bool there) {
+    there ? (void)std::memcpy(shared + to, from, 16) : (void)std::memset(shared + to, 0, 16);
+}
+static uint2 load_codes(unsigned at) { return *(const uint2*)(shared + at); }
+static unsigned load_scales(unsigned at) { return *(const unsigned*)(shared + at); }
+static unsigned kept(unsigned value) { return value; }
+struct Map { const unsigned char* data; int columns, rows, bytes; };
+#define MAP Map
+static void bring_tile(unsigned at, const Map& codes, const Map& scales, int column, int step, unsigned barrier,
+                       unsigned long long);
 static void copy_once(unsigned to, const void* from, unsigned long long) { std::memcpy(shared + to, from, 16); }
 static void bulk_copy_once(unsigned to, const void* from, unsigned bytes, unsigned barrier, unsigned long long) {
     std::memcpy(shared + to, from, bytes);
@@ -158,6 +168,21 @@ static void mma_async(float (&d)[MT][4], const unsigned (&a)[4], unsigned long l
 
 #include NVFP4_STREAM_SOURCE
 
+static void bring_tile(unsigned at, const Map& codes, const Map& scales, int column, int step, unsigned barrier,
+                       unsigned long long) {
+    const auto copy = [&](unsigned to, const Map& from) {
+        for (int s = 0; s < STEPS; s++)
+            for (int c = 0; c < COLUMNS; c++) {
+                unsigned char* at = shared + to + (s * COLUMNS + c) * from.bytes;
+                if (step + s >= from.rows || column + c >= from.columns) std::memset(at, 0, from.bytes);
+                else std::memcpy(at, from.data + ((long)(step + s) * from.columns + column + c) * from.bytes, from.bytes);
+            }
+    };
+    copy(at + CODES_AT, codes);
+    copy(at + SCALES_AT, scales);
+    arrive(barrier);
+}
+
 extern "C" void run(const void* codes, const void* scales, const void* x, const void* pre, void* y,
                     const float* global_scale, float* partial, unsigned* arrivals, int rows, int N, int K,
                     int blocks) {
@@ -172,8 +197,13 @@ extern "C" void run(const void* codes, const void* scales, const void* x, const 
                 threadIdx = {i, 0, 0};
                 blockIdx = {block, 0, 0};
                 state = mine;
-                nvfp4_stream((const unsigned char*)codes, (const unsigned char*)scales, (const u16*)x, (const u16*)pre,
-                             (u16*)y, global_scale, partial, arrivals, rows, N, K);
+#if TENSOR
+                const Map of_codes = {(const unsigned char*)codes, N, K / 16, 8};
+                const Map of_scales = {(const unsigned char*)scales, N, K / 16, 1};
+#else
+                const auto of_codes = (const unsigned char*)codes, of_scales = (const unsigned char*)scales;
+#endif
+                nvfp4_stream(of_codes, of_scales, (const u16*)x, (const u16*)pre, (u16*)y, global_scale, partial, arrivals, rows, N, K);
             });
         for (auto& thread : threads) thread.join();
     }

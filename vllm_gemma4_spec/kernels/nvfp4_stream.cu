@@ -24,9 +24,13 @@ typedef unsigned long long u64;
 #define DEPTH 128    // inputs of a stage
 #define STEPS (DEPTH / 16)
 #define WARPS (8 * GROUPS)  // that multiply: 8 times 32 outputs
-#define EACH (HALVES / GROUPS)  // halves of a stage's inputs that a warp takes, each with sums of its own
-#define COPIERS 128  // threads that copy
-#define FIRST 2      // stages that do not wait for the kernel before this one
+#define EACH (HALVES / GROUPS)  // sums that a warp has of each output
+// Tensor copies bring a stage's weights at once. Without wgmma x comes by asynchronous copies, and both by one warp.
+#define DIRECT (TENSOR && !WGMMA)
+#define COPIERS (DIRECT ? 32 : 128)  // threads that copy
+#define TURN (DEALT ? GROUPS : 1)  // each of this many stages is a group's own
+#define MINE (DEALT ? STEPS : STEPS / GROUPS)  // steps of a stage that a warp takes
+#define CHUNK 2  // of them whose operands are in registers before they are needed
 #define HANDOVER (WGMMA && MT >= 6)  // of registers; what each warp starts with goes by THREADS and PER_SM
 #define COPIER_REGISTERS (GROUPS == 1 && PER_SM == 1 ? 104 : 64)
 #define OTHER_REGISTERS (GROUPS == 2 ? 104 : PER_SM == 1 ? 200 : 88)
@@ -37,7 +41,8 @@ typedef unsigned long long u64;
 #define SCALES_AT (STEPS * COLUMNS * 8)
 #define X_AT (SCALES_AT + STEPS * COLUMNS)
 #define X_PART (MT * 1024)  // bytes of 64 inputs of all rows: 128 a row, their 16-byte pieces swapped about by row
-#define STAGE_BYTES (X_AT + DEPTH / 64 * X_PART)
+#define PRE_AT (X_AT + DEPTH / 64 * X_PART)  // pre_quant_scale, where it is not multiplied on the way
+#define STAGE_BYTES (PRE_AT + (DIRECT ? DEPTH * 2 : 0))
 #define SUMS_AT (STAGES * STAGE_BYTES)
 #define SUMS 2048  // floats that the warps of one half hand to the other's, per tile of 8 rows
 #define BARRIERS_AT (SUMS_AT + (GROUPS - 1) * 2 * SUMS * 4)
@@ -89,6 +94,48 @@ __device__ __forceinline__ uint4 load(const void* from) {
 // What this thread has stored in shared memory becomes visible to wgmma, for those that wait for its next arrival.
 __device__ __forceinline__ void publish_to_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// 16 bytes, or as many zeros where `there` is not.
+__device__ __forceinline__ void copy_x(u32 to, const void* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+
+struct alignas(64) Map {  // CUtensorMap
+    u64 opaque[16];
+};
+#define MAP const __grid_constant__ Map
+
+// A stage's codes and scales: 256 outputs from `column` and 128 inputs from `step * 16`; zeros where there are none.
+__device__ __forceinline__ void bring_tile(u32 at, const Map& codes, const Map& scales, int column, int step, u32 barrier, u64 policy) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "n"(STEPS * COLUMNS * 9) : "memory");
+    const auto copy = [&](u32 to, const Map& from) {
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], "
+            "%5;" ::"r"(to), "l"(&from), "r"(column), "r"(step), "r"(barrier), "l"(policy)
+            : "memory");
+    };
+    copy(at + CODES_AT, codes);
+    copy(at + SCALES_AT, scales);
+}
+
+// From shared memory: after the last wait, before the next arrival. Nothing else keeps them where they stand.
+__device__ __forceinline__ uint2 load_codes(u32 at) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
+    return v;
+}
+
+__device__ __forceinline__ u32 load_scales(u32 at) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
+    return v;
+}
+
+// The compiler keeps the value in a register: it would compute it anew for every stage.
+__device__ __forceinline__ u32 kept(u32 value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // Arrive when all copies that this thread has started are done.
 __device__ __forceinline__ void arrive_with_copies(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
@@ -111,7 +158,7 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
 
 __device__ __forceinline__ void load_matrices(u32 (&v)[4], u32 at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at));
 }
 
 #if WGMMA
@@ -256,8 +303,13 @@ __device__ __forceinline__ void add_parts(int items, int count, const Part& part
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
+#if TENSOR
+    MAP codes,   // [K / 16, N] words of eight bytes, Marlin's order
+    MAP scales,  // [K / 16, N] bytes, Marlin's order
+#else
     const unsigned char* codes,   // [K / 16, 8 * N] bytes, Marlin's order
     const unsigned char* scales,  // [K / 16, N] bytes, Marlin's order
+#endif
     const u16* x,                 // [rows, K] bfloat16
     const u16* pre,               // [K] bfloat16, where SCALED
     u16* y,                       // [rows, N] bfloat16
@@ -273,8 +325,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
-            init_barrier(full + 8 * s, COPIERS / 32 + (BULK ? 1 : COPIERS));  // x by warps; weights
-            init_barrier(empty + 8 * s, WARPS);
+            init_barrier(full + 8 * s, DIRECT ? 1 + COPIERS : COPIERS / 32 + (BULK || TENSOR ? 1 : COPIERS));  // x; weights
+            init_barrier(empty + 8 * s, WARPS / TURN);
         }
         publish_barriers();
     }
@@ -287,11 +339,43 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
 #endif
         const int p = threadIdx.x - WARPS * 32, count = mine.last - mine.first, piece = p % 16;
         const u64 policy = leaves_first();
+#if DIRECT
+        int tile = mine.first / per_tile, block = mine.first % per_tile, x_block = block, stage = 0, parity = 1;
+        const auto bring_weights = [&](u32 to) {
+            if (p == 0) bring_tile(base + to * STAGE_BYTES, codes, scales, tile * COLUMNS, block * STEPS, full + 8 * to, policy);
+            if (++block == per_tile) block = 0, tile++;
+        };
+        // No kernel before this one writes weights: the first are on their way while it ends.
+        int ahead = 0;
+        for (; ahead < count && ahead < FIRST; ahead++) bring_weights(ahead);
+        wait_for_previous_grid();
+        for (int i = 0; i < count; i++) {
+            if (i >= STAGES) wait(empty + 8 * stage, parity);
+            if (i >= ahead) bring_weights(stage);
+            const int k = x_block * DEPTH + piece * 8;
+            const u32 at = base + stage * STAGE_BYTES;
+            const u16* from = x + (k < K ? k : 0);
+#pragma unroll
+            for (int j = 0; j < MT * 4; j++) {
+                const int row = j * 2 + p / 16;
+                if (row < rows) copy_x(at + x_piece(row, piece), from + (long)row * K, k < K);
+            }
+            if (SCALED && p < 16) copy_x(at + PRE_AT + piece * 16, pre + (k < K ? k : 0), k < K);
+            arrive_with_copies(full + 8 * stage);
+            if (++x_block == per_tile) x_block = 0;
+            if (++stage == STAGES) stage = 0, parity ^= 1;
+        }
+        return;
+#else
         int tile = mine.first / per_tile, block = mine.first % per_tile, x_block = block, stage = 0, parity = 1;
         const auto bring_weights = [&]() {
             const u32 at = base + stage * STAGE_BYTES;
+#if !TENSOR
             const int columns = N - tile * COLUMNS, steps = K / 16 - block * STEPS;
-#if BULK
+#endif
+#if TENSOR
+            if (p == 0) bring_tile(at, codes, scales, tile * COLUMNS, block * STEPS, full + 8 * stage, policy);
+#elif BULK
             const u32 bytes = columns < COLUMNS ? columns : COLUMNS;  // of scales, an eighth of those of codes
             if (p == 0) arrive_expecting(full + 8 * stage, (steps < STEPS ? steps : STEPS) * bytes * 9);
             const int s = p / 32 * 2 + p % 2;  // two steps a warp, their codes and their scales
@@ -357,6 +441,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
             }
         }
         return;
+#endif
     }
 
 #if HANDOVER
@@ -369,10 +454,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
     // Where this lane's share of a step lies: two words of codes, four scales. Of the 64 outputs of two warps each takes
     // half, by turns of eight lanes, so that 16 lanes read from all banks.
     const int outputs = (part_n ^ lane / 8 % 2) * 32;
-    const u32 codes_at = CODES_AT + part_n / 2 * 512 + lane * 16 + outputs / 4 % 16;
-    const u32 scales_at = SCALES_AT + part_n / 2 * 64 + g * 8 + outputs / 8 % 8;
+    const int first_step = DEALT ? 0 : part_k * MINE;
+    const u32 codes_at = kept(base + CODES_AT + first_step * (COLUMNS * 8) + part_n / 2 * 512 + lane * 16 + outputs / 4 % 16);
+    const u32 scales_at = kept(base + SCALES_AT + first_step * COLUMNS + part_n / 2 * 64 + g * 8 + outputs / 8 % 8);
     const u32 top = hidden(0x70007000u, (u32)rows >> 31);
-    const u32 x_at_16 = ((base + X_AT) >> 4) + part_k * (STEPS / GROUPS / 4 * X_PART / 16);
+#if WGMMA
+    const u32 x_at_16 = ((base + X_AT) >> 4) + first_step / 4 * (X_PART / 16);
+#else
+    // Four matrices at a time: two steps of eight rows, or one of sixteen.
+    const u32 x_at = kept(base + first_step / 4 * X_PART + (MT == 1 ? x_piece(lane % 8, lane / 8) : x_piece(lane / 16 * 8 + lane % 8, lane / 8 % 2)));
+#endif
     const float scale = *global_scale * 1.262177448353619e-29f;  // 2^-96
     float* sums = reinterpret_cast<float*>(shared + SUMS_AT) + (part_n * 32 + lane) * 8;
 
@@ -395,35 +486,105 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
     };
     const int items = (rows + 7) / 8 * 2;
 
-    int tile = mine.first / per_tile, block = mine.first % per_tile, stage = 0, parity = 0, buffer = 0;
+    const auto decode = [&](u32 (&a)[2][4], const uint2& words, u32 bytes) {
+#pragma unroll
+        for (int q = 0; q < 2; q++) {
+            const u32 word = q ? words.y : words.x, high = shift_right_8(word);
+            const u32 both = scales_of(q ? bytes >> 4 : bytes << 4, top);
+            a[q][0] = times_low(decode_even(word), both);
+            a[q][1] = times_high(decode_even(high), both);
+            a[q][2] = times_low(decode_odd(word), both);
+            a[q][3] = times_high(decode_odd(high), both);
+        }
+    };
+#if !WGMMA
+    struct Operands {  // of a chunk of a stage's steps
+        uint2 words[CHUNK];
+        u32 bytes[CHUNK], in[MT == 1 ? CHUNK / 2 : CHUNK * MT / 2][4], by[SCALED ? CHUNK / 2 : 1][4];
+    };
+    const auto fetch = [&](Operands& to, u32 here, int chunk) {
+#pragma unroll
+        for (int s = 0; s < CHUNK; s++) {
+            const int step = chunk * CHUNK + s;
+            to.words[s] = load_codes(here + codes_at + step * (COLUMNS * 8));
+            to.bytes[s] = load_scales(here + scales_at + step * COLUMNS);
+            if (MT == 1 && s % 2 == 0) load_matrices(to.in[s / 2], here + (x_at ^ step % 4 * 32) + step / 4 * X_PART);
+#pragma unroll
+            for (int m = 0; m < MT / 2; m++)
+                load_matrices(to.in[s * (MT / 2) + m], here + (x_at ^ step % 4 * 32) + step / 4 * X_PART + m * 2048);
+            if (SCALED && DIRECT && s % 2 == 0)
+                load_matrices(to.by[s / 2], here + base + PRE_AT + ((first_step + step) * 2 + lane / 8) * 16);
+        }
+    };
+    const auto multiply = [&](const Operands& of) {
+#pragma unroll
+        for (int s = 0; s < CHUNK; s++) {
+            u32 a[2][4];
+            decode(a, of.words[s], of.bytes[s]);
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                u32 b0 = MT == 1 ? of.in[s / 2][s % 2 * 2] : of.in[s * (MT / 2) + m / 2][m % 2 * 2];
+                u32 b1 = MT == 1 ? of.in[s / 2][s % 2 * 2 + 1] : of.in[s * (MT / 2) + m / 2][m % 2 * 2 + 1];
+                if (SCALED && DIRECT) b0 = times(b0, of.by[s / 2][s % 2 * 2]), b1 = times(b1, of.by[s / 2][s % 2 * 2 + 1]);
+#pragma unroll
+                for (int q = 0; q < 2; q++) mma(acc[0][q][m], a[q], b0, b1);
+            }
+        }
+    };
+#endif
+
+    int tile = mine.first / per_tile, block = mine.first % per_tile, passed = 0, buffer = 0;
     for (int left = mine.last - mine.first; left > 0;) {
         const int whole = per_tile - block, stages = whole < left ? whole : left;
         left -= stages;
-        for (int i = 0; i < stages; i++) {
+        // Of a tile's stages in turn each is another group's: by where it stands in the tile, not in this share.
+        const int turn = DEALT ? (part_k + block) % TURN : 0;
+        u32 stage = (passed + turn) % STAGES, parity = (passed + turn) / STAGES & 1;
+        passed += stages;
+        const auto next = [&]() {
+            stage += TURN;
+            if (stage >= STAGES) stage -= STAGES, parity ^= 1;
+        };
+#if !WGMMA
+        Operands one, other;
+        if (turn < stages) {
             wait(full + 8 * stage, parity);
-            const u32 here = stage * STAGE_BYTES;
-            const unsigned char* from = shared + here + part_k * (STEPS / GROUPS * COLUMNS * 8) + codes_at;
-            const unsigned char* scales_from = shared + here + part_k * (STEPS / GROUPS * COLUMNS) + scales_at;
-            uint2 words = *reinterpret_cast<const uint2*>(from);
-            u32 bytes = *reinterpret_cast<const u32*>(scales_from);
+            fetch(one, stage * STAGE_BYTES, 0);
+        }
+#pragma unroll 1
+        for (int i = turn; i < stages; i += TURN) {
+            u32 here = stage * STAGE_BYTES;
 #pragma unroll
-            for (int s = 0; s < STEPS / GROUPS; s++) {
-                const int half = s / (STEPS / HALVES);
+            for (int c = 1; c < MINE / CHUNK; c++) {
+                fetch(c % 2 ? other : one, here, c);
+                if (c + 1 < MINE / CHUNK) multiply(c % 2 ? one : other);
+            }
+            __syncwarp();
+            if (lane == 0) arrive(empty + 8 * stage);
+            multiply(one);
+            next();
+            if (i + TURN < stages) {
+                wait(full + 8 * stage, parity);
+                fetch(one, stage * STAGE_BYTES, 0);
+            }
+            multiply(other);
+        }
+#else
+#pragma unroll 1
+        for (int i = turn; i < stages; i += TURN) {
+            wait(full + 8 * stage, parity);
+            const u32 from = codes_at + stage * STAGE_BYTES, scales_from = scales_at + stage * STAGE_BYTES;
+            uint2 words = load_codes(from);
+            u32 bytes = load_scales(scales_from);
+#pragma unroll
+            for (int s = 0; s < MINE; s++) {
+                const int half = s / (STEPS / HALVES) % EACH;
                 u32 a[2][4];
-#pragma unroll
-                for (int q = 0; q < 2; q++) {
-                    const u32 word = q ? words.y : words.x, high = shift_right_8(word);
-                    const u32 both = scales_of(q ? bytes >> 4 : bytes << 4, top);
-                    a[q][0] = times_low(decode_even(word), both);
-                    a[q][1] = times_high(decode_even(high), both);
-                    a[q][2] = times_low(decode_odd(word), both);
-                    a[q][3] = times_high(decode_odd(high), both);
+                decode(a, words, bytes);
+                if (s + 1 < MINE) {  // the next step's are on their way while this one's are multiplied
+                    words = load_codes(from + (s + 1) * COLUMNS * 8);
+                    bytes = load_scales(scales_from + (s + 1) * COLUMNS);
                 }
-                if (s + 1 < STEPS / GROUPS) {  // the next step's are on their way while this one's are multiplied
-                    words = *reinterpret_cast<const uint2*>(from + (s + 1) * COLUMNS * 8);
-                    bytes = *reinterpret_cast<const u32*>(scales_from + (s + 1) * COLUMNS);
-                }
-#if WGMMA
                 const u64 rows_of_x = x_matrix(x_at_16 + stage * (STAGE_BYTES / 16) + s / 4 * (X_PART / 16) + s % 4 * 2);
                 mma_begins();
                 mma_async(acc[half][0], a[0], rows_of_x);
@@ -431,28 +592,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
                 mma_commits();
                 if (OVERLAP) mma_finishes<1>();  // the step before: its registers are free again
                 else mma_finishes<0>();
-#else
-                const int step = part_k * (STEPS / GROUPS) + s;
-#pragma unroll
-                for (int m = 0; m < MT; m += 2) {
-                    const int row = m * 8 + lane % 8 + (m + 1 < MT ? lane / 16 * 8 : 0);
-                    u32 in[4];
-                    load_matrices(in, base + here + x_piece(row, step * 2 + lane / 8 % 2));
-#pragma unroll
-                    for (int q = 0; q < 2; q++) {
-                        mma(acc[half][q][m], a[q], in[0], in[1]);
-                        if (m + 1 < MT) mma(acc[half][q][m + 1 < MT ? m + 1 : m], a[q], in[2], in[3]);
-                    }
-                }
-#endif
             }
-#if WGMMA
             mma_finishes<0>();
-#endif
             __syncwarp();
             if (lane == 0) arrive(empty + 8 * stage);
-            if (++stage == STAGES) stage = 0, parity ^= 1;
+            next();
         }
+#endif
 
         // The tile ends here, or this block's share does: add up both halves of the inputs, then all parts.
         const int first = first_of(tile), count = count_of(tile, first);

@@ -43,11 +43,18 @@ class Form:
     ahead: int = 1  # stages of x that are asked for at a time
     overlap: bool = False  # decode while wgmma multiplies the step before
     bulk: bool = False  # weights by bulk copies
+    first: int = 2  # stages of weights that do not wait for the kernel before this one
+    dealt: bool = False  # a stage is one group's, the next one the other's
+    tensor: bool = False  # weights by tensor copies; without wgmma one warp copies all
     sharing: int = 0  # blocks that share a tile at most, on average; 0: as many as there are
 
     @property
     def threads(self) -> int:
-        return 256 * self.groups + 128
+        return 256 * self.groups + (32 if self.direct else 128)
+
+    @property
+    def direct(self) -> bool:
+        return self.tensor and not self.wgmma
 
     def blocks(self, multiprocessors: int, n: int, k: int) -> int:
         most = min(self.per_sm * multiprocessors, units(n, k))
@@ -105,6 +112,9 @@ def macros(tiles: int, scaled: bool, form: Form) -> dict[str, int]:
         "AHEAD": form.ahead,
         "OVERLAP": int(form.overlap),
         "BULK": int(form.bulk),
+        "FIRST": form.first,
+        "DEALT": int(form.dealt),
+        "TENSOR": int(form.tensor),
     }
 
 
@@ -117,7 +127,7 @@ def source(tiles: int, scaled: bool, form: Form) -> str:
 
 def shared_bytes(tiles: int, form: Form) -> int:
     """What the kernel's ``BARRIERS_AT`` and the barriers behind it come to."""
-    stage = DEPTH // 16 * COLUMNS * 9 + tiles * 8 * DEPTH * 2
+    stage = DEPTH // 16 * COLUMNS * 9 + tiles * 8 * DEPTH * 2 + DEPTH * 2 * form.direct
     return form.stages * stage + (form.groups - 1) * 2 * 2048 * 4 + 16 * form.stages
 
 
@@ -173,12 +183,15 @@ def launch(
     rows, k = x.shape
     y = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     partial, arrivals = SCRATCH.on(x.device)
+    weights: list[Any] = [weight, weight_scale]
+    if form.tensor:
+        shape, box = (k // 16, n), (DEPTH // 16, COLUMNS)
+        weights = [cuda.matrix_map(w.data_ptr(), *shape, item, *box) for w, item in zip(weights, (8, 1), strict=True)]
     kernel(tiles, pre_quant_scale is not None, form)(
         grid=(form.blocks(_multiprocessors(x.device.index), n, k), 1, 1),
         block=form.threads,
         args=[
-            weight,
-            weight_scale,
+            *weights,
             x,
             x if pre_quant_scale is None else pre_quant_scale,  # not read where there is none
             y,

@@ -1,0 +1,508 @@
+// y[m, n] = sum_k x[m, k] * W[n, k] for up to 128 rows m and NVFP4 weights W in Marlin's order (sm_90 and newer).
+//
+// A decode step is bound by reading its weights, so the grid is one block per multiprocessor, each with an equal
+// share of the weights, and four warps of a block do nothing but copy: they fill a ring of stages in shared memory
+// while the others multiply. Nothing drains where one tile of outputs ends and the next begins.
+//
+// Marlin packs weights as the B operand of mma.m16n8k16; the same four registers are its A operand for 16 outputs
+// and 16 inputs, and a warp's part of the A operand of Hopper's wgmma.m64nNk16. So weights go in as A and the rows of x
+// as B, which wgmma reads from shared memory by itself. W's codes times their block scale are exact in bfloat16 (two
+// significand bits times four).
+//
+// Which inputs are added up in which order depends on the shape and on the grid, never on the number of rows, so a
+// row's result has the same bits whatever rows stand beside it.
+//
+// Compiled by NVRTC with the macros of stream_gemm.macros: MT (tiles of 8 rows), SCALED (1: x is multiplied by
+// pre_quant_scale first, each product rounded to bfloat16), WGMMA (1 on Hopper: needs mma_async, see stream_gemm.py) and a
+// Form's fields. Launched with PER_SM blocks a multiprocessor.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+
+#define COLUMNS 256  // outputs of a tile
+#define DEPTH 128    // inputs of a stage
+#define STEPS (DEPTH / 16)
+#define WARPS (8 * GROUPS)  // that multiply: 8 times 32 outputs
+#define EACH (HALVES / GROUPS)  // halves of a stage's inputs that a warp takes, each with sums of its own
+#define COPIERS 128  // threads that copy
+#define FIRST 2      // stages that do not wait for the kernel before this one
+#define HANDOVER (WGMMA && MT >= 6)  // of registers; what each warp starts with goes by THREADS and PER_SM
+#define COPIER_REGISTERS (GROUPS == 1 && PER_SM == 1 ? 104 : 64)
+#define OTHER_REGISTERS (GROUPS == 2 ? 104 : PER_SM == 1 ? 200 : 88)
+#define FEW_PARTS (GROUPS == 1 ? 8 : MT == 1 ? 2 : 4), 4  // items and parts of them that the last block loads at a time
+#define MANY_PARTS (MT == 1 ? 2 : 4), (GROUPS == 1 || MT == 1 ? 8 : 4)
+#define THREADS (WARPS * 32 + COPIERS)
+#define CODES_AT 0
+#define SCALES_AT (STEPS * COLUMNS * 8)
+#define X_AT (SCALES_AT + STEPS * COLUMNS)
+#define X_PART (MT * 1024)  // bytes of 64 inputs of all rows: 128 a row, their 16-byte pieces swapped about by row
+#define STAGE_BYTES (X_AT + DEPTH / 64 * X_PART)
+#define SUMS_AT (STAGES * STAGE_BYTES)
+#define SUMS 2048  // floats that the warps of one half hand to the other's, per tile of 8 rows
+#define BARRIERS_AT (SUMS_AT + (GROUPS - 1) * 2 * SUMS * 4)
+
+#ifndef NVFP4_STREAM_ON_HOST  // a test gives the functions below in plain C++ and runs the kernel on a CPU
+
+extern __shared__ __align__(1024) unsigned char shared[];
+
+__device__ __forceinline__ u32 address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
+
+__device__ __forceinline__ void init_barrier(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\n"
+        "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+        "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// Weights pass by once: they may leave the L2 first.
+__device__ __forceinline__ void copy_once(u32 to, const void* from, u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
+}
+
+// By one thread, without registers; `barrier` counts the bytes.
+__device__ __forceinline__ void bulk_copy_once(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+__device__ __forceinline__ void arrive_expecting(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ uint4 load(const void* from) {
+    uint4 v;
+    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
+}
+
+// What this thread has stored in shared memory becomes visible to wgmma, for those that wait for its next arrival.
+__device__ __forceinline__ void publish_to_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Arrive when all copies that this thread has started are done.
+__device__ __forceinline__ void arrive_with_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// The two warps that share 32 outputs wait for each other.
+__device__ __forceinline__ void pair_meets(int pair) { asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory"); }
+
+__device__ __forceinline__ u32 times(u32 a, u32 b) {
+    u32 d;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void load_matrices(u32 (&v)[4], u32 at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
+}
+
+#if WGMMA
+__device__ __forceinline__ void mma_begins() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void mma_commits() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int LEFT> __device__ __forceinline__ void mma_finishes() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+#endif
+
+// The value may have changed behind the compiler's back.
+__device__ __forceinline__ void reread(float& value) { asm volatile("" : "+f"(value)::"memory"); }
+
+// Warps that copy leave registers to those that multiply.
+template <int COUNT> __device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+template <int COUNT> __device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+__device__ __forceinline__ u32 shift_right_8(u32 value) {
+    u32 v;
+    asm("shr.b32 %0, %1, %2;" : "=r"(v) : "r"(value), "n"(8));
+    return v;
+}
+
+// A constant that the compiler does not know and so keeps in a register: an instruction takes one by itself.
+__device__ __forceinline__ u32 hidden(u32 constant, u32 zero) {
+    u32 v;
+    asm volatile("or.b32 %0, %1, %2;" : "=r"(v) : "r"(constant), "r"(zero));
+    return v;
+}
+
+__device__ __forceinline__ u16 to_bf16(float value) {
+    u16 bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+// Programmatic dependent launch: where the launch allows it, this grid starts while the one before it still runs.
+__device__ __forceinline__ void let_next_grid_start() { asm volatile("griddepcontrol.launch_dependents;"); }
+
+__device__ __forceinline__ void wait_for_previous_grid() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+__device__ __forceinline__ void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ u64 leaves_first() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// Publishes what this warp has written before, and makes visible what those that counted earlier have.
+__device__ __forceinline__ u32 count_arrival(u32* counter) {
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
+// a * {b, b} for the low or the high half b of `both`, which the multiplication selects by itself.
+__device__ __forceinline__ u32 times_low(u32 a, u32 both) {
+    u32 d;
+    asm("{\n.reg .b16 low, high;\n.reg .b32 pair;\nmov.b32 {low, high}, %2;\nmov.b32 pair, {low, low};\n"
+        "mul.rn.bf16x2 %0, %1, pair;\n}" : "=r"(d) : "r"(a), "r"(both));
+    return d;
+}
+
+__device__ __forceinline__ u32 times_high(u32 a, u32 both) {
+    u32 d;
+    asm("{\n.reg .b16 low, high;\n.reg .b32 pair;\nmov.b32 {low, high}, %2;\nmov.b32 pair, {high, high};\n"
+        "mul.rn.bf16x2 %0, %1, pair;\n}" : "=r"(d) : "r"(a), "r"(both));
+    return d;
+}
+
+#endif
+
+// E2M1 codes 0 and 4, or 1 and 5, of a word of eight as bfloat16: a code's value times 2^-126. One multiplication puts a
+// code where its sign belongs and where its other bits do.
+__device__ __forceinline__ u32 decode_even(u32 word) { return (word & 0x000F000Fu) * 0x1040u & 0x81C081C0u; }
+
+__device__ __forceinline__ u32 decode_odd(u32 word) { return (word & 0x00F000F0u) * 0x104u & 0x81C081C0u; }
+
+// Where 16 bytes of a row of x lie in a stage, and what wgmma is told of it: 128 bytes a row, eight rows in turn, their
+// pieces swapped (128-byte swizzle).
+__device__ __forceinline__ u32 x_piece(int row, int piece) {
+    return X_AT + piece / 8 * X_PART + row * 128 + (piece % 8 ^ row % 8) * 16;
+}
+
+__device__ __forceinline__ u64 x_matrix(u32 at_16) { return (u64)(1u << 30 | 64u) << 32 | ((1u << 16) + at_16); }
+
+// Two of Marlin's scale bytes (5 bits of exponent, 3 of mantissa; value scale * 2^7), bytes 0 and 2, as bfloat16 times
+// 2^96 more. The top bit of a byte is set unless the scale is zero, and then the codes are (see stream_gemm.py).
+// `shifted`: four bits to the left; `top`: 0x70007000.
+__device__ __forceinline__ u32 scales_of(u32 shifted, u32 top) { return (shifted & 0x07F007F0u) | top; }
+
+struct Share {  // units of one block: a unit is a stage's worth of inputs of one tile of outputs
+    int first, last;
+};
+
+__device__ __forceinline__ Share share_of(int block, int blocks, int units) {
+    return {(int)((u32)units * block / blocks), (int)((u32)units * (block + 1) / blocks)};  // of 10^11 weights at most
+}
+
+// The block whose share holds this unit.
+__device__ __forceinline__ int block_of(int unit, int blocks, int units) {
+    return (int)(((u32)(unit + 1) * blocks - 1) / units);
+}
+
+// Sum of `count` parts for every item. A load takes a microsecond: ITEMS * DEEP of them at a time.
+template <int ITEMS, int DEEP, class Part, class Write>
+__device__ __forceinline__ void add_parts(int items, int count, const Part& part, const Write& write) {
+#pragma unroll 1
+    for (int item = 0; item < items; item += ITEMS) {
+        float4 sum[ITEMS];
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) sum[i] = make_float4(0, 0, 0, 0);
+#pragma unroll 1
+        for (int p = 0; p < count; p += DEEP) {
+            float4 v[DEEP][ITEMS];
+#pragma unroll
+            for (int d = 0; d < DEEP; d++)
+#pragma unroll
+                for (int i = 0; i < ITEMS; i++)  // where there are fewer, the last one again: no branch between loads
+                    v[d][i] = __ldcg(part(p + d < count ? p + d : count - 1, item + i < items ? item + i : items - 1));
+#pragma unroll
+            for (int d = 0; d < DEEP; d++)
+#pragma unroll
+                for (int i = 0; i < ITEMS; i++)
+                    if (p + d < count) {
+                        const float4& b = v[d][i];
+                        sum[i].x += b.x, sum[i].y += b.y, sum[i].z += b.z, sum[i].w += b.w;
+                    }
+        }
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++)
+            if (item + i < items) write(item + i, sum[i]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
+    const unsigned char* codes,   // [K / 16, 8 * N] bytes, Marlin's order
+    const unsigned char* scales,  // [K / 16, N] bytes, Marlin's order
+    const u16* x,                 // [rows, K] bfloat16
+    const u16* pre,               // [K] bfloat16, where SCALED
+    u16* y,                       // [rows, N] bfloat16
+    const float* global_scale,    // [1], Marlin's: weight_scale_2 * 2^119 / scale_factor
+    float* partial,               // [blocks, 2, MT, 8, 32, 8]: a block's part of its first and of its last tile
+    u32* arrivals,                // [tiles of outputs, 8], zero before and after
+    int rows, int N, int K) {
+    const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+    // Multiples of 64; what the last tile and the last stage of a tile lack stays as it is in shared memory, x zero.
+    const int per_tile = (K + DEPTH - 1) / DEPTH, units = (N + COLUMNS - 1) / COLUMNS * per_tile;
+    const Share mine = share_of(blockIdx.x, gridDim.x, units);
+    const u32 base = address(shared), full = base + BARRIERS_AT, empty = full + 8 * STAGES;
+
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; s++) {
+            init_barrier(full + 8 * s, COPIERS / 32 + (BULK ? 1 : COPIERS));  // x by warps; weights
+            init_barrier(empty + 8 * s, WARPS);
+        }
+        publish_barriers();
+    }
+    __syncthreads();
+    let_next_grid_start();
+
+    if (warp >= WARPS) {
+#if HANDOVER
+        give_registers<COPIER_REGISTERS>();
+#endif
+        const int p = threadIdx.x - WARPS * 32, count = mine.last - mine.first, piece = p % 16;
+        const u64 policy = leaves_first();
+        int tile = mine.first / per_tile, block = mine.first % per_tile, x_block = block, stage = 0, parity = 1;
+        const auto bring_weights = [&]() {
+            const u32 at = base + stage * STAGE_BYTES;
+            const int columns = N - tile * COLUMNS, steps = K / 16 - block * STEPS;
+#if BULK
+            const u32 bytes = columns < COLUMNS ? columns : COLUMNS;  // of scales, an eighth of those of codes
+            if (p == 0) arrive_expecting(full + 8 * stage, (steps < STEPS ? steps : STEPS) * bytes * 9);
+            const int s = p / 32 * 2 + p % 2;  // two steps a warp, their codes and their scales
+            const long row = block * STEPS + s;
+            if (p % 32 < 2 && s < steps)
+                bulk_copy_once(at + CODES_AT + s * COLUMNS * 8, codes + (row * N + tile * COLUMNS) * 8, bytes * 8, full + 8 * stage, policy);
+            else if (p % 32 < 4 && s < steps)
+                bulk_copy_once(at + SCALES_AT + s * COLUMNS, scales + row * N + tile * COLUMNS, bytes, full + 8 * stage, policy);
+#else
+            const unsigned char* from = codes + ((long)block * STEPS * N + tile * COLUMNS) * 8 + p * 16;
+            if (p * 2 < columns)
+#pragma unroll
+                for (int s = 0; s < STEPS; s++)
+                    if (s < 4 || s < steps) copy_once(at + CODES_AT + s * COLUMNS * 8 + p * 16, from + (long)s * N * 8, policy);
+            if (piece * 16 < columns && p / 16 < steps)
+                copy_once(at + SCALES_AT + p * 16, scales + (long)(block * STEPS + p / 16) * N + tile * COLUMNS + piece * 16, policy);
+            arrive_with_copies(full + 8 * stage);
+#endif
+            if (++block == per_tile) block = 0, tile++;
+        };
+        const uint4 none = make_uint4(0, 0, 0, 0);
+        uint4 mine_of_x[AHEAD][MT], by[AHEAD];
+        const auto load_x = [&](int d) {
+            const int k = x_block * DEPTH + piece * 8;
+            const bool has_input = k < K;
+#pragma unroll
+            for (int m = 0; m < MT; m++)
+                mine_of_x[d][m] = has_input && m * 8 + p / 16 < rows ? load(x + (long)(m * 8 + p / 16) * K + k) : none;
+            if (SCALED) by[d] = has_input ? load(pre + k) : none;
+            if (++x_block == per_tile) x_block = 0;
+        };
+        // No kernel before this one writes weights: the first are on their way while it ends. x must not queue behind a
+        // whole ring of them.
+        int ahead = 0;
+        for (; ahead < count && ahead < FIRST; ahead++) bring_weights(), stage++;
+        wait_for_previous_grid();
+#pragma unroll
+        for (int d = 0; d < AHEAD; d++)
+            if (d < count) load_x(d);
+        for (; ahead < count && ahead < STAGES; ahead++) bring_weights(), stage++;
+        stage = 0;
+        for (int i = 0; i < count;) {
+#pragma unroll
+            for (int d = 0; d < AHEAD; d++, i++) {
+                if (i >= count) break;
+                if (i >= STAGES) {
+                    wait(empty + 8 * stage, parity);
+                    bring_weights();
+                }
+#pragma unroll
+                for (int m = 0; m < MT; m++) {
+                    if (m * 8 + p / 16 >= rows) continue;
+                    uint4 v = mine_of_x[d][m];
+                    if (SCALED)
+                        v = make_uint4(times(v.x, by[d].x), times(v.y, by[d].y), times(v.z, by[d].z), times(v.w, by[d].w));
+                    *reinterpret_cast<uint4*>(shared + stage * STAGE_BYTES + x_piece(m * 8 + p / 16, piece)) = v;
+                }
+                publish_to_wgmma();
+                __syncwarp();
+                if (p % 32 == 0) arrive(full + 8 * stage);
+                if (i + AHEAD < count) load_x(d);
+                if (++stage == STAGES) stage = 0, parity ^= 1;
+            }
+        }
+        return;
+    }
+
+#if HANDOVER
+    take_registers<OTHER_REGISTERS>();
+#endif
+    const int g = lane / 4, t = lane % 4, part_n = warp % 8, part_k = warp / 8;
+    float acc[EACH][2][MT][4];
+#pragma unroll
+    for (int j = 0; j < EACH * 2 * MT * 4; j++) acc[j / (8 * MT)][j / (4 * MT) % 2][j / 4 % MT][j % 4] = 0.0f;
+    // Where this lane's share of a step lies: two words of codes, four scales. Of the 64 outputs of two warps each takes
+    // half, by turns of eight lanes, so that 16 lanes read from all banks.
+    const int outputs = (part_n ^ lane / 8 % 2) * 32;
+    const u32 codes_at = CODES_AT + part_n / 2 * 512 + lane * 16 + outputs / 4 % 16;
+    const u32 scales_at = SCALES_AT + part_n / 2 * 64 + g * 8 + outputs / 8 % 8;
+    const u32 top = hidden(0x70007000u, (u32)rows >> 31);
+    const u32 x_at_16 = ((base + X_AT) >> 4) + part_k * (STEPS / GROUPS / 4 * X_PART / 16);
+    const float scale = *global_scale * 1.262177448353619e-29f;  // 2^-96
+    float* sums = reinterpret_cast<float*>(shared + SUMS_AT) + (part_n * 32 + lane) * 8;
+
+    // Blocks that share a tile, and this lane's four sums (item: rows m * 8 + t * 2 and the next, times 2, plus which 16
+    // outputs) of the p-th of them: its last tile where it is the first of them, else its first.
+    const auto first_of = [&](int tile) { return block_of(tile * per_tile, gridDim.x, units); };
+    const auto count_of = [&](int tile, int first) {
+        return block_of((tile + 1) * per_tile - 1, gridDim.x, units) - first + 1;
+    };
+    const auto part = [&](int first, int p, int item) {
+        const u32 slot = ((first + p) * 2 + !p) * MT + item / 2;
+        return reinterpret_cast<float4*>(partial) + (slot * (SUMS / 4) + (part_n * 32 + lane) * 2 + item % 2);
+    };
+    const auto write = [&](int tile, int item, const float4& v) {
+        const int column = tile * COLUMNS + outputs, row = item / 2 * 8 + t * 2;
+        if (column >= N) return;
+        u16* at = y + (long)row * N + column + item % 2 * 16 + g;
+        if (row < rows) at[0] = to_bf16(v.x * scale), at[8] = to_bf16(v.z * scale);
+        if (row + 1 < rows) at[N] = to_bf16(v.y * scale), at[N + 8] = to_bf16(v.w * scale);
+    };
+    const int items = (rows + 7) / 8 * 2;
+
+    int tile = mine.first / per_tile, block = mine.first % per_tile, stage = 0, parity = 0, buffer = 0;
+    for (int left = mine.last - mine.first; left > 0;) {
+        const int whole = per_tile - block, stages = whole < left ? whole : left;
+        left -= stages;
+        for (int i = 0; i < stages; i++) {
+            wait(full + 8 * stage, parity);
+            const u32 here = stage * STAGE_BYTES;
+            const unsigned char* from = shared + here + part_k * (STEPS / GROUPS * COLUMNS * 8) + codes_at;
+            const unsigned char* scales_from = shared + here + part_k * (STEPS / GROUPS * COLUMNS) + scales_at;
+            uint2 words = *reinterpret_cast<const uint2*>(from);
+            u32 bytes = *reinterpret_cast<const u32*>(scales_from);
+#pragma unroll
+            for (int s = 0; s < STEPS / GROUPS; s++) {
+                const int half = s / (STEPS / HALVES);
+                u32 a[2][4];
+#pragma unroll
+                for (int q = 0; q < 2; q++) {
+                    const u32 word = q ? words.y : words.x, high = shift_right_8(word);
+                    const u32 both = scales_of(q ? bytes >> 4 : bytes << 4, top);
+                    a[q][0] = times_low(decode_even(word), both);
+                    a[q][1] = times_high(decode_even(high), both);
+                    a[q][2] = times_low(decode_odd(word), both);
+                    a[q][3] = times_high(decode_odd(high), both);
+                }
+                if (s + 1 < STEPS / GROUPS) {  // the next step's are on their way while this one's are multiplied
+                    words = *reinterpret_cast<const uint2*>(from + (s + 1) * COLUMNS * 8);
+                    bytes = *reinterpret_cast<const u32*>(scales_from + (s + 1) * COLUMNS);
+                }
+#if WGMMA
+                const u64 rows_of_x = x_matrix(x_at_16 + stage * (STAGE_BYTES / 16) + s / 4 * (X_PART / 16) + s % 4 * 2);
+                mma_begins();
+                mma_async(acc[half][0], a[0], rows_of_x);
+                mma_async(acc[half][1], a[1], rows_of_x);
+                mma_commits();
+                if (OVERLAP) mma_finishes<1>();  // the step before: its registers are free again
+                else mma_finishes<0>();
+#else
+                const int step = part_k * (STEPS / GROUPS) + s;
+#pragma unroll
+                for (int m = 0; m < MT; m += 2) {
+                    const int row = m * 8 + lane % 8 + (m + 1 < MT ? lane / 16 * 8 : 0);
+                    u32 in[4];
+                    load_matrices(in, base + here + x_piece(row, step * 2 + lane / 8 % 2));
+#pragma unroll
+                    for (int q = 0; q < 2; q++) {
+                        mma(acc[half][q][m], a[q], in[0], in[1]);
+                        if (m + 1 < MT) mma(acc[half][q][m + 1 < MT ? m + 1 : m], a[q], in[2], in[3]);
+                    }
+                }
+#endif
+            }
+#if WGMMA
+            mma_finishes<0>();
+#endif
+            __syncwarp();
+            if (lane == 0) arrive(empty + 8 * stage);
+            if (++stage == STAGES) stage = 0, parity ^= 1;
+        }
+
+        // The tile ends here, or this block's share does: add up both halves of the inputs, then all parts.
+        const int first = first_of(tile), count = count_of(tile, first);
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+            if (m * 8 >= rows) break;
+#pragma unroll
+            for (int j = 0; j < EACH * 8; j++) reread(acc[j / 8][j / 4 % 2][m][j % 4]);
+#if GROUPS == 2
+            float* here = sums + buffer * SUMS;  // two in turn, so that one meeting each is enough
+            buffer ^= 1;
+            if (part_k) {
+#pragma unroll
+                for (int q = 0; q < 2; q++)
+                    *reinterpret_cast<float4*>(here + q * 4) =
+                        make_float4(acc[0][q][m][0], acc[0][q][m][1], acc[0][q][m][2], acc[0][q][m][3]);
+            }
+            pair_meets(part_n);
+#endif
+#pragma unroll
+            for (int q = 0; q < 2; q++) {
+                if (part_k) continue;
+                float4 sum = make_float4(acc[0][q][m][0], acc[0][q][m][1], acc[0][q][m][2], acc[0][q][m][3]);
+#if GROUPS == 2
+                const float4 v = *reinterpret_cast<const float4*>(here + q * 4);
+                sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
+#elif EACH == 2
+                const float* v = acc[1][q][m];
+                sum = make_float4(sum.x + v[0], sum.y + v[1], sum.z + v[2], sum.w + v[3]);
+#endif
+                if (count > 1) __stcg(part(first, blockIdx.x - first, m * 2 + q), sum);
+                else write(tile, m * 2 + q, sum);
+            }
+        }
+        if (count > 1 && !part_k) {  // the last block to arrive adds up the parts, always in the same order
+            __syncwarp();
+            u32 arrived = 0;
+            if (lane == 0) {
+                arrived = count_arrival(arrivals + tile * 8 + part_n);
+                if (arrived == count - 1) arrivals[tile * 8 + part_n] = 0;
+            }
+            if (__shfl_sync(0xFFFFFFFFu, arrived, 0) == count - 1) {
+                const auto from = [&](int p, int item) { return part(first, p, item); };
+                const auto to = [&](int item, const float4& v) { write(tile, item, v); };
+                if (count > 4) add_parts<MANY_PARTS>(items, count, from, to);
+                else add_parts<FEW_PARTS>(items, count, from, to);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < EACH * 2 * MT * 4; j++) acc[j / (8 * MT)][j / (4 * MT) % 2][j / 4 % MT][j % 4] = 0.0f;
+        block = 0, tile++;
+    }
+}
