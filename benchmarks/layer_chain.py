@@ -186,25 +186,30 @@ PARTS: dict[str, dict[str, Variant]] = {
         }.items()
     },
     "wgmma": {
-        "wgmma dealt 8": early({1: Form(8, ahead=4, first=8, tensor=True, dealt=True, **W)}, (1, 8)),
-        "wgmma tensor 8": early({t: Form(8, ahead=4, first=8, tensor=True, **W) for t in (1, 2)}),
-        "wgmma dealt 4": early(
-            {
-                t: Form(6 if t < 4 else 5, ahead=4 if t < 4 else 2, first=4, tensor=True, dealt=True, **W)
-                for t in (1, 2, 4)
-            },
-            (1, 16, 32),
-        ),
-        "wgmma tensor 4": early({4: Form(5, ahead=2, first=4, tensor=True, **W)}, (32,)),
+        "wgmma 8": early({t: Form(8, first=8, tensor=True, **W) for t in (1, 2)}),
+        "wgmma dealt 8": early({t: Form(8, first=8, tensor=True, dealt=True, **W) for t in (1, 2)}),
+        "wgmma 6": early({4: Form(6, first=6, tensor=True, **W)}, (32,)),
+        "wgmma dealt 6": early({4: Form(6, first=6, tensor=True, dealt=True, **W)}, (32,)),
+        "wgmma dealt 5, no overlap": early({4: Form(5, first=4, tensor=True, dealt=True, wgmma=True)}, (32,)),
     },
     "many": {
         "before": Variant(NOW, (48, 64, 80), before=True),
         "now": Variant(NOW, (48, 64, 80)),
-        "tensor": Variant(changed({t: NOW[t] for t in (6, 8, 10)}, tensor=True, first=4), (48, 64, 80)),
-        "tensor, ahead 2": Variant(changed({t: NOW[t] for t in (8, 10)}, tensor=True, first=4, ahead=2), (64, 80)),
+        "two": Variant({t: Form(5, first=5, tensor=True, **W) for t in (6, 8)}, (33, 48, 64)),
+        "two dealt": Variant({t: Form(5, first=5, tensor=True, dealt=True, **W) for t in (6, 8)}, (33, 48, 64)),
+        "two dealt, no overlap": Variant({8: Form(5, first=5, tensor=True, dealt=True, wgmma=True)}, (64,)),
+        "two of 80": Variant({10: Form(4, first=4, tensor=True, wgmma=True)}, (65, 80)),
+        "one": Variant({t: Form(5, groups=1, first=5, tensor=True, **W) for t in (6, 8)}, (48, 64)),
+        "one of 80": Variant(
+            {t: Form(5 if t == 10 else 4, halves=1, groups=1, first=4, tensor=True, sharing=8, **W) for t in (10, 16)},
+            (65, 80, 128),
+        ),
         "E4B before": Variant(NOW, (1, 16, 64, 80), before=True, model="E4B"),
         "E4B dealt 8": Variant(direct(8, 8), (1, 16), model="E4B"),
-        "E4B tensor": Variant(changed({t: NOW[t] for t in (8, 10)}, tensor=True, first=4), (64, 80), model="E4B"),
+        "E4B two": Variant({8: Form(5, first=5, tensor=True, **W)}, (64,), model="E4B"),
+        "E4B one of 80": Variant(
+            {10: Form(5, halves=1, groups=1, first=5, tensor=True, sharing=8, **W)}, (65, 80), model="E4B"
+        ),
     },
     # Not measured but told: where a GEMM's time goes.
     "told": {

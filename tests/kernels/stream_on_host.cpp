@@ -72,6 +72,7 @@ struct Map { const unsigned char* data; int columns, rows, bytes; };
 #define MAP Map
 static void bring_tile(unsigned at, const Map& codes, const Map& scales, int column, int step, unsigned barrier,
                        unsigned long long);
+static void bring_x(unsigned at, const Map& x, int k, unsigned barrier);
 static void copy_once(unsigned to, const void* from, unsigned long long) { std::memcpy(shared + to, from, 16); }
 static void bulk_copy_once(unsigned to, const void* from, unsigned bytes, unsigned barrier, unsigned long long) {
     std::memcpy(shared + to, from, bytes);
@@ -180,6 +181,15 @@ static void bring_tile(unsigned at, const Map& codes, const Map& scales, int col
     };
     copy(at + CODES_AT, codes);
     copy(at + SCALES_AT, scales);
+    if (!X_TENSOR) arrive(barrier);
+}
+
+static void bring_x(unsigned at, const Map& x, int k, unsigned barrier) {
+    for (int row = 0; row < MT * 8; row++)
+        for (int piece = 0; piece < DEPTH / 8; piece++) {
+            const bool there = row < x.rows && k + piece * 8 < x.columns;
+            copy_x(at + x_piece(row, piece), x.data + ((long)row * x.columns + k + piece * 8) * 2, there);
+        }
     arrive(barrier);
 }
 
@@ -200,10 +210,15 @@ extern "C" void run(const void* codes, const void* scales, const void* x, const 
 #if TENSOR
                 const Map of_codes = {(const unsigned char*)codes, N, K / 16, 8};
                 const Map of_scales = {(const unsigned char*)scales, N, K / 16, 1};
+                const Map of_x = {(const unsigned char*)x, K, rows, 2};
 #else
                 const auto of_codes = (const unsigned char*)codes, of_scales = (const unsigned char*)scales;
 #endif
-                nvfp4_stream(of_codes, of_scales, (const u16*)x, (const u16*)pre, (u16*)y, global_scale, partial, arrivals, rows, N, K);
+                nvfp4_stream(of_codes, of_scales,
+#if X_TENSOR
+                             of_x,
+#endif
+                             (const u16*)x, (const u16*)pre, (u16*)y, global_scale, partial, arrivals, rows, N, K);
             });
         for (auto& thread : threads) thread.join();
     }

@@ -71,22 +71,26 @@ def architecture(capability: int) -> str:
     return f"sm_{max(fitting)}"
 
 
-@functools.cache
 def matrix_map(address: int, rows: int, columns: int, item: int, box_rows: int, box_columns: int) -> Any:
     """A ``CUtensorMap`` of a dense matrix, for copies of ``[box_rows, box_columns]`` into shared memory.
 
     Args:
-        item: bytes of an element, 1 or 8. A box's row has a multiple of 16 bytes, and so has the matrix's.
+        item: bytes of an element, 1, 2 or 8; 2 is bfloat16, whose boxes have rows of 128 bytes and come swizzled. The
+            rows of a box have a multiple of 16 bytes, and so have the matrix's.
 
     Raises:
         RuntimeError: the driver refuses it.
     """
     from cuda.bindings import driver
 
-    types, words = driver.CUtensorMapDataType, driver.cuuint64_t
+    types, words, swizzles = driver.CUtensorMapDataType, driver.cuuint64_t, driver.CUtensorMapSwizzle
     return _checked(
         driver.cuTensorMapEncodeTiled(
-            {1: types.CU_TENSOR_MAP_DATA_TYPE_UINT8, 8: types.CU_TENSOR_MAP_DATA_TYPE_UINT64}[item],
+            {
+                1: types.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                2: types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                8: types.CU_TENSOR_MAP_DATA_TYPE_UINT64,
+            }[item],
             2,
             address,
             [words(columns), words(rows)],
@@ -94,12 +98,15 @@ def matrix_map(address: int, rows: int, columns: int, item: int, box_rows: int, 
             [driver.cuuint32_t(box_columns), driver.cuuint32_t(box_rows)],
             [driver.cuuint32_t(1)] * 2,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
+            swizzles.CU_TENSOR_MAP_SWIZZLE_128B if item == 2 else swizzles.CU_TENSOR_MAP_SWIZZLE_NONE,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         ),
         "cuTensorMapEncodeTiled",
     )
+
+
+weight_map = functools.cache(matrix_map)  # of what stays where it is
 
 
 class Kernel:

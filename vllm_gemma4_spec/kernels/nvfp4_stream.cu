@@ -27,13 +27,14 @@ typedef unsigned long long u64;
 #define EACH (HALVES / GROUPS)  // sums that a warp has of each output
 // Tensor copies bring a stage's weights at once. Without wgmma x comes by asynchronous copies, and both by one warp.
 #define DIRECT (TENSOR && !WGMMA)
+#define X_TENSOR (TENSOR && WGMMA && !SCALED)  // x by tensor copies, too
 #define COPIERS (DIRECT ? 32 : 128)  // threads that copy
 #define TURN (DEALT ? GROUPS : 1)  // each of this many stages is a group's own
 #define MINE (DEALT ? STEPS : STEPS / GROUPS)  // steps of a stage that a warp takes
 #define CHUNK 2  // of them whose operands are in registers before they are needed
 #define HANDOVER (WGMMA && MT >= 6)  // of registers; what each warp starts with goes by THREADS and PER_SM
-#define COPIER_REGISTERS (GROUPS == 1 && PER_SM == 1 ? 104 : 64)
-#define OTHER_REGISTERS (GROUPS == 2 ? 104 : PER_SM == 1 ? 200 : 88)
+#define COPIER_REGISTERS (X_TENSOR ? 32 : GROUPS == 1 && PER_SM == 1 ? 104 : 64)
+#define OTHER_REGISTERS (GROUPS == 2 ? (X_TENSOR ? 112 : 104) : PER_SM == 1 ? (X_TENSOR ? 232 : 200) : 88)
 #define FEW_PARTS (GROUPS == 1 ? 8 : MT == 1 ? 2 : 4), 4  // items and parts of them that the last block loads at a time
 #define MANY_PARTS (MT == 1 ? 2 : 4), (GROUPS == 1 || MT == 1 ? 8 : 4)
 #define THREADS (WARPS * 32 + COPIERS)
@@ -106,7 +107,7 @@ struct alignas(64) Map {  // CUtensorMap
 
 // A stage's codes and scales: 256 outputs from `column` and 128 inputs from `step * 16`; zeros where there are none.
 __device__ __forceinline__ void bring_tile(u32 at, const Map& codes, const Map& scales, int column, int step, u32 barrier, u64 policy) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "n"(STEPS * COLUMNS * 9) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "n"(STEPS * COLUMNS * 9 + (X_TENSOR ? DEPTH / 64 * X_PART : 0)) : "memory");
     const auto copy = [&](u32 to, const Map& from) {
         asm volatile(
             "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], "
@@ -115,6 +116,16 @@ __device__ __forceinline__ void bring_tile(u32 at, const Map& codes, const Map& 
     };
     copy(at + CODES_AT, codes);
     copy(at + SCALES_AT, scales);
+}
+
+// 128 inputs of all rows from `k` on, their pieces swapped as x_piece() says; zeros where there are none.
+__device__ __forceinline__ void bring_x(u32 at, const Map& x, int k, u32 barrier) {
+#pragma unroll
+    for (int part = 0; part < DEPTH / 64; part++)
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+                at + X_AT + part * X_PART), "l"(&x), "r"(k + part * 64), "r"(0), "r"(barrier)
+            : "memory");
 }
 
 // From shared memory: after the last wait, before the next arrival. Nothing else keeps them where they stand.
@@ -306,6 +317,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
 #if TENSOR
     MAP codes,   // [K / 16, N] words of eight bytes, Marlin's order
     MAP scales,  // [K / 16, N] bytes, Marlin's order
+#if X_TENSOR
+    MAP inputs,  // x
+#endif
 #else
     const unsigned char* codes,   // [K / 16, 8 * N] bytes, Marlin's order
     const unsigned char* scales,  // [K / 16, N] bytes, Marlin's order
@@ -325,7 +339,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
-            init_barrier(full + 8 * s, DIRECT ? 1 + COPIERS : COPIERS / 32 + (BULK || TENSOR ? 1 : COPIERS));  // x; weights
+            init_barrier(full + 8 * s, X_TENSOR ? 1 : DIRECT ? 1 + COPIERS : COPIERS / 32 + (BULK || TENSOR ? 1 : COPIERS));  // x; weights
             init_barrier(empty + 8 * s, WARPS / TURN);
         }
         publish_barriers();
@@ -339,7 +353,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
 #endif
         const int p = threadIdx.x - WARPS * 32, count = mine.last - mine.first, piece = p % 16;
         const u64 policy = leaves_first();
-#if DIRECT
+#if DIRECT || X_TENSOR
+        if (p >= 32) return;
         int tile = mine.first / per_tile, block = mine.first % per_tile, x_block = block, stage = 0, parity = 1;
         const auto bring_weights = [&](u32 to) {
             if (p == 0) bring_tile(base + to * STAGE_BYTES, codes, scales, tile * COLUMNS, block * STEPS, full + 8 * to, policy);
@@ -352,8 +367,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
         for (int i = 0; i < count; i++) {
             if (i >= STAGES) wait(empty + 8 * stage, parity);
             if (i >= ahead) bring_weights(stage);
-            const int k = x_block * DEPTH + piece * 8;
             const u32 at = base + stage * STAGE_BYTES;
+#if X_TENSOR
+            if (p == 0) bring_x(at, inputs, x_block * DEPTH, full + 8 * stage);
+#else
+            const int k = x_block * DEPTH + piece * 8;
             const u16* from = x + (k < K ? k : 0);
 #pragma unroll
             for (int j = 0; j < MT * 4; j++) {
@@ -362,6 +380,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
             }
             if (SCALED && p < 16) copy_x(at + PRE_AT + piece * 16, pre + (k < K ? k : 0), k < K);
             arrive_with_copies(full + 8 * stage);
+#endif
             if (++x_block == per_tile) x_block = 0;
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }

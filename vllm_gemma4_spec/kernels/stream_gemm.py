@@ -186,7 +186,9 @@ def launch(
     weights: list[Any] = [weight, weight_scale]
     if form.tensor:
         shape, box = (k // 16, n), (DEPTH // 16, COLUMNS)
-        weights = [cuda.matrix_map(w.data_ptr(), *shape, item, *box) for w, item in zip(weights, (8, 1), strict=True)]
+        weights = [cuda.weight_map(w.data_ptr(), *shape, item, *box) for w, item in zip(weights, (8, 1), strict=True)]
+        if form.wgmma and pre_quant_scale is None:
+            weights.append(cuda.matrix_map(x.data_ptr(), rows, k, 2, 8 * tiles, 64))
     kernel(tiles, pre_quant_scale is not None, form)(
         grid=(form.blocks(_multiprocessors(x.device.index), n, k), 1, 1),
         block=form.threads,
