@@ -3,11 +3,11 @@
     GEMMA4_ARTIFACTS=… python benchmarks/full_shape.py --target 31B --drafter E4B --out results.json
 
 Every engine is a process of its own: ``stock`` (plain decoding without this package), ``plain`` (with it),
-``spec`` (speculation with ``--drafter``), ``mtp`` (with the target's MTP assistant) and, on request, ``spec-adaptive``
-(adaptive k) and what a part is worth: ``spec-eager`` (without the graphs), ``spec-sync`` (without async scheduling),
-``spec-plain-compile`` (without the drafter's own compiler settings), ``spec-whole`` (a whole drafter on each rank of
-``--tp``); ``spec@5`` is ``spec`` with k = 5, ``plain+NAME=VALUE`` is ``plain`` with that variable set. One run with
-both drafters beside stock's plain decoding:
+``spec`` (speculation with ``--drafter``), ``mtp`` (with the target's MTP assistant), ``self`` (the target drafts for
+itself) and, on request, ``spec-adaptive`` (adaptive k) and what a part is worth: ``spec-eager`` (without the graphs),
+``spec-sync`` (without async scheduling), ``spec-plain-compile`` (without the drafter's own compiler settings),
+``spec-whole`` (a whole drafter on each rank of ``--tp``); ``spec@5`` is ``spec`` with k = 5, ``plain+NAME=VALUE`` is
+``plain`` with that variable set. One run with both drafters beside stock's plain decoding:
 
     … --together --engines stock,spec@3,mtp@4 --concurrency 1,4,16 --acceptance 1.0,0.8,0.0 --repeats 2
 
@@ -38,6 +38,7 @@ ENGINES: dict[str, dict[str, str]] = {
     "spec-sync": {},
     "spec-whole": {},
     "spec-eager": {"VLLM_GEMMA4_SPEC_PATCH_DRAFT_GRAPHS": "0"},
+    "self": {},
     "mtp": {},
     "mtp-adaptive": {"VLLM_GEMMA4_SPEC_ADAPTIVE_K": "0.16"},
     "mtp-eager": {"VLLM_GEMMA4_SPEC_PATCH_DRAFT_GRAPHS": "0"},
@@ -87,27 +88,31 @@ def environment(engine: str) -> dict[str, str]:
     return ENGINES[name.partition("@")[0]] | dict(setting.split("=", 1) for setting in settings)
 
 
-def run_engine(args: argparse.Namespace) -> dict[str, Any]:
-    """One engine, in this process."""
+def speculates(engine: str) -> bool:
+    return engine.startswith(("spec", "mtp", "self"))
+
+
+def make_llm(args: argparse.Namespace) -> Any:
+    """``vllm.LLM`` of ``args.engine``, in this process, with room for as many requests as ``args`` asks for at most."""
     k = k_of(args.engine, args.k)
     os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "fork")  # the hooks below must be inherited
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-    import probes
     import shapes
     import vllm.model_executor.model_loader.dummy_loader as loader
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     loader.initialize_dummy_weights = shapes.random_weights
-    assistant = args.engine.startswith("mtp")
-    speculative = assistant or args.engine.startswith("spec")
     sizes = [int(c) for c in args.concurrency.split(",")]
     # The same for every run: the folder's name is part of vLLM's compile cache key.
     work = Path(tempfile.gettempdir()) / f"gemma4-shapes-{args.target_layers or 'all'}"
-    query = k + 1 if speculative else 1
+    target = shapes.write_model(args.target, work / "target", args.target_layers)
+    query = k + 1 if speculates(args.engine) else 1
     options: dict[str, Any] = {}
-    if speculative:
-        if assistant:
+    if speculates(args.engine):
+        if args.engine.startswith("mtp"):
             drafter, method = shapes.write_assistant(args.target, work / "assistant"), "mtp"
+        elif args.engine.startswith("self"):
+            drafter, method = target, "draft_model"
         else:
             drafter, method = shapes.write_model(args.drafter, work / "drafter"), "draft_model"
         options["speculative_config"] = {"method": method, "model": str(drafter), "num_speculative_tokens": k}
@@ -117,12 +122,11 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         options |= {"tensor_parallel_size": args.tp, "distributed_executor_backend": "mp"}
     if args.engine.partition("+")[0].partition("@")[0].endswith("-sync"):
         options["async_scheduling"] = False
-    began = time.perf_counter()
-    llm = LLM(
-        str(shapes.write_model(args.target, work / "target", args.target_layers)),
+    return LLM(
+        str(target),
         load_format="dummy",
         skip_tokenizer_init=True,
-        max_model_len=4096,
+        max_model_len=max(4096, args.prompt + args.tokens),
         max_num_seqs=max(sizes),
         max_num_batched_tokens=4096,
         gpu_memory_utilization=0.3,  # checked at the start only: the next line sizes the cache
@@ -137,6 +141,18 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         },
         **options,
     )
+
+
+def run_engine(args: argparse.Namespace) -> dict[str, Any]:
+    """One engine, in this process."""
+    import probes
+
+    sizes = [int(c) for c in args.concurrency.split(",")]
+    speculative = speculates(args.engine)
+    began = time.perf_counter()
+    llm = make_llm(args)
+    from vllm import SamplingParams
+
     result: dict[str, Any] = {"start_s": round(time.perf_counter() - began, 1), "runs": []}
     rpc = llm.collective_rpc
     if args.turn:
