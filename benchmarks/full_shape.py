@@ -143,6 +143,16 @@ def make_llm(args: argparse.Namespace) -> Any:
     )
 
 
+def my_turn(args: argparse.Namespace) -> Any:
+    """Tells that this engine is ready and waits until it may measure; to be kept: it lets go when the process ends."""
+    if not args.turn:
+        return None
+    turn = args.turn.open("w")
+    args.turn.with_suffix(f".{file_name(args.engine)}").touch()
+    fcntl.flock(turn, fcntl.LOCK_EX)
+    return turn
+
+
 def run_engine(args: argparse.Namespace) -> dict[str, Any]:
     """One engine, in this process."""
     import probes
@@ -155,10 +165,7 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
 
     result: dict[str, Any] = {"start_s": round(time.perf_counter() - began, 1), "runs": []}
     rpc = llm.collective_rpc
-    if args.turn:
-        turn = args.turn.open("w")
-        args.turn.with_suffix(f".{file_name(args.engine)}").touch()
-        fcntl.flock(turn, fcntl.LOCK_EX)  # let go of when the process ends
+    held = my_turn(args)  # noqa: F841
     result["finite_logits"] = rpc(probes.finite)[0]
     result |= rpc(probes.bandwidth_and_bytes)[0]
     rpc(probes.install_marks)
@@ -245,6 +252,26 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def start(script: str, engine: str, part: Path, turn: Path | None) -> subprocess.Popen[bytes]:
+    """One engine's process: ``script`` as this process was called, which writes ``part``."""
+    env = os.environ | environment(engine) | {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO")}
+    extra = ["--engine", engine, "--out", str(part), *(["--turn", str(turn)] if turn else [])]
+    return subprocess.Popen([sys.executable, script, *sys.argv[1:], *extra], env=env)
+
+
+def start_together(script: str, parts: dict[str, Path], turn: Path) -> dict[str, subprocess.Popen[bytes]]:
+    """All engines at once; none measures while another still compiles."""
+    with turn.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        running = {engine: start(script, engine, part, turn) for engine, part in parts.items()}
+        marks = {engine: turn.with_suffix(f".{file_name(engine)}") for engine in parts}
+        while any(running[e].poll() is None and not marks[e].exists() for e in parts):
+            time.sleep(1)
+    for mark in marks.values():
+        mark.unlink(missing_ok=True)
+    return running
+
+
 def main() -> None:
     args = parse(sys.argv[1:])
     if args.engine:
@@ -253,24 +280,9 @@ def main() -> None:
     results: dict[str, Any] = {}
     parts = {engine: args.out.with_suffix(f".{file_name(engine)}.part") for engine in args.engines.split(",")}
     turn = args.out.with_suffix(".turn")
-
-    def start(engine: str) -> subprocess.Popen[bytes]:
-        env = os.environ | environment(engine) | {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO")}
-        extra = ["--engine", engine, "--out", str(parts[engine]), *(["--turn", str(turn)] if args.together else [])]
-        return subprocess.Popen([sys.executable, __file__, *sys.argv[1:], *extra], env=env)
-
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    if args.together:
-        with turn.open("w") as held:  # nobody measures while another still compiles
-            fcntl.flock(held, fcntl.LOCK_EX)
-            running = {engine: start(engine) for engine in parts}
-            marks = {engine: turn.with_suffix(f".{file_name(engine)}") for engine in parts}
-            while any(running[e].poll() is None and not marks[e].exists() for e in parts):
-                time.sleep(1)
-        for mark in marks.values():
-            mark.unlink(missing_ok=True)
+    running = start_together(__file__, parts, turn) if args.together else {}
     for engine, out in parts.items():
-        code = (running.get(engine) or start(engine)).wait()
+        code = (running.get(engine) or start(__file__, engine, out, None)).wait()
         results[engine] = json.loads(out.read_text()) if code == 0 else {"failed": code}
         out.unlink(missing_ok=True)
         args.out.write_text(json.dumps({"args": vars(args) | {"out": str(args.out)}, "engines": results}, indent=1))
