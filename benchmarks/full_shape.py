@@ -11,7 +11,7 @@ itself) and, on request, ``spec-adaptive`` (adaptive k) and what a part is worth
 
     … --together --engines stock,spec@3,mtp@4 --concurrency 1,4,16 --acceptance 1.0,0.8,0.0 --repeats 2
 
-Times exclude prompts and a warm-up of every batch size; times are medians of ``--repeats``. With ``--tp 2`` every
+Times exclude prompts (``prompts`` is theirs) and a warm-up of every batch size; they are medians of ``--repeats``. With ``--tp 2`` every
 engine has two ranks, one card each; times and bytes are the first rank's.
 """
 
@@ -179,7 +179,8 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         outputs = llm.generate(prompts, params, use_tqdm=False)
         stats = [o.metrics for o in outputs]
         first, last = max(s.first_token_ts for s in stats), max(s.last_token_ts for s in stats)
-        return (tokens - 1) * n / (last - first), rpc(probes.read_marks)[0]
+        prompts_ms = round((first - min(s.scheduled_ts for s in stats)) * 1e3, 1)
+        return (tokens - 1) * n / (last - first), rpc(probes.read_marks)[0] | {"prompts": prompts_ms}
 
     def mixed(n: int, kinds: int) -> tuple[float, dict[str, float]]:
         """As many runs as there are kinds of requests, so that each kind generates the same number of tokens."""
