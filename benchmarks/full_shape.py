@@ -11,8 +11,8 @@ itself) and, on request, ``spec-adaptive`` (adaptive k) and what a part is worth
 
     … --together --engines stock,spec@3,mtp@4 --concurrency 1,4,16 --acceptance 1.0,0.8,0.0 --repeats 2
 
-Times exclude prompts (``prompts`` is theirs) and a warm-up of every batch size; they are medians of ``--repeats``. With ``--tp 2`` every
-engine has two ranks, one card each; times and bytes are the first rank's.
+Times exclude prompts (``prompts`` is theirs) and a warm-up of every batch size; they are medians of ``--repeats``.
+With ``--tp 2`` every engine has two ranks, one card each; times and bytes are the first rank's.
 """
 
 from __future__ import annotations
