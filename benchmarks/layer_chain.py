@@ -129,8 +129,16 @@ NOW = stream_gemm.WGMMA_FORMS
 FEW, MANY = (1, 4, 8, 16, 32), (33, 48, 49, 64, 65, 80)
 
 
-def direct(stages: int, first: int, dealt: bool = True, **rest: Any) -> dict[int, Form]:
-    return {t: Form(stages, tensor=True, first=first, dealt=dealt, **rest) for t in (1, 2)}
+def direct(stages: int, first: int, dealt: bool = True, x_copies: bool = True, **rest: Any) -> dict[int, Form]:
+    return {
+        t: Form(stages, tensor=True, first=first, dealt=dealt, x_copies=x_copies, **(rest if t == 1 else small(rest)))
+        for t in (1, 2)
+    }
+
+
+def small(rest: dict[str, Any]) -> dict[str, Any]:
+    """What 16 rows take: not as few registers."""
+    return {key: v for key, v in rest.items() if key != "registers"}
 
 
 def early(forms: dict[int, Form] | None, rows: tuple[int, ...] = (1, 8, 16), **rest: Any) -> Variant:
@@ -141,98 +149,110 @@ def one(form: Form, **rest: Any) -> Variant:
     return early({1: form}, (1,), **rest)
 
 
-DEALT8 = Form(8, tensor=True, first=8, dealt=True)
-LEAN8 = Form(8, tensor=True, first=8)
-W = {"wgmma": True, "overlap": True}
+D = Form(8, tensor=True, first=2, early_pace=1000, dealt=True, x_copies=True)
+W = {"wgmma": True, "overlap": True, "tensor": True}
+S, M = (1, 4, 8, 16), (33, 48, 64)
 PARTS: dict[str, dict[str, Variant]] = {
     "few": {
-        "before": early(NOW, (1, 4, 8, 16, 32), before=True),
-        "before, mma": early({t: Form(4, ahead=4) for t in (1, 2)}, before=True),
-        "now": early(NOW, (1, 4, 8, 16, 32)),
-        "dealt 8": early(direct(8, 8), (1, 4, 8, 16)),
-        "dealt 8, first 4": early(direct(8, 4)),
-        "dealt 8, first 2": early(direct(8, 2)),
-        "lean 8": early(direct(8, 8, False), (1, 4, 8, 16)),
-        "lean 8, first 2": early(direct(8, 2, False)),
-        "dealt 8 without shifts of codes": early(direct(8, 8), without=("shifts of codes",)),
-        "dealt 8 without shifts": early(direct(8, 8), without=("shifts of codes", "shifts of scales")),
-        "dealt 4": early(direct(4, 4)),
-        "dealt 6": early(direct(6, 6)),
-        "dealt 10": early({1: Form(10, tensor=True, first=10, dealt=True)}, (1, 8)),
-        "dealt 8, late": Variant(direct(8, 8), (1, 16)),
-        "lean 8, late": Variant(direct(8, 8, False), (1, 16)),
-        "now, late": Variant(NOW, (1, 16)),
-    },
-    "out": {
-        name: v
-        for what, form in (("dealt", DEALT8), ("lean", LEAN8))
-        for name, v in {
-            f"{what}": one(form),
-            **{
-                f"{what} without {' '.join(w)}": one(form, without=w)
-                for w in (
-                    ("copies",),
-                    ("mma",),
-                    ("decoding",),
-                    ("x",),
-                    ("last",),
-                    ("copies", "mma"),
-                    ("copies", "decoding"),
-                    ("mma", "decoding"),
-                    ("copies", "mma", "decoding"),
-                    ("copies", "mma", "decoding", "x"),
-                )[: 10 if what == "dealt" else 3]
-            },
-        }.items()
+        "before": early(NOW, (*S, 32), before=True),
+        "8, first 4, x by cp.async": early(direct(8, 4, x_copies=False), S),
+        "8, first 4": early(direct(8, 4), S),
+        "8, first 2, early 500": early(direct(8, 2, early_pace=500)),
+        "8, first 2, early 1000": early(direct(8, 2, early_pace=1000), S),
+        "8, first 2, early 1500": early(direct(8, 2, early_pace=1500)),
+        "8, first 2, early 1000, x by cp.async": early(direct(8, 2, x_copies=False, early_pace=1000)),
+        "8, first 4, early 1500": early(direct(8, 4, early_pace=1500)),
+        "8, first 2, early 1000, pace 800": early(direct(8, 2, early_pace=1000, pace=800)),
+        "8, first 2, early 1000, pace 950": early(direct(8, 2, early_pace=1000, pace=950)),
+        "8, first 2, early 1000, 56 registers": early(direct(8, 2, early_pace=1000, registers=56), S),
+        "4, first 4": early(direct(4, 4)),
+        "4, first 4, 56 registers": early(direct(4, 4, registers=56), S),
+        "4, first 1, early 1500, 56 registers": early(direct(4, 1, early_pace=1500, registers=56), S),
+        "6, first 2, early 1000": early(direct(6, 2, early_pace=1000)),
+        "lean 8, first 2, early 1000": early(direct(8, 2, False, early_pace=1000), S),
+        "8, first 2, early 1000, late": Variant(direct(8, 2, early_pace=1000), (1, 16)),
     },
     "wgmma": {
-        "wgmma 8": early({t: Form(8, first=8, tensor=True, **W) for t in (1, 2)}),
-        "wgmma dealt 8": early({t: Form(8, first=8, tensor=True, dealt=True, **W) for t in (1, 2)}),
-        "wgmma 6": early({4: Form(6, first=6, tensor=True, **W)}, (32,)),
-        "wgmma dealt 6": early({4: Form(6, first=6, tensor=True, dealt=True, **W)}, (32,)),
-        "wgmma dealt 5, no overlap": early({4: Form(5, first=4, tensor=True, dealt=True, wgmma=True)}, (32,)),
+        "8, first 4": early({t: Form(8 if t < 4 else 6, first=4, **W) for t in (1, 2, 4)}, (1, 16, 32)),
+        "dealt 8, first 4": early(
+            {t: Form(8 if t < 4 else 6, first=4, dealt=True, **W) for t in (1, 2, 4)}, (1, 16, 32)
+        ),
+        "dealt 8, early 1000": early(
+            {t: Form(8 if t < 4 else 6, early_pace=1000, dealt=True, **W) for t in (1, 2, 4)}, (1, 16, 32)
+        ),
+        "dealt 6": early({t: Form(6 if t < 4 else 5, first=3, dealt=True, **W) for t in (1, 2, 4)}, (1, 16, 32)),
+        "dealt 5, no overlap": early(
+            {t: Form(5, first=3, dealt=True, tensor=True, wgmma=True) for t in (2, 4)}, (16, 32)
+        ),
+    },
+    "out": {
+        "all": one(D),
+        **{
+            f"without {' '.join(w)}": one(D, without=w)
+            for w in (
+                ("copies",),
+                ("mma",),
+                ("decoding",),
+                ("x",),
+                ("last",),
+                ("copies", "mma"),
+                ("copies", "decoding"),
+                ("mma", "decoding"),
+                ("copies", "mma", "decoding"),
+                ("copies", "mma", "decoding", "x"),
+            )
+        },
     },
     "many": {
-        "before": Variant(NOW, (48, 64, 80), before=True),
-        "now": Variant(NOW, (48, 64, 80)),
-        "two": Variant({t: Form(5, first=5, tensor=True, **W) for t in (6, 8)}, (33, 48, 64)),
-        "two dealt": Variant({t: Form(5, first=5, tensor=True, dealt=True, **W) for t in (6, 8)}, (33, 48, 64)),
-        "two dealt, no overlap": Variant({8: Form(5, first=5, tensor=True, dealt=True, wgmma=True)}, (64,)),
-        "two of 80": Variant({10: Form(4, first=4, tensor=True, wgmma=True)}, (65, 80)),
-        "one": Variant({t: Form(5, groups=1, first=5, tensor=True, **W) for t in (6, 8)}, (48, 64)),
-        "one of 80": Variant(
-            {t: Form(5 if t == 10 else 4, halves=1, groups=1, first=4, tensor=True, sharing=8, **W) for t in (10, 16)},
-            (65, 80, 128),
+        "before": early(NOW, (*M, 80, 128), before=True),
+        "two": early({t: Form(5, first=3, **W) for t in (6, 8)}, M),
+        "two dealt": early({t: Form(5, first=3, dealt=True, **W) for t in (6, 8)}, M),
+        "two dealt, early 1000": early({t: Form(5, first=2, early_pace=1000, dealt=True, **W) for t in (6, 8)}, M),
+        "two dealt, no overlap": early({t: Form(5, first=3, tensor=True, dealt=True, wgmma=True) for t in (6, 8)}, M),
+        "two dealt of 80": early({10: Form(4, first=3, tensor=True, dealt=True, wgmma=True)}, (65, 80)),
+        "one": early({t: Form(5, groups=1, first=3, **W) for t in (6, 8)}, (48, 64)),
+        "one of 80": early(
+            {t: Form(5 if t == 10 else 4, halves=1, groups=1, first=3, sharing=8, **W) for t in (10, 16)}, (65, 80, 128)
         ),
-        "E4B before": Variant(NOW, (1, 16, 64, 80), before=True, model="E4B"),
-        "E4B dealt 8": Variant(direct(8, 8), (1, 16), model="E4B"),
-        "E4B two": Variant({8: Form(5, first=5, tensor=True, **W)}, (64,), model="E4B"),
-        "E4B one of 80": Variant(
-            {10: Form(5, halves=1, groups=1, first=5, tensor=True, sharing=8, **W)}, (65, 80), model="E4B"
+    },
+    "E4B": {
+        "marlin": early(None, (1, 16, 64, 80), model="E4B"),
+        "before": early(NOW, (1, 16, 64, 80), before=True, model="E4B"),
+        "8, first 2, early 1000": early(direct(8, 2, early_pace=1000), (1, 16), model="E4B"),
+        "4, first 4, 56 registers": early(direct(4, 4, registers=56), (1,), model="E4B"),
+        "two dealt": early({8: Form(5, first=3, dealt=True, **W)}, (64,), model="E4B"),
+        "one of 80": early({10: Form(5, halves=1, groups=1, first=3, sharing=8, **W)}, (65, 80), model="E4B"),
+        "two dealt of 80": early({10: Form(4, first=3, tensor=True, dealt=True, wgmma=True)}, (80,), model="E4B"),
+        "two dealt of 80, 8 share": early(
+            {10: Form(4, first=3, tensor=True, dealt=True, wgmma=True, sharing=8)}, (80,), model="E4B"
         ),
     },
     # Not measured but told: where a GEMM's time goes.
     "told": {
-        "before": early(NOW, (1,), told=True, before=True),
-        "dealt 8": early(direct(8, 8), (1, 16), told=True),
-        "dealt 8, first 2": early(direct(8, 2), (1,), told=True),
+        "8, first 2, early 1000": early(direct(8, 2, early_pace=1000), (1, 16), told=True),
+        "4, first 4, 56 registers": early(direct(4, 4, registers=56), (1,), told=True),
+        "wgmma dealt": early({t: Form(6, first=3, dealt=True, **W) for t in (2, 4)}, (16, 32), told=True),
+        "two dealt": early({8: Form(5, first=3, dealt=True, **W)}, (64,), told=True),
     },
 }
 
 LEFT_OUT = {
     "copies": (
-        "if (p == 0) bring_tile(base",
-        "if (p == 0 && rows > 0) arrive(full + 8 * to); else if (p == 0) bring_tile(base",
+        "if (p == 0)\n                    bring_tile(base",
+        "if (p == 0 && rows > 0) arrive(full + 8 * stage); else if (p == 0) bring_tile(base",
     ),
     "mma": (
         "mma(acc[0][q][m], a[q], b0, b1);",
-        'asm volatile("" ::"r"(a[q][0]), "r"(a[q][1]), "r"(a[q][2]), "r"(a[q][3]), "r"(b0), "r"(b1));',
+        "for (int i = 0; i < 4; i += 2) mix(acc[0][q][m][i], a[q][i], a[q][i + 1]);",
     ),
     "decoding": (
         "a[q][0] = times_low(decode_even(word), both);",
         "a[q][0] = word, a[q][1] = high, a[q][2] = both, a[q][3] = word; continue;",
     ),
-    "x": ("if (row < rows) copy_x(", "if (row < rows && K < 0) copy_x("),
+    "x": (
+        "if (p == 32) bring_x(",
+        "if (p == 32 && rows > 0) arrive(full + 8 * stage); else if (p == 32) bring_x(",
+    ),
     "last": ("if (count > 1 && !part_k) {", "if (count > 1 && !part_k && K < 0) {"),
     # Not left out but in other units: results are right.
     "shifts of codes": (
@@ -245,7 +265,7 @@ LEFT_OUT = {
 # What the kernel says the time of, when, and behind which of these texts ("<": before).
 TOLD = (
     ("starts", "threadIdx.x == 0", ["    let_next_grid_start();\n"]),
-    ("the kernel before has ended", "p == 0", ["        wait_for_previous_grid();\n"]),
+    ("the kernel before has ended", "p % 32 == 0", ["        wait_for_previous_grid();\n"]),
     ("x is there", "p == 0 && i == 0", ["                if (p % 32 == 0) arrive(full + 8 * stage);\n"]),
     (
         "first stage",
@@ -266,6 +286,10 @@ def text_of(of: Variant, tiles: int) -> str:
     if of.before:
         now = Path(stream_gemm.__file__).with_name("nvfp4_stream.cu").read_text()
         source = source.replace(now, Path(__file__).with_name("nvfp4_stream_before.cu").read_text())
+    if "mma" in of.without:  # what would be multiplied is needed nevertheless
+        source = "__device__ void mix(float& sum, unsigned a, unsigned b) {\n" + (
+            "sum = __uint_as_float(__float_as_uint(sum) ^ a ^ b);\n}\n" + source
+        )
     for name in of.without:
         old, new = LEFT_OUT[name]
         assert source.count(old) == 1, name

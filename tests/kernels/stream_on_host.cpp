@@ -14,6 +14,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __maxnreg__(n)
 #define __align__(n)
 
 struct uint2 { unsigned x, y; };
@@ -67,9 +68,13 @@ static void copy_x(unsigned to, const void* from, bool there) {
 }
 static uint2 load_codes(unsigned at) { return *(const uint2*)(shared + at); }
 static unsigned load_scales(unsigned at) { return *(const unsigned*)(shared + at); }
+static unsigned cycles() { static thread_local unsigned now; return now += 100; }
+static bool is_full(unsigned barrier, unsigned parity) { return (at_barrier(barrier).phase & 1) != (int)parity; }
+static void rest() { std::this_thread::yield(); }
 static unsigned kept(unsigned value) { return value; }
 struct Map { const unsigned char* data; int columns, rows, bytes; };
 #define MAP Map
+static void prepare(const Map&) {}
 static void bring_tile(unsigned at, const Map& codes, const Map& scales, int column, int step, unsigned barrier,
                        unsigned long long);
 static void bring_x(unsigned at, const Map& x, int k, unsigned barrier);
@@ -181,7 +186,7 @@ static void bring_tile(unsigned at, const Map& codes, const Map& scales, int col
     };
     copy(at + CODES_AT, codes);
     copy(at + SCALES_AT, scales);
-    if (!X_TENSOR) arrive(barrier);
+    arrive(barrier);
 }
 
 static void bring_x(unsigned at, const Map& x, int k, unsigned barrier) {

@@ -25,25 +25,26 @@ typedef unsigned long long u64;
 #define STEPS (DEPTH / 16)
 #define WARPS (8 * GROUPS)  // that multiply: 8 times 32 outputs
 #define EACH (HALVES / GROUPS)  // sums that a warp has of each output
-// Tensor copies bring a stage's weights at once. Without wgmma x comes by asynchronous copies, and both by one warp.
+// Tensor copies bring a stage's weights at once. One warp asks for them, and another for x: by tensor copies, too, or
+// without wgmma by asynchronous ones.
 #define DIRECT (TENSOR && !WGMMA)
-#define X_TENSOR (TENSOR && WGMMA && !SCALED)  // x by tensor copies, too
-#define COPIERS (DIRECT ? 32 : 128)  // threads that copy
+#define X_TENSOR (TENSOR && (WGMMA || X_COPIES) && !SCALED)
+#define COPIERS (DIRECT ? 64 : 128)  // threads that copy
 #define TURN (DEALT ? GROUPS : 1)  // each of this many stages is a group's own
 #define MINE (DEALT ? STEPS : STEPS / GROUPS)  // steps of a stage that a warp takes
 #define CHUNK 2  // of them whose operands are in registers before they are needed
 #define HANDOVER (WGMMA && MT >= 6)  // of registers; what each warp starts with goes by THREADS and PER_SM
 #define COPIER_REGISTERS (X_TENSOR ? 32 : GROUPS == 1 && PER_SM == 1 ? 104 : 64)
 #define OTHER_REGISTERS (GROUPS == 2 ? (X_TENSOR ? 112 : 104) : PER_SM == 1 ? (X_TENSOR ? 232 : 200) : 88)
-#define FEW_PARTS (GROUPS == 1 ? 8 : MT == 1 ? 2 : 4), 4  // items and parts of them that the last block loads at a time
-#define MANY_PARTS (MT == 1 ? 2 : 4), (GROUPS == 1 || MT == 1 ? 8 : 4)
+#define FEW_PARTS (GROUPS == 1 ? 8 : MT == 1 ? 2 : 4), (REGISTERS ? 2 : 4)  // items and parts of them that the last block loads at a time
+#define MANY_PARTS (MT == 1 ? 2 : 4), (REGISTERS ? 4 : GROUPS == 1 || MT == 1 ? 8 : 4)
 #define THREADS (WARPS * 32 + COPIERS)
 #define CODES_AT 0
 #define SCALES_AT (STEPS * COLUMNS * 8)
 #define X_AT (SCALES_AT + STEPS * COLUMNS)
 #define X_PART (MT * 1024)  // bytes of 64 inputs of all rows: 128 a row, their 16-byte pieces swapped about by row
 #define PRE_AT (X_AT + DEPTH / 64 * X_PART)  // pre_quant_scale, where it is not multiplied on the way
-#define STAGE_BYTES (PRE_AT + (DIRECT ? DEPTH * 2 : 0))
+#define STAGE_BYTES (PRE_AT + (DIRECT && !X_TENSOR ? DEPTH * 2 : 0))
 #define SUMS_AT (STAGES * STAGE_BYTES)
 #define SUMS 2048  // floats that the warps of one half hand to the other's, per tile of 8 rows
 #define BARRIERS_AT (SUMS_AT + (GROUPS - 1) * 2 * SUMS * 4)
@@ -107,7 +108,7 @@ struct alignas(64) Map {  // CUtensorMap
 
 // A stage's codes and scales: 256 outputs from `column` and 128 inputs from `step * 16`; zeros where there are none.
 __device__ __forceinline__ void bring_tile(u32 at, const Map& codes, const Map& scales, int column, int step, u32 barrier, u64 policy) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "n"(STEPS * COLUMNS * 9 + (X_TENSOR ? DEPTH / 64 * X_PART : 0)) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "n"(STEPS * COLUMNS * 9) : "memory");
     const auto copy = [&](u32 to, const Map& from) {
         asm volatile(
             "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], "
@@ -120,6 +121,7 @@ __device__ __forceinline__ void bring_tile(u32 at, const Map& codes, const Map& 
 
 // 128 inputs of all rows from `k` on, their pieces swapped as x_piece() says; zeros where there are none.
 __device__ __forceinline__ void bring_x(u32 at, const Map& x, int k, u32 barrier) {
+    arrive_expecting(barrier, DEPTH / 64 * X_PART);
 #pragma unroll
     for (int part = 0; part < DEPTH / 64; part++)
         asm volatile(
@@ -127,6 +129,24 @@ __device__ __forceinline__ void bring_x(u32 at, const Map& x, int k, u32 barrier
                 at + X_AT + part * X_PART), "l"(&x), "r"(k + part * 64), "r"(0), "r"(barrier)
             : "memory");
 }
+
+__device__ __forceinline__ void prepare(const Map& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
+
+__device__ __forceinline__ u32 cycles() {
+    u32 v;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(v));
+    return v;
+}
+
+__device__ __forceinline__ bool is_full(u32 barrier, u32 parity) {
+    u32 done;
+    asm volatile(
+        "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+        : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    return done;
+}
+
+__device__ __forceinline__ void rest() { asm volatile("nanosleep.u32 40;"); }
 
 // From shared memory: after the last wait, before the next arrival. Nothing else keeps them where they stand.
 __device__ __forceinline__ uint2 load_codes(u32 at) {
@@ -313,7 +333,13 @@ __device__ __forceinline__ void add_parts(int items, int count, const Part& part
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
+#if REGISTERS
+#define BOUNDS __maxnreg__(REGISTERS)
+#else
+#define BOUNDS __launch_bounds__(THREADS, PER_SM)
+#endif
+
+extern "C" __global__ void BOUNDS nvfp4_stream(
 #if TENSOR
     MAP codes,   // [K / 16, N] words of eight bytes, Marlin's order
     MAP scales,  // [K / 16, N] bytes, Marlin's order
@@ -339,7 +365,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
-            init_barrier(full + 8 * s, X_TENSOR ? 1 : DIRECT ? 1 + COPIERS : COPIERS / 32 + (BULK || TENSOR ? 1 : COPIERS));  // x; weights
+            init_barrier(full + 8 * s, X_TENSOR ? 2 : DIRECT ? 33 : COPIERS / 32 + (BULK || TENSOR ? 1 : COPIERS));  // x; weights
             init_barrier(empty + 8 * s, WARPS / TURN);
         }
         publish_barriers();
@@ -354,34 +380,56 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
         const int p = threadIdx.x - WARPS * 32, count = mine.last - mine.first, piece = p % 16;
         const u64 policy = leaves_first();
 #if DIRECT || X_TENSOR
-        if (p >= 32) return;
-        int tile = mine.first / per_tile, block = mine.first % per_tile, x_block = block, stage = 0, parity = 1;
-        const auto bring_weights = [&](u32 to) {
-            if (p == 0) bring_tile(base + to * STAGE_BYTES, codes, scales, tile * COLUMNS, block * STEPS, full + 8 * to, policy);
-            if (++block == per_tile) block = 0, tile++;
-        };
-        // No kernel before this one writes weights: the first are on their way while it ends.
-        int ahead = 0;
-        for (; ahead < count && ahead < FIRST; ahead++) bring_weights(ahead);
+        int tile = mine.first / per_tile, block = mine.first % per_tile, stage = 0, parity = 1;
+        if (p < 32) {
+            // No kernel before this one writes weights: the first are on their way while it ends. They are asked for little
+            // by little until x is there: what that kernel reads would queue behind them, and x.
+            if (p == 0) prepare(codes), prepare(scales);
+            bool begun = false;
+            u32 last = 0;
+            for (int i = 0; i < count; i++) {
+                if (i >= STAGES) wait(empty + 8 * stage, parity);
+#if EARLY_PACE
+                if (i >= FIRST && i < STAGES)
+                    while (!begun && cycles() - last < EARLY_PACE) {
+                        rest();
+                        begun = is_full(full, 0);
+                    }
+#endif
+#if PACE
+                if (i >= FIRST)
+                    while (cycles() - last < PACE) rest();
+#endif
+                last = cycles();
+                if (p == 0)
+                    bring_tile(base + stage * STAGE_BYTES, codes, scales, tile * COLUMNS, block * STEPS, full + 8 * stage, policy);
+                if (++block == per_tile) block = 0, tile++;
+                if (++stage == STAGES) stage = 0, parity ^= 1;
+            }
+            return;
+        }
+        if (p >= 64) return;
+#if X_TENSOR
+        if (p == 32) prepare(inputs);
+#endif
         wait_for_previous_grid();
         for (int i = 0; i < count; i++) {
             if (i >= STAGES) wait(empty + 8 * stage, parity);
-            if (i >= ahead) bring_weights(stage);
             const u32 at = base + stage * STAGE_BYTES;
 #if X_TENSOR
-            if (p == 0) bring_x(at, inputs, x_block * DEPTH, full + 8 * stage);
+            if (p == 32) bring_x(at, inputs, block * DEPTH, full + 8 * stage);
 #else
-            const int k = x_block * DEPTH + piece * 8;
+            const int k = block * DEPTH + piece * 8;
             const u16* from = x + (k < K ? k : 0);
 #pragma unroll
             for (int j = 0; j < MT * 4; j++) {
-                const int row = j * 2 + p / 16;
+                const int row = j * 2 + p / 16 % 2;
                 if (row < rows) copy_x(at + x_piece(row, piece), from + (long)row * K, k < K);
             }
-            if (SCALED && p < 16) copy_x(at + PRE_AT + piece * 16, pre + (k < K ? k : 0), k < K);
+            if (SCALED && p < 48) copy_x(at + PRE_AT + piece * 16, pre + (k < K ? k : 0), k < K);
             arrive_with_copies(full + 8 * stage);
 #endif
-            if (++x_block == per_tile) x_block = 0;
+            if (++block == per_tile) block = 0;
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
         return;

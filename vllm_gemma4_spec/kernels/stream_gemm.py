@@ -46,12 +46,16 @@ class Form:
     bulk: bool = False  # weights by bulk copies
     first: int = 2  # stages of weights that do not wait for the kernel before this one
     dealt: bool = False  # a stage is one group's, the next one the other's
-    tensor: bool = False  # weights by tensor copies; without wgmma one warp copies all
+    tensor: bool = False  # weights by tensor copies, and x with wgmma
+    x_copies: bool = False  # x by tensor copies without wgmma, too
+    pace: int = 0  # cycles from asking for one stage of weights to asking for the next
+    early_pace: int = 0  # the same while x is not there, of the stages behind the first
+    registers: int = 0  # of a thread, at most; 0: what fits
     sharing: int = 0  # blocks that share a tile at most, on average; 0: as many as there are
 
     @property
     def threads(self) -> int:
-        return 256 * self.groups + (32 if self.direct else 128)
+        return 256 * self.groups + (64 if self.direct else 128)
 
     @property
     def direct(self) -> bool:
@@ -116,6 +120,10 @@ def macros(tiles: int, scaled: bool, form: Form) -> dict[str, int]:
         "FIRST": form.first,
         "DEALT": int(form.dealt),
         "TENSOR": int(form.tensor),
+        "X_COPIES": int(form.x_copies),
+        "PACE": form.pace,
+        "EARLY_PACE": form.early_pace,
+        "REGISTERS": form.registers,
     }
 
 
@@ -188,7 +196,7 @@ def launch(
     if form.tensor:
         shape, box = (k // 16, n), (DEPTH // 16, COLUMNS)
         weights = [cuda.weight_map(w.data_ptr(), *shape, item, *box) for w, item in zip(weights, (8, 1), strict=True)]
-        if form.wgmma and pre_quant_scale is None:
+        if (form.wgmma or form.x_copies) and pre_quant_scale is None:
             weights.append(cuda.matrix_map(x.data_ptr(), rows, k, 2, 8 * tiles, 64))
     kernel(tiles, pre_quant_scale is not None, form)(
         grid=(form.blocks(_multiprocessors(x.device.index), n, k), 1, 1),
