@@ -69,6 +69,8 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 FORM = Form(stages=2, wgmma=True)
+DEALT = Form(stages=3, wgmma=True, overlap=True, dealt=True, tensor=True)
+DIRECT = Form(stages=3, dealt=True, tensor=True, x_copies=True, early_pace=1000)
 
 
 def run(
@@ -108,6 +110,12 @@ def run(
         pytest.param(77, 256, 384, 3, True, Form(2, halves=1, groups=1, wgmma=True), marks=SLOW),
         pytest.param(8, 320, 192, 3, True, Form(2, wgmma=True, bulk=True), marks=SLOW),
         pytest.param(6, 512, 896, 3, True, Form(3, ahead=4), marks=SLOW),
+        (7, 320, 192, 3, True, DIRECT),  # x by asynchronous copies, scaled when it is multiplied
+        (7, 320, 192, 3, False, DIRECT),  # x by tensor copies
+        pytest.param(11, 512, 896, 3, True, DIRECT, marks=SLOW),
+        pytest.param(12, 320, 192, 3, False, DEALT, marks=SLOW),
+        pytest.param(45, 320, 192, 3, False, DEALT, marks=SLOW),
+        pytest.param(9, 512, 896, 3, True, DEALT, marks=SLOW),  # x by threads, scaled on the way
     ],
 )
 def test_the_kernel_gives_the_gemm(
@@ -134,20 +142,28 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(libraries: Any) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("form", "tiles"),
+    ("reference", "form", "tiles"),
     [
-        (Form(2, groups=1, wgmma=True, overlap=True), 2),  # both halves by the same warps
-        (Form(3, groups=1, wgmma=True, overlap=True, ahead=2), 6),
-        (Form(2, wgmma=True), 2),
-        (Form(2, wgmma=True, bulk=True), 2),
-        (Form(4, wgmma=True, overlap=True, ahead=4), 2),
+        (FORM, Form(2, groups=1, wgmma=True, overlap=True), 2),  # both halves by the same warps
+        (FORM, Form(3, groups=1, wgmma=True, overlap=True, ahead=2), 6),
+        (FORM, Form(2, wgmma=True), 2),
+        (FORM, Form(2, wgmma=True, bulk=True), 2),
+        (FORM, Form(4, wgmma=True, overlap=True, ahead=4), 2),
+        (FORM, Form(3, tensor=True, x_copies=True), 2),
+        (DEALT, DIRECT, 1),
+        (DEALT, Form(4, dealt=True, tensor=True, registers=56), 1),
+        (DEALT, DIRECT, 2),
+        (DEALT, Form(2, wgmma=True, dealt=True), 4),
+        (DEALT, DEALT, 8),
     ],
 )
-def test_forms_of_the_same_halves_have_the_same_bits(libraries: Any, form: Form, tiles: int) -> None:
+def test_forms_of_one_order_of_additions_have_the_same_bits(
+    libraries: Any, reference: Form, form: Form, tiles: int
+) -> None:
     torch.manual_seed(0)
     codes, scale = weight(512, 896)
-    x, packed = torch.randn(11, 896).bfloat16(), marlin(codes, scale)
-    wanted = run(libraries, x, packed, 512, 3)
+    x, packed = torch.randn(min(11, 8 * tiles), 896).bfloat16(), marlin(codes, scale)
+    wanted = run(libraries, x, packed, 512, 3, form=reference, tiles=2)
     assert torch.equal(run(libraries, x, packed, 512, 3, form=form, tiles=tiles), wanted)
 
 
