@@ -25,7 +25,7 @@ struct dim { int x, y, z; };
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static thread_local dim threadIdx, blockIdx;
 static dim blockDim, gridDim;
-struct Arrivals { std::atomic<int> left, phase; int wanted; std::atomic<int> bytes; };
+struct Arrivals { std::atomic<int> left, phase; int wanted; };
 struct State {  // of a block
     explicit State(int threads) : whole(threads), exchange(threads / 32 * 192) {
         for (int w = 0; w < threads / 32; w++) warps.push_back(std::make_unique<std::barrier<>>(32));
@@ -45,18 +45,13 @@ static unsigned address(const void*) { return 0; }
 static Arrivals& at_barrier(unsigned barrier) { return state->barriers[(barrier - first_barrier) / 8]; }
 static void init_barrier(unsigned barrier, unsigned arrivals) {
     Arrivals& b = at_barrier(barrier);
-    b.left = b.wanted = arrivals, b.phase = b.bytes = 0;
+    b.left = b.wanted = arrivals, b.phase = 0;
 }
 static void arrive(unsigned barrier) {
     Arrivals& b = at_barrier(barrier);
     if (b.left.fetch_sub(1) != 1) return;
-    while (b.bytes) std::this_thread::yield();  // of bulk copies that another thread is still at
     b.left = b.wanted, b.phase++;
     b.phase.notify_all();
-}
-static void arrive_expecting(unsigned barrier, unsigned bytes) {
-    at_barrier(barrier).bytes += bytes;
-    arrive(barrier);
 }
 static void arrive_with_copies(unsigned barrier) { arrive(barrier); }
 static void wait(unsigned barrier, unsigned parity) {
@@ -78,11 +73,6 @@ static void prepare(const Map&) {}
 static void bring_tile(unsigned at, const Map& codes, const Map& scales, int column, int step, unsigned barrier,
                        unsigned long long);
 static void bring_x(unsigned at, const Map& x, int k, unsigned barrier);
-static void copy_once(unsigned to, const void* from, unsigned long long) { std::memcpy(shared + to, from, 16); }
-static void bulk_copy_once(unsigned to, const void* from, unsigned bytes, unsigned barrier, unsigned long long) {
-    std::memcpy(shared + to, from, bytes);
-    at_barrier(barrier).bytes -= bytes;
-}
 static uint4 load(const void* from) { return *(const uint4*)from; }
 static void publish_to_wgmma() {}
 static void reread(float&) {}
@@ -212,18 +202,15 @@ extern "C" void run(const void* codes, const void* scales, const void* x, const 
                 threadIdx = {i, 0, 0};
                 blockIdx = {block, 0, 0};
                 state = mine;
-#if TENSOR
                 const Map of_codes = {(const unsigned char*)codes, N, K / 16, 8};
                 const Map of_scales = {(const unsigned char*)scales, N, K / 16, 1};
-                const Map of_x = {(const unsigned char*)x, K, rows, 2};
-#else
-                const auto of_codes = (const unsigned char*)codes, of_scales = (const unsigned char*)scales;
-#endif
                 nvfp4_stream(of_codes, of_scales,
-#if X_TENSOR
-                             of_x,
+#if SCALED
+                             (const u16*)x, (const u16*)pre,
+#else
+                             Map{(const unsigned char*)x, K, rows, 2},
 #endif
-                             (const u16*)x, (const u16*)pre, (u16*)y, global_scale, partial, arrivals, rows, N, K);
+                             (u16*)y, global_scale, partial, arrivals, rows, N, K);
             });
         for (auto& thread : threads) thread.join();
     }
