@@ -97,8 +97,10 @@ def test_the_committed_fixtures_are_modelopts(name: str, exports: Path) -> None:
     assert ours.keys() == theirs.keys() == parent.keys()
     for key, weight in parent.items():
         errors = [float((each[key] - weight).norm() / weight.norm()) for each in (ours, theirs)]
-        assert max(errors) < 0.2
+        assert max(errors) < 0.2, key
         assert max(errors) <= 1.5 * min(errors), key
+        sizes = [float((each[key] * weight).sum() / (weight * weight).sum()) for each in (ours, theirs)]
+        assert abs(sizes[0] - sizes[1]) < 0.02, key
 
 
 def test_an_export_is_deterministic(exports: Path, tmp_path: Path) -> None:
