@@ -7,16 +7,16 @@ step of one wherever a kernel's order of additions depends on the batch, and nea
 Engines are those of ``full_shape.py``: ``self`` drafts with the target, so that nearly every draft is accepted,
 ``spec`` and ``mtp`` with random models, so that none is. An engine is compared with plain decoding that has the same
 ``+NAME=VALUE`` settings: ``plain+VLLM_BATCH_INVARIANT=1,self@3+VLLM_BATCH_INVARIANT=1``; ``plain`` with ``stock``.
-Weights are random, so the best token leads the second by noise alone: a trained model has fewer near ties.
+Weights are random, with layers so loud that answers do not repeat the prompt's last token (``distinct`` counts an
+answer's tokens): the best token leads the second by noise alone. A trained model has fewer near ties.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
-import subprocess
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -38,6 +38,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ap.add_argument("--kv-gib", type=float, default=20.0, help="KV cache of every engine, in GiB")
     ap.add_argument("--out", type=Path, default=Path("equal_tokens.json"))
     ap.add_argument("--engine", help=argparse.SUPPRESS)
+    ap.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
     args = ap.parse_args(argv)
     args.k, args.tp, args.concurrency = 3, 1, str(args.requests)
     return args
@@ -45,6 +46,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def answers(args: argparse.Namespace) -> dict[str, Any]:
     """Token ids of all answers of one engine, in this process, and its speed."""
+    os.environ["GEMMA4_SHAPES_LOUD"] = (
+        "4"  # with shapes.random_weights's usual norms the embedding outshouts all layers
+    )
     llm = full_shape.make_llm(args)
     from vllm import SamplingParams
 
@@ -57,8 +61,7 @@ def answers(args: argparse.Namespace) -> dict[str, Any]:
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
         return llm.generate(prompts, params, use_tqdm=False)
 
-    turn = args.out.with_name("equal_tokens.turn").open("w")  # one engine at a time; let go of when the process ends
-    fcntl.flock(turn, fcntl.LOCK_EX)
+    held = full_shape.my_turn(args)  # noqa: F841
     run(24)
     began = time.perf_counter()
     outputs = run(args.tokens)
@@ -66,6 +69,7 @@ def answers(args: argparse.Namespace) -> dict[str, Any]:
     counts = {m.name: m.value for m in llm.get_metrics() if "spec_decode" in m.name and hasattr(m, "value")}
     return {
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+        "distinct": statistics.median(len(set(o.outputs[0].token_ids)) for o in outputs),
         "tokens_per_s": round(args.requests * args.tokens / seconds, 1),
         "drafted": counts.get("vllm:spec_decode_num_draft_tokens", 0),
         "accepted": counts.get("vllm:spec_decode_num_accepted_tokens", 0),
@@ -105,13 +109,8 @@ def main() -> None:
         return
     engines = args.engines.split(",")
     parts = {engine: args.out.with_suffix(f".{full_shape.file_name(engine)}.part") for engine in engines}
-    running = {
-        engine: subprocess.Popen(
-            [sys.executable, __file__, *sys.argv[1:], "--engine", engine, "--out", str(parts[engine])],
-            env=os.environ | full_shape.environment(engine),
-        )
-        for engine in engines
-    }
+    turn = args.out.with_suffix(".turn")
+    running = full_shape.start_together(__file__, parts, turn)
     seen = {engine: json.loads(parts[engine].read_text()) for engine, run in running.items() if run.wait() == 0}
     results: dict[str, Any] = {}
     for engine in engines:
@@ -123,8 +122,8 @@ def main() -> None:
         if other:
             results[engine] |= {"against": other, **compared(seen[engine]["tokens"], seen[other]["tokens"])}
         print(engine, results[engine], flush=True)
-    for part in parts.values():
-        part.unlink(missing_ok=True)
+    for file in (turn, *parts.values()):
+        file.unlink(missing_ok=True)
     args.out.write_text(json.dumps({"args": vars(args) | {"out": str(args.out)}, "engines": results}, indent=1))
 
 
