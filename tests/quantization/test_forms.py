@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from vllm_gemma4_spec.checkpoints.files import Checkpoint
 from vllm_gemma4_spec.checkpoints.inspection import inspect
 from vllm_gemma4_spec.checkpoints.repairing import repair
 from vllm_gemma4_spec.errors import CheckpointError
+from vllm_gemma4_spec.quantization import loading
 
 FAST = ("MIXED_PRECISION of 0.42.0", "experts never calibrated", "W4A16_NVFP4")
 TOLERANCE = 1e-4
@@ -56,6 +58,25 @@ def test_layers_of_mixed_precision_are_found_in_either_config(tmp_path: Path) ->
     (folder / "hf_quant_config.json").unlink()
     with pytest.raises(CheckpointError, match="MIXED_PRECISION needs 'quantized_layers'"):
         inspect(Checkpoint(folder))
+
+
+def test_layers_of_mixed_precision_are_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first shard is there."""
+    named = {"model.layers.0.mlp.down_proj": {"quant_algo": "FP8"}}
+    asked = []
+
+    def answer(file: str, model: str, revision: str | None) -> dict[str, Any]:
+        asked.append((file, model, revision))
+        return {"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": named}}
+
+    monkeypatch.setattr(loading, "local", lambda model: None)
+    monkeypatch.setattr(loading, "get_hf_file_to_dict", answer)
+    config = SimpleNamespace(quantization_config={"quant_algo": "MIXED_PRECISION", "quant_method": "modelopt"})
+    model = SimpleNamespace(quantization="modelopt_mixed", model="org/name", revision="r", hf_config=config)
+    for _ in range(2):  # the second finds them
+        loading._name_layers(model)
+    assert asked == [("hf_quant_config.json", "org/name", "r")]
+    assert config.quantization_config["quantized_layers"] == named
 
 
 @pytest.mark.slow
