@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from safetensors.torch import load_file
 
 from tests.checkpoints import reference
 from tests.quantization.comparison import FIXTURES, TOKENS, each, edited, per_expert, text_only, without
+from tests.support import tiny_models
 from tests.support.engine import engine
+from tests.support.stock import without as without_patch
 from vllm_gemma4_spec.errors import CheckpointError
+from vllm_gemma4_spec.quantization.patches import PATCHES
 
 TOLERANCE = 1e-3
 FAST = ["31b-awq-full", "26b-mm-awq-lite"]
@@ -74,6 +78,20 @@ def test_experts(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(logprobs(llm), reference.logprobs(second, TOKENS), atol=TOLERANCE, rtol=0)
         reload(llm, first)
         torch.testing.assert_close(logprobs(llm), before, atol=0, rtol=0)
+
+
+def test_stock_routes_by_uninitialised_memory_once_a_26b_was_loaded_again(tmp_path: Path) -> None:
+    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+    model = tiny_models.save(tiny_models.target_config(**experts), tmp_path / "model")
+    (patch,) = [p for p in PATCHES if p.name == "modelopt-nvfp4"]
+    for left_out in (without_patch(patch), contextlib.nullcontext()):
+        with left_out, engine(model, **OPTIONS) as llm:
+            before = logprobs(llm)
+            for _ in range(2):
+                reload(llm, model)
+                after = logprobs(llm)
+        assert torch.equal(after, before) == isinstance(left_out, contextlib.nullcontext)
+        assert after.isnan().any() != torch.equal(after, before)
 
 
 def test_what_the_new_weights_lack_or_have_more(tmp_path: Path) -> None:
