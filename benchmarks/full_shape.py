@@ -2,17 +2,18 @@
 
     GEMMA4_ARTIFACTS=… python benchmarks/full_shape.py --target 31B --drafter E4B --out results.json
 
-Every engine is a process of its own: ``stock`` (plain decoding without this package), ``plain`` (with it),
-``spec`` (speculation with ``--drafter``), ``mtp`` (with the target's MTP assistant), ``self`` (the target drafts for
-itself) and, on request, ``spec-adaptive`` (adaptive k) and what a part is worth: ``spec-eager`` (without the graphs),
-``spec-sync`` (without async scheduling), ``spec-plain-compile`` (without the drafter's own compiler settings),
-``spec-whole`` (a whole drafter on each rank of ``--tp``); ``spec@5`` is ``spec`` with k = 5, ``plain+NAME=VALUE`` is
-``plain`` with that variable set. One run with both drafters beside stock's plain decoding:
+Every engine is a process of its own: ``stock`` (plain decoding without this package), ``plain`` (with it), ``awq``
+and ``svd`` (that in NVFP4_AWQ and NVFP4_SVD), ``spec`` (speculation with ``--drafter``), ``mtp`` (with the target's
+MTP assistant), ``self`` (the target drafts for itself) and, on request, ``spec-adaptive`` (adaptive k) and what a
+part is worth: ``spec-eager`` (without the graphs), ``spec-sync`` (without async scheduling), ``spec-plain-compile``
+(without the drafter's own compiler settings), ``spec-whole`` (a whole drafter on each rank of ``--tp``); ``spec@5``
+is ``spec`` with k = 5, ``plain+NAME=VALUE`` is ``plain`` with that variable set. One run with both drafters beside
+stock's plain decoding:
 
     … --together --engines stock,spec@3,mtp@4 --concurrency 1,4,16 --acceptance 1.0,0.8,0.0 --repeats 2
 
-Times exclude prompts and a warm-up of every batch size; times are medians of ``--repeats``. With ``--tp 2`` every
-engine has two ranks, one card each; times and bytes are the first rank's.
+Times exclude prompts (``prompts`` is theirs) and a warm-up of every batch size; they are medians of ``--repeats``.
+With ``--tp 2`` every engine has two ranks, one card each; times and bytes are the first rank's.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from typing import Any
 ENGINES: dict[str, dict[str, str]] = {
     "stock": {"VLLM_GEMMA4_SPEC": "0"},
     "plain": {},
+    "awq": {},
+    "svd": {},
     "spec": {},
     "spec-adaptive": {"VLLM_GEMMA4_SPEC_ADAPTIVE_K": "0.16"},
     "spec-plain-compile": {"VLLM_GEMMA4_SPEC_PATCH_DRAFT_COMPILE": "0"},
@@ -105,7 +108,10 @@ def make_llm(args: argparse.Namespace) -> Any:
     sizes = [int(c) for c in args.concurrency.split(",")]
     # The same for every run: the folder's name is part of vLLM's compile cache key.
     work = Path(tempfile.gettempdir()) / f"gemma4-shapes-{args.target_layers or 'all'}"
-    target = shapes.write_model(args.target, work / "target", args.target_layers)
+    form = args.engine.partition("+")[0]
+    algorithm = f"NVFP4_{form.upper()}" if form in ("awq", "svd") else "NVFP4"
+    folder = work / (f"target-{form}" if form in ("awq", "svd") else "target")
+    target = shapes.write_model(args.target, folder, args.target_layers, algorithm)
     query = k + 1 if speculates(args.engine) else 1
     options: dict[str, Any] = {}
     if speculates(args.engine):
@@ -179,7 +185,8 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         outputs = llm.generate(prompts, params, use_tqdm=False)
         stats = [o.metrics for o in outputs]
         first, last = max(s.first_token_ts for s in stats), max(s.last_token_ts for s in stats)
-        return (tokens - 1) * n / (last - first), rpc(probes.read_marks)[0]
+        prompts_ms = round((first - min(s.scheduled_ts for s in stats)) * 1e3, 1)
+        return (tokens - 1) * n / (last - first), rpc(probes.read_marks)[0] | {"prompts": prompts_ms}
 
     def mixed(n: int, kinds: int) -> tuple[float, dict[str, float]]:
         """As many runs as there are kinds of requests, so that each kind generates the same number of tokens."""

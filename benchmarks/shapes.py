@@ -35,15 +35,15 @@ def text_config(name: str, layers: int | None = None) -> dict[str, Any]:
     return config
 
 
-def write_model(name: str, folder: Path, layers: int | None = None) -> Path:
-    """A folder with the config of ``Gemma4ForCausalLM`` in ModelOpt NVFP4; there are no weights in it."""
+def write_model(name: str, folder: Path, layers: int | None = None, algorithm: str = "NVFP4") -> Path:
+    """A folder with the config of ``Gemma4ForCausalLM`` in ModelOpt's ``algorithm``; there are no weights in it."""
     config = text_config(name, layers)
     config |= {
         "architectures": ["Gemma4ForCausalLM"],
         "tie_word_embeddings": True,
         "quantization_config": {
             "quant_method": "modelopt",
-            "quant_algo": "NVFP4",
+            "quant_algo": algorithm,
             "group_size": 16,
             "ignore": ["lm_head", "*router*"],
             "producer": {"name": "modelopt"},
