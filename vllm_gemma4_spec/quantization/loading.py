@@ -44,8 +44,8 @@ def quantization_config(original: staticmethod[..., Any]) -> staticmethod[..., A
 
     Patch: ``modelopt-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
-    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 to 0.32); none found
-    for NVFP4_AWQ and NVFP4_SVD.
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #44371 (constants in a reload, after 0.23.0), #52501
+    (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
     """
 
     @functools.wraps(original.__func__)
@@ -155,8 +155,8 @@ def checked_weights(original: Callable[..., Iterator[tuple[str, Tensor]]]) -> Ca
 
     Patch: ``modelopt-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
-    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 to 0.32); none found
-    for NVFP4_AWQ and NVFP4_SVD.
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #44371 (constants in a reload, after 0.23.0), #52501
+    (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
     """
 
     @functools.wraps(original)
@@ -188,8 +188,8 @@ def known_algorithm(original: Callable[..., Any]) -> Callable[..., Any]:
 
     Patch: ``modelopt-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
-    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 to 0.32); none found
-    for NVFP4_AWQ and NVFP4_SVD.
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #44371 (constants in a reload, after 0.23.0), #52501
+    (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
     """
 
     @functools.wraps(original)
@@ -213,8 +213,8 @@ def refused_on_cpu(original: Any) -> Any:
 
     Patch: ``modelopt-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
-    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 to 0.32); none found
-    for NVFP4_AWQ and NVFP4_SVD.
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #44371 (constants in a reload, after 0.23.0), #52501
+    (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
     Patch: ``compressed-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_compressed_tensors.py::test_stock_has_no_nvfp4_on_a_cpu``. Related upstream change:
     #35733 (emulation, in 0.20.0).
