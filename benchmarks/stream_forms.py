@@ -29,7 +29,7 @@ def forms(stages: dict[int, int], **rest: Any) -> dict[int, Form]:
     return {tiles: Form(count, **rest) for tiles, count in stages.items()}
 
 
-W = {"wgmma": True, "overlap": True}
+W = {"wgmma": True}
 FORMS: dict[str, dict[int, Form]] = {
     "mma": stream_gemm.MMA_FORMS,
     "mma-deep": forms({1: 8, 2: 8, 4: 6, 8: 5}),

@@ -69,7 +69,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 FORM = Form(stages=3)
-WGMMA = Form(stages=3, wgmma=True, overlap=True)
+WGMMA = Form(stages=3, wgmma=True)
 
 
 def run(
@@ -143,7 +143,7 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(libraries: Any) -> No
         (FORM, 2),
         (FORM, 4),
         (Form(6), 1),
-        (Form(4, wgmma=True), 1),
+        (WGMMA, 1),
         (WGMMA, 2),
         (WGMMA, 6),
         (WGMMA, 8),

@@ -588,8 +588,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
                 mma_async(acc[0], a[0], rows_of_x);
                 mma_async(acc[1], a[1], rows_of_x);
                 mma_commits();
-                if (OVERLAP) mma_finishes<1>();  // the step before: its registers are free again
-                else mma_finishes<0>();
+                mma_finishes<1>();  // the step before: its registers are free again
             }
             mma_finishes<0>();
             __syncwarp();

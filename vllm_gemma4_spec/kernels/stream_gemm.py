@@ -39,7 +39,6 @@ class Form:
     stages: int  # of the ring of weights
     groups: int = 2  # of eight warps: a stage is one group's, the next one the other's
     wgmma: bool = False
-    overlap: bool = False  # decode while wgmma multiplies the step before
     first: int = 2  # stages of weights that do not wait for the kernel before this one
     pace: int = 1000  # cycles from one stage of those behind them to the next, until x is there; 0: at once
     sharing: int = 0  # blocks that share a tile at most, on average; 0: as many as there are
@@ -57,12 +56,12 @@ class Form:
 # the same order: a row's bits are the same in each.
 WGMMA_FORMS = {
     1: Form(6),
-    2: Form(8, wgmma=True, overlap=True),
-    4: Form(6, wgmma=True, overlap=True),
-    6: Form(5, wgmma=True, overlap=True),
-    8: Form(5, wgmma=True, overlap=True),
-    10: Form(5, groups=1, wgmma=True, overlap=True, first=3, pace=0, sharing=8),
-    16: Form(4, groups=1, wgmma=True, overlap=True, first=3, pace=0, sharing=8),
+    2: Form(8, wgmma=True),
+    4: Form(6, wgmma=True),
+    6: Form(5, wgmma=True),
+    8: Form(5, wgmma=True),
+    10: Form(5, groups=1, wgmma=True, first=3, pace=0, sharing=8),
+    16: Form(4, groups=1, wgmma=True, first=3, pace=0, sharing=8),
 }
 MMA_FORMS = {1: Form(4), 2: Form(4), 4: Form(4), 8: Form(4)}  # cards without wgmma
 
@@ -99,7 +98,6 @@ def macros(tiles: int, scaled: bool, form: Form) -> dict[str, int]:
         "STAGES": form.stages,
         "GROUPS": form.groups,
         "WGMMA": int(form.wgmma),
-        "OVERLAP": int(form.overlap),
         "FIRST": form.first,
         "PACE": form.pace,
     }
