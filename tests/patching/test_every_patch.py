@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.stock import LEAVE_OUT
 from vllm_gemma4_spec.registry import PATCHES
+from vllm_gemma4_spec.settings import patch_switch
 
 TESTS = Path(__file__).parents[1]
 
@@ -23,12 +24,14 @@ class Shown:
     """``folder/file::test[case]`` below ``tests``: one of stock vLLM, and one that fails there.
 
     ``fails``: what the latter says without the patch, a pattern in pytest's lines about the error. Any other failure
-    (a module that is missing, a fixture that broke) proves nothing.
+    (a module that is missing, a fixture that broke) proves nothing. ``spawns``: vLLM makes ranks in processes of their
+    own, which the patch's switch reaches.
     """
 
     stock: str
     proof: str
     fails: str
+    spawns: bool = False
 
 
 _STOCK = "patching/test_stock"
@@ -150,7 +153,7 @@ SHOWN = {
     "mtp-scheduling": Shown(
         "mtp/test_stock_scheduling::test_stock_scheduling_stops_before_the_maximum_length",
         "mtp/test_drafts::test_drafts_go_on_to_the_maximum_length[31b]",
-        r"assert \d+ > \d+",
+        r"assert 249 > \(",
     ),
     "mtp-checks": Shown(
         "mtp/test_mtp_validation::test_stock_takes_another_targets_assistant",
@@ -176,6 +179,7 @@ SHOWN = {
         f"{_STOCK}::test_a_whole_drafter_beside_several_ranks_is_refused",
         "engine/test_tensor_parallel::test_a_whole_drafter_on_each_rank[target]",
         r"Error|exception",
+        spawns=True,
     ),
     "draft-graphs": Shown(
         f"{_GRAPHS}::test_stock_drafts_kernel_by_kernel",
@@ -230,7 +234,8 @@ SHOWN = {
     "cpu-kernels": Shown(
         f"{_STOCK}::test_triton_kernels_cannot_be_launched_on_a_cpu",
         "spec_decode/test_own_blocks::test_first_step_looks_ahead",
-        r"object is not subscriptable",
+        # What a launch ends in without Triton, with it, and with it where vLLM puts a stand-in in its place.
+        r"object is not subscriptable|0 active drivers|module 'triton' has no attribute",
     ),
     "draft-products": Shown(
         f"{_KERNELS}::test_stock_loads_a_drafter_as_any_model",
@@ -240,7 +245,7 @@ SHOWN = {
     "modelopt-nvfp4": Shown(
         "quantization/test_nvfp4_config::test_undo_gives_vllm_its_class_back",
         "quantization/test_nvfp4_engine::test_logprobs_equal_the_reference",
-        r"NVFP4_AWQ",
+        r"ModelOpt currently only supports",
     ),
     "kv-scales": Shown(
         "quantization/test_kv_scales::test_the_kernel_drops_the_scales_of_fp8_queries",
@@ -335,16 +340,19 @@ def test_every_wrapper_names_its_patch_its_evidence_and_the_related_change() -> 
 @pytest.mark.parametrize("patch", SHOWN)
 def test_the_proof_fails_without_the_patch(patch: str) -> None:
     """In a process that never applies it, whatever asks for it; all other patches are on."""
+    switch = {patch_switch(patch).name: "0"} if SHOWN[patch].spawns else {}
     options = ("-x", "-q", "-p", "tests.support.stock", "-p", "no:cacheprovider")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, node(SHOWN[patch].proof)],
         cwd=TESTS.parent,
-        env=os.environ | {LEAVE_OUT: patch},
+        env=os.environ | {LEAVE_OUT: patch} | switch,
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
     )
+    if re.match(r"\d+ skipped\b", done.stdout.splitlines()[-1]):
+        pytest.skip(f"its proof is skipped here: {SHOWN[patch].proof}")
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
     said = "\n".join(line for line in done.stdout.splitlines() if line.startswith("E  "))
     assert re.search(SHOWN[patch].fails, said), said[-3000:]

@@ -75,7 +75,11 @@ def test_the_cpu_refuses_speculation(tiny: dict[str, Path]) -> None:
 def test_triton_kernels_cannot_be_launched_on_a_cpu() -> None:
     from vllm.v1.sample import rejection_sampler
 
-    with without(cpu.CPU_KERNELS), pytest.raises(TypeError, match="not subscriptable"):
+    # Without Triton, and with it.
+    with (
+        without(cpu.CPU_KERNELS),
+        pytest.raises((TypeError, RuntimeError), match=r"not subscriptable|0 active drivers"),
+    ):
         rejection_sampler.expand_kernel[(1,)]()
 
 

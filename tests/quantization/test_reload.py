@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ from safetensors.torch import load_file
 
 from tests.checkpoints import reference
 from tests.quantization.comparison import FIXTURES, TOKENS, each, edited, per_expert, text_only, without
+from tests.support import tiny_models
 from tests.support.engine import engine
+from tests.support.stock import without as without_patch
 from vllm_gemma4_spec.errors import CheckpointError
+from vllm_gemma4_spec.quantization.patches import PATCHES
 
 TOLERANCE = 1e-3
+FAST = ["31b-awq-full", "26b-mm-awq-lite"]
 NAMES = [
-    "31b-awq-full",
-    *(pytest.param(p.name, marks=pytest.mark.slow) for p in sorted(FIXTURES.iterdir()) if p.name != "31b-awq-full"),
+    *FAST,
+    *(pytest.param(p.name, marks=pytest.mark.slow) for p in sorted(FIXTURES.iterdir()) if p.name not in FAST),
 ]
 OPTIONS: dict[str, Any] = {"max_model_len": 64, "max_num_batched_tokens": 64, "max_num_seqs": 1, "max_logprobs": -1}
 OPTIONS |= {"num_gpu_blocks_override": 64}
@@ -33,7 +38,11 @@ def logprobs(llm: Any) -> torch.Tensor:
 
 
 def reload(llm: Any, folder: Path) -> None:
-    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+    torch.use_deterministic_algorithms(True, warn_only=True)  # memory that nothing has written yet holds NaN
+    try:
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def halved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -56,18 +65,33 @@ def test_answers_are_those_of_the_new_weights_and_of_the_old_again(name: str, tm
     assert (reference.logprobs(second, TOKENS) - before).abs().max() > 100 * TOLERANCE
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["packed", "dequantized"])
 def test_experts(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new weights lack the input scales of an expert that calibration never reached."""
     monkeypatch.setenv("VLLM_GEMMA4_SPEC_NVFP4_WEIGHTS", weights)
     first = edited(FIXTURES / "26b-mm-awq-lite", tmp_path / "first", per_expert)
-    second = edited(first, tmp_path / "second", halved)
+    scales = [f"experts.0.{name}.input_scale" for name in ("gate_proj", "up_proj", "down_proj")]
+    second = edited(first, tmp_path / "second", lambda tensors: without(*scales)(halved(tensors)))
     with engine(first, **OPTIONS, **text_only(first)) as llm:
         before = logprobs(llm)
         reload(llm, second)
         torch.testing.assert_close(logprobs(llm), reference.logprobs(second, TOKENS), atol=TOLERANCE, rtol=0)
         reload(llm, first)
         torch.testing.assert_close(logprobs(llm), before, atol=0, rtol=0)
+
+
+def test_stock_routes_by_uninitialised_memory_once_a_26b_was_loaded_again(tmp_path: Path) -> None:
+    experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+    model = tiny_models.save(tiny_models.target_config(**experts), tmp_path / "model")
+    (patch,) = [p for p in PATCHES if p.name == "modelopt-nvfp4"]
+    for left_out in (without_patch(patch), contextlib.nullcontext()):
+        with left_out, engine(model, **OPTIONS) as llm:
+            before = logprobs(llm)
+            for _ in range(2):
+                reload(llm, model)
+                after = logprobs(llm)
+        assert torch.equal(after, before) == isinstance(left_out, contextlib.nullcontext)
+        assert after.isnan().any() != torch.equal(after, before)
 
 
 def test_what_the_new_weights_lack_or_have_more(tmp_path: Path) -> None:

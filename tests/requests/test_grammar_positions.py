@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from tests.support import scripted
+from tests.support.configs import GEMMA4, LLAMA
 from vllm_gemma4_spec.demo.data import GET_WEATHER, SET_TIMER
 
 END_OF_REASONING = 101
@@ -299,6 +300,8 @@ def test_a_rollback_leads_to_where_it_was(manager: Any, backend: str) -> None:
             assert (fill(grammar), grammar.is_terminated()) == (masks[at], over[at]), (at, back)
     assert over == [at > tokens.index(EOS) for at in range(len(tokens) + 1)]
     assert grammar.validate_tokens([3, 4]) == [3, 4]  # after the end all are free
+    with pytest.raises(NotImplementedError):
+        grammar.reset()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -309,6 +312,24 @@ def test_a_token_that_the_grammar_forbids_is_rejected(manager: Any, backend: str
     assert not mask[9 // 32] >> 9 % 32 & 1
     assert not grammar.accept_tokens("r", [9])
     assert not grammar.is_terminated()
+
+
+@pytest.mark.parametrize(
+    ("target", "reasoner", "positioned"), [(GEMMA4, None, True), (GEMMA4, object(), False), (LLAMA, None, False)]
+)
+def test_other_models_and_reasoning_parsers_keep_the_backends_grammar(
+    target: Any, reasoner: Any, positioned: bool
+) -> None:
+    from vllm_gemma4_spec.requests.grammar import PositionedGrammar
+    from vllm_gemma4_spec.requests.structured_output import create_grammar, manager_init
+
+    backend = SimpleNamespace(allocate_token_bitmask=lambda rows: np.zeros((rows, 4), dtype=np.int32))
+    made = SimpleNamespace(reasoner=reasoner, tokenizer=SimpleNamespace(eos_token_id=EOS), backend=backend)
+    manager_init(lambda manager, config: None)(made, SimpleNamespace(model_config=target))
+    grammar, request = object(), SimpleNamespace(structured_output_request=SimpleNamespace())
+    got = create_grammar(lambda manager, request: grammar)(made, request)
+    assert isinstance(got, PositionedGrammar) == positioned
+    assert (got is grammar) != positioned
 
 
 def test_lm_format_enforcer_cannot_be_loaded() -> None:

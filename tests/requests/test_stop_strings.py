@@ -73,6 +73,9 @@ def test_a_string_over_several_tokens_and_one_before_min_tokens() -> None:
     outputs = processor()
     add(outputs, "a", stop=[word(FIRST) + word(FIRST + 1)])
     assert len(step(outputs, "a").token_ids) == FIRST + 2
+    add(outputs, "later", stop=[word(LAST)], min_tokens=LAST + 1)
+    assert step(outputs, "later").finish_reason is None
+    assert step(outputs, "later").stop_reason == word(LAST)
     add(outputs, "b", stop=[word(FIRST), word(LAST)], min_tokens=FIRST + 1)
     answer = step(outputs, "b")
     assert (answer.stop_reason, len(answer.token_ids)) == (word(LAST), LAST + 1)

@@ -18,6 +18,8 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 _LIBRARIES = """
@@ -137,9 +139,15 @@ def run_after_vllm(code: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def interpreted(module: str, *arguments: str | Path) -> None:
-    """``python -m MODULE ARGUMENTS``, with Triton's kernels interpreted on the CPU."""
+    """``python -m MODULE ARGUMENTS``, with Triton's kernels interpreted on the CPU.
+
+    Triton 3.6's interpreter takes ``int`` of arrays of one dimension, which NumPy refuses from 2.4 on (vLLM 0.19.1
+    installs 2.2): the test is skipped there.
+    """
     code = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     done = _fork("interpreter", code, dict(os.environ) | _INTERPRETER, [str(a) for a in arguments])
+    if "triton/runtime/interpreter.py" in done.stderr and "only 0-dimensional arrays can be" in done.stderr:
+        pytest.skip("Triton's interpreter does not work with this NumPy")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from vllm.platforms import current_platform
+from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from vllm_gemma4_spec import scope
 from vllm_gemma4_spec.checkpoints import files, layers, outcome
@@ -43,8 +44,8 @@ def quantization_config(original: staticmethod[..., Any]) -> staticmethod[..., A
 
     Patch: ``modelopt-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
-    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 to 0.32); none found
-    for NVFP4_AWQ and NVFP4_SVD.
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #44371 (constants in a reload, after 0.23.0), #52501
+    (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
     """
 
     @functools.wraps(original.__func__)
@@ -56,6 +57,7 @@ def quantization_config(original: staticmethod[..., Any]) -> staticmethod[..., A
         try:
             if gemma and getattr(load_config, "load_format", None) != "dummy":
                 _check_forms(model_config)
+            _name_layers(model_config)
             return original.__func__(model_config, load_config)
         except CheckpointError as error:
             stop(error)
@@ -63,6 +65,29 @@ def quantization_config(original: staticmethod[..., Any]) -> staticmethod[..., A
             asked.reset(token)
 
     return staticmethod(wrapper)
+
+
+def _name_layers(model_config: Any) -> None:
+    """MIXED_PRECISION whose layers hf_quant_config.json alone names, as ModelOpt 0.42.0 writes it.
+
+    0.19.1 reads that file for a target; for a drafter it ends in "hf_overrides must be a dict".
+
+    Raises:
+        CheckpointError: the file is damaged, or names another algorithm.
+    """
+    key, section = "quantized_layers", getattr(model_config.hf_config, "quantization_config", None)
+    if model_config.quantization != "modelopt_mixed" or not isinstance(section, dict):
+        return
+    if "quantization" in section or key in section:
+        return
+    folder = local(model_config.model)
+    if folder is not None:
+        found = files.quantization(section, folder)
+    else:
+        beside = get_hf_file_to_dict("hf_quant_config.json", model_config.model, model_config.revision) or {}
+        found = beside.get("quantization", {})
+    if key in found:
+        section[key] = found[key]
 
 
 def _check_forms(model_config: Any) -> None:
@@ -130,8 +155,8 @@ def checked_weights(original: Callable[..., Iterator[tuple[str, Tensor]]]) -> Ca
 
     Patch: ``modelopt-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
-    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 to 0.32); none found
-    for NVFP4_AWQ and NVFP4_SVD.
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #44371 (constants in a reload, after 0.23.0), #52501
+    (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
     """
 
     @functools.wraps(original)
@@ -144,8 +169,8 @@ def checked_weights(original: Callable[..., Iterator[tuple[str, Tensor]]]) -> Ca
         if safetensors:
             tensors = files.read_headers(Path(f) for f in sorted(shards))
             written = getattr(model_config.hf_config, "quantization_config", None) or {}
-            section = written.get("quantization", written)
-            layers.check(layers.describe(tensors, section if isinstance(section, dict) else {}))
+            section = files.quantization(written, Path(shards[0]).parent)
+            layers.check(layers.describe(tensors, section))
         return _loadable(stream)
 
     return get_all_weights
@@ -163,8 +188,8 @@ def known_algorithm(original: Callable[..., Any]) -> Callable[..., Any]:
 
     Patch: ``modelopt-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
-    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 to 0.32); none found
-    for NVFP4_AWQ and NVFP4_SVD.
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #44371 (constants in a reload, after 0.23.0), #52501
+    (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
     """
 
     @functools.wraps(original)
@@ -188,8 +213,8 @@ def refused_on_cpu(original: Any) -> Any:
 
     Patch: ``modelopt-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
-    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 to 0.32); none found
-    for NVFP4_AWQ and NVFP4_SVD.
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #44371 (constants in a reload, after 0.23.0), #52501
+    (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
     Patch: ``compressed-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_compressed_tensors.py::test_stock_has_no_nvfp4_on_a_cpu``. Related upstream change:
     #35733 (emulation, in 0.20.0).

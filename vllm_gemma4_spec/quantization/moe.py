@@ -72,15 +72,6 @@ class SameKernel:
             kept.put_back()
 
 
-_UNSET = -1.0
-
-
-def _clear_input_scales(layer: Module) -> None:
-    """An expert without ``input_scale`` must be told from one whose scale was loaded."""
-    for name in ("w13", "w2"):
-        getattr(layer, f"{name}_input_scale").data.fill_(_UNSET)
-
-
 def settle_input_scales(layer: Module, weight_only: bool) -> None:
     """``input_scale`` of experts that calibration never reached: the largest of the others'.
 
@@ -91,7 +82,7 @@ def settle_input_scales(layer: Module, weight_only: bool) -> None:
     """
     for name in ("w13", "w2"):
         scales = getattr(layer, f"{name}_input_scale").data
-        unset = scales == _UNSET
+        unset = scales == reload.UNSET
         missing = int(unset.sum())
         if not missing:
             continue
@@ -126,7 +117,7 @@ class ModelOptNvFp4RepairedMoE(SameKernel, ModelOptNvFp4FusedMoE):
 
     def create_weights(self, layer: Module, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)
-        _clear_input_scales(layer)
+        reload.clear_input_scales(layer)
 
     def process_weights_after_loading(self, layer: Module) -> None:
         settle_input_scales(layer, self.nvfp4_backend == NvFp4MoeBackend.MARLIN)
@@ -190,7 +181,7 @@ class ModelOptNvFp4EmulatedMoE(EmulatedExperts, ModelOptNvFp4FusedMoE):
 
     def create_weights(self, layer: Module, *args: Any, **kwargs: Any) -> None:
         super().create_weights(layer, *args, **kwargs)
-        _clear_input_scales(layer)
+        reload.clear_input_scales(layer)
 
     def process_weights_after_loading(self, layer: Module) -> None:
         settle_input_scales(layer, weight_only=True)

@@ -107,15 +107,16 @@ PATCHES: tuple[Patch, ...] = (
         how=(
             "Subclasses of the NVFP4 and mixed configs choose subclasses of the linear methods, which add "
             "pre_quant_scale and the low-rank branch, repair what was loaded and emulate where vLLM has no kernel; "
-            "also when weights are loaded again (reload_weights, update_weights), with the KV cache's scales; weights "
-            "that are refused then leave the old ones. Stacked experts are handed on one by one; what the headers rule "
+            "also when weights are loaded again (reload_weights, update_weights), with the KV cache's scales and what "
+            "no checkpoint has (stock multiplies a 26B's router by uninitialised memory then); weights "
+            "that are refused leave the old ones. Stacked experts are handed on one by one; what the headers rule "
             "out is refused before a process starts."
         ),
         retire="vLLM reads pre_quant_scale and svdquant_lora_*, and repairs or refuses NaN scales itself.",
         scope="Checkpoints in ModelOpt's NVFP4 forms, MIXED_PRECISION and FP8, whatever the model; tensors of every "
         "Gemma 4.",
-        related="#35733 (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 "
-        "to 0.32); none found for NVFP4_AWQ and NVFP4_SVD",
+        related="#35733 (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #44371 (constants in a reload, "
+        "after 0.23.0), #52501 (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD",
         edits=(
             Edit(f"{_QUANTIZATION}:ModelOptNvFp4Config", config.nvfp4_config),
             Edit(f"{_QUANTIZATION}:ModelOptMixedPrecisionConfig", mixed.mixed_config),
@@ -147,6 +148,12 @@ PATCHES: tuple[Patch, ...] = (
             Edit("vllm.v1.worker.gpu_worker:Worker.reload_weights", reload.with_config),
             Edit("vllm.v1.worker.gpu_worker:Worker.update_weights", reload.with_config),
             Edit(f"{_LOADER}.reload.layerwise:finalize_layerwise_processing", reload.finalize),
+            Edit(f"{_LOADER}.reload.layerwise:initialize_online_processing", reload.initialize),
+            Edit(
+                f"{_LOADER}.reload.layerwise:materialize_layer",
+                reload.materialize,
+                source=f"{_LOADER}.reload.meta:materialize_layer",
+            ),
         ),
         watches=(
             f"{_QUANTIZATION}:ModelOptQuantConfigBase",

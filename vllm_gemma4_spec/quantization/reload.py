@@ -3,6 +3,8 @@
 vLLM gives every layer its checkpoint's parameters back, loads, processes, and copies what comes out into the tensors
 that were there before, so that CUDA graphs see the new values at the old addresses. That needs each layer to come out
 with the same parameters; and it does not know of tensors that are no parameters, nor of scales of attention layers.
+What it does not load holds whatever the memory held: constants that no checkpoint has (a 26B's router multiplies by
+one), scales of experts that calibration never reached, and an expert's last scale, as it counts others twice.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ def with_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
     Patch: ``modelopt-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
-    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 to 0.32); none found
-    for NVFP4_AWQ and NVFP4_SVD.
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #44371 (constants in a reload, after 0.23.0), #52501
+    (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
     """
 
     @functools.wraps(original)
@@ -57,6 +59,7 @@ def with_config(original: Callable[..., Any]) -> Callable[..., Any]:
                 if said:
                     break
             else:
+                before.keep_constants()
                 delattr(model, FINISHED)
                 vars(self).pop("execute_model", None)
                 given = original.__name__ == "update_weights" or args or kwargs.get("weights_iterator") is not None
@@ -95,12 +98,19 @@ def _of_all_ranks(error: str | None) -> tuple[list[str], bool]:
 
 
 class Before:
-    """The attributes of every layer before a reload, its tensors among them."""
+    """The attributes of every layer before a reload, its tensors among them, and the values of its constants."""
 
     def __init__(self, model: Module) -> None:
         self.model = model
         self._layers = [(layer, _attributes(layer)) for layer in model.modules()]
+        self._constants = [(*constant, constant[-1].clone()) for layer, _ in self._layers for constant in _mixed(layer)]
         setattr(model, FINISHED, False)
+
+    def keep_constants(self) -> None:
+        """In the old tensors, where the layer's other tensors are now the new checkpoint's."""
+        for layer, name, tensor, value in self._constants:
+            tensor.copy_(value)
+            layer._non_persistent_buffers_set.add(name)
 
     def put_back(self) -> bool:
         """Undo what a reload has left of itself; whether it has written into the old tensors."""
@@ -114,11 +124,19 @@ class Before:
             vars(layer).clear()
             vars(layer).update(attributes)
             info.reset()
+        self.keep_constants()
         return written
 
 
 def _attributes(layer: Module) -> dict[str, Any]:
     return vars(layer) | {"_parameters": dict(layer._parameters), "_buffers": dict(layer._buffers)}
+
+
+def _mixed(layer: Module) -> list[tuple[Module, str, Tensor]]:
+    """Buffers that no checkpoint has, in a layer that loads others: vLLM makes all of its tensors anew (#44371)."""
+    constants = {name: layer._buffers[name] for name in layer._non_persistent_buffers_set}
+    loads = len(layer._parameters) + len(layer._buffers) > len(constants)
+    return [(layer, name, tensor) for name, tensor in constants.items() if loads and tensor is not None]
 
 
 def _direct(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -134,6 +152,7 @@ def _restore(worker: Any) -> str | None:
     before = Before(worker.model_runner.get_model())
     try:
         worker.model_runner.reload_weights()
+        before.keep_constants()
         delattr(before.model, FINISHED)
         nan_scales.forget(before.model)
     except Exception as error:
@@ -158,8 +177,8 @@ def finalize(original: Callable[..., None]) -> Callable[..., None]:
 
     Patch: ``modelopt-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
-    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #52501 (NaN scales refused, 0.30 to 0.32); none found
-    for NVFP4_AWQ and NVFP4_SVD.
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #44371 (constants in a reload, after 0.23.0), #52501
+    (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
     """
 
     @functools.wraps(original)
@@ -177,6 +196,58 @@ def finalize(original: Callable[..., None]) -> Callable[..., None]:
             _report(model)
 
     return wrapper
+
+
+def initialize(original: Callable[[Module], None]) -> Callable[[Module], None]:
+    """``initialize_online_processing``: a layer of experts is whole when all of its tensors are loaded.
+
+    vLLM writes an expert's input scale over two elements and counts both, so that the last tensor came too late.
+
+    Patch: ``modelopt-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #44371 (constants in a reload, after 0.23.0), #52501
+    (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
+    """
+
+    @functools.wraps(original)
+    def wrapper(layer: Module) -> None:
+        from vllm.model_executor.model_loader.reload import layerwise
+
+        original(layer)
+        scale = layer._parameters.get("w13_input_scale")
+        if hasattr(layer, MARK) and scale is not None:
+            layerwise.get_layerwise_info(layer).load_numel_total += scale.numel()
+
+    return wrapper
+
+
+def materialize(original: Callable[..., None]) -> Callable[..., None]:
+    """``materialize_layer``: input scales of experts are marked as in a first load until they are loaded.
+
+    Patch: ``modelopt-nvfp4``. Evidence:
+    ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
+    (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #44371 (constants in a reload, after 0.23.0), #52501
+    (NaN scales refused, 0.30 to 0.32); none found for NVFP4_AWQ and NVFP4_SVD.
+    """
+
+    @functools.wraps(original)
+    def wrapper(layer: Module, *args: Any, **kwargs: Any) -> None:
+        original(layer, *args, **kwargs)
+        if hasattr(layer, MARK):
+            clear_input_scales(layer)
+
+    return wrapper
+
+
+UNSET = -1.0
+
+
+def clear_input_scales(layer: Module) -> None:
+    """An expert without ``input_scale`` must be told from one whose scale was loaded."""
+    for name in ("w13", "w2"):
+        scale = layer._parameters.get(f"{name}_input_scale")
+        if scale is not None:
+            scale.data.fill_(UNSET)
 
 
 def _load_kv_scales(layer: Module) -> None:

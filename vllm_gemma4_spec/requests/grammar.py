@@ -48,12 +48,12 @@ class PositionedGrammar(StructuredOutputGrammar):
             self._taken += 1
             self._ended = token == self._eos
             return True
-        # outlines puts the end of sequence into a mask and does not accept it.
-        if token == self._eos and self._allows(token):
-            self._free = 1
-            self._ended = self._end_is_free = True
-            return True
-        return False
+        # Of what the backend rejects: outlines puts the end of sequence into a mask and does not accept it.
+        if token != self._eos or not self._allows(token):
+            return False
+        self._free = 1
+        self._ended = self._end_is_free = True
+        return True
 
     def _allows(self, token: int) -> bool:
         mask = torch.zeros(1, self._words, dtype=torch.int32)
@@ -99,7 +99,4 @@ class PositionedGrammar(StructuredOutputGrammar):
         return self._ended
 
     def reset(self) -> None:
-        self._inner.reset()
-        self._begun = self._end_of_reasoning is None
-        self._taken = self._free = 0
-        self._ended = self._end_is_free = False
+        raise NotImplementedError("vLLM 0.19.1 resets no grammar, and xgrammar's would stay terminated")

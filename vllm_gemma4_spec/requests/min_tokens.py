@@ -38,22 +38,16 @@ class MinTokens(MinTokensLogitsProcessor):
     def update_state(self, batch_update: Any) -> None:
         if batch_update:
             process_dict_updates(self.min_toks, batch_update, self.add_request)
-        if not self.min_toks:
-            return
-        long = [r for r, (least, output, _) in self.min_toks.items() if len(output) - self._most_drafts >= least]
-        for row in long:
-            del self.min_toks[row]
+        for row, (least, output, _) in tuple(self.min_toks.items()):
+            if len(output) - self._most_drafts >= least:
+                del self.min_toks[row]
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (requests, vocabulary) of the token after the last draft, or after the output without drafts."""
-        if not self.min_toks:
-            return logits
-        at = [
-            (row, token)
-            for row, (least, output, stops) in self.min_toks.items()
-            if len(output) + (self.drafts[row] if self.drafts is not None else 0) < least
-            for token in stops
-        ]
+        at: list[tuple[int, int]] = []
+        for row, (least, output, stops) in self.min_toks.items():
+            if len(output) + (self.drafts[row] if self.drafts is not None else 0) < least:
+                at += [(row, token) for token in stops]
         if at and at != self._at:
             self._at = at
             self._places = tuple(self._device_tensor(places, torch.int32) for places in zip(*at, strict=True))

@@ -68,7 +68,7 @@ def update(original: Callable[..., str | None]) -> Callable[..., str | None]:
 
     @functools.wraps(original)
     def wrapper(self: Any, new_token_ids: list[int], stop_terminated: bool) -> str | None:
-        stop = self.stop
+        stop, ended = self.stop, None
         for at, token in enumerate(new_token_ids, 1):
             before = len(self.output_text)
             self.stop = []
@@ -80,11 +80,11 @@ def update(original: Callable[..., str | None]) -> Callable[..., str | None]:
                 continue
             found = first_stop(self.output_text, before, stop)
             if found is not None:
-                string, end = found
-                self.output_text = self.output_text[: end if self.include_stop_str_in_output else end - len(string)]
+                ended, end = found
+                self.output_text = self.output_text[: end if self.include_stop_str_in_output else end - len(ended)]
                 del new_token_ids[at:]
-                return string
-        return None
+                break
+        return ended
 
     return wrapper
 
