@@ -23,9 +23,30 @@ from vllm_gemma4_spec.kernels.scratch import Scratch
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
-_TILES = (1, 2, 3, 4, 8)  # compiled numbers of 8-token tiles
 _LANES = 32
-_MAX_WARPS = {1: 16, 2: 16, 3: 16, 4: 16, 8: 8}  # what the kernel's registers allow
+MOST_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the kernel is compiled: what a warp takes at once, which a larger batch is cut up into."""
+
+    tiles: int  # of 8 rows
+    pair: int = 1  # tiles of 16 outputs
+
+    @property
+    def rows(self) -> int:
+        return 8 * self.tiles
+
+    @property
+    def most_warps(self) -> int:  # what the kernel's registers allow
+        return 8 if self.tiles * self.pair > 4 else 16
+
+    def chunks(self, rows: int) -> int:
+        return -(-rows // self.rows)
+
+
+_FORMS = tuple(map(Form, (1, 2, 3, 4, 8)))
 
 
 @dataclass(frozen=True)
@@ -44,47 +65,48 @@ def most_rows(n: int, k: int) -> int:
     return 16 if n * k >= 2**25 else 32
 
 
-def plan(n: int, k: int, tiles: int, gelu: bool, multiprocessors: int) -> Launch:
+def plan(n: int, k: int, form: Form, chunks: int, gelu: bool, multiprocessors: int) -> Launch:
     """A launch for ``[rows, k] @ [k, n]``: up to 24 warps per multiprocessor, none without work.
 
     Args:
-        tiles: 8-token tiles of the input, one of ``_TILES``.
+        chunks: that the rows are cut up into.
         gelu: two tiles of outputs belong together.
     """
-    blocks, group, most = k // COLUMNS, 2 if gelu else 1, _MAX_WARPS[tiles]
-    outputs = n // ROWS
-    if blocks >= 32 and outputs < 2 * multiprocessors:
+    blocks, group, most = k // COLUMNS, 2 if gelu and form.pair == 1 else 1, form.most_warps
+    outputs = n // ROWS // form.pair
+    if blocks >= 32 and outputs * chunks < 2 * multiprocessors:
         split = 5 if blocks % 5 == 0 and 5 * group <= most else 4
         return Launch(split * group, split, 4)
     fitting = [s for s in (10, 8, 5, 4, 2) if blocks % s == 0 and s * group <= most]
-    split = next((s for s in fitting if outputs * s <= 24 * multiprocessors), 1)
+    split = next((s for s in fitting if outputs * chunks * s <= 24 * multiprocessors), 1)
     slots = group
     while split * slots * 2 <= 4 and outputs % (slots * 2) == 0:
         slots *= 2
     return Launch(split * slots, split, 1)
 
 
-def source(tiles: int, gelu: bool, scaled: bool) -> str:
-    """The kernel's CUDA C++ for inputs of up to ``8 * tiles`` rows."""
+def source(form: Form, gelu: bool, scaled: bool) -> str:
+    """The kernel's CUDA C++."""
     text = resources.files(__package__).joinpath("nvfp4_rows.cu").read_text()
-    return f"#define MT {tiles}\n#define GELU {int(gelu)}\n#define SCALED {int(scaled)}\n{text}"
+    macros = {"MT": form.tiles, "NT": form.pair, "GELU": int(gelu), "SCALED": int(scaled)}
+    return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + text
 
 
 @functools.cache
-def _kernel(tiles: int, gelu: bool, scaled: bool) -> Any:
-    return cuda.Kernel(source(tiles, gelu, scaled), "nvfp4_rows")
+def _kernel(form: Form, gelu: bool, scaled: bool) -> Any:
+    return cuda.Kernel(source(form, gelu, scaled), "nvfp4_rows")
 
 
 @functools.cache
-def _launch(n: int, k: int, tiles: int, gelu: bool, device: int) -> Launch:
-    return plan(n, k, tiles, gelu, torch.cuda.get_device_properties(device).multi_processor_count)
+def _launch(n: int, k: int, form: Form, chunks: int, gelu: bool, device: int) -> Launch:
+    return plan(n, k, form, chunks, gelu, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 SCRATCH = Scratch()
 
 
-def tiles_for(rows: int) -> int:
-    return next(t for t in _TILES if rows <= 8 * t)
+def form_for(rows: int) -> Form:
+    return next(f for f in _FORMS if rows <= f.rows)
 
 
 def gemm(
@@ -94,8 +116,10 @@ def gemm(
     global_scale: Tensor,
     gelu: bool = False,
     pre_quant_scale: Tensor | None = None,
+    form: Form | None = None,
+    how: Launch | None = None,
 ) -> Tensor:
-    """``(x * pre_quant_scale) @ W.T`` for at most 64 rows, on the current stream.
+    """``(x * pre_quant_scale) @ W.T`` for at most :data:`MOST_ROWS` rows, on the current stream.
 
     Args:
         x: ``[rows, K]`` bfloat16, contiguous.
@@ -108,13 +132,14 @@ def gemm(
         ``[rows, N]`` bfloat16, or ``[rows, N / 2]`` with ``gelu``.
     """
     rows, k = x.shape
-    n, tiles = codes.shape[0] * ROWS, tiles_for(rows)
+    n, form = codes.shape[0] * ROWS, form or form_for(rows)
+    chunks = form.chunks(rows)
     y = torch.empty(rows, n // 2 if gelu else n, dtype=x.dtype, device=x.device)
-    how = _launch(n, k, tiles, gelu, x.device.index)
+    how = how or _launch(n, k, form, chunks, gelu, x.device.index)
     partial, arrivals = SCRATCH.on(x.device)
     pre = x if pre_quant_scale is None else pre_quant_scale  # not read where there is none
-    _kernel(tiles, gelu, pre_quant_scale is not None)(
-        grid=(n // ROWS // (how.warps // how.split), how.parts, 1),
+    _kernel(form, gelu, pre_quant_scale is not None)(
+        grid=(chunks, n // ROWS // form.pair // (how.warps // how.split), how.parts),
         block=how.warps * _LANES,
         args=[
             codes,
@@ -130,7 +155,7 @@ def gemm(
             k,
             how.split,
         ],
-        shared_bytes=how.warps * tiles * 4 * _LANES * 4,
+        shared_bytes=how.warps * form.pair * form.tiles * 4 * _LANES * 4,
     )
     return y
 
@@ -183,7 +208,7 @@ def register_operator() -> None:
 def available() -> bool:
     """Whether the kernel compiles here; if not, the log says once why, and vLLM's kernels stay."""
     try:
-        _kernel(_TILES[0], False, False)
+        _kernel(_FORMS[0], False, False)
     except (ImportError, RuntimeError) as error:
         logger.warning("Small-batch NVFP4 GEMMs stay on Marlin: %s", str(error).splitlines()[0])
         return False
@@ -209,12 +234,12 @@ def reserve(n: int, k: int, device: torch.device, scaled: bool = False) -> None:
     No module can be loaded, and no scratch replaced, once a CUDA graph is being captured.
     """
     floats = 1
-    for tiles in [t for t in _TILES if 8 * (t - 1) < most_rows(n, k)]:
+    for form in [f for f in _FORMS if f.rows - 8 < most_rows(n, k)]:
         for gelu in (False,) if scaled else (False, True):
-            _kernel(tiles, gelu, scaled)
-            how = _launch(n, k, tiles, gelu, device.index)
+            _kernel(form, gelu, scaled)
+            how = _launch(n, k, form, 1, gelu, device.index)
             if how.parts > 1:
-                floats = max(floats, how.parts * n * 8 * tiles)
+                floats = max(floats, how.parts * n * form.rows)
     SCRATCH.reserve(device, floats, n // ROWS)
 
 
