@@ -360,6 +360,7 @@ def compile_attention(share: list[tuple[str, How]], ops: Any) -> None:
 
 
 def attention_part(seconds: float, out: Path, ready: Any, go: Any) -> None:
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for a GPU starts no CUDA, so that this process may fork
     from vllm.v1.attention.ops import triton_unified_attention as ops
 
     begun = time.time()
