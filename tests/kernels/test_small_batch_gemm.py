@@ -7,13 +7,14 @@ import shutil
 import subprocess
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from vllm_gemma4_spec.kernels import packing, small_batch_gemm
+from vllm_gemma4_spec.kernels import chosen_rows, packing, small_batch_gemm
 from vllm_gemma4_spec.kernels.small_batch_gemm import Form, Launch
 
 HERE = Path(__file__).parent
@@ -130,7 +131,7 @@ def test_the_input_is_multiplied_by_its_scale_as_a_tensor_would_be(libraries: An
     torch.manual_seed(tokens)
     codes, scale = weight(32, 1024)
     x, pre = torch.randn(tokens, 1024).bfloat16(), (torch.rand(1024) * 4 + 0.1).bfloat16()
-    packed, form = packing.pack(codes, scale), small_batch_gemm.form_for(tokens)
+    packed, form = packing.pack(codes, scale), small_batch_gemm.untried(tokens)
     got = run(libraries, form, x, 32, packed, how, pre=pre)
     assert torch.equal(got, run(libraries, form, x * pre, 32, packed, how))
     assert not torch.equal(got, run(libraries, form, x, 32, packed, how))
@@ -166,7 +167,7 @@ def test_every_scale_that_e4m3_has_is_exact(libraries: Any) -> None:
             torch.testing.assert_close(got.float(), wanted.bfloat16().float(), rtol=2**-8, atol=0)
 
 
-FORMS = [Form(tiles, pair) for tiles in (1, 2, 3, 4, 5, 8) for pair in (1, 2) if tiles * pair <= 10]
+FORMS = sorted({form for forms in small_batch_gemm.CANDIDATES.values() for form in forms}, key=str)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -183,3 +184,79 @@ def test_a_plan_covers_every_output_and_input_once(form: Form, gelu: bool) -> No
                 assert how.split * how.parts <= k // 256
                 assert how.warps <= form.most_warps
                 assert how.warps * form.pair * form.tiles * 512 <= 48 << 10  # shared memory without asking for it
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A card whose times are given, by form and rows; and what was compiled and reserved for it."""
+    found: dict[str, Any] = {"us": {}, "compiled": set(), "room": []}
+    clock = found["us"]
+
+    def fastest(shape: str, maker: str, measure: Any) -> dict[int, str]:
+        return {rows: chosen_rows._fastest(us) for rows, us in measure().items()}
+
+    monkeypatch.setattr(small_batch_gemm, "_chosen", {})
+    monkeypatch.setattr(small_batch_gemm, "_maker", lambda: "")
+    monkeypatch.setattr(small_batch_gemm, "_compile", lambda wanted: found["compiled"].update(wanted))
+    monkeypatch.setattr(small_batch_gemm, "_launch", lambda *what: small_batch_gemm.plan(*what[:-1], 132))
+    monkeypatch.setattr(small_batch_gemm.SCRATCH, "reserve", lambda _, *sizes: found["room"].append(sizes))
+    monkeypatch.setattr(small_batch_gemm, "gemm", lambda x, *how: clock.get((how[-1], len(x)), 99.0))
+    monkeypatch.setattr(small_batch_gemm, "_other", lambda x, *_: 20.0)
+    monkeypatch.setattr(chosen_rows, "clock", lambda _: lambda call: call())
+    monkeypatch.setattr(chosen_rows, "fastest", fastest)
+    return found
+
+
+def layer(n: int, k: int) -> Any:
+    names = ("weight_scale", "weight_global_scale", "workspace", "rows_codes", "rows_scales", "rows_global_scale")
+    return SimpleNamespace(
+        output_size_per_partition=n,
+        input_size_per_partition=k,
+        weight=torch.ones(1),
+        streamed=0,
+        rows_scaled=False,
+        **dict.fromkeys(names),
+    )
+
+
+def test_each_batch_gets_the_form_that_was_fastest(card: dict[str, Any]) -> None:
+    small = small_batch_gemm.CANDIDATES[8][0]
+    first, other = small_batch_gemm.CANDIDATES[80][:2]
+    card["us"] |= {(small, 8): 5.0, (first, 80): 12.0, (other, 80): 11.0, (first, 64): 19.9}
+    small_batch_gemm.choose(layer(3072, 2560))
+    got = {rows: small_batch_gemm.form_for(3072, 2560, False, rows) for rows in (1, 8, 9, 64, 65, 80, 81, 128, 129)}
+    assert got == dict.fromkeys(got) | {1: small, 8: small, 65: other, 80: other}  # 0.5 % faster is not worth it
+    assert {(small, False, False), (other, False, False)} <= card["compiled"]
+    assert small_batch_gemm.form_for(3072, 2560, True, 80) is None  # another kernel: as measured on an H200
+    assert small_batch_gemm.form_for(3072, 2560, True, 20) == small_batch_gemm.untried(20)
+
+
+def test_room_for_the_sums_of_every_chunk(card: dict[str, Any]) -> None:
+    form = small_batch_gemm.CANDIDATES[16][0]
+    card["us"] |= {(form, 16): 5.0}
+    small_batch_gemm.choose(layer(2560, 10240))
+    how = small_batch_gemm.plan(2560, 10240, form, 1, False, 132)
+    assert how.parts > 1
+    floats, counters = card["room"][-1]
+    assert floats >= how.parts * 2560 * 16
+    assert counters >= 2560 // 16
+
+
+@pytest.mark.parametrize("fails", ["fastest", "_compile"])
+def test_a_measurement_or_a_form_that_fails_leaves_the_start_alone(
+    card: dict[str, Any], monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    def failing(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    said: list[str] = []
+    monkeypatch.setattr(chosen_rows if fails == "fastest" else small_batch_gemm, fails, failing)
+    monkeypatch.setattr(small_batch_gemm.logger, "info", lambda text, *values: said.append(text % values))
+    small_batch_gemm.choose(layer(3072, 2560))
+    assert said[0] == "NVFP4 GEMM 3072x2560, few rows was not measured: CUDA out of memory."
+    if fails == "fastest":  # what was measured on an H200
+        assert small_batch_gemm.form_for(3072, 2560, False, 20) == small_batch_gemm.untried(20)
+        assert small_batch_gemm.form_for(3072, 2560, False, 33) is None
+    else:
+        assert said[1] == "NVFP4 GEMM 3072x2560, few rows stays on Marlin: CUDA out of memory."
+        assert small_batch_gemm.form_for(3072, 2560, False, 1) is None

@@ -1,14 +1,16 @@
 """Small-batch NVFP4 GEMMs: ``nvfp4_rows.cu`` beside Marlin, as one operator.
 
 Marlin is laid out for larger batches: on an H200 an E4B drafter's six GEMMs of one row take it 77 us a
-layer, of which reading the weights is 12. The kernel here takes over for up to :func:`most_rows`; Marlin, with its
-own copy of the weights, keeps the rest.
+layer, of which reading the weights is 12. The kernel here takes over where it is faster (:func:`choose`), for up to
+:data:`MOST_ROWS` rows; Marlin, with its own copy of the weights, or the kernel that streams Marlin's keeps the rest.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from vllm_gemma4_spec.kernels import cuda, stream_gemm
+from vllm_gemma4_spec.kernels import chosen_rows, cuda, stream_gemm
 from vllm_gemma4_spec.kernels.packing import COLUMNS, ROWS, pack
 from vllm_gemma4_spec.kernels.scratch import Scratch
 
@@ -45,8 +47,25 @@ class Form:
     def chunks(self, rows: int) -> int:
         return -(-rows // self.rows)
 
+    def __str__(self) -> str:
+        return f"chunks of {self.rows}" + ", paired" * (self.pair > 1)
 
-_FORMS = tuple(map(Form, (1, 2, 3, 4, 8)))
+
+# What is tried for batches of up to so many rows (and more than the number before). Where nothing can be measured the
+# first is taken, up to most_rows().
+CANDIDATES: dict[int, tuple[Form, ...]] = {
+    8: (Form(1),),
+    16: (Form(2), Form(1)),
+    24: (Form(3), Form(3, 2)),
+    32: (Form(4), Form(2), Form(4, 2)),
+    40: (Form(5), Form(2), Form(5, 2)),
+    48: (Form(3), Form(2), Form(3, 2)),
+    64: (Form(8), Form(2), Form(4, 2)),
+    80: (Form(2), Form(5, 2)),
+    96: (Form(2), Form(4, 2)),
+    112: (Form(2), Form(4, 2)),
+    128: (Form(2), Form(4, 2)),
+}
 
 
 @dataclass(frozen=True)
@@ -105,8 +124,17 @@ def _launch(n: int, k: int, form: Form, chunks: int, gelu: bool, device: int) ->
 SCRATCH = Scratch()
 
 
-def form_for(rows: int) -> Form:
-    return next(f for f in _FORMS if rows <= f.rows)
+def untried(rows: int) -> Form:
+    """The form for this many rows where nothing was measured."""
+    return next(forms[0] for most, forms in CANDIDATES.items() if rows <= most)
+
+
+def form_for(n: int, k: int, gelu: bool, rows: int) -> Form | None:
+    """The form that takes a batch, as :func:`choose` found; None: it is left to the other kernels."""
+    known = _chosen.get((n, k, gelu))
+    if known is None:
+        return untried(rows) if rows <= most_rows(n, k) else None
+    return next((form for most, form in known.items() if rows <= most), None)
 
 
 def gemm(
@@ -127,12 +155,13 @@ def gemm(
         global_scale: ``[1]`` float32, ModelOpt's ``weight_scale_2``.
         gelu: give ``gelu_tanh(first half) * second half`` of the outputs.
         pre_quant_scale: ``[K]`` bfloat16, or None for ones.
+        form, how: None for what suits such a batch.
 
     Returns:
         ``[rows, N]`` bfloat16, or ``[rows, N / 2]`` with ``gelu``.
     """
     rows, k = x.shape
-    n, form = codes.shape[0] * ROWS, form or form_for(rows)
+    n, form = codes.shape[0] * ROWS, form or untried(rows)
     chunks = form.chunks(rows)
     y = torch.empty(rows, n // 2 if gelu else n, dtype=x.dtype, device=x.device)
     how = how or _launch(n, k, form, chunks, gelu, x.device.index)
@@ -177,18 +206,25 @@ def linear(
     """One linear layer, by the kernel that suits the number of rows; see :func:`gemm`.
 
     Args:
-        streamed: of batches too large for :func:`gemm`, those that stream; see ``stream_gemm.faster``.
+        streamed: of batches that :func:`gemm` does not take, those that stream; see ``stream_gemm.faster``.
     """
     flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[0] <= most_rows(n, flat.shape[-1]):
-        y = gemm(flat.contiguous(), codes, scales, global_scale, gelu, pre_quant_scale)
+    form = form_for(n, flat.shape[-1], gelu, flat.shape[0])
+    if form is not None:
+        y = gemm(flat.contiguous(), codes, scales, global_scale, gelu, pre_quant_scale, form)
     else:
         weights = (marlin_weight, marlin_scale, marlin_global_scale, workspace)
-        y = stream_gemm.linear(flat, pre_quant_scale, *weights, n, streamed)
-        if gelu:
-            gate_up, y = y, y.new_empty(y.shape[0], n // 2)
-            torch.ops._C.gelu_tanh_and_mul(y, gate_up)
+        y = _other(flat, pre_quant_scale, weights, n, streamed, gelu)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _other(x: Tensor, pre_quant_scale: Tensor | None, weights: Any, n: int, streamed: int, gelu: bool) -> Tensor:
+    y = stream_gemm.linear(x, pre_quant_scale, *weights, n, streamed)
+    if not gelu:
+        return y
+    activated = y.new_empty(y.shape[0], n // 2)
+    torch.ops._C.gelu_tanh_and_mul(activated, y)
+    return activated
 
 
 def _output_shape(x: Tensor, *parameters: Any) -> Tensor:
@@ -208,7 +244,7 @@ def register_operator() -> None:
 def available() -> bool:
     """Whether the kernel compiles here; if not, the log says once why, and vLLM's kernels stay."""
     try:
-        _kernel(_FORMS[0], False, False)
+        _kernel(untried(1), False, False)
     except (ImportError, RuntimeError) as error:
         logger.warning("Small-batch NVFP4 GEMMs stay on Marlin: %s", str(error).splitlines()[0])
         return False
@@ -228,31 +264,92 @@ def suits(layer: Module) -> bool:
     )
 
 
-def reserve(n: int, k: int, device: torch.device, scaled: bool = False) -> None:
-    """Compile what GEMMs of this shape need, and make room for their partial sums.
-
-    No module can be loaded, and no scratch replaced, once a CUDA graph is being captured.
-    """
-    floats = 1
-    for form in [f for f in _FORMS if f.rows - 8 < most_rows(n, k)]:
-        for gelu in (False,) if scaled else (False, True):
-            _kernel(form, gelu, scaled)
-            how = _launch(n, k, form, 1, gelu, device.index)
-            if how.parts > 1:
-                floats = max(floats, how.parts * n * form.rows)
-    SCRATCH.reserve(device, floats, n // ROWS)
+_chosen: dict[tuple[int, int, bool], dict[int, Form | None]] = {}  # N, K, gelu -> as CANDIDATES
 
 
-def prepare(layer: Module, scaled: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and global scale of a layer that has just been loaded.
+def choose(layer: Module, gelu: bool = False) -> None:
+    """Find out which batches of a layer the kernel takes, in which form; compile that, and make room for its sums.
 
-    To be called before Marlin reorders ``layer.weight`` in place.
+    Marlin must have reordered ``layer.weight``. No module can be loaded, and no scratch replaced, once a CUDA graph is
+    being captured.
 
     Args:
-        scaled: the GEMM is to multiply its input by ``pre_quant_scale``.
+        gelu: the kernel is to give ``gelu(gate) * up``.
+    """
+    n, k, device = layer.output_size_per_partition, layer.input_size_per_partition, layer.weight.device
+    shape = f"{n}x{k}, few rows" + ", gelu" * gelu
+    try:
+        found = chosen_rows.fastest(shape, _maker(), lambda: _times(layer, gelu))
+    except RuntimeError as error:  # no memory for it, or a form does not compile here
+        logger.info("NVFP4 GEMM %s was not measured: %s", shape, str(error).partition("\n")[0])
+    else:
+        named = {str(form): form for forms in CANDIDATES.values() for form in forms}
+        _chosen[n, k, gelu] = {rows: named.get(kernel) for rows, kernel in found.items()}
+    used = {rows: form for rows in CANDIDATES if (form := form_for(n, k, gelu, rows)) is not None}
+    try:
+        _compile((form, gelu, layer.rows_scaled) for form in used.values())
+    except RuntimeError as error:
+        logger.info("NVFP4 GEMM %s stays on Marlin: %s", shape, str(error).partition("\n")[0])
+        _chosen[n, k, gelu] = {}
+        return
+    _reserve(n, k, used, gelu, device)
+
+
+def _times(layer: Module, gelu: bool) -> chosen_rows.Kernels:
+    """Of every candidate, and of what runs without; each time the weights come from memory and not the L2."""
+    n, k, device = layer.output_size_per_partition, layer.input_size_per_partition, layer.weight.device
+    _compile((form, gelu, False) for forms in CANDIDATES.values() for form in forms)
+    marlin = (layer.weight, layer.weight_scale, layer.weight_global_scale, layer.workspace)
+    rows_of = (layer.rows_codes, layer.rows_scales, layer.rows_global_scale)
+    us = chosen_rows.clock(device)
+    found: chosen_rows.Kernels = {}
+    for rows, forms in CANDIDATES.items():
+        x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
+        here = found[rows] = {chosen_rows.OTHER: us(lambda x=x: _other(x, None, marlin, n, layer.streamed, gelu))}
+        for form in forms:
+            _reserve(n, k, {rows: form}, gelu, device)
+            here[str(form)] = us(lambda x=x, form=form: gemm(x, *rows_of, gelu, None, form))
+    return found
+
+
+@functools.cache
+def _maker() -> str:
+    return chosen_rows.made_by(source(Form(1), False, False), repr(CANDIDATES), stream_gemm._maker())
+
+
+_ready: set[tuple[Form, bool, bool]] = set()
+
+
+def _compile(wanted: Iterable[tuple[Form, bool, bool]]) -> None:
+    """Several kernels side by side: NVRTC takes half a second for each."""
+    missing = set(wanted) - _ready
+    if not missing:
+        return
+    architecture = cuda.this_card()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda what: cuda.compiled(source(*what), architecture), missing))
+    for what in missing:
+        _kernel(*what)
+    _ready.update(missing)
+
+
+def _reserve(n: int, k: int, used: Mapping[int, Form], gelu: bool, device: torch.device) -> None:
+    floats = counters = 1
+    for rows, form in used.items():
+        chunks = form.chunks(rows)
+        how = _launch(n, k, form, chunks, gelu, device.index)
+        if how.parts > 1:
+            floats = max(floats, chunks * how.parts * n * form.rows)
+            counters = max(counters, chunks * n // ROWS)
+    SCRATCH.reserve(device, floats, counters)
+
+
+def prepare(layer: Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and global scale of a layer that has just been loaded.
+
+    To be called before Marlin reorders ``layer.weight`` in place; :func:`choose` after it.
     """
     codes, scales = pack(layer.weight.data, layer.weight_scale.data)
-    reserve(layer.output_size_per_partition, layer.input_size_per_partition, codes.device, scaled)
     register_operator()
     torch.cuda.synchronize(codes.device)  # a GEMM may start before the kernel ahead of it, that packs, has ended
     return codes, scales, layer.weight_scale_2.data.max().float().reshape(1)
