@@ -45,7 +45,8 @@ GEMMS = {
     "qkv full": (6144, 2560, False),
 }
 ROWS = (80, 16, 20, 64, 32, 40, 8, 24, 48, 5, 128, 96, 17, 33, 65)
-FORMS = [Form(t) for t in (1, 2, 3, 4, 5, 8)] + [Form(t, 2) for t in (1, 2, 3, 4, 5)]
+PLAIN = [*map(Form, (1, 2, 3, 4, 5, 8, 10)), *(Form(t, 2) for t in (1, 2, 3, 4, 5))]
+FORMS = PLAIN + [Form(f.tiles, f.pair, True) for f in PLAIN if f not in (Form(1), Form(4), Form(1, 2))]
 
 
 def graph_us(call: Callable[[], Any], calls: int, repeat: int = 5) -> float:
@@ -190,7 +191,7 @@ def gemm_part(seconds: float, out: Path, ready: Any, go: Any) -> None:
         for what, streamed in (("marlin", 0), ("stream", stream_gemm.ALL)):
             call = lambda s=streamed: [w.other(c, x, s) for c in w.copies]  # noqa: B023, E731
             here[what] = attempt(f"{name} {what} {rows}", lambda: graph_us(call, len(w.copies)))  # noqa: B023
-        forms = [f for f in FORMS if f.chunks(rows) <= 10 and f.rows - 8 < rows + 8]
+        forms = [f for f in FORMS if f.chunks(rows) <= 10 and f.rows < rows + 16]
         found: dict[str, tuple[float, list[int]]] = {}
         queues = {f: launches(w.n, w.k, f, f.chunks(rows), w.gelu, multiprocessors) for f in forms}
         first = True
@@ -202,7 +203,7 @@ def gemm_part(seconds: float, out: Path, ready: Any, go: Any) -> None:
                     continue
                 call = lambda f=form, h=how: [w.rows(c, x, f, h) for c in w.copies]  # noqa: B023, E731
                 us = attempt(f"{name} {form} {how} {rows}", lambda: graph_us(call, len(w.copies)))  # noqa: B023
-                label = f"{form.tiles}x{form.pair}"
+                label = f"{form.tiles}x{form.pair}{'s' * form.swap}"
                 if us is not None and first:
                     here[label] = us
                 if us is not None and us < found.get(label, (1e9, []))[0]:

@@ -47,11 +47,12 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def get(form: Form, gelu: bool, scaled: bool = False) -> ctypes.CDLL:
         if (form, gelu, scaled) not in built:
-            out = folder / f"rows-{form.tiles}-{form.pair}-{int(gelu)}-{int(scaled)}.so"
+            out = folder / f"rows-{form.tiles}-{form.pair}-{int(form.swap)}-{int(gelu)}-{int(scaled)}.so"
             flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
             macros = [
                 f"-DMT={form.tiles}",
                 f"-DNT={form.pair}",
+                f"-DSWAP={int(form.swap)}",
                 f"-DGELU={int(gelu)}",
                 f"-DSCALED={int(scaled)}",
                 f'-DNVFP4_ROWS_SOURCE="{source}"',
@@ -107,7 +108,7 @@ def run(
         # Two tiles of outputs a warp.
         (5, Form(1, 2), 64, 512, Launch(2, 1, 1), False),
         (20, Form(3, 2), 64, 768, Launch(2, 2, 1), True),
-        (77, Form(5, 2), 64, 512, Launch(2, 1, 2), True),
+        (77, Form(5, 2, True), 64, 512, Launch(2, 1, 2), True),
         (50, Form(4, 2), 64, 1024, Launch(4, 2, 2), False),
     ],
 )

@@ -4,8 +4,8 @@
 // in which a warp feeds them to mma.m16n8k16 as its A operand (see packing.py), so that a lane's 16-byte load is
 // four fragments, decoded by shifts and masks. W is exact in bfloat16 (two significand bits times four).
 //
-// Compiled by NVRTC with MT (tiles of 8 tokens that a warp takes at once), NT (tiles of 16 outputs, 1 or 2), GELU (0 or
-// 1) and SCALED (1: x is multiplied by pre_quant_scale first, each product rounded to bfloat16). Launched with
+// Compiled by NVRTC with MT (tiles of 8 tokens that a warp takes at once), NT (tiles of 16 outputs, 1 or 2), SWAP
+// (0 or 1: another order of loads), GELU (0 or 1) and SCALED (1: x is multiplied by pre_quant_scale first, each product rounded to bfloat16). Launched with
 //
 //   grid (chunks, N / 16 / NT / (warps / split), parts), block 32 * warps, shared memory warps * NT * MT * 512 bytes:
 //
@@ -100,6 +100,14 @@ __device__ __forceinline__ void scale_by(uint4& v, const uint4& by) {
     v.x = times(v.x, by.x), v.y = times(v.y, by.y), v.z = times(v.z, by.z), v.w = times(v.w, by.w);
 }
 
+__device__ __forceinline__ void swap_if(bool yes, uint4& a, uint4& b) {
+    const uint4 first = a, second = b;
+    a.x = yes ? second.x : first.x, a.y = yes ? second.y : first.y;
+    a.z = yes ? second.z : first.z, a.w = yes ? second.w : first.w;
+    b.x = yes ? first.x : second.x, b.y = yes ? first.y : second.y;
+    b.z = yes ? first.z : second.z, b.w = yes ? first.w : second.w;
+}
+
 // x, pre: this lane's token and inputs of the block; stride in elements between tiles of 8 tokens.
 __device__ __forceinline__ void multiply(const Block (&b)[NT], const u16* x, const u16* pre, int token, int tokens,
                                          long stride, float (&acc)[NT][MT][4]) {
@@ -110,8 +118,12 @@ __device__ __forceinline__ void multiply(const Block (&b)[NT], const u16* x, con
         for (int m = 0; m < MT; m++) {
             const uint4* at = reinterpret_cast<const uint4*>(x + m * stride + q * 64);
             const bool live = token + m * 8 < tokens;
-            in[m][0] = live ? __ldg(at) : make_uint4(0, 0, 0, 0);
-            in[m][1] = live ? __ldg(at + 1) : make_uint4(0, 0, 0, 0);
+            // Tokens are a multiple of 128 bytes apart: were all lanes to load their first 16 of 32 bytes at once, each
+            // two tokens would meet in half of the L1's banks. So every other token's second half comes first.
+            const int other = SWAP && (threadIdx.x & 4) ? 1 : 0;
+            in[m][0] = live ? __ldg(at + other) : make_uint4(0, 0, 0, 0);
+            in[m][1] = live ? __ldg(at + 1 - other) : make_uint4(0, 0, 0, 0);
+            if (SWAP) swap_if(other, in[m][0], in[m][1]);
         }
         if (SCALED) {
             const uint4* at = reinterpret_cast<const uint4*>(pre + q * 64);

@@ -35,6 +35,7 @@ class Form:
 
     tiles: int  # of 8 rows
     pair: int = 1  # tiles of 16 outputs
+    swap: bool = False  # loads of x in an order in which no two meet in a bank
 
     @property
     def rows(self) -> int:
@@ -48,7 +49,7 @@ class Form:
         return -(-rows // self.rows)
 
     def __str__(self) -> str:
-        return f"chunks of {self.rows}" + ", paired" * (self.pair > 1)
+        return f"chunks of {self.rows}" + ", paired" * (self.pair > 1) + ", swapped" * self.swap
 
 
 # What is tried for batches of up to so many rows (and more than the number before). Where nothing can be measured the
@@ -107,7 +108,7 @@ def plan(n: int, k: int, form: Form, chunks: int, gelu: bool, multiprocessors: i
 def source(form: Form, gelu: bool, scaled: bool) -> str:
     """The kernel's CUDA C++."""
     text = resources.files(__package__).joinpath("nvfp4_rows.cu").read_text()
-    macros = {"MT": form.tiles, "NT": form.pair, "GELU": int(gelu), "SCALED": int(scaled)}
+    macros = {"MT": form.tiles, "NT": form.pair, "SWAP": int(form.swap), "GELU": int(gelu), "SCALED": int(scaled)}
     return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + text
 
 
