@@ -219,7 +219,14 @@ def linear(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _other(x: Tensor, pre_quant_scale: Tensor | None, weights: Any, n: int, streamed: int, gelu: bool) -> Tensor:
+def _other(
+    x: Tensor,
+    pre_quant_scale: Tensor | None,
+    weights: tuple[Tensor, Tensor, Tensor, Tensor],
+    n: int,
+    streamed: int,
+    gelu: bool,
+) -> Tensor:
     y = stream_gemm.linear(x, pre_quant_scale, *weights, n, streamed)
     if not gelu:
         return y
@@ -269,10 +276,9 @@ _chosen: dict[tuple[int, int, bool], dict[int, Form | None]] = {}  # N, K, gelu 
 
 
 def choose(layer: Module, gelu: bool = False) -> None:
-    """Find out which batches of a layer the kernel takes, in which form; compile that, and make room for its sums.
+    """Find out which batches of a layer the kernel takes, in which form, and :func:`reserve` what they need.
 
-    Marlin must have reordered ``layer.weight``. No module can be loaded, and no scratch replaced, once a CUDA graph is
-    being captured.
+    Marlin must have reordered ``layer.weight``.
 
     Args:
         gelu: the kernel is to give ``gelu(gate) * up``.
@@ -286,14 +292,21 @@ def choose(layer: Module, gelu: bool = False) -> None:
     else:
         named = {str(form): form for forms in CANDIDATES.values() for form in forms}
         _chosen[n, k, gelu] = {rows: named.get(kernel) for rows, kernel in found.items()}
-    used = {rows: form for rows in CANDIDATES if (form := form_for(n, k, gelu, rows)) is not None}
     try:
-        _compile((form, gelu, layer.rows_scaled) for form in used.values())
+        reserve(n, k, device, gelu, layer.rows_scaled)
     except RuntimeError as error:
         logger.info("NVFP4 GEMM %s stays on Marlin: %s", shape, str(error).partition("\n")[0])
         _chosen[n, k, gelu] = {}
-        return
-    _reserve(n, k, used, gelu, device)
+
+
+def reserve(n: int, k: int, device: torch.device, gelu: bool = False, scaled: bool = False) -> None:
+    """Compile the forms that GEMMs of this shape take, and make room for their partial sums.
+
+    No module can be loaded, and no scratch replaced, once a CUDA graph is being captured.
+    """
+    used = {rows: form for rows in CANDIDATES if (form := form_for(n, k, gelu, rows)) is not None}
+    _compile((form, gelu, scaled) for form in used.values())
+    _make_room(n, k, used, gelu, device)
 
 
 def _times(layer: Module, gelu: bool) -> chosen_rows.Kernels:
@@ -306,10 +319,12 @@ def _times(layer: Module, gelu: bool) -> chosen_rows.Kernels:
     found: chosen_rows.Kernels = {}
     for rows, forms in CANDIDATES.items():
         x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
-        here = found[rows] = {chosen_rows.OTHER: us(lambda x=x: _other(x, None, marlin, n, layer.streamed, gelu))}
+        here = found[rows] = {
+            chosen_rows.OTHER: us(functools.partial(_other, x, None, marlin, n, layer.streamed, gelu))
+        }
         for form in forms:
-            _reserve(n, k, {rows: form}, gelu, device)
-            here[str(form)] = us(lambda x=x, form=form: gemm(x, *rows_of, gelu, None, form))
+            _make_room(n, k, {rows: form}, gelu, device)
+            here[str(form)] = us(functools.partial(gemm, x, *rows_of, gelu, None, form))
     return found
 
 
@@ -334,7 +349,7 @@ def _compile(wanted: Iterable[tuple[Form, bool, bool]]) -> None:
     _ready.update(missing)
 
 
-def _reserve(n: int, k: int, used: Mapping[int, Form], gelu: bool, device: torch.device) -> None:
+def _make_room(n: int, k: int, used: Mapping[int, Form], gelu: bool, device: torch.device) -> None:
     floats = counters = 1
     for rows, form in used.items():
         chunks = form.chunks(rows)
