@@ -47,12 +47,14 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def get(form: Form, gelu: bool, scaled: bool = False) -> ctypes.CDLL:
         if (form, gelu, scaled) not in built:
-            out = folder / f"rows-{form.tiles}-{form.pair}-{int(form.swap)}-{int(gelu)}-{int(scaled)}.so"
+            out = folder / f"rows-{form.tiles}-{form.pair}-{int(form.roll)}-{int(gelu)}-{int(scaled)}.so"
             flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
             macros = [
                 f"-DMT={form.tiles}",
                 f"-DNT={form.pair}",
-                f"-DSWAP={int(form.swap)}",
+                f"-DROLL={int(form.roll)}",
+                "-DLAST=0",
+                f"-DFIT={form.fit}",
                 f"-DGELU={int(gelu)}",
                 f"-DSCALED={int(scaled)}",
                 f'-DNVFP4_ROWS_SOURCE="{source}"',

@@ -4,8 +4,8 @@
 // in which a warp feeds them to mma.m16n8k16 as its A operand (see packing.py), so that a lane's 16-byte load is
 // four fragments, decoded by shifts and masks. W is exact in bfloat16 (two significand bits times four).
 //
-// Compiled by NVRTC with MT (tiles of 8 tokens that a warp takes at once), NT (tiles of 16 outputs, 1 or 2), SWAP
-// (0 or 1: another order of loads), GELU (0 or 1) and SCALED (1: x is multiplied by pre_quant_scale first, each product rounded to bfloat16). Launched with
+// Compiled by NVRTC with MT (tiles of 8 tokens that a warp takes at once), NT (tiles of 16 outputs, 1 or 2), ROLL
+// and LAST (0 or 1), GELU (0 or 1) and SCALED (1: x is multiplied by pre_quant_scale first, each product rounded to bfloat16). Launched with
 //
 //   grid (chunks, N / 16 / NT / (warps / split), parts), block 32 * warps, shared memory warps * NT * MT * 512 bytes:
 //
@@ -100,59 +100,57 @@ __device__ __forceinline__ void scale_by(uint4& v, const uint4& by) {
     v.x = times(v.x, by.x), v.y = times(v.y, by.y), v.z = times(v.z, by.z), v.w = times(v.w, by.w);
 }
 
-__device__ __forceinline__ void swap_if(bool yes, uint4& a, uint4& b) {
-    const uint4 first = a, second = b;
-    a.x = yes ? second.x : first.x, a.y = yes ? second.y : first.y;
-    a.z = yes ? second.z : first.z, a.w = yes ? second.w : first.w;
-    b.x = yes ? first.x : second.x, b.y = yes ? first.y : second.y;
-    b.z = yes ? first.z : second.z, b.w = yes ? first.w : second.w;
-}
-
-// x, pre: this lane's token and inputs of the block; stride in elements between tiles of 8 tokens.
-__device__ __forceinline__ void multiply(const Block (&b)[NT], const u16* x, const u16* pre, int token, int tokens,
-                                         long stride, float (&acc)[NT][MT][4]) {
+// x, pre: this lane's token and inputs of the block; stride in elements between tiles of 8 tokens. Codes and scales of
+// the block at `next` of each tile (none if negative) come into b, register by register as they have been used.
+__device__ __forceinline__ void multiply(Block (&b)[NT], const u16* x, const u16* pre, int token, int tokens, long stride,
+                                         const uint4* codes, const uint2* scales, const int (&next)[NT],
+                                         float (&acc)[NT][MT][4]) {
+    const int lane = threadIdx.x % 32;
+    uint2 next_scales[NT];
+    if (ROLL && next[0] >= 0)
+#pragma unroll
+        for (int n = 0; n < NT; n++) next_scales[n] = load_once(scales + next[n] * 32 + lane);
 #pragma unroll
     for (int q = 0; q < 4; q++) {
-        uint4 in[MT][2];
 #pragma unroll
-        for (int m = 0; m < MT; m++) {
-            const uint4* at = reinterpret_cast<const uint4*>(x + m * stride + q * 64);
-            const bool live = token + m * 8 < tokens;
-            // Tokens are a multiple of 128 bytes apart: were all lanes to load their first 16 of 32 bytes at once, each
-            // two tokens would meet in half of the L1's banks. So every other token's second half comes first.
-            const int other = SWAP && (threadIdx.x & 4) ? 1 : 0;
-            in[m][0] = live ? __ldg(at + other) : make_uint4(0, 0, 0, 0);
-            in[m][1] = live ? __ldg(at + 1 - other) : make_uint4(0, 0, 0, 0);
-            if (SWAP) swap_if(other, in[m][0], in[m][1]);
-        }
-        if (SCALED) {
-            const uint4* at = reinterpret_cast<const uint4*>(pre + q * 64);
-            const uint4 by[2] = {__ldg(at), __ldg(at + 1)};
+        for (int half = 0; half < 2; half++) {
+            uint4 in[MT];
 #pragma unroll
-            for (int m = 0; m < MT; m++) scale_by(in[m][0], by[0]), scale_by(in[m][1], by[1]);
-        }
+            for (int m = 0; m < MT; m++) {
+                const uint4* at = reinterpret_cast<const uint4*>(x + m * stride + q * 64);
+                in[m] = token + m * 8 < tokens ? __ldg(at + half) : make_uint4(0, 0, 0, 0);
+            }
+            if (SCALED) {
+                const uint4 by = __ldg(reinterpret_cast<const uint4*>(pre + q * 64) + half);
 #pragma unroll
-        for (int n = 0; n < NT; n++) {
-            const u32 bytes = q < 2 ? b[n].scales.x : b[n].scales.y;
-            const u32 top = scale_pair(bytes, q % 2 ? 0x4242u : 0x4040u);
-            const u32 bottom = scale_pair(bytes, q % 2 ? 0x4343u : 0x4141u);
-            const u32 words[4] = {b[n].codes[q].x, b[n].codes[q].y, b[n].codes[q].z, b[n].codes[q].w};
+                for (int m = 0; m < MT; m++) scale_by(in[m], by);
+            }
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                u32 a[4];
-                decode(words[j], a);
-                a[0] = times(a[0], top);
-                a[1] = times(a[1], bottom);
-                a[2] = times(a[2], top);
-                a[3] = times(a[3], bottom);
+            for (int n = 0; n < NT; n++) {
+                const u32 bytes = q < 2 ? b[n].scales.x : b[n].scales.y;
+                const u32 top = scale_pair(bytes, q % 2 ? 0x4242u : 0x4040u);
+                const u32 bottom = scale_pair(bytes, q % 2 ? 0x4343u : 0x4141u);
+                const u32 words[2] = {half ? b[n].codes[q].z : b[n].codes[q].x, half ? b[n].codes[q].w : b[n].codes[q].y};
 #pragma unroll
-                for (int m = 0; m < MT; m++) {
-                    const uint4 v = in[m][j / 2];
-                    mma(acc[n][m], a, j % 2 ? v.z : v.x, j % 2 ? v.w : v.y);
+                for (int j = 0; j < 2; j++) {
+                    u32 a[4];
+                    decode(words[j], a);
+                    a[0] = times(a[0], top);
+                    a[1] = times(a[1], bottom);
+                    a[2] = times(a[2], top);
+                    a[3] = times(a[3], bottom);
+#pragma unroll
+                    for (int m = 0; m < MT; m++) mma(acc[n][m], a, j ? in[m].z : in[m].x, j ? in[m].w : in[m].y);
                 }
             }
         }
+        if (ROLL && next[0] >= 0)
+#pragma unroll
+            for (int n = 0; n < NT; n++) b[n].codes[q] = load_once(codes + (next[n] * 4 + q) * 32 + lane);
     }
+    if (ROLL && next[0] >= 0)
+#pragma unroll
+        for (int n = 0; n < NT; n++) b[n].scales = next_scales[n];
 }
 
 // Each of a warp's sums: f(its number, the sum).
@@ -160,7 +158,13 @@ __device__ __forceinline__ void multiply(const Block (&b)[NT], const u16* x, con
     _Pragma("unroll") for (int n = 0; n < NT; n++) _Pragma("unroll") for (int m = 0; m < MT; m++) \
         _Pragma("unroll") for (int i = 0; i < 4; i++) { __VA_ARGS__; }
 
-extern "C" __global__ void __launch_bounds__(MT * NT > 4 ? 256 : 512) nvfp4_rows(
+#if FIT  // four warps a block, and as many blocks as that
+#define BOUNDS __launch_bounds__(128, FIT)
+#else
+#define BOUNDS __launch_bounds__(MT * NT > 4 ? 256 : 512)
+#endif
+
+extern "C" __global__ void BOUNDS nvfp4_rows(
     const uint4* codes,         // [N / 16, K / 256, 4, 32]
     const uint2* scales,        // [N / 16, K / 256, 32]
     const u16* x,               // [tokens, K] bfloat16
@@ -172,16 +176,17 @@ extern "C" __global__ void __launch_bounds__(MT * NT > 4 ? 256 : 512) nvfp4_rows
     int tokens, int N, int K, int split) {
     float(*sums)[NT * MT * 4][32] = reinterpret_cast<float(*)[NT * MT * 4][32]>(shared);  // [warps]
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int chunk = blockIdx.x, part = blockIdx.z, parts = gridDim.z;
+    const int chunk = LAST ? blockIdx.y : blockIdx.x, place = LAST ? blockIdx.x : blockIdx.y;
+    const int chunks = LAST ? gridDim.y : gridDim.x, part = blockIdx.z, parts = gridDim.z;
     const int blocks = K / 256, share = warp % split;
-    const int slot = blockIdx.y * (blockDim.x / 32 / split) + warp / split;
+    const int slot = place * (blockDim.x / 32 / split) + warp / split;
     // With GELU a tile of the gate and the tile of the up projection that goes with it are neighbours: two tiles of a
     // warp, or those of two slots.
     int tiles[NT];
 #pragma unroll
     for (int n = 0; n < NT; n++) {
-        const int place = slot * NT + n;
-        tiles[n] = GELU ? place / 2 + (place % 2) * (N / 32) : place;
+        const int at = slot * NT + n;
+        tiles[n] = GELU ? at / 2 + (at % 2) * (N / 32) : at;
     }
     x += (long)chunk * 8 * MT * K;
     y += (long)chunk * 8 * MT * (GELU ? N / 2 : N);
@@ -193,7 +198,10 @@ extern "C" __global__ void __launch_bounds__(MT * NT > 4 ? 256 : 512) nvfp4_rows
     const u16 *my_x = x + (long)g * K + t * 16, *my_pre = pre + t * 16;
     const int step = split * parts;
     int index = part * split + share;
-    Block now[NT], next[NT];
+    Block now[NT];
+    int none[NT];
+#pragma unroll
+    for (int n = 0; n < NT; n++) none[n] = -1;
     // Weights do not depend on the grid before this one: fetch them while it finishes, and touch x only then.
     let_next_grid_start();
     if (index < blocks) {
@@ -203,13 +211,22 @@ extern "C" __global__ void __launch_bounds__(MT * NT > 4 ? 256 : 512) nvfp4_rows
     wait_for_previous_grid();
     if (index < blocks) {
         for (; index + step < blocks; index += step) {
+            int following[NT];
 #pragma unroll
-            for (int n = 0; n < NT; n++) fetch(next[n], codes, scales, tiles[n] * blocks + index + step, lane);
-            multiply(now, my_x + index * 256, my_pre + index * 256, g, tokens, (long)8 * K, acc);
+            for (int n = 0; n < NT; n++) following[n] = tiles[n] * blocks + index + step;
+            const u16 *here = my_x + index * 256, *scale_here = my_pre + index * 256;
+            if (ROLL) {
+                multiply(now, here, scale_here, g, tokens, (long)8 * K, codes, scales, following, acc);
+            } else {
+                Block next[NT];
 #pragma unroll
-            for (int n = 0; n < NT; n++) now[n] = next[n];
+                for (int n = 0; n < NT; n++) fetch(next[n], codes, scales, following[n], lane);
+                multiply(now, here, scale_here, g, tokens, (long)8 * K, codes, scales, none, acc);
+#pragma unroll
+                for (int n = 0; n < NT; n++) now[n] = next[n];
+            }
         }
-        multiply(now, my_x + index * 256, my_pre + index * 256, g, tokens, (long)8 * K, acc);
+        multiply(now, my_x + index * 256, my_pre + index * 256, g, tokens, (long)8 * K, codes, scales, none, acc);
     }
 
     if (split > 1 || (GELU && NT == 1) || parts > 1) {
@@ -223,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(MT * NT > 4 ? 256 : 512) nvfp4_rows
         __shared__ u32 last;
         const long size = (long)(N / 16) * 32 * MT * 4;
         float* mine = partial + chunk * parts * size + (long)lane * MT * 4;
-        const int counter = blockIdx.y * gridDim.x + chunk;
+        const int counter = place * chunks + chunk;
         if (share == 0) {
 #pragma unroll
             for (int n = 0; n < NT; n++)

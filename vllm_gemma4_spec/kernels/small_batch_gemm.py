@@ -35,7 +35,9 @@ class Form:
 
     tiles: int  # of 8 rows
     pair: int = 1  # tiles of 16 outputs
-    swap: bool = False  # loads of x in an order in which no two meet in a bank
+    roll: bool = False  # weights of the next block come into the registers of this one's
+    fit: int = 0  # blocks of four warps that a multiprocessor's registers are to hold; 0: no matter
+    last: bool = False  # chunk after chunk instead of side by side
 
     @property
     def rows(self) -> int:
@@ -43,29 +45,35 @@ class Form:
 
     @property
     def most_warps(self) -> int:  # what the kernel's registers allow
-        return 8 if self.tiles * self.pair > 4 else 16
+        return 4 if self.fit else 8 if self.tiles * self.pair > 4 else 16
 
     def chunks(self, rows: int) -> int:
         return -(-rows // self.rows)
 
     def __str__(self) -> str:
-        return f"chunks of {self.rows}" + ", paired" * (self.pair > 1) + ", swapped" * self.swap
+        return (
+            f"chunks of {self.rows}"
+            + ", paired" * (self.pair > 1)
+            + ", rolling" * self.roll
+            + f", {self.fit} fit" * (self.fit > 0)
+            + ", one after the other" * self.last
+        )
 
 
 # What is tried for batches of up to so many rows (and more than the number before). Where nothing can be measured the
 # first is taken, up to most_rows().
 CANDIDATES: dict[int, tuple[Form, ...]] = {
-    8: (Form(1),),
-    16: (Form(2), Form(1)),
-    24: (Form(3), Form(3, 2)),
-    32: (Form(4), Form(2), Form(4, 2)),
-    40: (Form(5), Form(2), Form(5, 2)),
-    48: (Form(3), Form(2), Form(3, 2)),
-    64: (Form(8), Form(2), Form(4, 2)),
-    80: (Form(2), Form(5, 2)),
-    96: (Form(2), Form(4, 2)),
-    112: (Form(2), Form(4, 2)),
-    128: (Form(2), Form(4, 2)),
+    8: (Form(1), Form(1, 2)),
+    16: (Form(2), Form(1), Form(1, 2), Form(2, 2)),
+    24: (Form(3), Form(1, 2), Form(2, 2), Form(3, 2)),
+    32: (Form(2), Form(1, 2), Form(2, 2)),
+    40: (Form(2), Form(5), Form(2, 2)),
+    48: (Form(3), Form(2, 2), Form(3, 2)),
+    64: (Form(8), Form(2, 2), Form(4, 2)),
+    80: (Form(2, 2), Form(5), Form(3, 2)),
+    96: (Form(2, 2), Form(3, 2)),
+    112: (Form(2, 2), Form(4, 2)),
+    128: (Form(2, 2), Form(4, 2)),
 }
 
 
@@ -108,7 +116,15 @@ def plan(n: int, k: int, form: Form, chunks: int, gelu: bool, multiprocessors: i
 def source(form: Form, gelu: bool, scaled: bool) -> str:
     """The kernel's CUDA C++."""
     text = resources.files(__package__).joinpath("nvfp4_rows.cu").read_text()
-    macros = {"MT": form.tiles, "NT": form.pair, "SWAP": int(form.swap), "GELU": int(gelu), "SCALED": int(scaled)}
+    macros = {
+        "MT": form.tiles,
+        "NT": form.pair,
+        "ROLL": int(form.roll),
+        "FIT": form.fit,
+        "LAST": int(form.last),
+        "GELU": int(gelu),
+        "SCALED": int(scaled),
+    }
     return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + text
 
 
@@ -168,8 +184,9 @@ def gemm(
     how = how or _launch(n, k, form, chunks, gelu, x.device.index)
     partial, arrivals = SCRATCH.on(x.device)
     pre = x if pre_quant_scale is None else pre_quant_scale  # not read where there is none
+    blocks = n // ROWS // form.pair // (how.warps // how.split)
     _kernel(form, gelu, pre_quant_scale is not None)(
-        grid=(chunks, n // ROWS // form.pair // (how.warps // how.split), how.parts),
+        grid=(blocks, chunks, how.parts) if form.last else (chunks, blocks, how.parts),
         block=how.warps * _LANES,
         args=[
             codes,
