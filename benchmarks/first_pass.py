@@ -50,24 +50,15 @@ GEMMS = {
 ROWS = (80, 20, 5, 16, 40, 64)
 FORMS = {
     "1x1": Form(1),
-    "1x1r": Form(1, 1, True),
+    "1x2r": Form(1, 2, roll=True),
     "2x1": Form(2),
-    "2x1r": Form(2, 1, True),
-    "3x1": Form(3),
-    "5x1": Form(5),
-    "5x1r5": Form(5, 1, True, 5),
-    "10x1r3": Form(10, 1, True, 3),
-    "1x2": Form(1, 2),
-    "1x2r": Form(1, 2, True),
     "2x2": Form(2, 2),
-    "2x2r": Form(2, 2, True),
-    "2x2r5": Form(2, 2, True, 5),
-    "2x2l": Form(2, 2, False, 0, True),
+    "3x1": Form(3),
     "3x2": Form(3, 2),
-    "3x2r4": Form(3, 2, True, 4),
-    "4x2": Form(4, 2),
-    "4x2r3": Form(4, 2, True, 3),
-    "5x2r3": Form(5, 2, True, 3),
+    "3x2r4": Form(3, 2, roll=True, fit=4),
+    "4x2r3": Form(4, 2, roll=True, fit=3),
+    "5x1": Form(5),
+    "5x2r3": Form(5, 2, roll=True, fit=3),
 }
 MORE = {form for forms in small_batch_gemm.CANDIDATES.values() for form in forms}  # compiled for a start's choice
 

@@ -24,7 +24,7 @@ def nvrtc() -> None:
         (80, Form(1), False, False),
         (90, Form(1), True, False),
         (90, Form(2), False, True),
-        (90, Form(5, 2), True, False),
+        (90, Form(5, 2, roll=True, fit=3), True, False),
         (120, Form(8), False, False),
     ],
 )

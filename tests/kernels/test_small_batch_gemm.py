@@ -53,7 +53,6 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Any:
                 f"-DMT={form.tiles}",
                 f"-DNT={form.pair}",
                 f"-DROLL={int(form.roll)}",
-                "-DLAST=0",
                 f"-DFIT={form.fit}",
                 f"-DGELU={int(gelu)}",
                 f"-DSCALED={int(scaled)}",
@@ -108,9 +107,9 @@ def run(
         (80, Form(2), 32, 512, Launch(2, 1, 2), False),
         (128, Form(8), 32, 256, Launch(2, 1, 1), False),
         # Two tiles of outputs a warp.
-        (5, Form(1, 2), 64, 512, Launch(2, 1, 1), False),
+        (5, Form(1, 2, roll=True), 64, 1024, Launch(2, 1, 1), False),
         (20, Form(3, 2), 64, 768, Launch(2, 2, 1), True),
-        (77, Form(5, 2, True), 64, 512, Launch(2, 1, 2), True),
+        (77, Form(5, 2, roll=True, fit=3), 64, 512, Launch(2, 1, 2), True),
         (50, Form(4, 2), 64, 1024, Launch(4, 2, 2), False),
     ],
 )

@@ -197,7 +197,7 @@ def described(times: Times) -> str:
 
 
 def described_kernels(times: Kernels) -> str:
-    """``rows16 to 16 rows, other to 80 rows (…)``"""
+    """``8x16 to 16 rows, other to 80 rows (…)``"""
     spans: list[tuple[str, int]] = []
     for rows in sorted(times):
         kernel = _fastest(times[rows])
@@ -205,8 +205,8 @@ def described_kernels(times: Kernels) -> str:
             spans.pop()
         spans.append((kernel, rows))
     who = ", ".join(f"{kernel} to {rows} rows" for kernel, rows in spans)
-    us = ", ".join(f"{min(us.values()):.1f}/{us[OTHER]:.1f}" for _, us in sorted(times.items()))
-    return f"{who} ({us} us, the fastest and the other, at {', '.join(map(str, sorted(times)))} rows)"
+    us = ", ".join(f"{times[rows][kernel]:.1f}/{times[rows][OTHER]:.1f}" for kernel, rows in spans)
+    return f"{who} ({us} us there, this and {OTHER})"
 
 
 def of_card(card: str) -> dict[str, str]:

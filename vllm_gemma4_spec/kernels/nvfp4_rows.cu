@@ -4,8 +4,10 @@
 // in which a warp feeds them to mma.m16n8k16 as its A operand (see packing.py), so that a lane's 16-byte load is
 // four fragments, decoded by shifts and masks. W is exact in bfloat16 (two significand bits times four).
 //
-// Compiled by NVRTC with MT (tiles of 8 tokens that a warp takes at once), NT (tiles of 16 outputs, 1 or 2), ROLL
-// and LAST (0 or 1), GELU (0 or 1) and SCALED (1: x is multiplied by pre_quant_scale first, each product rounded to bfloat16). Launched with
+// Compiled by NVRTC with MT (tiles of 8 tokens that a warp takes at once), NT (tiles of 16 outputs, 1 or 2), ROLL (1: the
+// next weights come into registers whose weights have been used), FIT (blocks of four warps that the registers of a
+// multiprocessor are to hold; 0: no matter), GELU (0 or 1) and SCALED (1: x is multiplied by pre_quant_scale first, each
+// product rounded to bfloat16). Launched with
 //
 //   grid (chunks, N / 16 / NT / (warps / split), parts), block 32 * warps, shared memory warps * NT * MT * 512 bytes:
 //
@@ -158,7 +160,7 @@ __device__ __forceinline__ void multiply(Block (&b)[NT], const u16* x, const u16
     _Pragma("unroll") for (int n = 0; n < NT; n++) _Pragma("unroll") for (int m = 0; m < MT; m++) \
         _Pragma("unroll") for (int i = 0; i < 4; i++) { __VA_ARGS__; }
 
-#if FIT  // four warps a block, and as many blocks as that
+#if FIT
 #define BOUNDS __launch_bounds__(128, FIT)
 #else
 #define BOUNDS __launch_bounds__(MT * NT > 4 ? 256 : 512)
@@ -176,10 +178,9 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
     int tokens, int N, int K, int split) {
     float(*sums)[NT * MT * 4][32] = reinterpret_cast<float(*)[NT * MT * 4][32]>(shared);  // [warps]
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int chunk = LAST ? blockIdx.y : blockIdx.x, place = LAST ? blockIdx.x : blockIdx.y;
-    const int chunks = LAST ? gridDim.y : gridDim.x, part = blockIdx.z, parts = gridDim.z;
+    const int chunk = blockIdx.x, part = blockIdx.z, parts = gridDim.z;
     const int blocks = K / 256, share = warp % split;
-    const int slot = place * (blockDim.x / 32 / split) + warp / split;
+    const int slot = blockIdx.y * (blockDim.x / 32 / split) + warp / split;
     // With GELU a tile of the gate and the tile of the up projection that goes with it are neighbours: two tiles of a
     // warp, or those of two slots.
     int tiles[NT];
@@ -240,7 +241,7 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
         __shared__ u32 last;
         const long size = (long)(N / 16) * 32 * MT * 4;
         float* mine = partial + chunk * parts * size + (long)lane * MT * 4;
-        const int counter = place * chunks + chunk;
+        const int counter = blockIdx.y * gridDim.x + chunk;
         if (share == 0) {
 #pragma unroll
             for (int n = 0; n < NT; n++)

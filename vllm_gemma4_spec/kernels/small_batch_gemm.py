@@ -35,9 +35,8 @@ class Form:
 
     tiles: int  # of 8 rows
     pair: int = 1  # tiles of 16 outputs
-    roll: bool = False  # weights of the next block come into the registers of this one's
+    roll: bool = False  # the next weights come into registers whose weights have been used
     fit: int = 0  # blocks of four warps that a multiprocessor's registers are to hold; 0: no matter
-    last: bool = False  # chunk after chunk instead of side by side
 
     @property
     def rows(self) -> int:
@@ -51,29 +50,24 @@ class Form:
         return -(-rows // self.rows)
 
     def __str__(self) -> str:
-        return (
-            f"chunks of {self.rows}"
-            + ", paired" * (self.pair > 1)
-            + ", rolling" * self.roll
-            + f", {self.fit} fit" * (self.fit > 0)
-            + ", one after the other" * self.last
-        )
+        return f"{self.rows}x{16 * self.pair}"
 
 
-# What is tried for batches of up to so many rows (and more than the number before). Where nothing can be measured the
-# first is taken, up to most_rows().
+_WIDE, _40, _32 = Form(1, 2, roll=True), Form(5, 2, roll=True, fit=3), Form(4, 2, roll=True, fit=3)
+# What is tried for batches of up to so many rows (and more than the number before): what was fastest for some GEMM of
+# E4B on an H200 (benchmarks/NOTES.md). Where nothing can be measured the first is taken, up to most_rows().
 CANDIDATES: dict[int, tuple[Form, ...]] = {
-    8: (Form(1), Form(1, 2)),
-    16: (Form(2), Form(1), Form(1, 2), Form(2, 2)),
-    24: (Form(3), Form(1, 2), Form(2, 2), Form(3, 2)),
-    32: (Form(2), Form(1, 2), Form(2, 2)),
-    40: (Form(2), Form(5), Form(2, 2)),
-    48: (Form(3), Form(2, 2), Form(3, 2)),
-    64: (Form(8), Form(2, 2), Form(4, 2)),
-    80: (Form(2, 2), Form(5), Form(3, 2)),
-    96: (Form(2, 2), Form(3, 2)),
-    112: (Form(2, 2), Form(4, 2)),
-    128: (Form(2, 2), Form(4, 2)),
+    8: (Form(1), _WIDE),
+    16: (Form(2), Form(2, 2), _WIDE, Form(1)),
+    24: (Form(3), Form(3, 2), _WIDE, Form(1), _32),
+    32: (Form(2, 2), _32, _WIDE, Form(2)),
+    40: (Form(2, 2), _40, _WIDE, Form(3, 2), Form(5)),
+    48: (Form(2, 2), Form(3, 2), _WIDE),
+    64: (Form(2, 2), _32, _WIDE),
+    80: (Form(2, 2), _40, _WIDE, Form(5)),
+    96: (Form(2, 2), _32, Form(3, 2)),
+    112: (Form(2, 2), _32),
+    128: (Form(2, 2), _32),
 }
 
 
@@ -121,7 +115,6 @@ def source(form: Form, gelu: bool, scaled: bool) -> str:
         "NT": form.pair,
         "ROLL": int(form.roll),
         "FIT": form.fit,
-        "LAST": int(form.last),
         "GELU": int(gelu),
         "SCALED": int(scaled),
     }
@@ -186,7 +179,7 @@ def gemm(
     pre = x if pre_quant_scale is None else pre_quant_scale  # not read where there is none
     blocks = n // ROWS // form.pair // (how.warps // how.split)
     _kernel(form, gelu, pre_quant_scale is not None)(
-        grid=(blocks, chunks, how.parts) if form.last else (chunks, blocks, how.parts),
+        grid=(chunks, blocks, how.parts),
         block=how.warps * _LANES,
         args=[
             codes,
