@@ -301,7 +301,7 @@ def choose(layer: Module, gelu: bool = False) -> None:
         logger.info("NVFP4 GEMM %s was not measured: %s", shape, str(error).partition("\n")[0])
     else:
         named = {str(form): form for forms in CANDIDATES.values() for form in forms}
-        _chosen[n, k, gelu] = {rows: named.get(kernel) for rows, kernel in found.items()}
+        _chosen[n, k, gelu] = {rows: named.get(found[rows]) for rows in sorted(found)}
     try:
         reserve(n, k, device, gelu, layer.rows_scaled)
     except RuntimeError as error:
