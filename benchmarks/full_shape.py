@@ -2,17 +2,18 @@
 
     GEMMA4_ARTIFACTS=… python benchmarks/full_shape.py --target 31B --drafter E4B --out results.json
 
-Every engine is a process of its own: ``stock`` (plain decoding without this package), ``plain`` (with it),
-``spec`` (speculation with ``--drafter``), ``mtp`` (with the target's MTP assistant) and, on request, ``spec-adaptive``
-(adaptive k) and what a part is worth: ``spec-eager`` (without the graphs), ``spec-sync`` (without async scheduling),
-``spec-plain-compile`` (without the drafter's own compiler settings), ``spec-whole`` (a whole drafter on each rank of
-``--tp``); ``spec@5`` is ``spec`` with k = 5, ``plain+NAME=VALUE`` is ``plain`` with that variable set. One run with
-both drafters beside stock's plain decoding:
+Every engine is a process of its own: ``stock`` (plain decoding without this package), ``plain`` (with it), ``awq``
+and ``svd`` (that in NVFP4_AWQ and NVFP4_SVD), ``spec`` (speculation with ``--drafter``), ``mtp`` (with the target's
+MTP assistant), ``self`` (the target drafts for itself) and, on request, ``spec-adaptive`` (adaptive k) and what a
+part is worth: ``spec-eager`` (without the graphs), ``spec-sync`` (without async scheduling), ``spec-plain-compile``
+(without the drafter's own compiler settings), ``spec-whole`` (a whole drafter on each rank of ``--tp``); ``spec@5``
+is ``spec`` with k = 5, ``plain+NAME=VALUE`` is ``plain`` with that variable set. One run with both drafters beside
+stock's plain decoding:
 
     … --together --engines stock,spec@3,mtp@4 --concurrency 1,4,16 --acceptance 1.0,0.8,0.0 --repeats 2
 
-Times exclude prompts and a warm-up of every batch size; times are medians of ``--repeats``. With ``--tp 2`` every
-engine has two ranks, one card each; times and bytes are the first rank's.
+Times exclude prompts (``prompts`` is theirs) and a warm-up of every batch size; they are medians of ``--repeats``.
+With ``--tp 2`` every engine has two ranks, one card each; times and bytes are the first rank's.
 """
 
 from __future__ import annotations
@@ -32,12 +33,15 @@ from typing import Any
 ENGINES: dict[str, dict[str, str]] = {
     "stock": {"VLLM_GEMMA4_SPEC": "0"},
     "plain": {},
+    "awq": {},
+    "svd": {},
     "spec": {},
     "spec-adaptive": {"VLLM_GEMMA4_SPEC_ADAPTIVE_K": "0.16"},
     "spec-plain-compile": {"VLLM_GEMMA4_SPEC_PATCH_DRAFT_COMPILE": "0"},
     "spec-sync": {},
     "spec-whole": {},
     "spec-eager": {"VLLM_GEMMA4_SPEC_PATCH_DRAFT_GRAPHS": "0"},
+    "self": {},
     "mtp": {},
     "mtp-adaptive": {"VLLM_GEMMA4_SPEC_ADAPTIVE_K": "0.16"},
     "mtp-eager": {"VLLM_GEMMA4_SPEC_PATCH_DRAFT_GRAPHS": "0"},
@@ -87,27 +91,34 @@ def environment(engine: str) -> dict[str, str]:
     return ENGINES[name.partition("@")[0]] | dict(setting.split("=", 1) for setting in settings)
 
 
-def run_engine(args: argparse.Namespace) -> dict[str, Any]:
-    """One engine, in this process."""
+def speculates(engine: str) -> bool:
+    return engine.startswith(("spec", "mtp", "self"))
+
+
+def make_llm(args: argparse.Namespace) -> Any:
+    """``vllm.LLM`` of ``args.engine``, in this process, with room for as many requests as ``args`` asks for at most."""
     k = k_of(args.engine, args.k)
     os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "fork")  # the hooks below must be inherited
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-    import probes
     import shapes
     import vllm.model_executor.model_loader.dummy_loader as loader
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     loader.initialize_dummy_weights = shapes.random_weights
-    assistant = args.engine.startswith("mtp")
-    speculative = assistant or args.engine.startswith("spec")
     sizes = [int(c) for c in args.concurrency.split(",")]
     # The same for every run: the folder's name is part of vLLM's compile cache key.
     work = Path(tempfile.gettempdir()) / f"gemma4-shapes-{args.target_layers or 'all'}"
-    query = k + 1 if speculative else 1
+    form = args.engine.partition("+")[0]
+    algorithm = f"NVFP4_{form.upper()}" if form in ("awq", "svd") else "NVFP4"
+    folder = work / (f"target-{form}" if form in ("awq", "svd") else "target")
+    target = shapes.write_model(args.target, folder, args.target_layers, algorithm)
+    query = k + 1 if speculates(args.engine) else 1
     options: dict[str, Any] = {}
-    if speculative:
-        if assistant:
+    if speculates(args.engine):
+        if args.engine.startswith("mtp"):
             drafter, method = shapes.write_assistant(args.target, work / "assistant"), "mtp"
+        elif args.engine.startswith("self"):
+            drafter, method = target, "draft_model"
         else:
             drafter, method = shapes.write_model(args.drafter, work / "drafter"), "draft_model"
         options["speculative_config"] = {"method": method, "model": str(drafter), "num_speculative_tokens": k}
@@ -117,12 +128,11 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         options |= {"tensor_parallel_size": args.tp, "distributed_executor_backend": "mp"}
     if args.engine.partition("+")[0].partition("@")[0].endswith("-sync"):
         options["async_scheduling"] = False
-    began = time.perf_counter()
-    llm = LLM(
-        str(shapes.write_model(args.target, work / "target", args.target_layers)),
+    return LLM(
+        str(target),
         load_format="dummy",
         skip_tokenizer_init=True,
-        max_model_len=4096,
+        max_model_len=max(4096, args.prompt + args.tokens),
         max_num_seqs=max(sizes),
         max_num_batched_tokens=4096,
         gpu_memory_utilization=0.3,  # checked at the start only: the next line sizes the cache
@@ -137,12 +147,31 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         },
         **options,
     )
+
+
+def my_turn(args: argparse.Namespace) -> Any:
+    """Tells that this engine is ready and waits until it may measure; to be kept: it lets go when the process ends."""
+    if not args.turn:
+        return None
+    turn = args.turn.open("w")
+    args.turn.with_suffix(f".{file_name(args.engine)}").touch()
+    fcntl.flock(turn, fcntl.LOCK_EX)
+    return turn
+
+
+def run_engine(args: argparse.Namespace) -> dict[str, Any]:
+    """One engine, in this process."""
+    import probes
+
+    sizes = [int(c) for c in args.concurrency.split(",")]
+    speculative = speculates(args.engine)
+    began = time.perf_counter()
+    llm = make_llm(args)
+    from vllm import SamplingParams
+
     result: dict[str, Any] = {"start_s": round(time.perf_counter() - began, 1), "runs": []}
     rpc = llm.collective_rpc
-    if args.turn:
-        turn = args.turn.open("w")
-        args.turn.with_suffix(f".{file_name(args.engine)}").touch()
-        fcntl.flock(turn, fcntl.LOCK_EX)  # let go of when the process ends
+    held = my_turn(args)  # noqa: F841
     result["finite_logits"] = rpc(probes.finite)[0]
     result |= rpc(probes.bandwidth_and_bytes)[0]
     rpc(probes.install_marks)
@@ -156,7 +185,8 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         outputs = llm.generate(prompts, params, use_tqdm=False)
         stats = [o.metrics for o in outputs]
         first, last = max(s.first_token_ts for s in stats), max(s.last_token_ts for s in stats)
-        return (tokens - 1) * n / (last - first), rpc(probes.read_marks)[0]
+        prompts_ms = round((first - min(s.scheduled_ts for s in stats)) * 1e3, 1)
+        return (tokens - 1) * n / (last - first), rpc(probes.read_marks)[0] | {"prompts": prompts_ms}
 
     def mixed(n: int, kinds: int) -> tuple[float, dict[str, float]]:
         """As many runs as there are kinds of requests, so that each kind generates the same number of tokens."""
@@ -229,6 +259,26 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def start(script: str, engine: str, part: Path, turn: Path | None) -> subprocess.Popen[bytes]:
+    """One engine's process: ``script`` as this process was called, which writes ``part``."""
+    env = os.environ | environment(engine) | {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO")}
+    extra = ["--engine", engine, "--out", str(part), *(["--turn", str(turn)] if turn else [])]
+    return subprocess.Popen([sys.executable, script, *sys.argv[1:], *extra], env=env)
+
+
+def start_together(script: str, parts: dict[str, Path], turn: Path) -> dict[str, subprocess.Popen[bytes]]:
+    """All engines at once; none measures while another still compiles."""
+    with turn.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        running = {engine: start(script, engine, part, turn) for engine, part in parts.items()}
+        marks = {engine: turn.with_suffix(f".{file_name(engine)}") for engine in parts}
+        while any(running[e].poll() is None and not marks[e].exists() for e in parts):
+            time.sleep(1)
+    for mark in marks.values():
+        mark.unlink(missing_ok=True)
+    return running
+
+
 def main() -> None:
     args = parse(sys.argv[1:])
     if args.engine:
@@ -237,24 +287,9 @@ def main() -> None:
     results: dict[str, Any] = {}
     parts = {engine: args.out.with_suffix(f".{file_name(engine)}.part") for engine in args.engines.split(",")}
     turn = args.out.with_suffix(".turn")
-
-    def start(engine: str) -> subprocess.Popen[bytes]:
-        env = os.environ | environment(engine) | {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO")}
-        extra = ["--engine", engine, "--out", str(parts[engine]), *(["--turn", str(turn)] if args.together else [])]
-        return subprocess.Popen([sys.executable, __file__, *sys.argv[1:], *extra], env=env)
-
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    if args.together:
-        with turn.open("w") as held:  # nobody measures while another still compiles
-            fcntl.flock(held, fcntl.LOCK_EX)
-            running = {engine: start(engine) for engine in parts}
-            marks = {engine: turn.with_suffix(f".{file_name(engine)}") for engine in parts}
-            while any(running[e].poll() is None and not marks[e].exists() for e in parts):
-                time.sleep(1)
-        for mark in marks.values():
-            mark.unlink(missing_ok=True)
+    running = start_together(__file__, parts, turn) if args.together else {}
     for engine, out in parts.items():
-        code = (running.get(engine) or start(engine)).wait()
+        code = (running.get(engine) or start(__file__, engine, out, None)).wait()
         results[engine] = json.loads(out.read_text()) if code == 0 else {"failed": code}
         out.unlink(missing_ok=True)
         args.out.write_text(json.dumps({"args": vars(args) | {"out": str(args.out)}, "engines": results}, indent=1))

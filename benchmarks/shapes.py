@@ -35,15 +35,15 @@ def text_config(name: str, layers: int | None = None) -> dict[str, Any]:
     return config
 
 
-def write_model(name: str, folder: Path, layers: int | None = None) -> Path:
-    """A folder with the config of ``Gemma4ForCausalLM`` in ModelOpt NVFP4; there are no weights in it."""
+def write_model(name: str, folder: Path, layers: int | None = None, algorithm: str = "NVFP4") -> Path:
+    """A folder with the config of ``Gemma4ForCausalLM`` in ModelOpt's ``algorithm``; there are no weights in it."""
     config = text_config(name, layers)
     config |= {
         "architectures": ["Gemma4ForCausalLM"],
         "tie_word_embeddings": True,
         "quantization_config": {
             "quant_method": "modelopt",
-            "quant_algo": "NVFP4",
+            "quant_algo": algorithm,
             "group_size": 16,
             "ignore": ["lm_head", "*router*"],
             "producer": {"name": "modelopt"},
@@ -103,11 +103,16 @@ def write_assistant(target: str, folder: Path) -> Path:
 def random_weights(model: torch.nn.Module, *_: Any, **__: Any) -> None:
     """In the place of vLLM's ``initialize_dummy_weights``, which leaves NVFP4 codes and scales uninitialized.
 
-    Codes are random bytes, block scales 1, global scales such that a product keeps its input's size.
+    Codes are random bytes, block scales 1, global scales such that a product keeps its input's size. With
+    ``GEMMA4_SHAPES_LOUD`` the norms behind attention and MLP have that weight in place of 1.
     """
     torch.manual_seed(0)
+    loud = float(os.environ.get("GEMMA4_SHAPES_LOUD", "1"))
+    louder: set[int] = set()  # a layer comes before its norms
     fan_in = {id(m): m.weight.shape[-1] * 2 for m in model.modules() if hasattr(m, "weight_scale_2")}
     for module in model.modules():
+        behind = {id(getattr(module, f"post_{part}_layernorm", None)) for part in ("attention", "feedforward")}
+        louder |= behind - {id(None)}
         for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if name in module._non_persistent_buffers_set:
                 continue
@@ -118,7 +123,7 @@ def random_weights(model: torch.nn.Module, *_: Any, **__: Any) -> None:
             elif "scale" in name and "layer_scalar" not in name:
                 value.copy_(torch.ones_like(value, dtype=torch.float32).to(value.dtype))
             elif "Norm" in type(module).__name__ or name == "layer_scalar":
-                value.fill_(1.0)
+                value.fill_(loud if id(module) in louder else 1.0)
             elif value.is_floating_point():
                 value.normal_(0.0, 0.02)
 

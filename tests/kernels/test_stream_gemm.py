@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,3 +149,29 @@ def test_forms_of_the_same_halves_have_the_same_bits(libraries: Any, form: Form,
     x, packed = torch.randn(11, 896).bfloat16(), marlin(codes, scale)
     wanted = run(libraries, x, packed, 512, 3)
     assert torch.equal(run(libraries, x, packed, 512, 3, form=form, tiles=tiles), wanted)
+
+
+@pytest.mark.parametrize(("invariant", "parts"), [(False, [[128], [65], [64]]), (True, [[64, 64], [64, 1], [64]])])
+def test_batch_invariant_is_every_batch_in_the_same_order(
+    monkeypatch: pytest.MonkeyPatch, invariant: bool, parts: list[list[int]]
+) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", str(int(invariant)))
+    monkeypatch.setattr(stream_gemm, "forms", lambda: stream_gemm.WGMMA_FORMS)
+    monkeypatch.setattr(stream_gemm.chosen_rows, "chosen", lambda *_: 0b1000)
+    monkeypatch.setattr(stream_gemm, "_maker", lambda: "")
+    layer: Any = SimpleNamespace(output_size_per_partition=4, input_size_per_partition=4)
+    assert stream_gemm.faster(layer) == (stream_gemm.ALL if invariant else 0b1000)
+    for rows, expected in zip((128, 65, 64), parts, strict=True):
+        seen: list[int] = []
+        monkeypatch.setattr(stream_gemm, "stream_gemm", lambda x, *_, seen=seen: seen.append(len(x)) or x * 2)
+        x = torch.randn(rows, 4)
+        nothing = torch.ones(1)
+        assert torch.equal(stream_gemm.linear(x, None, nothing, nothing, nothing, nothing, 4, stream_gemm.ALL), x * 2)
+        assert seen == expected
+
+
+def test_every_form_is_measured_against_marlin(monkeypatch: pytest.MonkeyPatch) -> None:
+    forms = stream_gemm.WGMMA_FORMS
+    monkeypatch.setattr(stream_gemm, "forms", lambda: forms)
+    assert all(stream_gemm.ALL >> stream_gemm._form(rows) & 1 for rows in range(1, stream_gemm.MOST_ROWS + 1))
+    assert all(stream_gemm.tiles_for(rows) * 8 <= stream_gemm.SAME_BITS for rows in range(1, 65))

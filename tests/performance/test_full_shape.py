@@ -44,3 +44,18 @@ def test_table_shows_ratios_to_stock() -> None:
     text = load("full_shape").table({"stock": {"runs": runs}, "spec": {"runs": fast}})
     assert "1.00" in text.splitlines()[1]
     assert "2.00" in text.splitlines()[2]
+
+
+def test_equal_tokens_are_counted_until_the_first_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    equal = load("equal_tokens")
+    seen = equal.compared([[1, 2, 3, 4], [5, 6, 7, 8]], [[1, 2, 3, 4], [5, 9, 7, 8]])
+    assert (seen["equal_answers"], seen["tokens_until_the_first_difference"], seen["tokens"]) == (1, 5, 8)
+    assert seen["decided_otherwise"] == pytest.approx(1 / 6, abs=1e-6)
+
+
+def test_an_engine_is_compared_with_plain_decoding_of_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    reference = load("equal_tokens").reference
+    engines = ["stock", "plain", "plain+A=1", "self@3", "self@3+A=1", "mtp@4+B=1"]
+    assert [reference(e, engines) for e in engines] == [None, "stock", None, "plain", "plain+A=1", None]

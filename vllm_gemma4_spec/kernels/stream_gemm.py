@@ -27,7 +27,8 @@ logger = logging.getLogger("vllm.plugins.gemma4_spec")
 COLUMNS, DEPTH = 256, 128  # outputs of a tile, inputs of a stage
 MULTIPLE = 64  # of which N and K must be
 MOST_ROWS = 128
-ALL = 63  # every form
+ALL = -1  # every form
+SAME_BITS = 64  # rows up to which a row's result does not depend on the others
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,14 @@ def _times(layer: Module) -> chosen_rows.Times:
 
 
 def faster(layer: Module) -> int:
-    """Which forms are faster than Marlin for a layer that suits and is ready; bit i is the i-th of :func:`forms`."""
+    """Which forms are faster than Marlin for a layer that suits and is ready; bit i is the i-th of :func:`forms`.
+
+    With ``VLLM_BATCH_INVARIANT=1`` all, whatever they take: Marlin's order of additions depends on the batch.
+    """
+    import vllm.envs
+
+    if vllm.envs.VLLM_BATCH_INVARIANT:
+        return ALL
     n, k = layer.output_size_per_partition, layer.input_size_per_partition
     try:
         return chosen_rows.chosen(n, k, _maker(), lambda: _times(layer))
@@ -256,9 +264,12 @@ def linear(
     streamed: int,
 ) -> Tensor:
     """One linear layer: batches of the forms in ``streamed`` here, others on Marlin; see :func:`faster`."""
+    import vllm.envs
+
     flat = x.reshape(-1, x.shape[-1])
     if streamed and flat.shape[0] <= 8 * max(forms()) and streamed >> _form(flat.shape[0]) & 1:
-        y = stream_gemm(flat.contiguous(), pre_quant_scale, weight, weight_scale, global_scale, n)
+        parts = flat.contiguous().split(SAME_BITS if vllm.envs.VLLM_BATCH_INVARIANT else MOST_ROWS)
+        y = _joined([stream_gemm(part, pre_quant_scale, weight, weight_scale, global_scale, n) for part in parts])
     else:
         if pre_quant_scale is not None:
             flat = flat * pre_quant_scale
@@ -266,6 +277,10 @@ def linear(
 
         y = apply_fp4_marlin_linear(flat, weight, weight_scale, global_scale, workspace, n, flat.shape[-1])
     return y.view(*x.shape[:-1], n)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _linear_shape(x: Tensor, *parameters: Any) -> Tensor:
