@@ -233,15 +233,23 @@ def test_each_batch_gets_the_form_that_was_fastest(card: dict[str, Any]) -> None
     assert small_batch_gemm.form_for(3072, 2560, True, 20) == small_batch_gemm.untried(20)
 
 
-def test_room_for_the_sums_of_every_chunk(card: dict[str, Any]) -> None:
-    form = small_batch_gemm.CANDIDATES[16][0]
-    card["us"] |= {(form, 16): 5.0}
-    small_batch_gemm.choose(layer(2560, 10240))
-    how = small_batch_gemm.plan(2560, 10240, form, 1, False, 132)
-    assert how.parts > 1
+def test_room_for_the_sums_of_every_batch(card: dict[str, Any]) -> None:
+    """Also of those that are cut into parts as they have fewer chunks than the largest of their kind."""
+    n, k, wide = 1088, 10240, small_batch_gemm.CANDIDATES[64][2]
+    card["us"] |= {(wide, 64): 5.0}
+    small_batch_gemm.choose(layer(n, k))
+    plans = [small_batch_gemm.plan(n, k, wide, chunks, False, 132) for chunks in (7, 8)]
+    assert plans[0].parts > 1 == plans[1].parts
     floats, counters = card["room"][-1]
-    assert floats >= how.parts * 2560 * 16
-    assert counters >= 2560 // 16
+    assert floats >= plans[0].parts * 7 * n * wide.rows
+    assert counters >= 7 * n // 16
+
+
+def test_forms_have_names_of_their_own() -> None:
+    forms = {form for forms in small_batch_gemm.CANDIDATES.values() for form in forms}
+    assert len({str(form) for form in forms}) == len(forms)
+    assert list(small_batch_gemm.CANDIDATES) == sorted(small_batch_gemm.CANDIDATES)
+    assert max(small_batch_gemm.CANDIDATES) == small_batch_gemm.MOST_ROWS
 
 
 @pytest.mark.parametrize("fails", ["fastest", "_compile"])

@@ -362,11 +362,11 @@ def _compile(wanted: Iterable[tuple[Form, bool, bool]]) -> None:
 def _make_room(n: int, k: int, used: Mapping[int, Form], gelu: bool, device: torch.device) -> None:
     floats = counters = 1
     for rows, form in used.items():
-        chunks = form.chunks(rows)
-        how = _launch(n, k, form, chunks, gelu, device.index)
-        if how.parts > 1:
-            floats = max(floats, chunks * how.parts * n * form.rows)
-            counters = max(counters, chunks * n // ROWS)
+        for chunks in range(1, form.chunks(rows) + 1):  # fewer may be cut into parts where more are not
+            how = _launch(n, k, form, chunks, gelu, device.index)
+            if how.parts > 1:
+                floats = max(floats, chunks * how.parts * n * form.rows)
+                counters = max(counters, chunks * n // ROWS)
     SCRATCH.reserve(device, floats, counters)
 
 
