@@ -28,6 +28,15 @@ def several_servers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(reports.FOLDER, str(tmp_path))
 
 
+@pytest.fixture
+def one_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process with the plugin loaded, in which vLLM is about to build its server."""
+    monkeypatch.setenv(reports.FOLDER, str(tmp_path))
+    importlib.import_module("vllm.entrypoints.serve.instrumentator.metrics")
+    vllm_gemma4_spec.register()
+    reports.write()
+
+
 def shown() -> dict[str, float]:
     """What is sampled, by name."""
     return {s.name: s.value for s in samples()}
@@ -68,23 +77,20 @@ def test_metrics_beside_those_of_the_files(tmp_path: Path) -> None:
     assert metrics["gemma4_spec_drafts_skipped_total"] == reports._counts["drafts_skipped"][""]  # of this process
 
 
+@pytest.mark.usefixtures("one_server")
 def test_one_api_server_serves_its_own_registry() -> None:
     """No second collector, whose series would be there twice."""
-    vllm_gemma4_spec.apply()
-    importlib.import_module("vllm.entrypoints.serve.instrumentator.metrics")
-    reports.write()
     metrics = shown()
     assert metrics["gemma4_spec_process"] == 1
     assert "python_info" in metrics
 
 
-@pytest.mark.parametrize("files", [False, True], ids=["one", "several"])
+@pytest.mark.parametrize("servers", ["one_server", "several_servers"])
 def test_the_server_says_what_it_runs(
-    files: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    servers: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vllm_gemma4_spec.apply()
-    if files:
-        request.getfixturevalue("several_servers")
+    request.getfixturevalue(servers)
     monkeypatch.setattr(server_info, "_apps", [])
     model = SimpleNamespace(model="a/model", hf_config=SimpleNamespace(model_type="gemma4"), quantization=None)
     spec = SimpleNamespace(method="draft_model", num_speculative_tokens=4, model="a/drafter")

@@ -79,10 +79,10 @@ def test_before_hopper_nothing_changes(folder: Path) -> None:
 def given(model: Any) -> dict[str, Any]:
     """The settings that an engine for ``model`` gets when nothing else is in its config."""
 
-    def original(_: Any) -> None:
-        return None
+    def original(made: Any) -> None:
+        made.compilation_config = SimpleNamespace(inductor_compile_config={})
 
-    made = SimpleNamespace(model_config=model, compilation_config=SimpleNamespace(inductor_compile_config={}))
+    made = SimpleNamespace(model_config=model)
     compile_settings.vllm_config(original)(made)
     return settings(made)
 
