@@ -42,7 +42,11 @@ MODULES: dict[str, list[str]] = {
         "performance/test_split_attention.py::test_one_token_per_request_and_image_prefixes_are_left_alone",
         "kernels/test_patches.py",
     ],
-    "performance.compile_settings": ["performance/test_draft_compile.py"],
+    "performance.compile_settings": [
+        "performance/test_launch_early.py",
+        "performance/test_draft_compile.py",
+        "performance/test_target_compile.py",
+    ],
     "requests.thinking": ["requests/test_thinking.py", "requests/test_grammar_positions.py"],
     "requests.thinking_budget": ["requests/test_thinking.py", "requests/test_step_cost.py"],
     "requests.min_tokens": ["requests/test_min_tokens.py", "requests/test_thinking.py", "requests/test_step_cost.py"],
@@ -56,10 +60,14 @@ MODULES: dict[str, list[str]] = {
     "requests.allowed_tokens": ["requests/test_allowed_tokens.py"],
     "requests.validation": ["requests/test_validation.py"],
     "requests.responses_stream": ["requests/test_responses.py"],
-    "scheduling.admission": ["scheduling/test_no_deadlock.py"],
+    "scheduling.admission": [
+        "scheduling/test_admission.py",
+        "scheduling/test_long_prompts.py::test_a_pool_too_small_lowers_the_maximum_length",
+        "scheduling/test_no_deadlock.py",
+    ],
     "spec_decode.config_validation": ["spec_decode/test_config_validation.py"],
     "multimodal.segments": ["multimodal/test_segments.py"],
-    "metrics.reports": ["metrics/test_reports.py"],
+    "metrics.reports": ["metrics/test_api_servers.py", "metrics/test_reports.py"],
     "patching.failure": ["patching/test_failures.py"],
     "patching.engine": ["patching/test_engine.py", "patching/test_failures.py"],
 }
@@ -136,6 +144,7 @@ class _Run:
             return None
         os.killpg(self.child, signal.SIGKILL)
         os.waitpid(self.child, 0)
+        print(f"{_name(self.module)}:{self.line}: not done after {LIMIT} s, taken for noticed", flush=True)
         return False
 
 

@@ -46,7 +46,9 @@ EXPORTERS = {
         "transformers", "export_with_modelopt.py", ("31b-bf16", "e4b-bf16", "26b-bf16", "31b-mm-bf16", "e4b-mm-bf16")
     ),
     "modelopt-pinned": Exporter(
-        "nvidia-modelopt", "export_with_modelopt.py", ("31b-nvfp4", "31b-awq-full", "31b-svdquant", "e4b-awq-lite")
+        "nvidia-modelopt",
+        "export_with_modelopt.py",
+        ("31b-nvfp4", "31b-awq-full", "31b-svdquant", "e4b-awq-lite", "e4b-mixed", "26b-mm-mixed"),
     ),
     "modelopt-newest": Exporter(
         "nvidia-modelopt",

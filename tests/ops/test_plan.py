@@ -179,6 +179,11 @@ def test_mixed_precision_is_read_layer_by_layer(tmp_path: Path) -> None:
     assert formats["layers.0.self_attn.qkv_proj"] == "fp8"
     assert formats["layers.0.self_attn.o_proj"] == "bf16"
     assert formats["layers.0.mlp"] == formats["layers.1.mlp"] == "nvfp4"
+    alone = {"quant_algo": "MIXED_PRECISION", "quant_method": "modelopt"}  # of ModelOpt 0.42.0, the layers beside it
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": alone}))
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": quant}))
+    assert model.load(tmp_path).by_layer == read.by_layer
+    (tmp_path / "hf_quant_config.json").unlink()
     quant = {"quant_method": "awq", "modules_to_not_convert": ["an nvfp4 in a comment"]}
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quant}))
     with pytest.raises(configs.PlanError, match="quantized by 'awq'"):

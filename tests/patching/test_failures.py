@@ -89,6 +89,7 @@ def test_a_correctness_patch_that_fails_later_undoes_nothing_and_ends_the_proces
         importlib.import_module(b)
     assert first.one() == "patched"  # objects of it may be in use
     assert states(patcher) == {"needed": "failed", "other": "on"}
+    assert isinstance(failure.first(), TargetError)
     with pytest.raises(TargetError, match=rf"{b}:there: the patch needed cannot be applied: .* exists already"):
         start()
     with pytest.raises(TargetError):

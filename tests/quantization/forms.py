@@ -103,6 +103,20 @@ def mixed(folder: Path) -> Path:
     return _written(made, lambda c: c.update(quantization_config=new))
 
 
+def mixed_beside(folder: Path) -> Path:
+    """The same as ModelOpt 0.42.0 writes it: the layers stand in hf_quant_config.json alone."""
+    made = mixed(folder)
+    config = json.loads((made / "config.json").read_text())
+    producer = {"name": "modelopt", "version": "0.42.0"}
+    named = config["quantization_config"].pop("quantized_layers")
+    config["quantization_config"]["producer"] = producer
+    section = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": None, "quantized_layers": named}
+    beside = {"producer": producer, "quantization": section}
+    (made / "config.json").write_text(json.dumps(config))
+    (made / "hf_quant_config.json").write_text(json.dumps(beside))
+    return made
+
+
 def _eight_bits(module: str, weight: torch.Tensor) -> Tensors:
     scale = weight.abs().max() / 448
     made = {
@@ -139,5 +153,6 @@ FORMS: dict[str, Callable[[Path], Path]] = {
     "stripped": stripped,
     "stripped 31B": stripped_31b,
     "MIXED_PRECISION": mixed,
+    "MIXED_PRECISION of 0.42.0": mixed_beside,
     "FP8": eight_bits,
 }

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +19,11 @@ from tests.quantization.test_nvfp4_speculation import LIMITS, PROMPTS
 from tests.support.engine import acceptance, engine, generate
 from vllm_gemma4_spec.checkpoints.files import Checkpoint
 from vllm_gemma4_spec.checkpoints.inspection import inspect
+from vllm_gemma4_spec.checkpoints.repairing import repair
 from vllm_gemma4_spec.errors import CheckpointError
+from vllm_gemma4_spec.quantization import loading
 
-FAST = ("MIXED_PRECISION", "experts never calibrated", "W4A16_NVFP4")
+FAST = ("MIXED_PRECISION of 0.42.0", "experts never calibrated", "W4A16_NVFP4")
 TOLERANCE = 1e-4
 
 
@@ -41,6 +44,41 @@ def test_logprobs_equal_the_reference(form: str, tmp_path: Path) -> None:
     assert report.machines["CPU"].startswith("emulated")
 
 
+def test_layers_of_mixed_precision_are_found_in_either_config(tmp_path: Path) -> None:
+    """ModelOpt 0.42.0 writes them into hf_quant_config.json alone, later releases into both."""
+    folder = forms.mixed_beside(tmp_path / "model")
+    beside = Checkpoint(folder)
+    whole = Checkpoint(forms.mixed(tmp_path / "whole"))
+    assert beside.quantization["quantized_layers"] == whole.quantization["quantized_layers"]
+    assert {m: q.algorithm for m, q in beside.quantized.items()} == {m: q.algorithm for m, q in whole.quantized.items()}
+    assert {q.algorithm for q in beside.quantized.values()} == {"NVFP4", "FP8"}
+    repaired = repair(beside, tmp_path / "out")
+    assert repaired.changes
+    assert inspect(Checkpoint(tmp_path / "out")).clean
+    (folder / "hf_quant_config.json").unlink()
+    with pytest.raises(CheckpointError, match="MIXED_PRECISION needs 'quantized_layers'"):
+        inspect(Checkpoint(folder))
+
+
+def test_layers_of_mixed_precision_are_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first shard is there."""
+    named = {"model.layers.0.mlp.down_proj": {"quant_algo": "FP8"}}
+    asked = []
+
+    def answer(file: str, model: str, revision: str | None) -> dict[str, Any]:
+        asked.append((file, model, revision))
+        return {"quantization": {"quant_algo": "MIXED_PRECISION", "quantized_layers": named}}
+
+    monkeypatch.setattr(loading, "local", lambda model: None)
+    monkeypatch.setattr(loading, "get_hf_file_to_dict", answer)
+    config = SimpleNamespace(quantization_config={"quant_algo": "MIXED_PRECISION", "quant_method": "modelopt"})
+    model = SimpleNamespace(quantization="modelopt_mixed", model="org/name", revision="r", hf_config=config)
+    for _ in range(2):  # the second finds them
+        loading._name_layers(model)
+    assert asked == [("hf_quant_config.json", "org/name", "r")]
+    assert config.quantization_config["quantized_layers"] == named
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", forms.FORMS)
 def test_two_ranks(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +90,7 @@ def test_two_ranks(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["W4A16_NVFP4", "MIXED_PRECISION"])
+@pytest.mark.parametrize("form", ["W4A16_NVFP4", "MIXED_PRECISION", "MIXED_PRECISION of 0.42.0"])
 @pytest.mark.parametrize("role", ["target", "drafter"])
 def test_greedy_output_equals_plain_decoding(form: str, role: str, tmp_path: Path) -> None:
     folder = forms.FORMS[form](tmp_path / "model")

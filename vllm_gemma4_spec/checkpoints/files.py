@@ -82,6 +82,28 @@ def _section(config: dict[str, Any]) -> dict[str, Any]:
     return dict(found) if isinstance(found, dict) else {}
 
 
+def quantization(written: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """``written``, config.json's flat ``quantization_config``, or ``quantization`` of hf_quant_config.json where that
+    is empty; {} if neither. ModelOpt 0.42.0 writes the layers of MIXED_PRECISION into the second alone.
+
+    Raises:
+        CheckpointError: both are there and name different algorithms.
+    """
+    flat = _section(written)
+    legacy = folder / "hf_quant_config.json"
+    beside = _section(_read_json(legacy)) if legacy.is_file() else {}
+    ours, theirs = layers.algorithm(flat), layers.algorithm(beside)
+    if ours and theirs and ours != theirs:
+        raise CheckpointError(
+            f"{legacy}: quant_algo {theirs}, and config.json beside it says {ours}; keep what the tensors have and "
+            "delete the other"
+        )
+    key = "quantized_layers"
+    if ours == layers.MIXED and key not in flat and key in beside:
+        flat[key] = beside[key]
+    return flat or beside
+
+
 class Checkpoint:
     """A local checkpoint folder. Nothing but JSON and headers is read until a tensor is asked for.
 
@@ -139,21 +161,8 @@ class Checkpoint:
 
     @cached_property
     def quantization(self) -> dict[str, Any]:
-        """``quantization`` of hf_quant_config.json, or config.json's flat ``quantization_config``; {} if neither.
-
-        Raises:
-            CheckpointError: both are there and name different algorithms.
-        """
-        flat = _section(self.quantization_config)
-        legacy = self.folder / "hf_quant_config.json"
-        beside = _section(_read_json(legacy)) if legacy.is_file() else {}
-        ours, theirs = layers.algorithm(flat), layers.algorithm(beside)
-        if ours and theirs and ours != theirs:
-            raise CheckpointError(
-                f"{legacy}: quant_algo {theirs}, and config.json beside it says {ours}; keep what the tensors have and "
-                "delete the other"
-            )
-        return flat or beside
+        """See :func:`quantization`."""
+        return quantization(self.quantization_config, self.folder)
 
     @cached_property
     def quantized(self) -> dict[str, Quantized]:

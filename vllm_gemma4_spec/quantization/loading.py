@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from vllm.platforms import current_platform
+from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from vllm_gemma4_spec import scope
 from vllm_gemma4_spec.checkpoints import files, layers, outcome
@@ -56,6 +57,7 @@ def quantization_config(original: staticmethod[..., Any]) -> staticmethod[..., A
         try:
             if gemma and getattr(load_config, "load_format", None) != "dummy":
                 _check_forms(model_config)
+            _name_layers(model_config)
             return original.__func__(model_config, load_config)
         except CheckpointError as error:
             stop(error)
@@ -63,6 +65,29 @@ def quantization_config(original: staticmethod[..., Any]) -> staticmethod[..., A
             asked.reset(token)
 
     return staticmethod(wrapper)
+
+
+def _name_layers(model_config: Any) -> None:
+    """MIXED_PRECISION whose layers hf_quant_config.json alone names, as ModelOpt 0.42.0 writes it.
+
+    0.19.1 reads that file for a target; for a drafter it ends in "hf_overrides must be a dict".
+
+    Raises:
+        CheckpointError: the file is damaged, or names another algorithm.
+    """
+    key, section = "quantized_layers", getattr(model_config.hf_config, "quantization_config", None)
+    if model_config.quantization != "modelopt_mixed" or not isinstance(section, dict):
+        return
+    if "quantization" in section or key in section:
+        return
+    folder = local(model_config.model)
+    if folder is not None:
+        found = files.quantization(section, folder)
+    else:
+        beside = get_hf_file_to_dict("hf_quant_config.json", model_config.model, model_config.revision) or {}
+        found = beside.get("quantization", {})
+    if key in found:
+        section[key] = found[key]
 
 
 def _check_forms(model_config: Any) -> None:
@@ -144,8 +169,8 @@ def checked_weights(original: Callable[..., Iterator[tuple[str, Tensor]]]) -> Ca
         if safetensors:
             tensors = files.read_headers(Path(f) for f in sorted(shards))
             written = getattr(model_config.hf_config, "quantization_config", None) or {}
-            section = written.get("quantization", written)
-            layers.check(layers.describe(tensors, section if isinstance(section, dict) else {}))
+            section = files.quantization(written, Path(shards[0]).parent)
+            layers.check(layers.describe(tensors, section))
         return _loadable(stream)
 
     return get_all_weights

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_gemma4_spec import settings
-from vllm_gemma4_spec.checkpoints import layers
+from vllm_gemma4_spec.checkpoints import files, layers
 from vllm_gemma4_spec.checkpoints.files import Checkpoint
 from vllm_gemma4_spec.errors import CheckpointError
 from vllm_gemma4_spec.hf_config.normal_form import normalized
@@ -234,16 +234,13 @@ def _weights(config: dict[str, Any], folder: Path | None) -> _Weights:
     """From config.json or hf_quant_config.json, and from the headers of the shards where all of them are there."""
     text = config.get("text_config")
     text = text if isinstance(text, dict) else {}
-    quant = config.get("quantization_config") or text.get("quantization_config")
-    beside = folder / "hf_quant_config.json" if folder else None
-    if quant is None and beside and beside.is_file():
-        quant = configs.read(beside)
+    written = config.get("quantization_config") or text.get("quantization_config") or {}
+    if not isinstance(written, dict) or not isinstance(written.get("quantization", written), dict):
+        raise PlanError(f"{folder}: quantization config must be an object")
+    quant = files.quantization(written, folder) if folder else written.get("quantization", written)
     dtype = str((text or config).get("dtype") or config.get("torch_dtype") or "bfloat16")
     if not quant:
         return _Weights("float32" if dtype == "float32" else "bf16")
-    quant = quant.get("quantization", quant) if isinstance(quant, dict) else quant
-    if not isinstance(quant, dict):
-        raise PlanError(f"{folder}: quantization config must be an object")
     names = quant.get("exclude_modules") or quant.get("ignore")
     left = tuple(map(str, names)) if isinstance(names, list) else ()
     kind, by_layer = layers.config_formats(quant)
