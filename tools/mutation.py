@@ -144,7 +144,9 @@ class _Run:
             return None
         os.killpg(self.child, signal.SIGKILL)
         os.waitpid(self.child, 0)
-        print(f"{_name(self.module)}:{self.line}: not done after {LIMIT} s, taken for noticed", flush=True)
+        if self.line:
+            seconds = self.until - self.since
+            print(f"{_name(self.module)}:{self.line}: not done after {seconds:.0f} s, taken for noticed", flush=True)
         return False
 
 
