@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import atexit
+import importlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import prometheus_client
 import psutil
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.engine import engine, generate, random_prompts
 from tests.support.recorder import Recorder
 from tests.support.stock import without
+from vllm_gemma4_spec._version import __version__
 from vllm_gemma4_spec.checkpoints.files import Checkpoint
 from vllm_gemma4_spec.checkpoints.inspection import inspect
 from vllm_gemma4_spec.metrics import reports
@@ -118,6 +127,104 @@ def test_a_starter_that_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr(reports.multiprocessing, "parent_process", lambda: SimpleNamespace(pid=gone.pid))
     others(tmp_path, pid=os.getppid(), process="EngineCore", started=psutil.Process(os.getppid()).create_time())
     assert sorted(processes()) == sorted(["EngineCore", reports.process_name()])
+
+
+def test_another_servers_reports_are_left_out(tmp_path: Path) -> None:
+    """The folder's name is inherited by all that a process starts; what runs beside it is not of this server."""
+    others(tmp_path, pid=os.getppid(), process="beside", started=psutil.Process(os.getppid()).create_time())
+    assert processes() == [reports.process_name()]
+
+
+def test_a_process_has_the_name_that_vllm_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing.current_process(), "name", "EngineCore_DP1")
+    reports.write()
+    assert processes() == ["EngineCore_DP1"]
+
+
+def test_the_first_process_makes_the_folder_and_removes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ends: list[Callable[[], None]] = []
+    monkeypatch.setattr(atexit, "register", ends.append)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv(reports.FOLDER)
+    reports.write()
+    folder = Path(os.environ[reports.FOLDER])
+    assert folder.parent == tmp_path
+    assert (folder / f"{os.getpid()}.json").exists()
+    (end,) = ends
+    with monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: 1)
+        end()
+    assert folder.exists()  # a forked child's end is not the server's
+    end()
+    assert not folder.exists()
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[CollectorRegistry]:
+    """The process's registry, without our collector, and nothing announced yet."""
+    made = CollectorRegistry(auto_describe=True)
+    monkeypatch.setattr(prometheus_client, "REGISTRY", made)
+    monkeypatch.setattr(reports, "_registered", [])
+    monkeypatch.setattr(reports, "_patches_here", tuple)
+    yield made
+    monkeypatch.undo()
+    reports.write()
+
+
+def metrics(registry: CollectorRegistry, name: str) -> list[dict[str, Any]]:
+    """Labels and values of one metric."""
+    families = text_string_to_metric_families(generate_latest(registry).decode())
+    return [s.labels | {"value": s.value} for family in families for s in family.samples if s.name == name]
+
+
+def test_an_api_server_shows_what_is_announced(
+    registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From when vLLM's module for metrics is imported, which is before or after the plugin is loaded."""
+    (tmp_path / "module_for_metrics.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(reports, "_METRICS_MODULE", "module_for_metrics")
+    states = [SimpleNamespace(name=state.replace(" ", "-"), state=state) for state in ("on", "waiting", "left out")]
+    on_change: list[Callable[[], None]] = []
+    reports.announce(lambda: states, on_change)
+    assert json.loads((tmp_path / f"{os.getpid()}.json").read_text())["patches"] == {
+        "on": "on",
+        "waiting": "waiting",
+        "left-out": "left out",
+    }
+    assert processes() == ["main"]
+    assert not metrics(registry, "gemma4_spec_process")
+    try:
+        importlib.import_module("module_for_metrics")
+        reports.announce(lambda: states, on_change)  # as when the plugin is loaded again
+        reports.announce(lambda: states, [])
+    finally:
+        del sys.modules["module_for_metrics"]
+    assert on_change == [reports.write]
+    who = {"process": "APIServer", "pid": str(os.getpid())}
+    assert metrics(registry, "gemma4_spec_process") == [who | {"version": __version__, "value": 1}]
+    assert metrics(registry, "gemma4_spec_patch_on") == [
+        who | {"patch": "on", "value": 1},
+        who | {"patch": "waiting", "value": 1},
+        who | {"patch": "left-out", "value": 0},
+    ]
+    assert not metrics(registry, "gemma4_spec_server")  # no server has been built
+
+
+def test_a_report_is_written_when_the_name_is_known(
+    registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "late_module_for_metrics.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(reports, "_METRICS_MODULE", "late_module_for_metrics")
+    reports.announce(tuple, [])
+    assert processes() == ["main"]
+    importlib.import_module("late_module_for_metrics")
+    try:
+        assert processes() == ["APIServer"]
+        assert len(metrics(registry, "gemma4_spec_process")) == 1
+    finally:
+        del sys.modules["late_module_for_metrics"]
 
 
 def test_why_not_the_files_of_prometheus_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -73,6 +73,12 @@ def test_before_hopper_nothing_changes(monkeypatch: pytest.MonkeyPatch, capabili
     assert Backends().settings(tag="draft_model") == {"size_asserts": False}
 
 
+def test_from_hopper_on_a_drafter_has_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert Backends().settings(tag="draft_model") == {"size_asserts": False, PDL: True}
+
+
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("value", [True, False])
 def test_what_a_user_sets_stays(value: bool) -> None:

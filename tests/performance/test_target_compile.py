@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 from torch._inductor import config
+from vllm import platforms
 from vllm.compilation.backends import VllmBackend
 from vllm.engine.arg_utils import EngineArgs
 
 from tests.support import engine as _engine  # sets the environment
 from tests.support import tiny_models
-from tests.support.configs import LLAMA
+from tests.support.configs import GEMMA4, LLAMA
 from tests.support.stock import without
 from vllm_gemma4_spec.performance import compile_settings
 from vllm_gemma4_spec.performance.compile_settings import LaunchChoices
@@ -75,14 +76,33 @@ def test_before_hopper_nothing_changes(folder: Path) -> None:
     assert config.inductor_choices_class is None
 
 
+def given(model: Any) -> dict[str, Any]:
+    """The settings that an engine for ``model`` gets when nothing else is in its config."""
+
+    def original(made: Any) -> None:
+        made.compilation_config = SimpleNamespace(inductor_compile_config={})
+
+    made = SimpleNamespace(model_config=model)
+    compile_settings.vllm_config(original)(made)
+    return settings(made)
+
+
 @pytest.mark.usefixtures("hopper")
 def test_another_model_is_compiled_as_in_stock() -> None:
-    def original(_: Any) -> None:
-        return None
+    assert given(LLAMA) == {}
 
-    made = SimpleNamespace(model_config=LLAMA, compilation_config=SimpleNamespace(inductor_compile_config={}))
-    compile_settings.vllm_config(original)(made)
-    assert settings(made) == {}
+
+@pytest.mark.parametrize(
+    ("cuda", "capability", "wanted"),
+    [(True, 90, {PDL: True}), (True, 100, {PDL: True}), (True, 89, {}), (False, 0, {})],
+    ids=["Hopper", "Blackwell", "Ada", "no CUDA"],
+)
+def test_which_cards_take_it(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, capability: int, wanted: dict[str, Any]
+) -> None:
+    platform = SimpleNamespace(is_cuda=lambda: cuda, has_device_capability=lambda least: capability >= least)
+    monkeypatch.setattr(platforms, "current_platform", platform)
+    assert given(GEMMA4) == wanted
 
 
 @pytest.mark.usefixtures("hopper")

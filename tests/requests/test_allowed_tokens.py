@@ -35,7 +35,8 @@ def add(to: Any, name: str, allowed: list[int] | None) -> None:
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
     params = SamplingParams(temperature=0.0, allowed_token_ids=allowed)
-    to.add_request(CachedRequestState(name, [1], [], params, None, ([1],), 0, []))
+    row = to.add_request(CachedRequestState(name, [1], [], params, None, ([1],), 0, []))
+    assert to.req_ids[row] == name
 
 
 def kept(of: Any) -> list[tuple[str, list[int] | None]]:

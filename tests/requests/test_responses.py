@@ -27,6 +27,7 @@ ASKED: dict[str, tuple[dict[str, Any], str]] = {
         {"text": {"format": {"type": "json_schema", "name": "counted", "schema": SCHEMA}}},
         '{"name": "Anna", "count": 3}',
     ),
+    "no schema": ({}, "It is warm."),
 }
 
 
@@ -56,9 +57,10 @@ def ask(served: Server, name: str, stream: bool) -> Any:
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_a_stream_with_a_schema_is_the_whole_answer(served: Server, name: str) -> None:
+def test_a_stream_is_the_whole_answer(served: Server, name: str) -> None:
     whole, events = ask(served, name, False), ask(served, name, True)
     assert [e.type for e in events[:2]] == ["response.created", "response.in_progress"]
+    assert [e.type for e in events].count("response.created") == 1
     assert events[-1].type == "response.completed"
     volatile = {"id", "created_at", "call_id", "usage"}
 
@@ -71,9 +73,11 @@ def test_a_stream_with_a_schema_is_the_whole_answer(served: Server, name: str) -
     (item,) = whole.output
     if name == "text":
         assert json.loads(item.content[0].text) == {"name": "Anna", "count": 3}
+    elif name == "no schema":
+        assert item.content[0].text == "It is warm."
     else:
         assert (item.type, json.loads(item.arguments)) == ("function_call", {"city": "Paris"})
-    assert whole.text is not None
+    assert (whole.text is None) == (name == "no schema")
     for event in events:
         json.loads(event.model_dump_json())
 
@@ -82,4 +86,12 @@ def test_stock_dies_before_the_first_event(served: Server) -> None:
     from pydantic import ValidationError
 
     with without(RESPONSES_SCHEMA), pytest.raises(ValidationError, match="schema"):
+        ask(served, "required", True)
+
+
+def test_another_models_stream_dies_as_in_stock(served: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pydantic import ValidationError
+
+    monkeypatch.setattr(served.engine.model_config.hf_config, "model_type", "llama")
+    with pytest.raises(ValidationError, match="schema"):
         ask(served, "required", True)

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.engine import engine, generate, random_prompts
 from tests.support.stock import without
+from vllm_gemma4_spec.scheduling import admission
 from vllm_gemma4_spec.scheduling.patches import LONG_PROMPTS
 
 PROMPT = random_prompts([900])[0]
@@ -73,6 +74,8 @@ def test_stock_never_runs_it(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPa
 
 
 def test_a_pool_too_small_lowers_the_maximum_length(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(admission.logger, "warning", lambda text, *values: said.append(text % values))
     with just_enough(monkeypatch, blocks=60) as made, engine(tiny["target"], tiny["drafter"], **OPTIONS) as llm:
         longest = llm.model_config.max_model_len
         core = llm.llm_engine.engine_core.engine_core
@@ -80,6 +83,11 @@ def test_a_pool_too_small_lowers_the_maximum_length(tiny: dict[str, Path], monke
         assert 0 < longest < 1024
         assert made[0].num_blocks == 60
         assert core.scheduler.max_model_len == runner.max_model_len == runner.drafter.max_model_len == longest
+        assert core.gemma4_spec_max_model_len() == runner.effective_drafter_max_model_len == longest
+        (line,) = said
+        assert line.startswith(
+            f"The KV cache has 60 blocks and holds requests of up to {longest} tokens: max_model_len"
+        )
         with pytest.raises(ValueError, match=rf"maximum context length is {longest} tokens"):
             generate(llm, random_prompts([1000]), 4)
         # The longest there can be ends at its length, not before and not never.

@@ -11,6 +11,7 @@ import vllm_gemma4_spec
 from tests.support import tiny_models
 from tests.support.engine import engine
 from vllm_gemma4_spec.errors import DrafterError
+from vllm_gemma4_spec.spec_decode.config_validation import check_folder
 
 
 def error(target: Path, drafter: Path | str, **speculative: Any) -> str:
@@ -152,3 +153,21 @@ def test_sleep_that_would_lose_the_drafter(tiny: dict[str, Path]) -> None:
         with pytest.raises(DrafterError, match="sleep level 2 discards the drafter's weights"):
             core.sleep(2)
         assert not core.is_sleeping()
+
+
+def test_without_a_draft_model_nothing_is_looked_at(tiny: dict[str, Path]) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    vllm_gemma4_spec.apply()
+    args = EngineArgs(str(tiny["target"]), dtype="float32", skip_tokenizer_init=True, kv_transfer_config=CONNECTOR)
+    made = args.create_engine_config()
+    assert (made.speculative_config, made.kv_transfer_config.kv_connector) == (None, "ExampleConnector")
+
+
+def test_other_mistakes_are_vllms_to_name(tiny: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="num_speculative_tokens"):
+        config_of(tiny["target"], {"model": str(tiny["drafter"]), "num_speculative_tokens": 0})
+
+
+def test_a_hub_id_is_no_missing_folder() -> None:
+    check_folder("someone/some-model")

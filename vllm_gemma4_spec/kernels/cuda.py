@@ -27,6 +27,7 @@ def _checked(result: tuple[Any, ...], what: str) -> Any:
     return values[0] if len(values) == 1 else values
 
 
+@functools.cache
 def compiled(source: str, architecture: str) -> bytes:
     """Machine code of CUDA C++ that includes nothing, for instance for ``sm_90``.
 
@@ -109,6 +110,13 @@ def matrix_map(address: int, rows: int, columns: int, item: int, box_rows: int, 
 weight_map = functools.cache(matrix_map)  # of what stays where it is
 
 
+def this_card() -> str:
+    """:func:`architecture` of the current device; raises what it does."""
+    torch.cuda.init()
+    major, minor = torch.cuda.get_device_capability()
+    return architecture(10 * major + minor)
+
+
 class Kernel:
     """One ``extern "C"`` kernel, compiled for the current device.
 
@@ -122,11 +130,9 @@ class Kernel:
     """
 
     def __init__(self, source: str, name: str, this_only: bool = False) -> None:
-        torch.cuda.init()
-        major, minor = torch.cuda.get_device_capability()
+        code = compiled(source, this_card() + "a" * this_only)
         # From Hopper on a grid may start before the one before it has ended; the kernel says what it waits for.
-        code = compiled(source, architecture(10 * major + minor) + "a" * this_only)
-        self._load(code, name, overlaps=major >= 9)
+        self._load(code, name, overlaps=torch.cuda.get_device_capability()[0] >= 9)
 
     def _load(self, code: bytes, name: str, overlaps: bool) -> None:
         from cuda.bindings import driver

@@ -73,10 +73,7 @@ def validate_params(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _constraint(params: Any) -> str | None:
-    structured = params.structured_outputs
-    if structured is None:
-        return None
-    names = [n for n in CONSTRAINTS if getattr(structured, n, None) is not None]
+    names = [n for n in CONSTRAINTS if getattr(params.structured_outputs, n, None) is not None]
     return f"structured_outputs.{names[0]}" if names else None
 
 

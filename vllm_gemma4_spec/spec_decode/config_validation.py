@@ -88,7 +88,6 @@ def check(config: Any) -> None:
             f"{adaptive.name} is set and data_parallel_size is {parallel.data_parallel_size}; ranks go through every "
             f"draft pass together, so none can leave one out: unset {adaptive.name}"
         )
-    _check_tensor_parallel(config.speculative_config.draft_tensor_parallel_size, parallel)
     _check_connector(config)
 
 
