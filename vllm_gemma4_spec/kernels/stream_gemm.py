@@ -52,8 +52,8 @@ class Form:
         return min(most, self.sharing * -(-n // COLUMNS)) if self.sharing else most
 
 
-# By compiled number of 8-row tiles; each ran in the fourth run of layer_chain.py on an H200. Up to 64 rows all add up in
-# the same order: a row's bits are the same in each.
+# By compiled number of 8-row tiles; each ran in the fourth run of layer_chain.py on an H200. Up to 64 rows all add up
+# in the same order: a row's bits are the same in each.
 WGMMA_FORMS = {
     1: Form(6),
     2: Form(8, wgmma=True),
