@@ -20,6 +20,7 @@ import multiprocessing
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ class Variant:
     early: bool = False
     model: str = "31B"
     told: bool = False  # the kernel says where its time goes
+    without: tuple[str, ...] = ()  # of LEFT_OUT; results mean nothing
 
 
 def used_by(variant: Variant) -> set[int]:
@@ -119,77 +121,106 @@ def both(name: str, forms: dict[int, Form] | None, rows: tuple[int, ...], **rest
     return {name: Variant(forms, rows, **rest), f"{name}, early": Variant(forms, rows, early=True, **rest)}
 
 
+def early(forms: dict[int, Form] | None, rows: tuple[int, ...], **rest: Any) -> Variant:
+    return Variant(forms, rows, early=True, **rest)
+
+
 def changed(forms: dict[int, Form], **change: Any) -> dict[int, Form]:
     return {tiles: replace(form, **change) for tiles, form in forms.items()}
 
 
 NOW = stream_gemm.WGMMA_FORMS
-PLAIN = {
-    **{t: Form(4, wgmma=True, overlap=True) for t in (1, 2, 4)},
-    8: Form(4, wgmma=True),
-    10: Form(5, halves=1, groups=1, wgmma=True),
-    16: Form(4, halves=1, groups=1, wgmma=True),
-}  # the forms of notes 20 to 29
-MMA = {t: Form(4, ahead=4, bulk=True) for t in (1, 2)}
-FEW, MANY = (1, 4, 8, 16, 32), (33, 48, 49, 64, 65, 80)
+ROWS = (1, 4, 8, 16, 32, 33, 48, 64, 65, 80, 96, 128)
 
 PARTS: dict[str, dict[str, Variant]] = {
     "31B": {
-        "marlin": Variant(None, (*FEW, *MANY, 96, 128)),
-        **both("now", NOW, (*FEW, *MANY, 96, 128)),
-        **both("plain", PLAIN, (1, 16, 32, 33, 64, 80, 128)),
-        "one stage of x": Variant(changed(NOW, ahead=1), (1, 16, 32, 48, 64), early=True),
-        "bulk copies": Variant(changed(NOW, bulk=True), (1, 16, 32, 48, 64, 80), early=True),
-        "eight stages": Variant(changed({t: NOW[t] for t in (1, 2)}, stages=8), (1, 16), early=True),
-        **both("mma", MMA, (1, 16)),
+        "marlin": Variant(None, ROWS),
+        **both("now", NOW, ROWS),
+        "at once": early(changed(NOW, first=4, pace=0), (1, 16, 32, 64)),
+        "little by little": early(changed({t: NOW[t] for t in (10, 16)}, first=2, pace=1000), (80, 128)),
+        "mma": early(stream_gemm.MMA_FORMS, (1, 16, 32, 64)),
     },
     "E4B": {
         name: replace(v, model="E4B")
         for name, v in {
-            "marlin": Variant(None, (1, *MANY[1:], 16, 32)),
-            "now": Variant(NOW, (1, 16, 32, *MANY)),
-            "plain": Variant(PLAIN, (1, 16, 32, 64, 80)),
-            "all share": Variant(changed(NOW, sharing=0), (65, 80)),
-            "4 share": Variant(changed({10: NOW[10]}, sharing=4), (65, 80)),
+            "marlin": Variant(None, (1, 16, 32, 48, 64, 65, 80)),
+            "now": Variant(NOW, (1, 16, 32, 48, 64, 65, 80)),
         }.items()
     },
+    "out": {
+        f"without {' '.join(w)}" if w else "all": early(NOW, (1, 16, 64), without=w)
+        for w in ((), ("copies",), ("multiplication",), ("decoding",), ("x",), ("last",), ("copies", "decoding"))
+    },
     # Not measured but told: where a GEMM's time goes.
-    "told": {"now": Variant(NOW, (1, 32, 64, 80), told=True, early=True)},
+    "told": {"now": early(NOW, (1, 16, 32, 64), told=True)},
 }
 
-# Where the kernel says the time: behind this text, what, and when.
+LEFT_OUT = {
+    "copies": [
+        (
+            "if (p == 0)\n                bring_tile(",
+            "if (p == 0 && rows > 0) arrive(full + 8 * stage); else if (p == 0) bring_tile(",
+        )
+    ],
+    # What would be multiplied is needed nevertheless: an empty statement would not keep it.
+    "multiplication": [
+        ("mma(acc[q][m], a[q], b0, b1);", "mix(acc[q][m][0], a[q]);"),
+        ("mma_async(acc[0], a[0], rows_of_x);", "mix(acc[0][0][0], a[0]);"),
+        ("mma_async(acc[1], a[1], rows_of_x);", "mix(acc[1][0][0], a[1]);"),
+    ],
+    "decoding": [
+        (
+            "a[q][0] = times_low(decode_even(word), both);",
+            "a[q][0] = word, a[q][1] = high, a[q][2] = both, a[q][3] = word; continue;",
+        )
+    ],
+    "x": [("if (p == 32) bring_x(", "if (p == 32 && rows > 0) arrive(full + 8 * stage); else if (p == 32) bring_x(")],
+    "last": [("if (count > 1 && !part_k) {", "if (count > 1 && !part_k && K < 0) {")],
+}
+MIX = """
+__device__ void mix(float& sum, const unsigned (&a)[4]) {
+    sum = __uint_as_float(__float_as_uint(sum) ^ a[0] ^ a[1] ^ a[2] ^ a[3]);
+}
+"""
+
+# What the kernel says the time of, when, and behind which text ("<": before).
 TOLD = (
-    ("    let_next_grid_start();\n", "starts", "threadIdx.x == 0"),
-    ("        wait_for_previous_grid();\n", "the kernel before has ended", "p == 0"),
-    ("                if (p % 32 == 0) arrive(full + 8 * stage);\n", "x is there", "p == 0 && i == 0"),
-    (
-        "            wait(full + 8 * stage, parity);\n            const u32 here",
-        "first stage",
-        "threadIdx.x == 0 && !seen++",
-    ),
-    ("        // The tile ends here", "last stage multiplied", "threadIdx.x == 0"),
-    ("        block = 0, tile++;\n", "parts written", "threadIdx.x == 0"),
+    ("starts", "threadIdx.x == 0", "    let_next_grid_start();\n"),
+    ("the kernel before has ended", "p % 32 == 0", "        wait_for_previous_grid();\n"),
+    ("first stage", "threadIdx.x == 0 && !seen++", "            wait(full + 8 * stage, parity);\n"),
+    ("last stage multiplied", "threadIdx.x == 0", "<        // The tile ends here"),
+    ("parts written", "threadIdx.x == 0", "        block = 0, tile++;\n"),
 )
 
 
+def text_of(of: Variant, tiles: int) -> str:
+    """The kernel's text, without what is left out, or saying where its time goes."""
+    source = stream_gemm.source(tiles, False, of.forms[tiles])  # type: ignore[index]
+    for name in of.without:
+        for old, new in LEFT_OUT[name]:
+            assert old in source, name
+            source = source.replace(old, new)
+    source = MIX * ("multiplication" in of.without) + source
+    return told(source) if of.told else source
+
+
 def told(source: str) -> str:
-    """The kernel's text; each block says the time into what is `pre` else."""
+    """The kernel's text; each block says the time into one argument more, in front of ``y``."""
 
     def say(i: int, when: str) -> str:
-        return f"if ({when}) reinterpret_cast<u64*>(const_cast<u16*>(pre))[blockIdx.x * 8 + {i}] = now();\n"
+        return f"if ({when}) told[blockIdx.x * 8 + {i}] = now();\n"
 
     head, kernel = source.split('extern "C" __global__')
+    kernel = kernel.replace("    u16* y,", "    u64* told, u16* y,")
     head += '__device__ __forceinline__ u64 now() { u64 v; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(v) :: '
     head += '"memory"); return v; }\n'
     head += head.splitlines()[-1].replace("now()", "ticks()").replace("globaltimer", "clock64") + "\n"
-    for i, (text, _, when) in enumerate(TOLD):
-        before, after = kernel.split(text)
-        first, newline, rest = text.partition("\n")
-        kernel = before + first + newline + say(i, when) + rest + after
-        if not newline:  # a comment's beginning
-            kernel = before + say(i, when) + text + after
+    for i, (_, when, text) in enumerate(TOLD):
+        said = text.removeprefix("<")
+        kernel = kernel.replace(said, say(i, when) + said if text != said else said + say(i, when))
     kernel = kernel.replace("buffer = 0;", "buffer = 0, seen = 0;")
-    kernel = kernel.replace(TOLD[0][0], f"{TOLD[0][0]}const u64 began = ticks();\n")
+    first = TOLD[0][2]
+    kernel = kernel.replace(first, f"{first}const u64 began = ticks();\n")
     end = kernel.rindex("}")
     last = say(len(TOLD), "threadIdx.x == 0") + say(7, "threadIdx.x == 0").replace("now()", "ticks() - began")
     return f'{head}extern "C" __global__{kernel[:end]}{last}}}\n'
@@ -203,6 +234,7 @@ class Chain:
         self.made = [{n: layer(*s, "cuda")[0] for n, s in self.shapes.items()} for _ in range(layers)]
         self.hidden = self.shapes["o"][0]
         self.told = torch.zeros(4 * layers, 256, 8, dtype=torch.int64, device="cuda")
+        self.says = self.told[0]  # where the next GEMM says its times
         self.weights = torch.rand(2, self.hidden, device="cuda").bfloat16() + 0.5
 
     def start(self, rows: int) -> Tensor:
@@ -219,8 +251,9 @@ class Chain:
                 return gemm(one, x, 0)
             tiles = stream_gemm.tiles_for(rows, variant.forms)
             weights = (one.weight, one.weight_scale, one.weight_global_scale)
-            pre = next(told) if variant.told else None
-            return stream_gemm.launch(tiles, variant.forms[tiles], x, pre, *weights, one.output_size_per_partition)
+            if variant.told:
+                self.says = next(told)
+            return stream_gemm.launch(tiles, variant.forms[tiles], x, None, *weights, one.output_size_per_partition)
 
         def normed(x: Tensor) -> Tensor:
             nonlocal hidden
@@ -276,7 +309,9 @@ def where(chain: Chain, variant: Variant, rows: int) -> dict[str, dict[str, list
         for i, name in enumerate(chain.shapes, 4):
             before, mine = all_times[i - 1], all_times[i]
             ended = before[:, len(TOLD)].max()
-            for j, what in enumerate([*(what for _, what, _ in TOLD), "ends"]):
+            for j, what in enumerate([*(what for what, _, _ in TOLD), "ends"]):
+                if not (mine[:, j] > 0).any():
+                    continue
                 us = (mine[:, j][mine[:, j] > 0] - ended).sort().values / 1000
                 found.setdefault(name, {}).setdefault(what, []).append(
                     [us[0].item(), us.median().item(), us[-1].item()]
@@ -310,8 +345,9 @@ class Check:
     def __call__(self, tiles: int, form: Form) -> list[str]:
         said, one = [], self.made
         weights = (one.weight, one.weight_scale, one.weight_global_scale)
-        order = (form.halves, form.per_sm, form.sharing)  # wgmma and mma may round differently: seen here
-        for rows in sorted({1, 5, 8 * tiles - 5, 8 * tiles}):
+        order = (form.groups, form.sharing)  # wgmma and mma may round differently: seen here
+        few = range(1, 8 * tiles + 1) if tiles < 3 else {1, 5, 8 * tiles - 5, 8 * tiles}
+        for rows in sorted(few):
             x = self.x[:rows].contiguous()
             y = stream_gemm.launch(tiles, form, x, None, *weights, one.output_size_per_partition)
             if (error := self.error(y)) > self.marlin * 1.05:
@@ -330,11 +366,13 @@ def run(part: str, layers: int, asked_rows: set[int], out: Path, ready: Any, go:
     import vllm.model_executor.layers.quantization.utils.marlin_utils_fp4  # noqa: F401
 
     variants = PARTS[part]
-    wanted = {(t, v.forms[t], v.told) for v in variants.values() if v.forms for t in used_by(v)}
+    wanted = {text_of(v, t): v.forms[t] for v in variants.values() if v.forms for t in used_by(v)}
 
-    def compiled(of: tuple[int, Form, bool]) -> bytes:
-        text = stream_gemm.source(of[0], False, of[1])
-        return cuda.compiled(told(text) if of[2] else text, "sm_90a" if of[1].wgmma else "sm_90")
+    def compiled(text: str) -> bytes | str:
+        try:
+            return cuda.compiled(text, "sm_90a" if wanted[text].wgmma else "sm_90")
+        except RuntimeError as error:
+            return str(error)
 
     with ThreadPoolExecutor(8) as pool:
         codes = dict(zip(wanted, pool.map(compiled, wanted), strict=True))
@@ -347,13 +385,20 @@ def run(part: str, layers: int, asked_rows: set[int], out: Path, ready: Any, go:
 
     kernels: dict[Any, Any] = {}
 
-    says = False
+    current: Variant | None = None
 
     def kernel(tiles: int, scaled: bool, form: Form) -> Any:
-        key = tiles, form, says
-        if key not in kernels:
-            kernels[key] = loaded(tiles, form, codes[tiles, form, says])
-        return kernels[key]
+        text = text_of(current, tiles)  # type: ignore[arg-type]
+        if text not in kernels:
+            code = codes[text]
+            if isinstance(code, str):
+                raise RuntimeError(code)
+            kernels[text] = loaded(tiles, form, code)
+        return partial(saying, kernels[text]) if current.told else kernels[text]  # type: ignore[union-attr]
+
+    def saying(made: Any, args: list[Any], **rest: Any) -> None:
+        at = chains[current.model].says  # type: ignore[union-attr]
+        made(args=[*args[:-7], at, *args[-7:]], **rest)
 
     stream_gemm.kernel = kernel  # type: ignore[assignment]
     start = time.time()
@@ -368,7 +413,7 @@ def run(part: str, layers: int, asked_rows: set[int], out: Path, ready: Any, go:
             for rows in v.rows:
                 report["told"].setdefault(name, {})[rows] = where(chains[v.model], v, rows)
             return
-        if not v.early:
+        if not v.without and v.model == min(models):
             for tiles in sorted(used_by(v)):
                 wrong += check(tiles, v.forms[tiles])  # type: ignore[index]
         for rows in [r for r in v.rows if not asked_rows or r in asked_rows]:
@@ -376,13 +421,13 @@ def run(part: str, layers: int, asked_rows: set[int], out: Path, ready: Any, go:
             us, ended = timed(chain, v, rows)
             report["us"].setdefault(v.model, {}).setdefault(rows, {})[name] = round(us / len(chain.made), 1)
             form = v.forms[stream_gemm.tiles_for(rows, v.forms)] if v.forms else None
-            order = form and (form.wgmma, form.halves, form.per_sm, form.sharing)
+            order = form and not v.without and (form.groups, form.sharing)
             known = results.setdefault((v.model, rows, order), ended[0].clone())
             if order and not all(torch.equal(y, known) for y in ended):
                 wrong.append(f"chain of {rows} rows: another result")
 
     for name, v in variants.items():
-        start, wrong, says = time.time(), [], v.told
+        start, wrong, current = time.time(), [], v
         try:
             measure(name, v, wrong)
         except RuntimeError as error:  # a form that the card does not take

@@ -31,13 +31,11 @@ def forms(stages: dict[int, int], **rest: Any) -> dict[int, Form]:
 
 W = {"wgmma": True, "overlap": True}
 FORMS: dict[str, dict[int, Form]] = {
-    "mma": forms({1: 4, 2: 4, 4: 4, 8: 4}),
+    "mma": stream_gemm.MMA_FORMS,
     "mma-deep": forms({1: 8, 2: 8, 4: 6, 8: 5}),
     "wgmma": stream_gemm.WGMMA_FORMS,
-    "wgmma-deep": forms({1: 8, 2: 8, 4: 6}, **W) | forms({8: 5}, wgmma=True),
-    "wgmma-two": forms({1: 4, 2: 4, 4: 4}, halves=1, groups=1, per_sm=2, **W),
-    "wgmma-whole": forms({1: 8, 2: 8, 4: 8}, halves=1, groups=1, **W)
-    | forms({8: 6, 10: 5, 16: 4}, halves=1, groups=1, wgmma=True),
+    "wgmma-deep": forms({1: 8, 2: 8, 4: 6, 8: 5}, **W),
+    "wgmma-whole": forms({1: 8, 2: 8, 4: 8, 8: 6, 10: 5, 16: 4}, groups=1, **W),
     # What reading alone takes: the same without decoding, and results that mean nothing.
     "no-decoding": forms({1: 8}, **W),
 }
@@ -151,7 +149,7 @@ _KERNELS: dict[Any, Any] = {}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--forms", default="marlin,wgmma-deep,wgmma,no-decoding,wgmma-two,mma-deep,wgmma-whole,mma")
+    parser.add_argument("--forms", default="marlin,wgmma-deep,wgmma,no-decoding,mma-deep,wgmma-whole,mma")
     parser.add_argument("--models", default="31B,E4B,26B-A4B", help="of Marlin and of the kernel as it is used")
     parser.add_argument("--seconds", type=float, default=100, help="of all forms together")
     parser.add_argument("--out", type=Path, required=True)

@@ -43,10 +43,10 @@ def layer(n: int, k: int, device: str) -> Any:
     return made, before
 
 
-def gemm(made: Any, x: torch.Tensor, streamed: int) -> torch.Tensor:
+def gemm(made: Any, x: torch.Tensor, streamed: int, pre_quant_scale: torch.Tensor | None = None) -> torch.Tensor:
     """By the streaming kernel (``stream_gemm.ALL``) or by Marlin (0)."""
     weights = (made.weight, made.weight_scale, made.weight_global_scale, made.workspace)
-    return stream_gemm.linear(x, None, *weights, made.output_size_per_partition, streamed)
+    return stream_gemm.linear(x, pre_quant_scale, *weights, made.output_size_per_partition, streamed)
 
 
 def check(shapes: dict[str, tuple[int, int]], device: str) -> list[dict[str, Any]]:
@@ -66,10 +66,27 @@ def check(shapes: dict[str, tuple[int, int]], device: str) -> list[dict[str, Any
             what: [r for r in rows if torch.equal(gemm(made, x[:r].contiguous(), most), whole[:r])]
             for what, most, whole in (("ours", stream_gemm.ALL, ours), ("marlin", 0, marlin))
         }
-        found.append({"gemm": name, "error": errors[0], "marlin_error": errors[1], "rows_with_the_bits_of_64": same})
+        pre = (torch.rand(k, device=device) + 0.5).bfloat16()
+        scaled = [
+            r
+            for r in (*rows, 64)
+            if torch.equal(
+                gemm(made, x[:r].contiguous(), stream_gemm.ALL, pre), gemm(made, x[:r] * pre, stream_gemm.ALL)
+            )
+        ]
+        found.append(
+            {
+                "gemm": name,
+                "error": errors[0],
+                "marlin_error": errors[1],
+                "rows_with_the_bits_of_64": same,
+                "rows_scaled_as_before": scaled,
+            }
+        )
         print(json.dumps(found[-1]), flush=True)
         assert errors[0] <= errors[1] * 1.01, "less exact than Marlin"
         assert same["ours"] == list(rows), "a row depends on the rows beside it"
+        assert scaled == [*rows, 64], "pre_quant_scale in the kernel is not x * pre_quant_scale before it"
     return found
 
 

@@ -91,9 +91,9 @@ ROOMY = 64 * 2**30  # bytes of a card; 31B's weights and their o_proj a second t
 SCALE_IN_PRODUCT = Setting(
     f"{PREFIX}_SCALE_IN_PRODUCT",
     "auto",
-    "1: a target's o_proj multiplies by its pre_quant_scale inside the small-batch GEMM (up to 16 rows, where vLLM "
-    "uses Marlin): decode steps take 5 % less time, a second copy of these weights takes 1.7 GB for 31B. 0: a kernel "
-    "of its own multiplies. auto: 1 on cards of 64 GiB or more",
+    "1: a target's o_proj multiplies by its pre_quant_scale inside the small-batch GEMM (in batches in which that is "
+    "the fastest, where vLLM uses Marlin): decode steps take 5 % less time, a second copy of these weights takes "
+    "1.7 GB for 31B. 0: a kernel of its own multiplies. auto: 1 on cards of 64 GiB or more",
     ("auto", "1", "0"),
 )
 STREAM_GEMM = switch(

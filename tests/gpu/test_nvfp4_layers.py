@@ -108,7 +108,7 @@ def test_the_small_batch_gemm_equals_marlin(cuda: None, measured: Any) -> None:
         for parts in members:  # the scale is inside one of the GEMMs only
             parts["pre_quant_scale"].fill_(1.0)
         layer = nvfp4.linear(name.split()[0], kind, columns, outputs, members, drafter=True)
-        for rows in (1, 5, 20):
+        for rows in (1, 5, 20, 80, 128):
             x = torch.randn(rows, columns, device=DEVICE).bfloat16()
             with torch.inference_mode():
                 ours = small_batch_layers.linear(layer, x)

@@ -27,7 +27,7 @@ static dim blockDim, gridDim;
 static std::unique_ptr<std::barrier<>> block_barrier;
 static std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
 static std::vector<uint32_t> exchange;  // per warp: 32 lanes x 6 registers of an mma
-static float shared[16 * 8 * 4 * 32];
+static float shared[16 * 16 * 4 * 32];
 
 static void __syncthreads() { block_barrier->arrive_and_wait(); }
 static void __threadfence() {}
@@ -77,11 +77,12 @@ static void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)
 
 extern "C" void run(const void* codes, const void* scales, const void* x, const void* pre, void* y, const float* global_scale,
                     float* partial, unsigned* arrivals, int tokens, int N, int K, int warps, int split, int parts) {
-    gridDim = {N / 16 / (warps / split), parts, 1};
+    gridDim = {(tokens + 8 * MT - 1) / (8 * MT), N / 16 / NT / (warps / split), parts};
     blockDim = {warps * 32, 1, 1};
     exchange.resize(warps * 192);
-    for (int by = 0; by < gridDim.y; by++)
-        for (int bx = 0; bx < gridDim.x; bx++) {
+    for (int bz = 0; bz < gridDim.z; bz++)
+        for (int at = 0; at < gridDim.x * gridDim.y; at++) {
+            const int bx = at % gridDim.x, by = at / gridDim.x;
             block_barrier = std::make_unique<std::barrier<>>(warps * 32);
             warp_barriers.clear();
             for (int w = 0; w < warps; w++) warp_barriers.push_back(std::make_unique<std::barrier<>>(32));
@@ -89,7 +90,7 @@ extern "C" void run(const void* codes, const void* scales, const void* x, const 
             for (int i = 0; i < warps * 32; i++)
                 threads.emplace_back([=] {
                     threadIdx = {i, 0, 0};
-                    blockIdx = {bx, by, 0};
+                    blockIdx = {bx, by, bz};
                     nvfp4_rows((const uint4*)codes, (const uint2*)scales, (const u16*)x, (const u16*)pre, (u16*)y,
                                global_scale, partial, arrivals, tokens, N, K, split);
                     block_barrier->arrive_and_drop();

@@ -14,6 +14,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __maxnreg__(n)
 #define __align__(n)
 
 struct uint2 { unsigned x, y; };
@@ -24,7 +25,7 @@ struct dim { int x, y, z; };
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static thread_local dim threadIdx, blockIdx;
 static dim blockDim, gridDim;
-struct Arrivals { std::atomic<int> left, phase; int wanted; std::atomic<int> bytes; };
+struct Arrivals { std::atomic<int> left, phase; int wanted; };
 struct State {  // of a block
     explicit State(int threads) : whole(threads), exchange(threads / 32 * 192) {
         for (int w = 0; w < threads / 32; w++) warps.push_back(std::make_unique<std::barrier<>>(32));
@@ -44,29 +45,34 @@ static unsigned address(const void*) { return 0; }
 static Arrivals& at_barrier(unsigned barrier) { return state->barriers[(barrier - first_barrier) / 8]; }
 static void init_barrier(unsigned barrier, unsigned arrivals) {
     Arrivals& b = at_barrier(barrier);
-    b.left = b.wanted = arrivals, b.phase = b.bytes = 0;
+    b.left = b.wanted = arrivals, b.phase = 0;
 }
 static void arrive(unsigned barrier) {
     Arrivals& b = at_barrier(barrier);
     if (b.left.fetch_sub(1) != 1) return;
-    while (b.bytes) std::this_thread::yield();  // of bulk copies that another thread is still at
     b.left = b.wanted, b.phase++;
     b.phase.notify_all();
-}
-static void arrive_expecting(unsigned barrier, unsigned bytes) {
-    at_barrier(barrier).bytes += bytes;
-    arrive(barrier);
 }
 static void arrive_with_copies(unsigned barrier) { arrive(barrier); }
 static void wait(unsigned barrier, unsigned parity) {
     std::atomic<int>& phase = at_barrier(barrier).phase;
     for (int now = phase; (unsigned)(now & 1) == parity; now = phase) phase.wait(now);
 }
-static void copy_once(unsigned to, const void* from, unsigned long long) { std::memcpy(shared + to, from, 16); }
-static void bulk_copy_once(unsigned to, const void* from, unsigned bytes, unsigned barrier, unsigned long long) {
-    std::memcpy(shared + to, from, bytes);
-    at_barrier(barrier).bytes -= bytes;
+static void copy_x(unsigned to, const void* from, bool there) {
+    there ? (void)std::memcpy(shared + to, from, 16) : (void)std::memset(shared + to, 0, 16);
 }
+static uint2 load_codes(unsigned at) { return *(const uint2*)(shared + at); }
+static unsigned load_scales(unsigned at) { return *(const unsigned*)(shared + at); }
+static unsigned cycles() { static thread_local unsigned now; return now += 100; }
+static bool is_full(unsigned barrier, unsigned parity) { return (at_barrier(barrier).phase & 1) != (int)parity; }
+static void rest() { std::this_thread::yield(); }
+static unsigned kept(unsigned value) { return value; }
+struct Map { const unsigned char* data; int columns, rows, bytes; };
+#define MAP Map
+static void prepare(const Map&) {}
+static void bring_tile(unsigned at, const Map& codes, const Map& scales, int column, int step, unsigned barrier,
+                       unsigned long long);
+static void bring_x(unsigned at, const Map& x, int k, unsigned barrier);
 static uint4 load(const void* from) { return *(const uint4*)from; }
 static void publish_to_wgmma() {}
 static void reread(float&) {}
@@ -158,6 +164,30 @@ static void mma_async(float (&d)[MT][4], const unsigned (&a)[4], unsigned long l
 
 #include NVFP4_STREAM_SOURCE
 
+static void bring_tile(unsigned at, const Map& codes, const Map& scales, int column, int step, unsigned barrier,
+                       unsigned long long) {
+    const auto copy = [&](unsigned to, const Map& from) {
+        for (int s = 0; s < STEPS; s++)
+            for (int c = 0; c < COLUMNS; c++) {
+                unsigned char* at = shared + to + (s * COLUMNS + c) * from.bytes;
+                if (step + s >= from.rows || column + c >= from.columns) std::memset(at, 0, from.bytes);
+                else std::memcpy(at, from.data + ((long)(step + s) * from.columns + column + c) * from.bytes, from.bytes);
+            }
+    };
+    copy(at + CODES_AT, codes);
+    copy(at + SCALES_AT, scales);
+    arrive(barrier);
+}
+
+static void bring_x(unsigned at, const Map& x, int k, unsigned barrier) {
+    for (int row = 0; row < MT * 8; row++)
+        for (int piece = 0; piece < DEPTH / 8; piece++) {
+            const bool there = row < x.rows && k + piece * 8 < x.columns;
+            copy_x(at + x_piece(row, piece), x.data + ((long)row * x.columns + k + piece * 8) * 2, there);
+        }
+    arrive(barrier);
+}
+
 extern "C" void run(const void* codes, const void* scales, const void* x, const void* pre, void* y,
                     const float* global_scale, float* partial, unsigned* arrivals, int rows, int N, int K,
                     int blocks) {
@@ -172,7 +202,14 @@ extern "C" void run(const void* codes, const void* scales, const void* x, const 
                 threadIdx = {i, 0, 0};
                 blockIdx = {block, 0, 0};
                 state = mine;
-                nvfp4_stream((const unsigned char*)codes, (const unsigned char*)scales, (const u16*)x, (const u16*)pre,
+                const Map of_codes = {(const unsigned char*)codes, N, K / 16, 8};
+                const Map of_scales = {(const unsigned char*)scales, N, K / 16, 1};
+                nvfp4_stream(of_codes, of_scales,
+#if SCALED
+                             (const u16*)x, (const u16*)pre,
+#else
+                             Map{(const unsigned char*)x, K, rows, 2},
+#endif
                              (u16*)y, global_scale, partial, arrivals, rows, N, K);
             });
         for (auto& thread : threads) thread.join();

@@ -96,3 +96,31 @@ def test_a_measurement_that_fails_leaves_marlin(file: Path, monkeypatch: pytest.
     assert stream_gemm.faster(layer) == 0
     assert said == ["NVFP4 GEMM 8x16 stays on Marlin: CUDA out of memory."]
     assert not file.exists()
+
+
+KERNELS = {8: {"8x16": 4.0, "other": 9.0}, 64: {"8x16": 30.0, "64x16": 14.9, "other": 15.0}}
+
+
+def test_the_fastest_kernel_is_kept_beside_the_streamed_batches(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def measure() -> chosen_rows.Kernels:
+        asked.append(1)
+        return KERNELS
+
+    assert chosen_rows.chosen(512, 256, "a", lambda: TIMES) == 0b101
+    for _ in range(2):
+        assert chosen_rows.fastest("512x256, few rows", "a", measure) == {8: "8x16", 64: "other"}
+        monkeypatch.setattr(chosen_rows, "_chosen", {})  # another process
+    assert len(asked) == 1
+    said = chosen_rows.of_card("Card, 3 multiprocessors")
+    us = "4.0/9.0, 15.0/15.0 us there, this and other"
+    assert said["512x256, few rows"] == f"8x16 to 8 rows, other to 64 rows ({us})"
+    assert said["512x256"].startswith("streams 1 to 8")
+
+
+@pytest.mark.parametrize("us", [{"8": {"8x16": 4.0}}, {"8": [4.0, 9.0]}, {"8": {"other": "fast"}}])
+def test_times_of_another_kind_are_measured_anew(file: Path, us: Any) -> None:
+    file.parent.mkdir()
+    file.write_text(json.dumps({"Card, 3 multiprocessors": {"8x8": {"made_by": "a", "us": us}}}))
+    assert chosen_rows.fastest("8x8", "a", lambda: KERNELS) == {8: "8x16", 64: "other"}

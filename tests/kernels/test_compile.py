@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from vllm_gemma4_spec.kernels import cuda, small_batch_gemm, stream_gemm
+from vllm_gemma4_spec.kernels.small_batch_gemm import Form
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -18,11 +19,17 @@ def nvrtc() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "tiles", "gelu", "scaled"),
-    [(80, 1, False, False), (90, 1, True, False), (90, 2, False, True), (120, 8, False, False)],
+    ("capability", "form", "gelu", "scaled"),
+    [
+        (80, Form(1), False, False),
+        (90, Form(1), True, False),
+        (90, Form(2), False, True),
+        (90, Form(5, 2, roll=True, fit=3), True, False),
+        (120, Form(8), False, False),
+    ],
 )
-def test_the_kernel_compiles(capability: int, tiles: int, gelu: bool, scaled: bool) -> None:
-    code = cuda.compiled(small_batch_gemm.source(tiles, gelu, scaled), cuda.architecture(capability))
+def test_the_kernel_compiles(capability: int, form: Form, gelu: bool, scaled: bool) -> None:
+    code = cuda.compiled(small_batch_gemm.source(form, gelu, scaled), cuda.architecture(capability))
     assert code.startswith(b"\x7fELF")
     assert b"nvfp4_rows" in code
 

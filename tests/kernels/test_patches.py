@@ -13,6 +13,7 @@ import vllm_gemma4_spec
 from tests.support import engine as _engine  # sets the environment
 from tests.support.configs import GEMMA4, LLAMA, vllm_config
 from tests.support.stock import without
+from vllm_gemma4_spec.kernels import small_batch_gemm
 from vllm_gemma4_spec.performance import argmax
 from vllm_gemma4_spec.performance.argmax import HEAD
 from vllm_gemma4_spec.performance.patches import DRAFT_ARGMAX, SPLIT_ATTENTION
@@ -121,7 +122,10 @@ def loaded_drafter(monkeypatch: pytest.MonkeyPatch, drafter: Any = GEMMA4) -> tu
 
 
 def test_a_drafters_activation_is_part_of_its_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[bool] = []
+    monkeypatch.setattr(small_batch_gemm, "choose", lambda _, gelu: measured.append(gelu))
     mlp, known = loaded_drafter(monkeypatch)
+    assert measured == [True]
     assert known
     assert mlp.gate_up_proj.rows_gelu
     assert isinstance(mlp.act_fn, torch.nn.Identity)

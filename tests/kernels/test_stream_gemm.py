@@ -68,7 +68,8 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-FORM = Form(stages=2, wgmma=True)
+FORM = Form(stages=3)
+WGMMA = Form(stages=3, wgmma=True, overlap=True)
 
 
 def run(
@@ -99,15 +100,18 @@ def run(
     ("rows", "n", "k", "blocks", "scaled", "form"),
     [
         (1, 512, 384, 4, False, FORM),  # shares end within tiles of outputs: two, then three parts
-        pytest.param(5, 256, 512, 4, True, FORM, marks=SLOW),  # four parts of one tile
-        pytest.param(13, 512, 128, 2, False, FORM, marks=SLOW),  # no parts
+        pytest.param(5, 256, 512, 4, True, WGMMA, marks=SLOW),  # four parts of one tile
+        pytest.param(13, 512, 128, 2, False, WGMMA, marks=SLOW),  # no parts
         (7, 320, 192, 3, True, FORM),  # the last tile and the last stage are not whole
-        pytest.param(61, 256, 256, 2, True, FORM, marks=SLOW),
-        pytest.param(9, 256, 384, 2, True, Form(stages=2), marks=SLOW),  # by mma of Ampere's kind
-        pytest.param(3, 512, 384, 2, False, Form(3, halves=1, groups=1, per_sm=2, wgmma=True), marks=SLOW),
-        pytest.param(77, 256, 384, 3, True, Form(2, halves=1, groups=1, wgmma=True), marks=SLOW),
-        pytest.param(8, 320, 192, 3, True, Form(2, wgmma=True, bulk=True), marks=SLOW),
-        pytest.param(6, 512, 896, 3, True, Form(3, ahead=4), marks=SLOW),
+        (7, 320, 192, 3, False, FORM),
+        pytest.param(7, 320, 192, 3, True, WGMMA, marks=SLOW),
+        pytest.param(61, 256, 256, 2, True, WGMMA, marks=SLOW),
+        pytest.param(45, 320, 192, 3, False, WGMMA, marks=SLOW),
+        pytest.param(11, 512, 896, 3, True, FORM, marks=SLOW),
+        pytest.param(30, 320, 192, 3, True, FORM, marks=SLOW),
+        pytest.param(50, 320, 192, 3, False, FORM, marks=SLOW),
+        pytest.param(77, 256, 384, 3, True, Form(2, groups=1, wgmma=True), marks=SLOW),
+        pytest.param(77, 320, 192, 3, False, Form(2, groups=1, wgmma=True, first=3, pace=0), marks=SLOW),
     ],
 )
 def test_the_kernel_gives_the_gemm(
@@ -136,19 +140,23 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(libraries: Any) -> No
 @pytest.mark.parametrize(
     ("form", "tiles"),
     [
-        (Form(2, groups=1, wgmma=True, overlap=True), 2),  # both halves by the same warps
-        (Form(3, groups=1, wgmma=True, overlap=True, ahead=2), 6),
-        (Form(2, wgmma=True), 2),
-        (Form(2, wgmma=True, bulk=True), 2),
-        (Form(4, wgmma=True, overlap=True, ahead=4), 2),
+        (FORM, 2),
+        (FORM, 4),
+        (Form(6), 1),
+        (Form(4, wgmma=True), 1),
+        (WGMMA, 2),
+        (WGMMA, 6),
+        (WGMMA, 8),
     ],
 )
-def test_forms_of_the_same_halves_have_the_same_bits(libraries: Any, form: Form, tiles: int) -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+def test_forms_of_64_rows_and_less_have_the_same_bits(libraries: Any, form: Form, tiles: int, scaled: bool) -> None:
     torch.manual_seed(0)
     codes, scale = weight(512, 896)
-    x, packed = torch.randn(11, 896).bfloat16(), marlin(codes, scale)
-    wanted = run(libraries, x, packed, 512, 3)
-    assert torch.equal(run(libraries, x, packed, 512, 3, form=form, tiles=tiles), wanted)
+    x, packed = torch.randn(7, 896).bfloat16(), marlin(codes, scale)
+    pre = (torch.rand(896) + 0.5).bfloat16() if scaled else None
+    wanted = run(libraries, x if pre is None else x * pre, packed, 512, 3)
+    assert torch.equal(run(libraries, x, packed, 512, 3, pre, form=form, tiles=tiles), wanted)
 
 
 @pytest.mark.parametrize(("invariant", "parts"), [(False, [[128], [65], [64]]), (True, [[64, 64], [64, 1], [64]])])

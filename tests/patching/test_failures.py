@@ -15,7 +15,7 @@ import vllm_gemma4_spec
 from tests.support.engine import engine
 from tests.support.stock import without
 from vllm_gemma4_spec.engine.patches import PATCH_FAILURES
-from vllm_gemma4_spec.errors import SettingError, TargetError
+from vllm_gemma4_spec.errors import PatchStateError, SettingError, TargetError
 from vllm_gemma4_spec.patching import engine as patch_engine
 from vllm_gemma4_spec.patching import failure
 from vllm_gemma4_spec.patching.engine import Patcher
@@ -163,3 +163,20 @@ def test_a_switch_that_drops_what_another_patch_needs_is_refused(
 def test_what_is_needed_exists() -> None:
     names = [p.name for p in PATCHES]
     assert all(need in names for p in PATCHES for need in p.needs)
+
+
+def test_what_someone_else_put_on_top_stays_and_is_named() -> None:
+    class Owner:
+        inherited = theirs = "replacement"
+
+    edit = Edit("package.module:Owner.theirs", lambda original: "replacement")
+    applied = patch_engine._Applied(edit, Owner, "theirs", "original", "replacement")
+    Owner.theirs = "someone else's"
+    with pytest.raises(PatchStateError, match=r"package\.module:Owner\.theirs was replaced again"):
+        applied.revert()
+    assert Owner.theirs == "someone else's"
+    Owner.theirs = "replacement"
+    applied.revert()
+    assert Owner.theirs == "original"
+    patch_engine._Applied(edit, Owner, "inherited", patch_engine.MISSING, "replacement").revert()
+    assert not hasattr(Owner, "inherited")

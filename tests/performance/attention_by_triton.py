@@ -28,6 +28,8 @@ if __name__ == "__main__":
                 return self.kernel[grid]
 
         setattr(ops, name, Noted())
+    ops.kernel_unified_attention_2d = split_attention.attention_kernel(ops.kernel_unified_attention_2d)
+    split_attention.few_programs = split_attention._larger_tiles = lambda *_: True  # as on a GPU
 
     def reference(q, k, v, query_len, seq_lens, table, window):
         out = torch.empty_like(q)

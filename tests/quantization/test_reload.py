@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests.checkpoints import reference
 from tests.quantization.comparison import FIXTURES, TOKENS, each, edited, per_expert, text_only, without
+from tests.quantization.test_nvfp4_compressed_tensors import as_modelopt, checkpoint
 from tests.support import tiny_models
 from tests.support.engine import engine
 from tests.support.stock import without as without_patch
@@ -78,6 +79,22 @@ def test_experts(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(logprobs(llm), reference.logprobs(second, TOKENS), atol=TOLERANCE, rtol=0)
         reload(llm, first)
         torch.testing.assert_close(logprobs(llm), before, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["26b", "e4b"])
+def test_compressed_tensors(kind: str, tmp_path: Path) -> None:
+    """Its global scales divide. An E4B's layers that reuse KV have no keys and values of their own."""
+    first = checkpoint(kind, tmp_path / "first", activations=True)
+    norms = each("layernorm.weight", lambda w: (w.float() * 1.1).to(w.dtype))
+    second = edited(first, tmp_path / "second", lambda t: norms(each("weight_global_scale", lambda s: s * 2)(t)))
+    wanted = reference.logprobs(as_modelopt(second, tmp_path / "renamed"), TOKENS)
+    with engine(first, **OPTIONS) as llm:
+        before = logprobs(llm)
+        reload(llm, second)
+        torch.testing.assert_close(logprobs(llm), wanted, atol=TOLERANCE, rtol=0)
+        reload(llm, first)
+        torch.testing.assert_close(logprobs(llm), before, atol=0, rtol=0)
+    assert (wanted - before).abs().max() > 100 * TOLERANCE
 
 
 def test_stock_routes_by_uninitialised_memory_once_a_26b_was_loaded_again(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     found: list[bool] = []
     parts = (torch.ones(1),) * 3
     monkeypatch.setattr(small_batch_gemm, "suits", lambda _: True)
-    monkeypatch.setattr(small_batch_gemm, "prepare", lambda _, scaled: found.append(scaled) or parts)
+    monkeypatch.setattr(small_batch_gemm, "prepare", lambda layer: found.append(layer.rows_scaled) or parts)
     return found
 
 
@@ -120,6 +120,23 @@ def test_the_scale_is_multiplied_once(monkeypatch: pytest.MonkeyPatch, scaled: b
     assert torch.equal(seen[0], torch.full((2, 4), 1.0 if scaled else 3.0))
 
 
+@pytest.mark.parametrize("copied", [True, False])
+def test_an_activation_is_fused_where_the_kernel_has_it(monkeypatch: pytest.MonkeyPatch, copied: bool) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(small_batch_gemm, "choose", lambda _, gelu: asked.append(gelu))
+    layer = loaded("gate_up_proj")
+    layer.rows_gelu = False
+    if copied:
+        with small_batch_layers._drafter():
+            small_batch_layers.prepare(layer)
+    small_batch_layers.choose(layer)
+    mlp = torch.nn.Module()
+    mlp.gate_up_proj, mlp.act_fn = layer, torch.nn.ReLU()
+    small_batch_layers._fuse_activation(mlp)
+    assert isinstance(mlp.act_fn, torch.nn.Identity) is copied
+    assert asked == [False, True] * copied  # measured anew: the others need an activation beside them
+
+
 def test_more_rows_go_to_marlin_with_the_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.layers.quantization.utils import marlin_utils_fp4
 
@@ -127,9 +144,9 @@ def test_more_rows_go_to_marlin_with_the_scale(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         marlin_utils_fp4, "apply_fp4_marlin_linear", lambda x, *_: given.append(x) or torch.zeros(len(x), 8)
     )
-    x, nothing = torch.ones(65, 4), torch.ones(1)
+    x, nothing = torch.ones(129, 4), torch.ones(1)
     y = small_batch_gemm.linear(x, torch.full((4,), 3.0), *[nothing] * 7, 0, 8, False)
-    assert y.shape == (65, 8)
-    assert torch.equal(given[0], torch.full((65, 4), 3.0))
-    assert small_batch_gemm._output_shape(x, None, *[nothing] * 7, 0, 8, False).shape == (65, 8)
-    assert small_batch_gemm._output_shape(x, None, *[nothing] * 7, 0, 8, True).shape == (65, 4)
+    assert y.shape == (129, 8)
+    assert torch.equal(given[0], torch.full((129, 4), 3.0))
+    assert small_batch_gemm._output_shape(x, None, *[nothing] * 7, 0, 8, False).shape == (129, 8)
+    assert small_batch_gemm._output_shape(x, None, *[nothing] * 7, 0, 8, True).shape == (129, 4)

@@ -1,7 +1,11 @@
-"""Which batches of a GEMM of NVFP4 weights stream: measured once per card and shape, kept in vLLM's cache folder.
+"""Which kernel takes which batches of a GEMM of NVFP4 weights: measured once per card and shape, kept in vLLM's cache.
 
-A card that nobody tried is then never slower than with vLLM's Marlin alone. The streaming kernel is compiled for
-several numbers of rows; each form gets its batches if it was faster than Marlin with the smallest and the largest.
+A card that nobody tried is then never slower than with vLLM's Marlin alone.
+
+- :func:`chosen`: the streaming kernel is compiled for several numbers of rows; each form gets its batches if it was
+  faster than Marlin with the smallest and the largest.
+- :func:`fastest`: a layer with the small-batch kernel's copy of its weights. The fastest form of that kernel gets the
+  batches up to a number of rows that was measured, if it was faster there than what runs else (streaming or Marlin).
 """
 
 from __future__ import annotations
@@ -11,9 +15,10 @@ import hashlib
 import json
 import logging
 import os
+import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm_gemma4_spec._version import __version__
 
@@ -21,6 +26,9 @@ logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
 WORTH = 0.97  # of Marlin's time; a difference below that may be noise
 Times = dict[int, tuple[float, float]]  # microseconds by rows, two of each form: streaming, Marlin
+Kernels = dict[int, dict[str, float]]  # microseconds by rows and by kernel; one of them is OTHER
+T = TypeVar("T")
+OTHER = "other"  # streaming or Marlin, as chosen() says
 
 
 def path() -> Path:
@@ -69,17 +77,27 @@ def read(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _kept(file: Path, card: str, shape: str, maker: str) -> Times | None:
+def _pair(us: Any) -> tuple[float, float]:
+    return float(us[0]), float(us[1])
+
+
+def _by_kernel(us: Any) -> dict[str, float]:
+    found = {str(kernel): float(value) for kernel, value in us.items()}
+    found[OTHER]
+    return found
+
+
+def _kept(file: Path, card: str, shape: str, maker: str, read_us: Callable[[Any], T]) -> dict[int, T] | None:
     try:
         entry = read(file)[card][shape]
         if entry["made_by"] != maker:
             return None
-        return {int(rows): (float(us[0]), float(us[1])) for rows, us in entry["us"].items()}
+        return {int(rows): read_us(us) for rows, us in entry["us"].items()}
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         return None
 
 
-def _keep(file: Path, card: str, shape: str, maker: str, times: Times) -> None:
+def _keep(file: Path, card: str, shape: str, maker: str, times: Mapping[int, Any]) -> None:
     """Other processes may write, too: the last one wins, and what it lost is measured again by whoever needs it."""
     found = read(file)
     shapes = found.setdefault(card, {})
@@ -97,7 +115,26 @@ def _keep(file: Path, card: str, shape: str, maker: str, times: Times) -> None:
         logger.info("NVFP4 GEMMs are measured again at the next start: %s cannot be written (%s)", file, error.strerror)
 
 
-_chosen: dict[tuple[Path, str, str], int] = {}
+_chosen: dict[tuple[Path, str, str], dict[int, Any]] = {}
+
+
+def _times(
+    shape: str,
+    maker: str,
+    measure: Callable[[], dict[int, T]],
+    read_us: Callable[[Any], T],
+    say: Callable[[dict[int, T]], str],
+) -> dict[int, T]:
+    file, name = path(), card()
+    key = (file, name, shape)
+    if key not in _chosen:
+        times = _kept(file, name, shape, maker, read_us)
+        if times is None:
+            times = measure()
+            _keep(file, name, shape, maker, times)
+        _chosen[key] = times
+        logger.info("NVFP4 GEMM %s: %s", shape, say(times))
+    return _chosen[key]
 
 
 def chosen(n: int, k: int, maker: str, measure: Callable[[], Times]) -> int:
@@ -107,16 +144,41 @@ def chosen(n: int, k: int, maker: str, measure: Callable[[], Times]) -> int:
         maker: of :func:`made_by`.
         measure: called where the cache has no times.
     """
-    file, name, shape = path(), card(), f"{n}x{k}"
-    key = (file, name, shape)
-    if key not in _chosen:
-        times = _kept(file, name, shape, maker)
-        if times is None:
-            times = measure()
-            _keep(file, name, shape, maker, times)
-        _chosen[key] = faster(times)
-        logger.info("NVFP4 GEMM %s: %s", shape, described(times))
-    return _chosen[key]
+    return faster(_times(f"{n}x{k}", maker, measure, _pair, described))
+
+
+def fastest(shape: str, maker: str, measure: Callable[[], Kernels]) -> dict[int, str]:
+    """By the largest number of rows that it is for: the kernel a GEMM takes on this card, :data:`OTHER` or one faster.
+
+    Args:
+        shape: what the cache keeps it under.
+        maker, measure: as in :func:`chosen`.
+    """
+    return {rows: _fastest(us) for rows, us in _times(shape, maker, measure, _by_kernel, described_kernels).items()}
+
+
+def _fastest(us: Mapping[str, float]) -> str:
+    best = min(us, key=lambda kernel: us[kernel])
+    return best if us[best] <= WORTH * us[OTHER] else OTHER
+
+
+def clock(device: Any) -> Callable[[Callable[[], Any]], float]:
+    """A function: median microseconds of three calls with cold caches, after one that does not count."""
+    import torch
+
+    passes_by = torch.empty(2**27, dtype=torch.uint8, device=device)
+
+    def once(call: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(4):  # the card is busy while the host prepares the launch, and the L2 holds other things
+            passes_by.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end) * 1000)
+
+    return lambda call: statistics.median([once(call) for _ in range(4)][1:])
 
 
 def described(times: Times) -> str:
@@ -134,12 +196,27 @@ def described(times: Times) -> str:
     return f"{who} ({us} us, this kernel's and Marlin's, at {', '.join(str(last) for _, last in forms)} rows)"
 
 
+def described_kernels(times: Kernels) -> str:
+    """``8x16 to 16 rows, other to 80 rows (…)``"""
+    spans: list[tuple[str, int]] = []
+    for rows in sorted(times):
+        kernel = _fastest(times[rows])
+        if spans and spans[-1][0] == kernel:
+            spans.pop()
+        spans.append((kernel, rows))
+    who = ", ".join(f"{kernel} to {rows} rows" for kernel, rows in spans)
+    us = ", ".join(f"{times[rows][kernel]:.1f}/{times[rows][OTHER]:.1f}" for kernel, rows in spans)
+    return f"{who} ({us} us there, this and {OTHER})"
+
+
 def of_card(card: str) -> dict[str, str]:
     """What the cache says of a card, by shape; for people."""
-    found = read(path()).get(card)
-    shapes = found if isinstance(found, dict) else {}
-    return {
-        shape: described(times)
-        for shape, entry in shapes.items()
-        if isinstance(entry, dict) and (times := _kept(path(), card, shape, entry.get("made_by", "")))
-    }
+    found, file = read(path()).get(card), path()
+    said = {}
+    for shape, entry in (found if isinstance(found, dict) else {}).items():
+        maker = entry.get("made_by", "") if isinstance(entry, dict) else ""
+        if pairs := _kept(file, card, shape, maker, _pair):
+            said[shape] = described(pairs)
+        elif kernels := _kept(file, card, shape, maker, _by_kernel):
+            said[shape] = described_kernels(kernels)
+    return said

@@ -7,6 +7,7 @@ cuda-bindings, and RuntimeError.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ def _checked(result: tuple[Any, ...], what: str) -> Any:
     return values[0] if len(values) == 1 else values
 
 
+@functools.cache
 def compiled(source: str, architecture: str) -> bytes:
     """Machine code of CUDA C++ that includes nothing, for instance for ``sm_90``.
 
@@ -70,6 +72,51 @@ def architecture(capability: int) -> str:
     return f"sm_{max(fitting)}"
 
 
+def matrix_map(address: int, rows: int, columns: int, item: int, box_rows: int, box_columns: int) -> Any:
+    """A ``CUtensorMap`` of a dense matrix, for copies of ``[box_rows, box_columns]`` into shared memory.
+
+    Args:
+        item: bytes of an element, 1, 2 or 8; 2 is bfloat16, whose boxes have rows of 128 bytes and come swizzled. The
+            rows of a box have a multiple of 16 bytes, and so have the matrix's.
+
+    Raises:
+        RuntimeError: the driver refuses it.
+    """
+    from cuda.bindings import driver
+
+    types, words, swizzles = driver.CUtensorMapDataType, driver.cuuint64_t, driver.CUtensorMapSwizzle
+    return _checked(
+        driver.cuTensorMapEncodeTiled(
+            {
+                1: types.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                2: types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                8: types.CU_TENSOR_MAP_DATA_TYPE_UINT64,
+            }[item],
+            2,
+            address,
+            [words(columns), words(rows)],
+            [words(columns * item)],
+            [driver.cuuint32_t(box_columns), driver.cuuint32_t(box_rows)],
+            [driver.cuuint32_t(1)] * 2,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            swizzles.CU_TENSOR_MAP_SWIZZLE_128B if item == 2 else swizzles.CU_TENSOR_MAP_SWIZZLE_NONE,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        ),
+        "cuTensorMapEncodeTiled",
+    )
+
+
+weight_map = functools.cache(matrix_map)  # of what stays where it is
+
+
+def this_card() -> str:
+    """:func:`architecture` of the current device; raises what it does."""
+    torch.cuda.init()
+    major, minor = torch.cuda.get_device_capability()
+    return architecture(10 * major + minor)
+
+
 class Kernel:
     """One ``extern "C"`` kernel, compiled for the current device.
 
@@ -83,11 +130,9 @@ class Kernel:
     """
 
     def __init__(self, source: str, name: str, this_only: bool = False) -> None:
-        torch.cuda.init()
-        major, minor = torch.cuda.get_device_capability()
+        code = compiled(source, this_card() + "a" * this_only)
         # From Hopper on a grid may start before the one before it has ended; the kernel says what it waits for.
-        code = compiled(source, architecture(10 * major + minor) + "a" * this_only)
-        self._load(code, name, overlaps=major >= 9)
+        self._load(code, name, overlaps=torch.cuda.get_device_capability()[0] >= 9)
 
     def _load(self, code: bytes, name: str, overlaps: bool) -> None:
         from cuda.bindings import driver
@@ -111,14 +156,13 @@ class Kernel:
         limit = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(self._driver.cuFuncSetAttribute(self._function, limit, size), "cuFuncSetAttribute")
 
-    def __call__(
-        self, grid: tuple[int, int, int], block: int, args: Sequence[Tensor | int], shared_bytes: int = 0
-    ) -> None:
-        """Launch on the current stream; tensors are passed as pointers, whole numbers as C ints."""
+    def __call__(self, grid: tuple[int, int, int], block: int, args: Sequence[Any], shared_bytes: int = 0) -> None:
+        """Launch on the current stream; tensors are passed as pointers, whole numbers as C ints, others (of
+        :func:`matrix_map`) by value."""
         self._launch(torch.cuda.current_stream().cuda_stream, grid, block, args, shared_bytes)
 
     def _launch(
-        self, stream: int, grid: tuple[int, int, int], block: int, args: Sequence[Tensor | int], shared_bytes: int
+        self, stream: int, grid: tuple[int, int, int], block: int, args: Sequence[Any], shared_bytes: int
     ) -> None:
         config = self._driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
@@ -127,5 +171,7 @@ class Kernel:
         config.hStream = stream
         config.attrs, config.numAttrs = self._attributes, len(self._attributes)
         values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
-        types = tuple(ctypes.c_void_p if isinstance(a, Tensor) else ctypes.c_int for a in args)
+        types = tuple(
+            ctypes.c_void_p if isinstance(a, Tensor) else ctypes.c_int if isinstance(a, int) else None for a in args
+        )
         _checked(self._driver.cuLaunchKernelEx(config, self._function, (values, types), 0), "cuLaunchKernelEx")

@@ -4,12 +4,15 @@
 // in which a warp feeds them to mma.m16n8k16 as its A operand (see packing.py), so that a lane's 16-byte load is
 // four fragments, decoded by shifts and masks. W is exact in bfloat16 (two significand bits times four).
 //
-// Compiled by NVRTC with MT (tiles of 8 tokens), GELU (0 or 1) and SCALED (1: x is multiplied by pre_quant_scale
-// first, each product rounded to bfloat16). Launched with
+// Compiled by NVRTC with MT (tiles of 8 tokens that a warp takes at once), NT (tiles of 16 outputs, 1 or 2), ROLL (1: the
+// next weights come into registers whose weights have been used), FIT (blocks of four warps that the registers of a
+// multiprocessor are to hold; 0: no matter), GELU (0 or 1) and SCALED (1: x is multiplied by pre_quant_scale first, each
+// product rounded to bfloat16). Launched with
 //
-//   grid (N / 16 / (warps / split), parts), block 32 * warps, shared memory warps * MT * 512 bytes:
+//   grid (chunks, N / 16 / NT / (warps / split), parts), block 32 * warps, shared memory warps * NT * MT * 512 bytes:
 //
-// `split` warps of a block and `parts` blocks share a tile of 16 outputs.
+// each chunk of 8 * MT tokens reads all weights, side by side with the other chunks, so that they come from memory once;
+// `split` warps of a block and `parts` blocks share NT tiles of outputs.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -99,160 +102,195 @@ __device__ __forceinline__ void scale_by(uint4& v, const uint4& by) {
     v.x = times(v.x, by.x), v.y = times(v.y, by.y), v.z = times(v.z, by.z), v.w = times(v.w, by.w);
 }
 
-// x, pre: this lane's token and inputs of the block; stride in elements between tiles of 8 tokens.
-__device__ __forceinline__ void multiply(const Block& b, const u16* x, const u16* pre, int token, int tokens,
-                                         long stride, float (&acc)[MT][4]) {
+// x, pre: this lane's token and inputs of the block; stride in elements between tiles of 8 tokens. Codes and scales of
+// the block at `next` of each tile (none if negative) come into b, register by register as they have been used.
+__device__ __forceinline__ void multiply(Block (&b)[NT], const u16* x, const u16* pre, int token, int tokens, long stride,
+                                         const uint4* codes, const uint2* scales, const int (&next)[NT],
+                                         float (&acc)[NT][MT][4]) {
+    const int lane = threadIdx.x % 32;
+    uint2 next_scales[NT];
+    if (ROLL && next[0] >= 0)
+#pragma unroll
+        for (int n = 0; n < NT; n++) next_scales[n] = load_once(scales + next[n] * 32 + lane);
 #pragma unroll
     for (int q = 0; q < 4; q++) {
-        const u32 bytes = q < 2 ? b.scales.x : b.scales.y;
-        const u32 top = scale_pair(bytes, q % 2 ? 0x4242u : 0x4040u);
-        const u32 bottom = scale_pair(bytes, q % 2 ? 0x4343u : 0x4141u);
-        uint4 in[MT][2];
 #pragma unroll
-        for (int m = 0; m < MT; m++) {
-            const uint4* at = reinterpret_cast<const uint4*>(x + m * stride + q * 64);
-            const bool live = token + m * 8 < tokens;
-            in[m][0] = live ? __ldg(at) : make_uint4(0, 0, 0, 0);
-            in[m][1] = live ? __ldg(at + 1) : make_uint4(0, 0, 0, 0);
-        }
-        if (SCALED) {
-            const uint4* at = reinterpret_cast<const uint4*>(pre + q * 64);
-            const uint4 by[2] = {__ldg(at), __ldg(at + 1)};
-#pragma unroll
-            for (int m = 0; m < MT; m++) scale_by(in[m][0], by[0]), scale_by(in[m][1], by[1]);
-        }
-        const u32 words[4] = {b.codes[q].x, b.codes[q].y, b.codes[q].z, b.codes[q].w};
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            u32 a[4];
-            decode(words[j], a);
-            a[0] = times(a[0], top);
-            a[1] = times(a[1], bottom);
-            a[2] = times(a[2], top);
-            a[3] = times(a[3], bottom);
+        for (int half = 0; half < 2; half++) {
+            uint4 in[MT];
 #pragma unroll
             for (int m = 0; m < MT; m++) {
-                const uint4 v = in[m][j / 2];
-                mma(acc[m], a, j % 2 ? v.z : v.x, j % 2 ? v.w : v.y);
+                const uint4* at = reinterpret_cast<const uint4*>(x + m * stride + q * 64);
+                in[m] = token + m * 8 < tokens ? __ldg(at + half) : make_uint4(0, 0, 0, 0);
+            }
+            if (SCALED) {
+                const uint4 by = __ldg(reinterpret_cast<const uint4*>(pre + q * 64) + half);
+#pragma unroll
+                for (int m = 0; m < MT; m++) scale_by(in[m], by);
+            }
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                const u32 bytes = q < 2 ? b[n].scales.x : b[n].scales.y;
+                const u32 top = scale_pair(bytes, q % 2 ? 0x4242u : 0x4040u);
+                const u32 bottom = scale_pair(bytes, q % 2 ? 0x4343u : 0x4141u);
+                const u32 words[2] = {half ? b[n].codes[q].z : b[n].codes[q].x, half ? b[n].codes[q].w : b[n].codes[q].y};
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    u32 a[4];
+                    decode(words[j], a);
+                    a[0] = times(a[0], top);
+                    a[1] = times(a[1], bottom);
+                    a[2] = times(a[2], top);
+                    a[3] = times(a[3], bottom);
+#pragma unroll
+                    for (int m = 0; m < MT; m++) mma(acc[n][m], a, j ? in[m].z : in[m].x, j ? in[m].w : in[m].y);
+                }
             }
         }
+        if (ROLL && next[0] >= 0)
+#pragma unroll
+            for (int n = 0; n < NT; n++) b[n].codes[q] = load_once(codes + (next[n] * 4 + q) * 32 + lane);
     }
+    if (ROLL && next[0] >= 0)
+#pragma unroll
+        for (int n = 0; n < NT; n++) b[n].scales = next_scales[n];
 }
 
-extern "C" __global__ void __launch_bounds__(MT > 4 ? 256 : 512) nvfp4_rows(
+// Each of a warp's sums: f(its number, the sum).
+#define EACH_SUM(...)                                                                       \
+    _Pragma("unroll") for (int n = 0; n < NT; n++) _Pragma("unroll") for (int m = 0; m < MT; m++) \
+        _Pragma("unroll") for (int i = 0; i < 4; i++) { __VA_ARGS__; }
+
+#if FIT
+#define BOUNDS __launch_bounds__(128, FIT)
+#else
+#define BOUNDS __launch_bounds__(MT * NT > 4 ? 256 : 512)
+#endif
+
+extern "C" __global__ void BOUNDS nvfp4_rows(
     const uint4* codes,         // [N / 16, K / 256, 4, 32]
     const uint2* scales,        // [N / 16, K / 256, 32]
     const u16* x,               // [tokens, K] bfloat16
     const u16* pre,             // [K] bfloat16, where SCALED
     u16* y,                     // [tokens, N] bfloat16; with GELU [tokens, N / 2]: gelu(first half) * second half
     const float* global_scale,  // [1]
-    float* partial,             // [parts, N / 16, 32, MT * 4], where parts > 1
-    u32* arrivals,              // [gridDim.x], zero before and after, where parts > 1
+    float* partial,             // [chunks, parts, N / 16, 32, MT * 4], where parts > 1
+    u32* arrivals,              // [gridDim.y, chunks], zero before and after, where parts > 1
     int tokens, int N, int K, int split) {
-    float(*sums)[MT * 4][32] = reinterpret_cast<float(*)[MT * 4][32]>(shared);  // [warps]
+    float(*sums)[NT * MT * 4][32] = reinterpret_cast<float(*)[NT * MT * 4][32]>(shared);  // [warps]
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int blocks = K / 256, parts = gridDim.y, share = warp % split;
-    const int slot = blockIdx.x * (blockDim.x / 32 / split) + warp / split;
-    // With GELU neighbouring slots are a tile of the gate and the tile of the up projection that goes with it.
-    const int tile = GELU ? slot / 2 + (slot % 2) * (N / 32) : slot;
-
-    float acc[MT][4];
+    const int chunk = blockIdx.x, part = blockIdx.z, parts = gridDim.z;
+    const int blocks = K / 256, share = warp % split;
+    const int slot = blockIdx.y * (blockDim.x / 32 / split) + warp / split;
+    // With GELU a tile of the gate and the tile of the up projection that goes with it are neighbours: two tiles of a
+    // warp, or those of two slots.
+    int tiles[NT];
 #pragma unroll
-    for (int m = 0; m < MT; m++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) acc[m][i] = 0.0f;
+    for (int n = 0; n < NT; n++) {
+        const int at = slot * NT + n;
+        tiles[n] = GELU ? at / 2 + (at % 2) * (N / 32) : at;
+    }
+    x += (long)chunk * 8 * MT * K;
+    y += (long)chunk * 8 * MT * (GELU ? N / 2 : N);
+    tokens -= chunk * 8 * MT;
 
-    const uint4* my_codes = codes + (long)tile * blocks * 128;
-    const uint2* my_scales = scales + (long)tile * blocks * 32;
+    float acc[NT][MT][4];
+    EACH_SUM(acc[n][m][i] = 0.0f)
+
     const u16 *my_x = x + (long)g * K + t * 16, *my_pre = pre + t * 16;
     const int step = split * parts;
-    int index = blockIdx.y * split + share;
-    Block now, next;
+    int index = part * split + share;
+    Block now[NT];
+    int none[NT];
+#pragma unroll
+    for (int n = 0; n < NT; n++) none[n] = -1;
     // Weights do not depend on the grid before this one: fetch them while it finishes, and touch x only then.
     let_next_grid_start();
-    if (index < blocks) fetch(now, my_codes, my_scales, index, lane);
+    if (index < blocks) {
+#pragma unroll
+        for (int n = 0; n < NT; n++) fetch(now[n], codes, scales, tiles[n] * blocks + index, lane);
+    }
     wait_for_previous_grid();
     if (index < blocks) {
         for (; index + step < blocks; index += step) {
-            fetch(next, my_codes, my_scales, index + step, lane);
-            multiply(now, my_x + index * 256, my_pre + index * 256, g, tokens, (long)8 * K, acc);
-            now = next;
+            int following[NT];
+#pragma unroll
+            for (int n = 0; n < NT; n++) following[n] = tiles[n] * blocks + index + step;
+            const u16 *here = my_x + index * 256, *scale_here = my_pre + index * 256;
+            if (ROLL) {
+                multiply(now, here, scale_here, g, tokens, (long)8 * K, codes, scales, following, acc);
+            } else {
+                Block next[NT];
+#pragma unroll
+                for (int n = 0; n < NT; n++) fetch(next[n], codes, scales, following[n], lane);
+                multiply(now, here, scale_here, g, tokens, (long)8 * K, codes, scales, none, acc);
+#pragma unroll
+                for (int n = 0; n < NT; n++) now[n] = next[n];
+            }
         }
-        multiply(now, my_x + index * 256, my_pre + index * 256, g, tokens, (long)8 * K, acc);
+        multiply(now, my_x + index * 256, my_pre + index * 256, g, tokens, (long)8 * K, codes, scales, none, acc);
     }
 
-    if (split > 1 || GELU || parts > 1) {
-#pragma unroll
-        for (int m = 0; m < MT; m++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) sums[warp][m * 4 + i][lane] = acc[m][i];
+    if (split > 1 || (GELU && NT == 1) || parts > 1) {
+        EACH_SUM(sums[warp][(n * MT + m) * 4 + i][lane] = acc[n][m][i])
         __syncthreads();
         if (share == 0) {
-            for (int w = 1; w < split; w++)
-#pragma unroll
-                for (int m = 0; m < MT; m++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) acc[m][i] += sums[warp + w][m * 4 + i][lane];
+            for (int w = 1; w < split; w++) EACH_SUM(acc[n][m][i] += sums[warp + w][(n * MT + m) * 4 + i][lane])
         }
     }
     if (parts > 1) {  // the last block to arrive adds up the parts, always in the same order
         __shared__ u32 last;
         const long size = (long)(N / 16) * 32 * MT * 4;
-        float* mine = partial + ((long)tile * 32 + lane) * MT * 4;
+        float* mine = partial + chunk * parts * size + (long)lane * MT * 4;
+        const int counter = blockIdx.y * gridDim.x + chunk;
         if (share == 0) {
 #pragma unroll
-            for (int m = 0; m < MT; m++)
-                *reinterpret_cast<float4*>(mine + blockIdx.y * size + m * 4) =
-                    make_float4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+            for (int n = 0; n < NT; n++)
+#pragma unroll
+                for (int m = 0; m < MT; m++)
+                    *reinterpret_cast<float4*>(mine + part * size + (long)tiles[n] * 32 * MT * 4 + m * 4) =
+                        make_float4(acc[n][m][0], acc[n][m][1], acc[n][m][2], acc[n][m][3]);
             __threadfence();
         }
         __syncthreads();
-        if (threadIdx.x == 0) last = atomicAdd(arrivals + blockIdx.x, 1u) == parts - 1;
+        if (threadIdx.x == 0) last = atomicAdd(arrivals + counter, 1u) == parts - 1;
         __syncthreads();
         if (!last) return;
-        if (threadIdx.x == 0) arrivals[blockIdx.x] = 0;
+        if (threadIdx.x == 0) arrivals[counter] = 0;
         if (share == 0) {
             __threadfence();
-#pragma unroll
-            for (int m = 0; m < MT; m++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) acc[m][i] = 0.0f;
+            EACH_SUM(acc[n][m][i] = 0.0f)
             for (int p = 0; p < parts; p++)
 #pragma unroll
-                for (int m = 0; m < MT; m++) {
-                    const float4 v = __ldcg(reinterpret_cast<const float4*>(mine + p * size + m * 4));
-                    acc[m][0] += v.x, acc[m][1] += v.y, acc[m][2] += v.z, acc[m][3] += v.w;
-                }
+                for (int n = 0; n < NT; n++)
+#pragma unroll
+                    for (int m = 0; m < MT; m++) {
+                        const float4 v = __ldcg(
+                            reinterpret_cast<const float4*>(mine + p * size + (long)tiles[n] * 32 * MT * 4 + m * 4));
+                        acc[n][m][0] += v.x, acc[n][m][1] += v.y, acc[n][m][2] += v.z, acc[n][m][3] += v.w;
+                    }
         }
     }
     const float scale = *global_scale * 256.0f;
-    if (GELU) {  // exchange the finished sums of the two tiles
-        __syncthreads();
-        if (share == 0) {
-#pragma unroll
-            for (int m = 0; m < MT; m++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) sums[warp][m * 4 + i][lane] = rounded(acc[m][i] * scale);
+    if (GELU) {
+        if (NT == 1) {  // exchange the finished sums of the two tiles
+            __syncthreads();
+            if (share == 0) EACH_SUM(sums[warp][(n * MT + m) * 4 + i][lane] = acc[n][m][i])
+            __syncthreads();
+            if (slot % 2) return;
         }
-        __syncthreads();
-        if (share || slot % 2) return;
+        if (share) return;
 #pragma unroll
         for (int m = 0; m < MT; m++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const int token = m * 8 + t * 2 + i % 2, row = tile * 16 + g + i / 2 * 8;
+                const float up = NT == 1 ? sums[warp + split][m * 4 + i][lane] : acc[NT - 1][m][i];
+                const int token = m * 8 + t * 2 + i % 2, row = tiles[0] * 16 + g + i / 2 * 8;
                 if (token < tokens)
-                    y[(long)token * (N / 2) + row] =
-                        to_bf16(gelu_tanh(sums[warp][m * 4 + i][lane]) * sums[warp + split][m * 4 + i][lane]);
+                    y[(long)token * (N / 2) + row] = to_bf16(gelu_tanh(rounded(acc[0][m][i] * scale)) * rounded(up * scale));
             }
         return;
     }
     if (share) return;
-#pragma unroll
-    for (int m = 0; m < MT; m++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int token = m * 8 + t * 2 + i % 2, row = tile * 16 + g + i / 2 * 8;
-            if (token < tokens) y[(long)token * N + row] = to_bf16(acc[m][i] * scale);
-        }
+    EACH_SUM(const int token = m * 8 + t * 2 + i % 2, row = tiles[n] * 16 + g + i / 2 * 8;
+             if (token < tokens) y[(long)token * N + row] = to_bf16(acc[n][m][i] * scale))
 }

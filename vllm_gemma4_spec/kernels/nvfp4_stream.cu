@@ -1,8 +1,9 @@
 // y[m, n] = sum_k x[m, k] * W[n, k] for up to 128 rows m and NVFP4 weights W in Marlin's order (sm_90 and newer).
 //
 // A decode step is bound by reading its weights, so the grid is one block per multiprocessor, each with an equal
-// share of the weights, and four warps of a block do nothing but copy: they fill a ring of stages in shared memory
-// while the others multiply. Nothing drains where one tile of outputs ends and the next begins.
+// share of the weights, and warps of a block do nothing but copy: they fill a ring of stages in shared memory while the
+// others multiply, two groups of eight warps, each every other stage. Nothing drains where one tile of outputs ends and
+// the next begins.
 //
 // Marlin packs weights as the B operand of mma.m16n8k16; the same four registers are its A operand for 16 outputs
 // and 16 inputs, and a warp's part of the A operand of Hopper's wgmma.m64nNk16. So weights go in as A and the rows of x
@@ -14,7 +15,7 @@
 //
 // Compiled by NVRTC with the macros of stream_gemm.macros: MT (tiles of 8 rows), SCALED (1: x is multiplied by
 // pre_quant_scale first, each product rounded to bfloat16), WGMMA (1 on Hopper: needs mma_async, see stream_gemm.py) and a
-// Form's fields. Launched with PER_SM blocks a multiprocessor.
+// Form's fields.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -24,12 +25,11 @@ typedef unsigned long long u64;
 #define DEPTH 128    // inputs of a stage
 #define STEPS (DEPTH / 16)
 #define WARPS (8 * GROUPS)  // that multiply: 8 times 32 outputs
-#define EACH (HALVES / GROUPS)  // halves of a stage's inputs that a warp takes, each with sums of its own
-#define COPIERS 128  // threads that copy
-#define FIRST 2      // stages that do not wait for the kernel before this one
-#define HANDOVER (WGMMA && MT >= 6)  // of registers; what each warp starts with goes by THREADS and PER_SM
-#define COPIER_REGISTERS (GROUPS == 1 && PER_SM == 1 ? 104 : 64)
-#define OTHER_REGISTERS (GROUPS == 2 ? 104 : PER_SM == 1 ? 200 : 88)
+#define COPIERS (WGMMA ? 128 : 64)  // threads that copy: a warp asks for weights, another for x; wgmma has fours of warps
+#define CHUNK 2  // steps whose operands are in registers before they are needed
+#define HANDOVER (WGMMA && MT >= 6)  // of registers; what each warp starts with goes by THREADS
+#define COPIER_REGISTERS (SCALED ? (GROUPS == 1 ? 104 : 64) : 32)
+#define OTHER_REGISTERS (GROUPS == 2 ? (SCALED ? 104 : 112) : SCALED ? 200 : 232)
 #define FEW_PARTS (GROUPS == 1 ? 8 : MT == 1 ? 2 : 4), 4  // items and parts of them that the last block loads at a time
 #define MANY_PARTS (MT == 1 ? 2 : 4), (GROUPS == 1 || MT == 1 ? 8 : 4)
 #define THREADS (WARPS * 32 + COPIERS)
@@ -37,9 +37,10 @@ typedef unsigned long long u64;
 #define SCALES_AT (STEPS * COLUMNS * 8)
 #define X_AT (SCALES_AT + STEPS * COLUMNS)
 #define X_PART (MT * 1024)  // bytes of 64 inputs of all rows: 128 a row, their 16-byte pieces swapped about by row
-#define STAGE_BYTES (X_AT + DEPTH / 64 * X_PART)
+#define PRE_AT (X_AT + DEPTH / 64 * X_PART)  // pre_quant_scale, where x is not multiplied on the way
+#define STAGE_BYTES (PRE_AT + (SCALED && !WGMMA ? DEPTH * 2 : 0))
 #define SUMS_AT (STAGES * STAGE_BYTES)
-#define SUMS 2048  // floats that the warps of one half hand to the other's, per tile of 8 rows
+#define SUMS 2048  // floats that the warps of one group hand to the other's, per tile of 8 rows
 #define BARRIERS_AT (SUMS_AT + (GROUPS - 1) * 2 * SUMS * 4)
 
 #ifndef NVFP4_STREAM_ON_HOST  // a test gives the functions below in plain C++ and runs the kernel on a CPU
@@ -63,19 +64,6 @@ __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
         "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// Weights pass by once: they may leave the L2 first.
-__device__ __forceinline__ void copy_once(u32 to, const void* from, u64 policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
-}
-
-// By one thread, without registers; `barrier` counts the bytes.
-__device__ __forceinline__ void bulk_copy_once(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
-        "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
-        : "memory");
-}
-
 __device__ __forceinline__ void arrive_expecting(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -89,12 +77,85 @@ __device__ __forceinline__ uint4 load(const void* from) {
 // What this thread has stored in shared memory becomes visible to wgmma, for those that wait for its next arrival.
 __device__ __forceinline__ void publish_to_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// 16 bytes, or as many zeros where `there` is not.
+__device__ __forceinline__ void copy_x(u32 to, const void* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+
+struct alignas(64) Map {  // CUtensorMap
+    u64 opaque[16];
+};
+#define MAP const __grid_constant__ Map
+
+// A stage's codes and scales: 256 outputs from `column` and 128 inputs from `step * 16`; zeros where there are none. They
+// pass by once, so they may leave the L2 first.
+__device__ __forceinline__ void bring_tile(u32 at, const Map& codes, const Map& scales, int column, int step, u32 barrier, u64 policy) {
+    arrive_expecting(barrier, STEPS * COLUMNS * 9);
+    const auto copy = [&](u32 to, const Map& from) {
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], "
+            "%5;" ::"r"(to), "l"(&from), "r"(column), "r"(step), "r"(barrier), "l"(policy)
+            : "memory");
+    };
+    copy(at + CODES_AT, codes);
+    copy(at + SCALES_AT, scales);
+}
+
+// 128 inputs of all rows from `k` on, their pieces swapped as x_piece() says; zeros where there are none.
+__device__ __forceinline__ void bring_x(u32 at, const Map& x, int k, u32 barrier) {
+    arrive_expecting(barrier, DEPTH / 64 * X_PART);
+#pragma unroll
+    for (int part = 0; part < DEPTH / 64; part++)
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+                at + X_AT + part * X_PART), "l"(&x), "r"(k + part * 64), "r"(0), "r"(barrier)
+            : "memory");
+}
+
+// A copy waits less for a map that is there.
+__device__ __forceinline__ void prepare(const Map& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
+
+__device__ __forceinline__ u32 cycles() {
+    u32 v;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(v));
+    return v;
+}
+
+__device__ __forceinline__ bool is_full(u32 barrier, u32 parity) {
+    u32 done;
+    asm volatile(
+        "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}"
+        : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    return done;
+}
+
+__device__ __forceinline__ void rest() { asm volatile("nanosleep.u32 40;"); }
+
+// From shared memory: after the last wait, before the next arrival. Nothing else keeps them where they stand.
+__device__ __forceinline__ uint2 load_codes(u32 at) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at));
+    return v;
+}
+
+__device__ __forceinline__ u32 load_scales(u32 at) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at));
+    return v;
+}
+
+// The compiler keeps the value in a register: it would compute it anew for every stage.
+__device__ __forceinline__ u32 kept(u32 value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // Arrive when all copies that this thread has started are done.
 __device__ __forceinline__ void arrive_with_copies(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// The two warps that share 32 outputs wait for each other.
+// The two warps of 32 outputs wait for each other.
 __device__ __forceinline__ void pair_meets(int pair) { asm volatile("bar.sync %0, 64;" ::"r"(pair + 1) : "memory"); }
 
 __device__ __forceinline__ u32 times(u32 a, u32 b) {
@@ -111,7 +172,7 @@ __device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u3
 
 __device__ __forceinline__ void load_matrices(u32 (&v)[4], u32 at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at));
 }
 
 #if WGMMA
@@ -255,15 +316,19 @@ __device__ __forceinline__ void add_parts(int items, int count, const Part& part
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
-    const unsigned char* codes,   // [K / 16, 8 * N] bytes, Marlin's order
-    const unsigned char* scales,  // [K / 16, N] bytes, Marlin's order
-    const u16* x,                 // [rows, K] bfloat16
-    const u16* pre,               // [K] bfloat16, where SCALED
-    u16* y,                       // [rows, N] bfloat16
-    const float* global_scale,    // [1], Marlin's: weight_scale_2 * 2^119 / scale_factor
-    float* partial,               // [blocks, 2, MT, 8, 32, 8]: a block's part of its first and of its last tile
-    u32* arrivals,                // [tiles of outputs, 8], zero before and after
+extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
+    MAP codes,   // [K / 16, N] words of eight bytes, Marlin's order
+    MAP scales,  // [K / 16, N] bytes, Marlin's order
+#if !SCALED
+    MAP x,  // [rows, K] bfloat16
+#else
+    const u16* x,    // [rows, K] bfloat16
+    const u16* pre,  // [K] bfloat16
+#endif
+    u16* y,                     // [rows, N] bfloat16
+    const float* global_scale,  // [1], Marlin's: weight_scale_2 * 2^119 / scale_factor
+    float* partial,             // [blocks, 2, MT, 8, 32, 8]: a block's part of its first and of its last tile
+    u32* arrivals,              // [tiles of outputs, 8], zero before and after
     int rows, int N, int K) {
     const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     // Multiples of 64; what the last tile and the last stage of a tile lack stays as it is in shared memory, x zero.
@@ -273,8 +338,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
-            init_barrier(full + 8 * s, COPIERS / 32 + (BULK ? 1 : COPIERS));  // x by warps; weights
-            init_barrier(empty + 8 * s, WARPS);
+            init_barrier(full + 8 * s, 1 + (!SCALED ? 1 : WGMMA ? COPIERS / 32 : 32));  // weights; x
+            init_barrier(empty + 8 * s, WARPS / GROUPS);
         }
         publish_barriers();
     }
@@ -285,77 +350,96 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
 #if HANDOVER
         give_registers<COPIER_REGISTERS>();
 #endif
-        const int p = threadIdx.x - WARPS * 32, count = mine.last - mine.first, piece = p % 16;
+        const int p = threadIdx.x - WARPS * 32, count = mine.last - mine.first;
+        int tile = mine.first / per_tile, block = mine.first % per_tile, stage = 0, parity = 1;
         const u64 policy = leaves_first();
-        int tile = mine.first / per_tile, block = mine.first % per_tile, x_block = block, stage = 0, parity = 1;
         const auto bring_weights = [&]() {
+            if (p == 0)
+                bring_tile(base + stage * STAGE_BYTES, codes, scales, tile * COLUMNS, block * STEPS, full + 8 * stage, policy);
+        };
+        const auto next = [&]() {
+            if (++block == per_tile) block = 0, tile++;
+            if (++stage == STAGES) stage = 0, parity ^= 1;
+        };
+        if (p == 0) prepare(codes), prepare(scales);
+        // No kernel before this one writes weights: the first are on their way while it ends.
+#if !SCALED || !WGMMA
+        if (p < 32) {
+            u32 last = 0;
+            for (int i = 0; i < count; i++) {
+                if (i >= STAGES) wait(empty + 8 * stage, parity);
+#if PACE  // little by little until x is there: what that kernel reads would queue behind them, and x
+                if (i >= FIRST && i < STAGES)
+                    while (cycles() - last < PACE && !is_full(full, 0)) rest();
+                last = cycles();
+#endif
+                bring_weights();
+                next();
+            }
+            return;
+        }
+        if (p >= 64) return;
+#if !SCALED
+        if (p == 32) prepare(x);
+#endif
+        wait_for_previous_grid();
+        for (int i = 0; i < count; i++) {
+            if (i >= STAGES) wait(empty + 8 * stage, parity);
             const u32 at = base + stage * STAGE_BYTES;
-            const int columns = N - tile * COLUMNS, steps = K / 16 - block * STEPS;
-#if BULK
-            const u32 bytes = columns < COLUMNS ? columns : COLUMNS;  // of scales, an eighth of those of codes
-            if (p == 0) arrive_expecting(full + 8 * stage, (steps < STEPS ? steps : STEPS) * bytes * 9);
-            const int s = p / 32 * 2 + p % 2;  // two steps a warp, their codes and their scales
-            const long row = block * STEPS + s;
-            if (p % 32 < 2 && s < steps)
-                bulk_copy_once(at + CODES_AT + s * COLUMNS * 8, codes + (row * N + tile * COLUMNS) * 8, bytes * 8, full + 8 * stage, policy);
-            else if (p % 32 < 4 && s < steps)
-                bulk_copy_once(at + SCALES_AT + s * COLUMNS, scales + row * N + tile * COLUMNS, bytes, full + 8 * stage, policy);
+#if !SCALED
+            if (p == 32) bring_x(at, x, block * DEPTH, full + 8 * stage);
 #else
-            const unsigned char* from = codes + ((long)block * STEPS * N + tile * COLUMNS) * 8 + p * 16;
-            if (p * 2 < columns)
+            const int piece = p % 16, k = block * DEPTH + piece * 8, from = k < K ? k : 0;
 #pragma unroll
-                for (int s = 0; s < STEPS; s++)
-                    if (s < 4 || s < steps) copy_once(at + CODES_AT + s * COLUMNS * 8 + p * 16, from + (long)s * N * 8, policy);
-            if (piece * 16 < columns && p / 16 < steps)
-                copy_once(at + SCALES_AT + p * 16, scales + (long)(block * STEPS + p / 16) * N + tile * COLUMNS + piece * 16, policy);
+            for (int j = 0; j < MT * 4; j++) {
+                const int row = j * 2 + p / 16 % 2;
+                if (row < rows) copy_x(at + x_piece(row, piece), x + (long)row * K + from, k < K);
+            }
+            if (p < 48) copy_x(at + PRE_AT + piece * 16, pre + from, k < K);
             arrive_with_copies(full + 8 * stage);
 #endif
-            if (++block == per_tile) block = 0, tile++;
-        };
+            next();
+        }
+#else  // wgmma reads x from shared memory, so it is multiplied on the way there
+        int x_block = block;
         const uint4 none = make_uint4(0, 0, 0, 0);
-        uint4 mine_of_x[AHEAD][MT], by[AHEAD];
-        const auto load_x = [&](int d) {
+        const int piece = p % 16;
+        uint4 mine_of_x[MT], by;
+        const auto load_x = [&]() {
             const int k = x_block * DEPTH + piece * 8;
-            const bool has_input = k < K;
 #pragma unroll
             for (int m = 0; m < MT; m++)
-                mine_of_x[d][m] = has_input && m * 8 + p / 16 < rows ? load(x + (long)(m * 8 + p / 16) * K + k) : none;
-            if (SCALED) by[d] = has_input ? load(pre + k) : none;
+                mine_of_x[m] = k < K && m * 8 + p / 16 < rows ? load(x + (long)(m * 8 + p / 16) * K + k) : none;
+            by = k < K ? load(pre + k) : none;
             if (++x_block == per_tile) x_block = 0;
         };
-        // No kernel before this one writes weights: the first are on their way while it ends. x must not queue behind a
-        // whole ring of them.
         int ahead = 0;
-        for (; ahead < count && ahead < FIRST; ahead++) bring_weights(), stage++;
+        for (; ahead < count && ahead < FIRST; ahead++) bring_weights(), next();
         wait_for_previous_grid();
+        if (count > 0) load_x();
+        for (; ahead < count && ahead < STAGES; ahead++) bring_weights(), next();
+        stage = 0, parity = 1;
+        for (int i = 0; i < count; i++) {
+            const int here = stage;
+            if (i >= STAGES) {
+                wait(empty + 8 * here, parity);
+                bring_weights();
+                next();
+            } else if (++stage == STAGES)
+                stage = 0, parity ^= 1;
 #pragma unroll
-        for (int d = 0; d < AHEAD; d++)
-            if (d < count) load_x(d);
-        for (; ahead < count && ahead < STAGES; ahead++) bring_weights(), stage++;
-        stage = 0;
-        for (int i = 0; i < count;) {
-#pragma unroll
-            for (int d = 0; d < AHEAD; d++, i++) {
-                if (i >= count) break;
-                if (i >= STAGES) {
-                    wait(empty + 8 * stage, parity);
-                    bring_weights();
-                }
-#pragma unroll
-                for (int m = 0; m < MT; m++) {
-                    if (m * 8 + p / 16 >= rows) continue;
-                    uint4 v = mine_of_x[d][m];
-                    if (SCALED)
-                        v = make_uint4(times(v.x, by[d].x), times(v.y, by[d].y), times(v.z, by[d].z), times(v.w, by[d].w));
-                    *reinterpret_cast<uint4*>(shared + stage * STAGE_BYTES + x_piece(m * 8 + p / 16, piece)) = v;
-                }
-                publish_to_wgmma();
-                __syncwarp();
-                if (p % 32 == 0) arrive(full + 8 * stage);
-                if (i + AHEAD < count) load_x(d);
-                if (++stage == STAGES) stage = 0, parity ^= 1;
+            for (int m = 0; m < MT; m++) {
+                if (m * 8 + p / 16 >= rows) continue;
+                const uint4 v = mine_of_x[m];
+                *reinterpret_cast<uint4*>(shared + here * STAGE_BYTES + x_piece(m * 8 + p / 16, piece)) =
+                    make_uint4(times(v.x, by.x), times(v.y, by.y), times(v.z, by.z), times(v.w, by.w));
             }
+            publish_to_wgmma();
+            __syncwarp();
+            if (p % 32 == 0) arrive(full + 8 * here);
+            if (i + 1 < count) load_x();
         }
+#endif
         return;
     }
 
@@ -363,16 +447,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
     take_registers<OTHER_REGISTERS>();
 #endif
     const int g = lane / 4, t = lane % 4, part_n = warp % 8, part_k = warp / 8;
-    float acc[EACH][2][MT][4];
+    float acc[2][MT][4];
 #pragma unroll
-    for (int j = 0; j < EACH * 2 * MT * 4; j++) acc[j / (8 * MT)][j / (4 * MT) % 2][j / 4 % MT][j % 4] = 0.0f;
+    for (int j = 0; j < 2 * MT * 4; j++) acc[j / (4 * MT)][j / 4 % MT][j % 4] = 0.0f;
     // Where this lane's share of a step lies: two words of codes, four scales. Of the 64 outputs of two warps each takes
     // half, by turns of eight lanes, so that 16 lanes read from all banks.
     const int outputs = (part_n ^ lane / 8 % 2) * 32;
-    const u32 codes_at = CODES_AT + part_n / 2 * 512 + lane * 16 + outputs / 4 % 16;
-    const u32 scales_at = SCALES_AT + part_n / 2 * 64 + g * 8 + outputs / 8 % 8;
+    const u32 codes_at = kept(base + CODES_AT + part_n / 2 * 512 + lane * 16 + outputs / 4 % 16);
+    const u32 scales_at = kept(base + SCALES_AT + part_n / 2 * 64 + g * 8 + outputs / 8 % 8);
     const u32 top = hidden(0x70007000u, (u32)rows >> 31);
-    const u32 x_at_16 = ((base + X_AT) >> 4) + part_k * (STEPS / GROUPS / 4 * X_PART / 16);
+#if WGMMA
+    const u32 x_at_16 = (base + X_AT) >> 4;
+#else
+    // Four matrices at a time: two steps of eight rows, or one of sixteen.
+    const u32 x_at =
+        kept(base + (MT == 1 ? x_piece(lane % 8, lane / 8) : x_piece(lane / 16 * 8 + lane % 8, lane / 8 % 2)));
+#endif
     const float scale = *global_scale * 1.262177448353619e-29f;  // 2^-96
     float* sums = reinterpret_cast<float*>(shared + SUMS_AT) + (part_n * 32 + lane) * 8;
 
@@ -395,72 +485,126 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
     };
     const int items = (rows + 7) / 8 * 2;
 
-    int tile = mine.first / per_tile, block = mine.first % per_tile, stage = 0, parity = 0, buffer = 0;
+    const auto decode = [&](u32 (&a)[2][4], const uint2& words, u32 bytes) {
+#pragma unroll
+        for (int q = 0; q < 2; q++) {
+            const u32 word = q ? words.y : words.x, high = shift_right_8(word);
+            const u32 both = scales_of(q ? bytes >> 4 : bytes << 4, top);
+            a[q][0] = times_low(decode_even(word), both);
+            a[q][1] = times_high(decode_even(high), both);
+            a[q][2] = times_low(decode_odd(word), both);
+            a[q][3] = times_high(decode_odd(high), both);
+        }
+    };
+#if !WGMMA
+    struct Operands {  // of a chunk of a stage's steps
+        uint2 words[CHUNK];
+        u32 bytes[CHUNK], in[MT == 1 ? CHUNK / 2 : CHUNK * MT / 2][4], by[SCALED ? CHUNK / 2 : 1][4];
+    };
+    const auto fetch = [&](Operands& to, u32 here, int chunk) {
+#pragma unroll
+        for (int s = 0; s < CHUNK; s++) {
+            const int step = chunk * CHUNK + s;
+            to.words[s] = load_codes(here + codes_at + step * (COLUMNS * 8));
+            to.bytes[s] = load_scales(here + scales_at + step * COLUMNS);
+            if (MT == 1 && s % 2 == 0) load_matrices(to.in[s / 2], here + (x_at ^ step % 4 * 32) + step / 4 * X_PART);
+#pragma unroll
+            for (int m = 0; m < MT / 2; m++)
+                load_matrices(to.in[s * (MT / 2) + m], here + (x_at ^ step % 4 * 32) + step / 4 * X_PART + m * 2048);
+            if (SCALED && s % 2 == 0)
+                load_matrices(to.by[s / 2], here + base + PRE_AT + (step * 2 + lane / 8) * 16);
+        }
+    };
+    const auto multiply = [&](const Operands& of) {
+#pragma unroll
+        for (int s = 0; s < CHUNK; s++) {
+            u32 a[2][4];
+            decode(a, of.words[s], of.bytes[s]);
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                u32 b0 = MT == 1 ? of.in[s / 2][s % 2 * 2] : of.in[s * (MT / 2) + m / 2][m % 2 * 2];
+                u32 b1 = MT == 1 ? of.in[s / 2][s % 2 * 2 + 1] : of.in[s * (MT / 2) + m / 2][m % 2 * 2 + 1];
+                if (SCALED) b0 = times(b0, of.by[s / 2][s % 2 * 2]), b1 = times(b1, of.by[s / 2][s % 2 * 2 + 1]);
+#pragma unroll
+                for (int q = 0; q < 2; q++) mma(acc[q][m], a[q], b0, b1);
+            }
+        }
+    };
+#endif
+
+    int tile = mine.first / per_tile, block = mine.first % per_tile, passed = 0, buffer = 0;
     for (int left = mine.last - mine.first; left > 0;) {
         const int whole = per_tile - block, stages = whole < left ? whole : left;
         left -= stages;
-        for (int i = 0; i < stages; i++) {
+        // Of a tile's stages in turn each is another group's: by where it stands in the tile, not in this share.
+        const int turn = (part_k + block) % GROUPS;
+        u32 stage = (passed + turn) % STAGES, parity = (passed + turn) / STAGES & 1;
+        passed += stages;
+        const auto next = [&]() {
+            stage += GROUPS;
+            if (stage >= STAGES) stage -= STAGES, parity ^= 1;
+        };
+#if !WGMMA
+        Operands one, other;
+        if (turn < stages) {
             wait(full + 8 * stage, parity);
-            const u32 here = stage * STAGE_BYTES;
-            const unsigned char* from = shared + here + part_k * (STEPS / GROUPS * COLUMNS * 8) + codes_at;
-            const unsigned char* scales_from = shared + here + part_k * (STEPS / GROUPS * COLUMNS) + scales_at;
-            uint2 words = *reinterpret_cast<const uint2*>(from);
-            u32 bytes = *reinterpret_cast<const u32*>(scales_from);
+            fetch(one, stage * STAGE_BYTES, 0);
+        }
+#pragma unroll 1
+        for (int i = turn; i < stages; i += GROUPS) {
+            u32 here = stage * STAGE_BYTES;
 #pragma unroll
-            for (int s = 0; s < STEPS / GROUPS; s++) {
-                const int half = s / (STEPS / HALVES);
+            for (int c = 1; c < STEPS / CHUNK; c++) {
+                fetch(c % 2 ? other : one, here, c);
+                if (c + 1 < STEPS / CHUNK) multiply(c % 2 ? one : other);
+            }
+            __syncwarp();
+            if (lane == 0) arrive(empty + 8 * stage);
+            multiply(one);
+            next();
+            if (i + GROUPS < stages) {
+                wait(full + 8 * stage, parity);
+                fetch(one, stage * STAGE_BYTES, 0);
+            }
+            multiply(other);
+        }
+#else
+#pragma unroll 1
+        for (int i = turn; i < stages; i += GROUPS) {
+            wait(full + 8 * stage, parity);
+            const u32 from = codes_at + stage * STAGE_BYTES, scales_from = scales_at + stage * STAGE_BYTES;
+            uint2 words = load_codes(from);
+            u32 bytes = load_scales(scales_from);
+#pragma unroll
+            for (int s = 0; s < STEPS; s++) {
                 u32 a[2][4];
-#pragma unroll
-                for (int q = 0; q < 2; q++) {
-                    const u32 word = q ? words.y : words.x, high = shift_right_8(word);
-                    const u32 both = scales_of(q ? bytes >> 4 : bytes << 4, top);
-                    a[q][0] = times_low(decode_even(word), both);
-                    a[q][1] = times_high(decode_even(high), both);
-                    a[q][2] = times_low(decode_odd(word), both);
-                    a[q][3] = times_high(decode_odd(high), both);
+                decode(a, words, bytes);
+                if (s + 1 < STEPS) {  // the next step's are on their way while this one's are multiplied
+                    words = load_codes(from + (s + 1) * COLUMNS * 8);
+                    bytes = load_scales(scales_from + (s + 1) * COLUMNS);
                 }
-                if (s + 1 < STEPS / GROUPS) {  // the next step's are on their way while this one's are multiplied
-                    words = *reinterpret_cast<const uint2*>(from + (s + 1) * COLUMNS * 8);
-                    bytes = *reinterpret_cast<const u32*>(scales_from + (s + 1) * COLUMNS);
-                }
-#if WGMMA
                 const u64 rows_of_x = x_matrix(x_at_16 + stage * (STAGE_BYTES / 16) + s / 4 * (X_PART / 16) + s % 4 * 2);
                 mma_begins();
-                mma_async(acc[half][0], a[0], rows_of_x);
-                mma_async(acc[half][1], a[1], rows_of_x);
+                mma_async(acc[0], a[0], rows_of_x);
+                mma_async(acc[1], a[1], rows_of_x);
                 mma_commits();
                 if (OVERLAP) mma_finishes<1>();  // the step before: its registers are free again
                 else mma_finishes<0>();
-#else
-                const int step = part_k * (STEPS / GROUPS) + s;
-#pragma unroll
-                for (int m = 0; m < MT; m += 2) {
-                    const int row = m * 8 + lane % 8 + (m + 1 < MT ? lane / 16 * 8 : 0);
-                    u32 in[4];
-                    load_matrices(in, base + here + x_piece(row, step * 2 + lane / 8 % 2));
-#pragma unroll
-                    for (int q = 0; q < 2; q++) {
-                        mma(acc[half][q][m], a[q], in[0], in[1]);
-                        if (m + 1 < MT) mma(acc[half][q][m + 1 < MT ? m + 1 : m], a[q], in[2], in[3]);
-                    }
-                }
-#endif
             }
-#if WGMMA
             mma_finishes<0>();
-#endif
             __syncwarp();
             if (lane == 0) arrive(empty + 8 * stage);
-            if (++stage == STAGES) stage = 0, parity ^= 1;
+            next();
         }
+#endif
 
-        // The tile ends here, or this block's share does: add up both halves of the inputs, then all parts.
+        // The tile ends here, or this block's share does: add up what both groups have, then all parts.
         const int first = first_of(tile), count = count_of(tile, first);
 #pragma unroll
         for (int m = 0; m < MT; m++) {
             if (m * 8 >= rows) break;
 #pragma unroll
-            for (int j = 0; j < EACH * 8; j++) reread(acc[j / 8][j / 4 % 2][m][j % 4]);
+            for (int j = 0; j < 8; j++) reread(acc[j / 4][m][j % 4]);
 #if GROUPS == 2
             float* here = sums + buffer * SUMS;  // two in turn, so that one meeting each is enough
             buffer ^= 1;
@@ -468,20 +612,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
 #pragma unroll
                 for (int q = 0; q < 2; q++)
                     *reinterpret_cast<float4*>(here + q * 4) =
-                        make_float4(acc[0][q][m][0], acc[0][q][m][1], acc[0][q][m][2], acc[0][q][m][3]);
+                        make_float4(acc[q][m][0], acc[q][m][1], acc[q][m][2], acc[q][m][3]);
             }
             pair_meets(part_n);
 #endif
 #pragma unroll
             for (int q = 0; q < 2; q++) {
                 if (part_k) continue;
-                float4 sum = make_float4(acc[0][q][m][0], acc[0][q][m][1], acc[0][q][m][2], acc[0][q][m][3]);
+                float4 sum = make_float4(acc[q][m][0], acc[q][m][1], acc[q][m][2], acc[q][m][3]);
 #if GROUPS == 2
                 const float4 v = *reinterpret_cast<const float4*>(here + q * 4);
                 sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
-#elif EACH == 2
-                const float* v = acc[1][q][m];
-                sum = make_float4(sum.x + v[0], sum.y + v[1], sum.z + v[2], sum.w + v[3]);
 #endif
                 if (count > 1) __stcg(part(first, blockIdx.x - first, m * 2 + q), sum);
                 else write(tile, m * 2 + q, sum);
@@ -502,7 +643,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PER_SM) nvfp4_stream(
             }
         }
 #pragma unroll
-        for (int j = 0; j < EACH * 2 * MT * 4; j++) acc[j / (8 * MT)][j / (4 * MT) % 2][j / 4 % MT][j % 4] = 0.0f;
+        for (int j = 0; j < 2 * MT * 4; j++) acc[j / (4 * MT)][j / 4 % MT][j % 4] = 0.0f;
         block = 0, tile++;
     }
 }

@@ -1,14 +1,16 @@
 """Small-batch NVFP4 GEMMs: ``nvfp4_rows.cu`` beside Marlin, as one operator.
 
 Marlin is laid out for larger batches: on an H200 an E4B drafter's six GEMMs of one row take it 77 us a
-layer, of which reading the weights is 12. The kernel here takes over for up to :func:`most_rows`; Marlin, with its
-own copy of the weights, keeps the rest.
+layer, of which reading the weights is 12. The kernel here takes over where it is faster (:func:`choose`), for up to
+:data:`MOST_ROWS` rows; Marlin, with its own copy of the weights, or the kernel that streams Marlin's keeps the rest.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -17,15 +19,56 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from vllm_gemma4_spec.kernels import cuda, stream_gemm
+from vllm_gemma4_spec.kernels import chosen_rows, cuda, stream_gemm
 from vllm_gemma4_spec.kernels.packing import COLUMNS, ROWS, pack
 from vllm_gemma4_spec.kernels.scratch import Scratch
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
-_TILES = (1, 2, 3, 4, 8)  # compiled numbers of 8-token tiles
 _LANES = 32
-_MAX_WARPS = {1: 16, 2: 16, 3: 16, 4: 16, 8: 8}  # what the kernel's registers allow
+MOST_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the kernel is compiled: what a warp takes at once, which a larger batch is cut up into."""
+
+    tiles: int  # of 8 rows
+    pair: int = 1  # tiles of 16 outputs
+    roll: bool = False  # the next weights come into registers whose weights have been used
+    fit: int = 0  # blocks of four warps that a multiprocessor's registers are to hold; 0: no matter
+
+    @property
+    def rows(self) -> int:
+        return 8 * self.tiles
+
+    @property
+    def most_warps(self) -> int:  # what the kernel's registers allow
+        return 4 if self.fit else 8 if self.tiles * self.pair > 4 else 16
+
+    def chunks(self, rows: int) -> int:
+        return -(-rows // self.rows)
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{16 * self.pair}"
+
+
+_WIDE, _40, _32 = Form(1, 2, roll=True), Form(5, 2, roll=True, fit=3), Form(4, 2, roll=True, fit=3)
+# What is tried for batches of up to so many rows (and more than the number before): what was fastest for some GEMM of
+# E4B on an H200 (benchmarks/NOTES.md). Where nothing can be measured the first is taken, up to most_rows().
+CANDIDATES: dict[int, tuple[Form, ...]] = {
+    8: (Form(1), _WIDE),
+    16: (Form(2), Form(2, 2), _WIDE, Form(1)),
+    24: (Form(3), Form(3, 2), _WIDE, Form(1), _32),
+    32: (Form(2, 2), _32, _WIDE, Form(2)),
+    40: (Form(2, 2), _40, _WIDE, Form(3, 2), Form(5)),
+    48: (Form(2, 2), Form(3, 2), _WIDE),
+    64: (Form(2, 2), _32, _WIDE),
+    80: (Form(2, 2), _40, _WIDE, Form(5)),
+    96: (Form(2, 2), _32, Form(3, 2)),
+    112: (Form(2, 2), _32),
+    128: (Form(2, 2), _32),
+}
 
 
 @dataclass(frozen=True)
@@ -44,47 +87,64 @@ def most_rows(n: int, k: int) -> int:
     return 16 if n * k >= 2**25 else 32
 
 
-def plan(n: int, k: int, tiles: int, gelu: bool, multiprocessors: int) -> Launch:
+def plan(n: int, k: int, form: Form, chunks: int, gelu: bool, multiprocessors: int) -> Launch:
     """A launch for ``[rows, k] @ [k, n]``: up to 24 warps per multiprocessor, none without work.
 
     Args:
-        tiles: 8-token tiles of the input, one of ``_TILES``.
+        chunks: that the rows are cut up into.
         gelu: two tiles of outputs belong together.
     """
-    blocks, group, most = k // COLUMNS, 2 if gelu else 1, _MAX_WARPS[tiles]
-    outputs = n // ROWS
-    if blocks >= 32 and outputs < 2 * multiprocessors:
+    blocks, group, most = k // COLUMNS, 2 if gelu and form.pair == 1 else 1, form.most_warps
+    outputs = n // ROWS // form.pair
+    if blocks >= 32 and outputs * chunks < 2 * multiprocessors:
         split = 5 if blocks % 5 == 0 and 5 * group <= most else 4
         return Launch(split * group, split, 4)
     fitting = [s for s in (10, 8, 5, 4, 2) if blocks % s == 0 and s * group <= most]
-    split = next((s for s in fitting if outputs * s <= 24 * multiprocessors), 1)
+    split = next((s for s in fitting if outputs * chunks * s <= 24 * multiprocessors), 1)
     slots = group
     while split * slots * 2 <= 4 and outputs % (slots * 2) == 0:
         slots *= 2
     return Launch(split * slots, split, 1)
 
 
-def source(tiles: int, gelu: bool, scaled: bool) -> str:
-    """The kernel's CUDA C++ for inputs of up to ``8 * tiles`` rows."""
+def source(form: Form, gelu: bool, scaled: bool) -> str:
+    """The kernel's CUDA C++."""
     text = resources.files(__package__).joinpath("nvfp4_rows.cu").read_text()
-    return f"#define MT {tiles}\n#define GELU {int(gelu)}\n#define SCALED {int(scaled)}\n{text}"
+    macros = {
+        "MT": form.tiles,
+        "NT": form.pair,
+        "ROLL": int(form.roll),
+        "FIT": form.fit,
+        "GELU": int(gelu),
+        "SCALED": int(scaled),
+    }
+    return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + text
 
 
 @functools.cache
-def _kernel(tiles: int, gelu: bool, scaled: bool) -> Any:
-    return cuda.Kernel(source(tiles, gelu, scaled), "nvfp4_rows")
+def _kernel(form: Form, gelu: bool, scaled: bool) -> Any:
+    return cuda.Kernel(source(form, gelu, scaled), "nvfp4_rows")
 
 
 @functools.cache
-def _launch(n: int, k: int, tiles: int, gelu: bool, device: int) -> Launch:
-    return plan(n, k, tiles, gelu, torch.cuda.get_device_properties(device).multi_processor_count)
+def _launch(n: int, k: int, form: Form, chunks: int, gelu: bool, device: int) -> Launch:
+    return plan(n, k, form, chunks, gelu, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 SCRATCH = Scratch()
 
 
-def tiles_for(rows: int) -> int:
-    return next(t for t in _TILES if rows <= 8 * t)
+def untried(rows: int) -> Form:
+    """The form for this many rows where nothing was measured."""
+    return next(forms[0] for most, forms in CANDIDATES.items() if rows <= most)
+
+
+def form_for(n: int, k: int, gelu: bool, rows: int) -> Form | None:
+    """The form that takes a batch, as :func:`choose` found; None: it is left to the other kernels."""
+    known = _chosen.get((n, k, gelu))
+    if known is None:
+        return untried(rows) if rows <= most_rows(n, k) else None
+    return next((form for most, form in known.items() if rows <= most), None)
 
 
 def gemm(
@@ -94,8 +154,10 @@ def gemm(
     global_scale: Tensor,
     gelu: bool = False,
     pre_quant_scale: Tensor | None = None,
+    form: Form | None = None,
+    how: Launch | None = None,
 ) -> Tensor:
-    """``(x * pre_quant_scale) @ W.T`` for at most 64 rows, on the current stream.
+    """``(x * pre_quant_scale) @ W.T`` for at most :data:`MOST_ROWS` rows, on the current stream.
 
     Args:
         x: ``[rows, K]`` bfloat16, contiguous.
@@ -103,18 +165,21 @@ def gemm(
         global_scale: ``[1]`` float32, ModelOpt's ``weight_scale_2``.
         gelu: give ``gelu_tanh(first half) * second half`` of the outputs.
         pre_quant_scale: ``[K]`` bfloat16, or None for ones.
+        form, how: None for what suits such a batch.
 
     Returns:
         ``[rows, N]`` bfloat16, or ``[rows, N / 2]`` with ``gelu``.
     """
     rows, k = x.shape
-    n, tiles = codes.shape[0] * ROWS, tiles_for(rows)
+    n, form = codes.shape[0] * ROWS, form or untried(rows)
+    chunks = form.chunks(rows)
     y = torch.empty(rows, n // 2 if gelu else n, dtype=x.dtype, device=x.device)
-    how = _launch(n, k, tiles, gelu, x.device.index)
+    how = how or _launch(n, k, form, chunks, gelu, x.device.index)
     partial, arrivals = SCRATCH.on(x.device)
     pre = x if pre_quant_scale is None else pre_quant_scale  # not read where there is none
-    _kernel(tiles, gelu, pre_quant_scale is not None)(
-        grid=(n // ROWS // (how.warps // how.split), how.parts, 1),
+    blocks = n // ROWS // form.pair // (how.warps // how.split)
+    _kernel(form, gelu, pre_quant_scale is not None)(
+        grid=(chunks, blocks, how.parts),
         block=how.warps * _LANES,
         args=[
             codes,
@@ -130,7 +195,7 @@ def gemm(
             k,
             how.split,
         ],
-        shared_bytes=how.warps * tiles * 4 * _LANES * 4,
+        shared_bytes=how.warps * form.pair * form.tiles * 4 * _LANES * 4,
     )
     return y
 
@@ -152,18 +217,32 @@ def linear(
     """One linear layer, by the kernel that suits the number of rows; see :func:`gemm`.
 
     Args:
-        streamed: of batches too large for :func:`gemm`, those that stream; see ``stream_gemm.faster``.
+        streamed: of batches that :func:`gemm` does not take, those that stream; see ``stream_gemm.faster``.
     """
     flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[0] <= most_rows(n, flat.shape[-1]):
-        y = gemm(flat.contiguous(), codes, scales, global_scale, gelu, pre_quant_scale)
+    form = form_for(n, flat.shape[-1], gelu, flat.shape[0])
+    if form is not None:
+        y = gemm(flat.contiguous(), codes, scales, global_scale, gelu, pre_quant_scale, form)
     else:
         weights = (marlin_weight, marlin_scale, marlin_global_scale, workspace)
-        y = stream_gemm.linear(flat, pre_quant_scale, *weights, n, streamed)
-        if gelu:
-            gate_up, y = y, y.new_empty(y.shape[0], n // 2)
-            torch.ops._C.gelu_tanh_and_mul(y, gate_up)
+        y = _other(flat, pre_quant_scale, weights, n, streamed, gelu)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _other(
+    x: Tensor,
+    pre_quant_scale: Tensor | None,
+    weights: tuple[Tensor, Tensor, Tensor, Tensor],
+    n: int,
+    streamed: int,
+    gelu: bool,
+) -> Tensor:
+    y = stream_gemm.linear(x, pre_quant_scale, *weights, n, streamed)
+    if not gelu:
+        return y
+    activated = y.new_empty(y.shape[0], n // 2)
+    torch.ops._C.gelu_tanh_and_mul(activated, y)
+    return activated
 
 
 def _output_shape(x: Tensor, *parameters: Any) -> Tensor:
@@ -183,7 +262,7 @@ def register_operator() -> None:
 def available() -> bool:
     """Whether the kernel compiles here; if not, the log says once why, and vLLM's kernels stay."""
     try:
-        _kernel(_TILES[0], False, False)
+        _kernel(untried(1), False, False)
     except (ImportError, RuntimeError) as error:
         logger.warning("Small-batch NVFP4 GEMMs stay on Marlin: %s", str(error).splitlines()[0])
         return False
@@ -203,31 +282,100 @@ def suits(layer: Module) -> bool:
     )
 
 
-def reserve(n: int, k: int, device: torch.device, scaled: bool = False) -> None:
-    """Compile what GEMMs of this shape need, and make room for their partial sums.
+_chosen: dict[tuple[int, int, bool], dict[int, Form | None]] = {}  # N, K, gelu -> as CANDIDATES
+
+
+def choose(layer: Module, gelu: bool = False) -> None:
+    """Find out which batches of a layer the kernel takes, in which form, and :func:`reserve` what they need.
+
+    Marlin must have reordered ``layer.weight``.
+
+    Args:
+        gelu: the kernel is to give ``gelu(gate) * up``.
+    """
+    n, k, device = layer.output_size_per_partition, layer.input_size_per_partition, layer.weight.device
+    shape = f"{n}x{k}, few rows" + ", gelu" * gelu
+    try:
+        found = chosen_rows.fastest(shape, _maker(), lambda: _times(layer, gelu))
+    except RuntimeError as error:  # no memory for it, or a form does not compile here
+        logger.info("NVFP4 GEMM %s was not measured: %s", shape, str(error).partition("\n")[0])
+    else:
+        named = {str(form): form for forms in CANDIDATES.values() for form in forms}
+        _chosen[n, k, gelu] = {rows: named.get(found[rows]) for rows in sorted(found)}
+    try:
+        reserve(n, k, device, gelu, layer.rows_scaled)
+    except RuntimeError as error:
+        logger.info("NVFP4 GEMM %s stays on Marlin: %s", shape, str(error).partition("\n")[0])
+        _chosen[n, k, gelu] = {}
+
+
+def reserve(n: int, k: int, device: torch.device, gelu: bool = False, scaled: bool = False) -> None:
+    """Compile the forms that GEMMs of this shape take, and make room for their partial sums.
 
     No module can be loaded, and no scratch replaced, once a CUDA graph is being captured.
     """
-    floats = 1
-    for tiles in [t for t in _TILES if 8 * (t - 1) < most_rows(n, k)]:
-        for gelu in (False,) if scaled else (False, True):
-            _kernel(tiles, gelu, scaled)
-            how = _launch(n, k, tiles, gelu, device.index)
+    used = {rows: form for rows in CANDIDATES if (form := form_for(n, k, gelu, rows)) is not None}
+    _compile((form, gelu, scaled) for form in used.values())
+    _make_room(n, k, used, gelu, device)
+
+
+def _times(layer: Module, gelu: bool) -> chosen_rows.Kernels:
+    """Of every candidate, and of what runs without; each time the weights come from memory and not the L2."""
+    n, k, device = layer.output_size_per_partition, layer.input_size_per_partition, layer.weight.device
+    _compile((form, gelu, False) for forms in CANDIDATES.values() for form in forms)
+    marlin = (layer.weight, layer.weight_scale, layer.weight_global_scale, layer.workspace)
+    rows_of = (layer.rows_codes, layer.rows_scales, layer.rows_global_scale)
+    us = chosen_rows.clock(device)
+    found: chosen_rows.Kernels = {}
+    for rows, forms in CANDIDATES.items():
+        x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
+        here = found[rows] = {
+            chosen_rows.OTHER: us(functools.partial(_other, x, None, marlin, n, layer.streamed, gelu))
+        }
+        for form in forms:
+            _make_room(n, k, {rows: form}, gelu, device)
+            here[str(form)] = us(functools.partial(gemm, x, *rows_of, gelu, None, form))
+    return found
+
+
+@functools.cache
+def _maker() -> str:
+    return chosen_rows.made_by(source(Form(1), False, False), repr(CANDIDATES), stream_gemm._maker())
+
+
+_ready: set[tuple[Form, bool, bool]] = set()
+
+
+def _compile(wanted: Iterable[tuple[Form, bool, bool]]) -> None:
+    """Several kernels side by side: NVRTC takes half a second for each."""
+    missing = set(wanted) - _ready
+    if not missing:
+        return
+    architecture = cuda.this_card()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda what: cuda.compiled(source(*what), architecture), missing))
+    for what in missing:
+        _kernel(*what)
+    _ready.update(missing)
+
+
+def _make_room(n: int, k: int, used: Mapping[int, Form], gelu: bool, device: torch.device) -> None:
+    floats = counters = 1
+    for rows, form in used.items():
+        for chunks in range(1, form.chunks(rows) + 1):  # fewer may be cut into parts where more are not
+            how = _launch(n, k, form, chunks, gelu, device.index)
             if how.parts > 1:
-                floats = max(floats, how.parts * n * 8 * tiles)
-    SCRATCH.reserve(device, floats, n // ROWS)
+                floats = max(floats, chunks * how.parts * n * form.rows)
+                counters = max(counters, chunks * n // ROWS)
+    SCRATCH.reserve(device, floats, counters)
 
 
-def prepare(layer: Module, scaled: bool) -> tuple[Tensor, Tensor, Tensor]:
+def prepare(layer: Module) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and global scale of a layer that has just been loaded.
 
-    To be called before Marlin reorders ``layer.weight`` in place.
-
-    Args:
-        scaled: the GEMM is to multiply its input by ``pre_quant_scale``.
+    To be called before Marlin reorders ``layer.weight`` in place; :func:`choose` after it.
     """
     codes, scales = pack(layer.weight.data, layer.weight_scale.data)
-    reserve(layer.output_size_per_partition, layer.input_size_per_partition, codes.device, scaled)
     register_operator()
     torch.cuda.synchronize(codes.device)  # a GEMM may start before the kernel ahead of it, that packs, has ended
     return codes, scales, layer.weight_scale_2.data.max().float().reshape(1)

@@ -33,38 +33,36 @@ SAME_BITS = 64  # rows up to which a row's result does not depend on the others
 
 @dataclass(frozen=True)
 class Form:
-    """How the kernel is compiled; see ``nvfp4_stream.cu``. Two forms differ in the order of additions by ``halves`` and
-    by how many blocks share the weights (``per_sm``, ``sharing``), and in nothing else that reaches the result."""
+    """How the kernel is compiled; see ``nvfp4_stream.cu``. Two forms differ in the order of additions by ``groups`` and
+    by how many blocks share the weights (``sharing``), and in nothing else that reaches the result."""
 
     stages: int  # of the ring of weights
-    halves: int = 2  # of a stage's inputs, added up apart
-    groups: int = 2  # of eight warps that share the halves
-    per_sm: int = 1
+    groups: int = 2  # of eight warps: a stage is one group's, the next one the other's
     wgmma: bool = False
-    ahead: int = 1  # stages of x that are asked for at a time
     overlap: bool = False  # decode while wgmma multiplies the step before
-    bulk: bool = False  # weights by bulk copies
+    first: int = 2  # stages of weights that do not wait for the kernel before this one
+    pace: int = 1000  # cycles from one stage of those behind them to the next, until x is there; 0: at once
     sharing: int = 0  # blocks that share a tile at most, on average; 0: as many as there are
 
     @property
     def threads(self) -> int:
-        return 256 * self.groups + 128
+        return 256 * self.groups + (128 if self.wgmma else 64)
 
     def blocks(self, multiprocessors: int, n: int, k: int) -> int:
-        most = min(self.per_sm * multiprocessors, units(n, k))
+        most = min(multiprocessors, units(n, k))
         return min(most, self.sharing * -(-n // COLUMNS)) if self.sharing else most
 
 
-# By compiled number of 8-row tiles; each ran in the third run of layer_chain.py on an H200. Up to 64 rows all add up in
+# By compiled number of 8-row tiles; each ran in the fifth run of layer_chain.py on an H200. Up to 64 rows all add up in
 # the same order: a row's bits are the same in each.
 WGMMA_FORMS = {
-    1: Form(4, wgmma=True, overlap=True, ahead=4),
-    2: Form(4, wgmma=True, overlap=True, ahead=4),
-    4: Form(4, wgmma=True, overlap=True),
-    6: Form(6, groups=1, wgmma=True, overlap=True, ahead=2),
-    8: Form(4, wgmma=True),
-    10: Form(5, halves=1, groups=1, wgmma=True, overlap=True, sharing=8),
-    16: Form(4, halves=1, groups=1, wgmma=True, sharing=8),
+    1: Form(6),
+    2: Form(8, wgmma=True, overlap=True),
+    4: Form(6, wgmma=True, overlap=True),
+    6: Form(5, wgmma=True, overlap=True),
+    8: Form(5, wgmma=True, overlap=True),
+    10: Form(5, groups=1, wgmma=True, overlap=True, first=3, pace=0, sharing=8),
+    16: Form(4, groups=1, wgmma=True, overlap=True, first=3, pace=0, sharing=8),
 }
 MMA_FORMS = {1: Form(4), 2: Form(4), 4: Form(4), 8: Form(4)}  # cards without wgmma
 
@@ -99,13 +97,11 @@ def macros(tiles: int, scaled: bool, form: Form) -> dict[str, int]:
         "MT": tiles,
         "SCALED": int(scaled),
         "STAGES": form.stages,
-        "HALVES": form.halves,
         "GROUPS": form.groups,
-        "PER_SM": form.per_sm,
         "WGMMA": int(form.wgmma),
-        "AHEAD": form.ahead,
         "OVERLAP": int(form.overlap),
-        "BULK": int(form.bulk),
+        "FIRST": form.first,
+        "PACE": form.pace,
     }
 
 
@@ -118,7 +114,7 @@ def source(tiles: int, scaled: bool, form: Form) -> str:
 
 def shared_bytes(tiles: int, form: Form) -> int:
     """What the kernel's ``BARRIERS_AT`` and the barriers behind it come to."""
-    stage = DEPTH // 16 * COLUMNS * 9 + tiles * 8 * DEPTH * 2
+    stage = DEPTH // 16 * COLUMNS * 9 + tiles * 8 * DEPTH * 2 + (0 if form.wgmma else DEPTH * 2)
     return form.stages * stage + (form.groups - 1) * 2 * 2048 * 4 + 16 * form.stages
 
 
@@ -174,14 +170,15 @@ def launch(
     rows, k = x.shape
     y = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     partial, arrivals = SCRATCH.on(x.device)
-    kernel(tiles, pre_quant_scale is not None, form)(
+    box, shape = (DEPTH // 16, COLUMNS), (k // 16, n)
+    weights = [cuda.weight_map(w.data_ptr(), *shape, item, *box) for w, item in ((weight, 8), (weight_scale, 1))]
+    scaled = pre_quant_scale is not None
+    kernel(tiles, scaled, form)(
         grid=(form.blocks(_multiprocessors(x.device.index), n, k), 1, 1),
         block=form.threads,
         args=[
-            weight,
-            weight_scale,
-            x,
-            x if pre_quant_scale is None else pre_quant_scale,  # not read where there is none
+            *weights,
+            *([x, pre_quant_scale] if scaled else [cuda.matrix_map(x.data_ptr(), rows, k, 2, 8 * tiles, 64)]),
             y,
             global_scale,
             partial,

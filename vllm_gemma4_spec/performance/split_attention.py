@@ -4,6 +4,10 @@ TRITON_ATTN has two kernels. One program per query block and KV head ("2D") walk
 verification of k + 1 tokens at one request is 16 programs in a 31B target's sliding layers and 12 in its
 full ones, on a card with 132 multiprocessors. The other ("3D") also cuts the context into 16 segments, but
 is chosen for one token per request only. It is written for any query length; only its choice is not.
+
+Where its scratch does not hold a batch, as that of a draft for 16 requests, each program of the 2D kernel still walks a
+context by itself, tile after tile, and the GPU is far from full. There tiles of 64 keys take 0.6 times what tiles of 32
+take (H200, E4B's sliding layers, 256 to 30,000 tokens of context).
 """
 
 from __future__ import annotations
@@ -47,6 +51,64 @@ def fits(q: torch.Tensor, num_seqs: int, num_kv_heads: int, segments: int, scrat
     )
 
 
+# What the 2D kernel is launched with where few programs walk the contexts; and for which heads that was measured.
+FEW_PROGRAMS = {"TILE_SIZE": 64, "num_warps": 8, "num_stages": 2}
+_TILED_HEAD = 256
+_changed: dict[str, int] = {}  # for the launches to come
+
+
+def few_programs(q: torch.Tensor, k: torch.Tensor, num_seqs: int) -> bool:
+    """Whether the 2D kernel would run few programs, of a kind for which larger tiles are known; of shapes alone.
+
+    Args:
+        q: ``[num_tokens, num_query_heads, head_size]``.
+        k: ``[blocks, block_size, num_kv_heads, head_size]``.
+    """
+    num_tokens, num_heads, head_size = q.shape
+    group = num_heads // k.shape[2]
+    return (
+        head_size == _TILED_HEAD
+        and q.element_size() == 2
+        and group <= _BLOCK_ROWS
+        and (num_tokens // (_BLOCK_ROWS // group) + num_seqs) * k.shape[2] <= _FULL_GRID
+    )
+
+
+@functools.cache
+def _larger_tiles(device: torch.device) -> bool:
+    """On cards with 227 KB of shared memory for a block, unless a batch's size must not change the order of sums."""
+    import vllm.envs as envs
+
+    if device.type != "cuda" or envs.VLLM_BATCH_INVARIANT:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+class Kernel:
+    """Stands for one of Triton's kernels, and launches it with other numbers while :data:`_changed` has some."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        launch: Callable[..., Any] = self._kernel[grid]
+        if not _changed:
+            return launch
+        return lambda *args, **kwargs: launch(*args, **kwargs | _changed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernel, name)
+
+
+def attention_kernel(original: Any) -> Kernel:
+    """``triton_unified_attention.kernel_unified_attention_2d``: launched with the numbers of :data:`FEW_PROGRAMS`.
+
+    Patch: ``split-attention``. Evidence: ``tests/kernels/test_patches.py::test_stock_walks_the_context_in_one_piece``.
+    Related upstream change: none found for the choice of kernel; #43257, open, tunes it for head size 512.
+    """
+    return Kernel(original)
+
+
 # Attribute of the scratch of a metadata builder in scope; the kernel's caller is given tensors and no config.
 IN_SCOPE = "_gemma4_spec_in_scope"
 
@@ -79,13 +141,19 @@ def unified_attention(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def wrapper(**kwargs: Any) -> None:
         scratch = kwargs.get("softmax_segm_output")
-        scoped = getattr(scratch, IN_SCOPE, False)
-        if scoped and kwargs["max_seqlen_q"] > 1 and kwargs.get("mm_prefix_range") is None:
-            num_seqs = len(kwargs["seqused_k"])
-            segments = kwargs.get("num_par_softmax_segments")
-            if segments is not None and fits(kwargs["q"], num_seqs, kwargs["k"].shape[2], segments, scratch):
-                kwargs["max_seqlen_q"] = 1
-                kwargs["seq_threshold_3D"] = num_seqs
-        original(**kwargs)
+        if not getattr(scratch, IN_SCOPE, False) or kwargs.get("mm_prefix_range") is not None:
+            original(**kwargs)
+            return
+        q, k, num_seqs = kwargs["q"], kwargs["k"], len(kwargs["seqused_k"])
+        segments = kwargs.get("num_par_softmax_segments")
+        if kwargs["max_seqlen_q"] > 1 and segments is not None and fits(q, num_seqs, k.shape[2], segments, scratch):
+            kwargs["max_seqlen_q"] = 1
+            kwargs["seq_threshold_3D"] = num_seqs
+        if few_programs(q, k, num_seqs) and _larger_tiles(q.device):
+            _changed.update(FEW_PROGRAMS)  # read by the 2D kernel alone, if that is what the original chooses
+        try:
+            original(**kwargs)
+        finally:
+            _changed.clear()
 
     return wrapper

@@ -101,6 +101,7 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
             super().process_weights_after_loading(layer)
             if marlin:
                 stream_layers.prepare(layer)
+                small_batch_layers.choose(layer)
         if kept is None:
             _tell_compiler(layer)
         else:

@@ -63,6 +63,7 @@ def _fuse_activation(mlp: Module) -> None:
     if getattr(layer, "rows_codes", None) is not None and layer.svdquant_lora_a is None:
         layer.rows_gelu = True
         mlp.act_fn = torch.nn.Identity()
+        choose(layer)
 
 
 def prepare(layer: Module) -> None:
@@ -80,9 +81,17 @@ def prepare(layer: Module) -> None:
     if not layer.rows_wanted:
         return
     layer.rows_scaled = scaled
-    for name, tensor in zip(_NAMES, small_batch_gemm.prepare(layer, scaled), strict=True):
+    for name, tensor in zip(_NAMES, small_batch_gemm.prepare(layer), strict=True):
         layer._parameters.pop(name, None)
         layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+
+
+def choose(layer: Module) -> None:
+    """Decide which batches the kernel takes, of a layer whose weight Marlin has reordered."""
+    from vllm_gemma4_spec.kernels import small_batch_gemm
+
+    if layer.rows_codes is not None:
+        small_batch_gemm.choose(layer, layer.rows_gelu)
 
 
 def _in_gemm(device: torch.device) -> bool:
