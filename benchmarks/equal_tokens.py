@@ -46,6 +46,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def answers(args: argparse.Namespace) -> dict[str, Any]:
     """Token ids of all answers of one engine, in this process, and its speed."""
+    # All prompts are there before the first step: otherwise chance decides which are read together, and in which order
+    # Marlin adds up depends on that.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["GEMMA4_SHAPES_LOUD"] = (
         "4"  # with shapes.random_weights's usual norms the embedding outshouts all layers
     )
