@@ -38,39 +38,40 @@ def kernel_for_four_tokens(monkeypatch: pytest.MonkeyPatch, target: Any = GEMMA4
     def launcher(name: str) -> Any:
         return lambda **_: launched.append(name)
 
-    for name in ("kernel_unified_attention_2d", "kernel_unified_attention_3d", "reduce_segments"):
-        monkeypatch.setattr(ops, name, {key: launcher(name) for key in GRIDS})
-    q = torch.empty(4, 32, 256, device="meta")
+    with monkeypatch.context() as kernels:  # over before patches go on or off: one of them has a kernel as its target
+        for name in ("kernel_unified_attention_2d", "kernel_unified_attention_3d", "reduce_segments"):
+            kernels.setattr(ops, name, {key: launcher(name) for key in GRIDS})
+        q = torch.empty(4, 32, 256, device="meta")
 
-    def init(self: Any) -> None:
-        self.vllm_config = vllm_config(target, LLAMA)
-        self.softmax_segm_output = torch.empty(8, 32, 16, 512, device="meta")
+        def init(self: Any) -> None:
+            self.vllm_config = vllm_config(target, LLAMA)
+            self.softmax_segm_output = torch.empty(8, 32, 16, 512, device="meta")
 
-    builder = SimpleNamespace()
-    builder_init(init)(builder)
-    triton_attn.unified_attention(
-        q=q,
-        k=torch.empty(9, 16, 16, 256, device="meta"),
-        v=torch.empty(9, 16, 16, 256, device="meta"),
-        out=q,
-        cu_seqlens_q=torch.empty(2, device="meta"),
-        max_seqlen_q=4,
-        seqused_k=torch.empty(1, device="meta"),
-        max_seqlen_k=100,
-        softmax_scale=1.0,
-        causal=True,
-        window_size=(1023, 0),
-        block_table=torch.empty(1, 9, device="meta"),
-        softcap=0,
-        q_descale=None,
-        k_descale=None,
-        v_descale=None,
-        seq_threshold_3D=8,
-        num_par_softmax_segments=16,
-        softmax_segm_output=builder.softmax_segm_output,
-        softmax_segm_max=torch.empty(8, 32, 16, device="meta"),
-        softmax_segm_expsum=torch.empty(8, 32, 16, device="meta"),
-    )
+        builder = SimpleNamespace()
+        builder_init(init)(builder)
+        triton_attn.unified_attention(
+            q=q,
+            k=torch.empty(9, 16, 16, 256, device="meta"),
+            v=torch.empty(9, 16, 16, 256, device="meta"),
+            out=q,
+            cu_seqlens_q=torch.empty(2, device="meta"),
+            max_seqlen_q=4,
+            seqused_k=torch.empty(1, device="meta"),
+            max_seqlen_k=100,
+            softmax_scale=1.0,
+            causal=True,
+            window_size=(1023, 0),
+            block_table=torch.empty(1, 9, device="meta"),
+            softcap=0,
+            q_descale=None,
+            k_descale=None,
+            v_descale=None,
+            seq_threshold_3D=8,
+            num_par_softmax_segments=16,
+            softmax_segm_output=builder.softmax_segm_output,
+            softmax_segm_max=torch.empty(8, 32, 16, device="meta"),
+            softmax_segm_expsum=torch.empty(8, 32, 16, device="meta"),
+        )
     return launched
 
 
