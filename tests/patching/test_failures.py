@@ -21,7 +21,7 @@ from vllm_gemma4_spec.patching import failure
 from vllm_gemma4_spec.patching.engine import Patcher
 from vllm_gemma4_spec.patching.failure import gate
 from vllm_gemma4_spec.patching.patch import Edit, Group, Patch
-from vllm_gemma4_spec.registry import PATCHES
+from vllm_gemma4_spec.registry import PATCHER, PATCHES
 
 
 def new(original: Any) -> Any:
@@ -167,16 +167,39 @@ def test_what_is_needed_exists() -> None:
 
 def test_what_someone_else_put_on_top_stays_and_is_named() -> None:
     class Owner:
+        ours = "ours"
         inherited = theirs = "replacement"
 
-    edit = Edit("package.module:Owner.theirs", lambda original: "replacement")
-    applied = patch_engine._Applied(edit, Owner, "theirs", "original", "replacement")
+    def applied(name: str, original: object, replacement: str = "replacement") -> patch_engine._Applied:
+        edit = Edit(f"package.module:Owner.{name}", lambda _: replacement)
+        return patch_engine._Applied(edit, Owner, name, original, replacement)
+
+    off = [applied("theirs", "original"), applied("ours", "below", "ours"), applied("ours", "original", "below")]
     Owner.theirs = "someone else's"
-    with pytest.raises(PatchStateError, match=r"package\.module:Owner\.theirs was replaced again"):
-        applied.revert()
-    assert Owner.theirs == "someone else's"
+    for order in (off, off[1:] + off[:1]):  # wherever it is found, nothing has been undone by then
+        with pytest.raises(PatchStateError, match=r"package\.module:Owner\.theirs was replaced again"):
+            patch_engine._check_on_top(order)
     Owner.theirs = "replacement"
-    applied.revert()
-    assert Owner.theirs == "original"
-    patch_engine._Applied(edit, Owner, "inherited", patch_engine.MISSING, "replacement").revert()
+    patch_engine._check_on_top(off)
+    with pytest.raises(PatchStateError, match=r"Owner\.ours"):
+        patch_engine._check_on_top(off[:0:-1])  # the lower one of two cannot go first
+    for each in off:
+        each.revert()
+    assert (Owner.theirs, Owner.ours) == ("original", "original")
+    applied("inherited", patch_engine.MISSING).revert()
     assert not hasattr(Owner, "inherited")
+
+
+def test_nothing_is_undone_where_something_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm_gemma4_spec.apply()
+    first = PATCHER._applied[0]  # the last one to be undone
+    places = [(a.owner, a.attribute) for a in PATCHER._applied]
+    before = [vars(owner)[attribute] for owner, attribute in places]
+    with monkeypatch.context() as someone_else:
+        someone_else.setattr(first.owner, first.attribute, lambda *_: None)
+        with pytest.raises(PatchStateError, match="was replaced again"):
+            vllm_gemma4_spec.undo()
+    assert [(a.owner, a.attribute) for a in PATCHER._applied] == places
+    assert all(vars(owner)[name] is value for (owner, name), value in zip(places, before, strict=True))
+    vllm_gemma4_spec.undo()
+    assert not PATCHER._applied

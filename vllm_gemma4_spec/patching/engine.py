@@ -55,13 +55,25 @@ class _Applied:
     replacement: Any
 
     def revert(self) -> None:
-        now = vars(self.owner).get(self.attribute, MISSING)
-        if now is not self.replacement:
-            raise PatchStateError(f"{self.edit.target} was replaced again after this package did; undo that first")
         if self.original is MISSING:
             delattr(self.owner, self.attribute)
         else:
             setattr(self.owner, self.attribute, self.original)
+
+
+def _check_on_top(off: Sequence[_Applied]) -> None:
+    """Nothing else stands on a target whose edits ``off``, last applied first, are to be reverted.
+
+    Raises:
+        PatchStateError: names the target.
+    """
+    after: dict[tuple[int, str], Any] = {}  # of those before it
+    for applied in off:
+        place = (id(applied.owner), applied.attribute)
+        now = after.get(place, vars(applied.owner).get(applied.attribute, MISSING))
+        if now is not applied.replacement:
+            raise PatchStateError(f"{applied.edit.target} was replaced again after this package did; undo that first")
+        after[place] = applied.original
 
 
 def _resolve(module: ModuleType, qualname: str) -> tuple[Any, str]:
@@ -228,7 +240,7 @@ class Patcher:
         """Put the originals of ``patches`` (default: all) back, last applied first.
 
         Raises:
-            PatchStateError: something else was put on top of a target since.
+            PatchStateError: something else was put on top of a target since; all patches are on as before.
         """
         with self._lock:
             chosen = list(self._patches if patches is None else patches)
@@ -236,6 +248,7 @@ class Patcher:
             # Patches share targets: those on top of an undone one come off with it and go back on without it.
             targets = {e.target for p in chosen for e in p.edits}
             off = [a for a in self._applied if a.edit.target in targets]
+            _check_on_top(off[::-1])  # before any is undone: all stay or none
             for applied in reversed(off):
                 applied.revert()
                 self._applied.remove(applied)
