@@ -162,15 +162,15 @@ def _fastest(us: Mapping[str, float]) -> str:
     return best if us[best] <= WORTH * us[OTHER] else OTHER
 
 
-def clock(device: Any) -> Callable[[Callable[[], Any]], float]:
-    """A function: median microseconds of three calls with cold caches, after one that does not count."""
+def clock(device: Any, calls: int = 3) -> Callable[[Callable[[], Any]], float]:
+    """A function: median microseconds of so many calls with cold caches, after one that does not count."""
     import torch
 
     passes_by = torch.empty(2**27, dtype=torch.uint8, device=device)
 
     def once(call: Callable[[], Any]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(4):  # the card is busy while the host prepares the launch, and the L2 holds other things
+        for _ in range(5):  # the card is busy while the host prepares the launch, and the L2 holds other things
             passes_by.zero_()
         start.record()
         call()
@@ -178,7 +178,7 @@ def clock(device: Any) -> Callable[[Callable[[], Any]], float]:
         end.synchronize()
         return float(start.elapsed_time(end) * 1000)
 
-    return lambda call: statistics.median([once(call) for _ in range(4)][1:])
+    return lambda call: statistics.median([once(call) for _ in range(calls + 1)][1:])
 
 
 def described(times: Times) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
@@ -205,24 +204,15 @@ def _times(layer: Module) -> chosen_rows.Times:
     """Median microseconds of both kernels on this layer's weights, which each time come from memory and not the L2."""
     n, k, device = layer.output_size_per_partition, layer.input_size_per_partition, layer.weight.device
     weights = (layer.weight, layer.weight_scale, layer.weight_global_scale)
-    passes_by = torch.empty(2**27, dtype=torch.uint8, device=device)
-
-    def once(x: Tensor, streamed: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(5):  # the card is busy while the host prepares the launch, and the L2 holds other things
-            passes_by.zero_()
-        start.record()
-        linear(x, None, *weights, layer.workspace, n, streamed)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1000
-
+    us = chosen_rows.clock(device, calls=7)
     found: chosen_rows.Times = {}
     largest = [8 * tiles for tiles in forms()]
     for count in itertools.chain.from_iterable(zip([1, *(r + 1 for r in largest)], largest, strict=False)):
         x = torch.randn(count, k, device=device, dtype=torch.bfloat16)
-        ours, marlins = ([once(x, streamed) for _ in range(8)][1:] for streamed in (ALL, 0))
-        found[count] = statistics.median(ours), statistics.median(marlins)
+        ours, marlins = (
+            us(functools.partial(linear, x, None, *weights, layer.workspace, n, streamed)) for streamed in (ALL, 0)
+        )
+        found[count] = ours, marlins
     return found
 
 
