@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.support.fresh import run_after_vllm
 from tests.support.stock import LEAVE_OUT
 from vllm_gemma4_spec.registry import PATCHES
 from vllm_gemma4_spec.settings import patch_switch
@@ -341,16 +339,10 @@ def test_every_wrapper_names_its_patch_its_evidence_and_the_related_change() -> 
 def test_the_proof_fails_without_the_patch(patch: str) -> None:
     """In a process that never applies it, whatever asks for it; all other patches are on."""
     switch = {patch_switch(patch).name: "0"} if SHOWN[patch].spawns else {}
-    options = ("-x", "-q", "-p", "tests.support.stock", "-p", "no:cacheprovider")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, node(SHOWN[patch].proof)],
-        cwd=TESTS.parent,
-        env=os.environ | {LEAVE_OUT: patch} | switch,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    # An example that fails is enough: the smallest takes minutes.
+    options = ["-x", "-q", "-p", "tests.support.stock", "-p", "no:cacheprovider", "--hypothesis-profile", "unshrunk"]
+    code = f"import pytest, sys; sys.exit(pytest.main({[*options, node(SHOWN[patch].proof)]!r}))"
+    done = run_after_vllm(code, **{LEAVE_OUT: patch}, **switch)
     if re.match(r"\d+ skipped\b", done.stdout.splitlines()[-1]):
         pytest.skip(f"its proof is skipped here: {SHOWN[patch].proof}")
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
