@@ -33,6 +33,8 @@ TOGETHER = {
     "checkpoints/test_exporters.py": "()",
     "clients/test_clients.py": "()",
     "mtp/test_exactness.py": r"\[(.+)-\d-(.+)\]",  # plain answers of a pair in one way of running
+    "mtp/test_drafts.py": r"\[(26b-a4b|\w+)",
+    "requests/test_random_requests.py": "()",
     "requests/test_requests_engine.py": r"\[(.+)\]",
     "requests/test_requests_server.py": r"\[(plain|speculating)",
     "engine/test_request_features.py": "()",
@@ -40,7 +42,8 @@ TOGETHER = {
 # Seconds of a test on one core where it is not some 10. One that takes most of a run's time starts first.
 SECONDS = {
     "checkpoints/test_exporters.py": 17,
-    "engine/test_soak.py": 700,
+    "engine/test_soak.py::test_nothing_decays": 700,
+    "engine/test_soak.py": 300,
     "load/test_load.py": 300,
     "faults/test_faults.py": 200,
     "demo/test_pair.py": 200,
@@ -57,7 +60,7 @@ SECONDS = {
     "quantization/test_other_formats.py": 45,
     "multimodal/test_image_turns.py": 45,
     "engine/test_out_of_scope.py": 40,
-    "requests/test_random_requests.py": 40,
+    "requests/test_random_requests.py": 60,
     "patching/test_every_patch.py": 40,
     "ops/test_doctor_live.py": 40,
     "ops/test_bench_live.py": 40,
@@ -152,8 +155,7 @@ class Group:
 
 
 def seconds(test: str) -> float:
-    file = test.partition("::")[0]
-    return next((float(s) for name, s in SECONDS.items() if file.endswith(name)), 10.0)
+    return next((float(s) for name, s in SECONDS.items() if test.startswith(f"tests/{name}")), 10.0)
 
 
 def groups(tests: Iterable[str]) -> list[Group]:
@@ -161,7 +163,7 @@ def groups(tests: Iterable[str]) -> list[Group]:
     parts: dict[tuple[str, ...], list[str]] = collections.defaultdict(list)
     for test in tests:
         file = test.partition("::")[0]
-        pattern = next((p for name, p in TOGETHER.items() if file.endswith(name)), None)
+        pattern = TOGETHER.get(file.removeprefix("tests/"))
         shared = re.search(pattern, test) if pattern else None
         parts[(file, *(shared.groups() if shared else ()))].append(test)
     made: list[Group] = []

@@ -238,7 +238,7 @@ SHOWN = {
     "draft-products": Shown(
         f"{_KERNELS}::test_stock_loads_a_drafter_as_any_model",
         f"{_KERNELS}::test_a_drafters_activation_is_part_of_its_gemm",
-        r"assert False",
+        r"assert \[\] == \[True\]",
     ),
     "modelopt-nvfp4": Shown(
         "quantization/test_nvfp4_config::test_undo_gives_vllm_its_class_back",
