@@ -65,6 +65,7 @@ SECONDS = {
     "ops/test_doctor_live.py": 40,
     "ops/test_bench_live.py": 40,
     "chat/test_demo_server.py": 35,
+    "kernels/test_stream_gemm.py": 20,
     "quantization/test_nvfp4_compressed_tensors.py": 35,
     "quantization/test_forms.py": 30,
     "multimodal/test_images.py": 25,
