@@ -247,11 +247,12 @@ def test_a_changed_source_stops_correctness_patches_and_leaves_others_out(
     assert a.function() == "own"
     assert states(patcher) == {"needed": "not applied", "extra": "not applied"}
     assert said == []
-    patcher.apply([extra])
+    with monkeypatch.context() as without:
+        without.setattr(patch_engine.wrapt, "register_post_import_hook", None)  # there is nothing to wait for
+        patcher.apply([extra])
     assert states(patcher) == {"needed": "not applied", "extra": "left out"}
-    assert [text.partition(": of")[0].split(" is left out")[0] for text in said] == [
-        "vllm-gemma4-spec: the patch extra"
-    ]
+    assert len(said) == 1
+    assert said[0].startswith("vllm-gemma4-spec: the patch extra is left out")
     assert load(package, "b").function() == "own"
     patcher.apply([extra])
     assert len(said) == 1  # it is not tried again
