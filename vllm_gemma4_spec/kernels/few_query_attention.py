@@ -1,9 +1,8 @@
 """Attention of a few queries per request over a paged KV cache, the keys that a query sees cut into equal parts.
 
-vLLM's kernel with segments cuts up the whole context, of which a sliding layer's window lies in one or two of 16 parts,
-and adds the parts up in a kernel of its own. Here a program takes one part of what its queries see, and the last of a
-block's programs adds up all of them. A row's sums do not depend on the rows beside it: only the length of its context
-and the number of parts, which is the batch's, say where parts begin.
+vLLM's kernel with segments cuts up the whole context, of which a sliding layer's window lies in one or two of 16 parts.
+Here a program takes one part of what its queries see. A row's sums do not depend on the rows beside it: only the length
+of its context and the number of parts, which is the batch's, say where parts begin.
 """
 
 from __future__ import annotations
@@ -14,6 +13,22 @@ from torch import Tensor
 from vllm.triton_utils import tl, triton
 
 
+@triton.jit
+def _seen(  # type: ignore[no-untyped-def]
+    length, context, local, split, queries: tl.constexpr, window: tl.constexpr, tile: tl.constexpr
+):
+    """First key that a block of queries sees, and behind the last; keys of a part, the first part, and how many."""
+    first = 0
+    seen = length
+    if window:
+        first = tl.maximum(context + local * queries - window + 1, 0)
+        seen = tl.minimum(length, window)
+    behind = tl.minimum(context + (local + 1) * queries, length)
+    part = tl.maximum(tl.cdiv(seen, split * tile), 1) * tile
+    lowest = first // part
+    return first, behind, part, lowest, tl.maximum(tl.cdiv(behind, part) - lowest, 1)  # padding sees nothing: zeros
+
+
 @triton.jit(do_not_specialize=["num_seqs", "table_stride", "split", "segments"])
 def _few_queries(  # type: ignore[no-untyped-def]
     out,  # [tokens, heads, size]
@@ -22,7 +37,6 @@ def _few_queries(  # type: ignore[no-untyped-def]
     v,
     partial,  # [tokens, heads, segments, size] float32
     sums,  # [tokens, heads, segments, 2] float32: largest score (of base 2) and sum
-    arrivals,  # [blocks of queries, kv_heads] int32, zero
     table,  # [requests, pages] int32
     lengths,  # [requests] int32: keys of a request, its queries' among them
     starts,  # [requests + 1] int32
@@ -50,7 +64,6 @@ def _few_queries(  # type: ignore[no-untyped-def]
     window: tl.constexpr,  # 0: none
     rows: tl.constexpr,  # of a block of queries: its queries times their heads
     tile: tl.constexpr,  # keys at a time
-    all_segments: tl.constexpr,  # as many or more, a power of two
     one: tl.constexpr,  # a token a request
     all_seqs: tl.constexpr,  # as many requests or more, a power of two
     scaled: tl.constexpr,  # whether k_scale and v_scale count
@@ -61,9 +74,8 @@ def _few_queries(  # type: ignore[no-untyped-def]
     if early:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if one:
-        request, local = block, 0
-    else:
+    request, local = block, 0
+    if not one:
         each = tl.arange(0, all_seqs)
         first = tl.load(starts + each, mask=each < num_seqs, other=2**30) // queries + each
         request = tl.sum((first <= block).to(tl.int32), 0) - 1
@@ -73,15 +85,7 @@ def _few_queries(  # type: ignore[no-untyped-def]
     if local * queries >= end - start:
         return
     context = length - (end - start)
-    first_seen = 0
-    seen = length
-    if window:
-        first_seen = tl.maximum(context + local * queries - window + 1, 0)
-        seen = tl.minimum(length, window)
-    behind = tl.minimum(context + (local + 1) * queries, length)  # the last seen key's
-    part = tl.cdiv(seen, split * tile) * tile
-    lowest = first_seen // part
-    live = tl.cdiv(behind, part) - lowest
+    first_seen, behind, part, lowest, live = _seen(length, context, local, split, queries, window, tile)
     if segment >= live:
         return
     row, dim, slot = tl.arange(0, rows), tl.arange(0, size), tl.arange(0, tile)
@@ -129,46 +133,72 @@ def _few_queries(  # type: ignore[no-untyped-def]
         total = total * fade + tl.sum(weight, 1)
         acc = acc * fade[:, None] + tl.dot(weight.to(x.dtype), values)
         largest = now
-    if live > 1:
-        line = token.to(tl.int64) * heads + head
-        tl.store(partial + ((line * segments + segment) * size)[:, None] + dim[None, :], acc, mask=is_row[:, None])
-        tl.store(sums + (line * segments + segment) * 2, largest, mask=is_row)
-        tl.store(sums + (line * segments + segment) * 2 + 1, total, mask=is_row)
-        tl.debug_barrier()  # all threads' parts are written when one tells that they are
-        counter = arrivals + block * tl.num_programs(1) + kv_head
-        if tl.atomic_add(counter, 1, sem="acq_rel") != live - 1:
-            return
-        tl.store(counter, 0)
-        each_part = tl.arange(0, all_segments)
-        those = is_row[:, None] & (each_part < live)[None, :]
-        stored = sums + ((line * segments)[:, None] + each_part[None, :]) * 2
-        each_largest = tl.load(stored, mask=those, other=-float("inf"), cache_modifier=".cg")
-        each_total = tl.load(stored + 1, mask=those, other=0.0, cache_modifier=".cg")
-        largest = tl.max(each_largest, 1)
-        base = tl.where(largest > -float("inf"), largest, 0.0)
-        total = tl.sum(tl.exp2(each_largest - base[:, None]) * each_total, 1)
-        acc = tl.zeros((rows, size), tl.float32)
-        for first_part in range(0, live, 4):
-            for j in tl.static_range(4):
-                i = first_part + j
-                there = is_row & (i < live)
-                share = sums + (line * segments + i) * 2
-                share = tl.exp2(tl.load(share, mask=there, other=-float("inf"), cache_modifier=".cg") - base)
-                part_acc = tl.load(
-                    partial + ((line * segments + i) * size)[:, None] + dim[None, :],
-                    mask=there[:, None],
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-                acc += share[:, None] * part_acc
     if scaled:
         acc *= tl.load(v_scale)
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(
-        out + token[:, None].to(tl.int64) * out_stride + head[:, None] * out_head_stride + dim[None, :],
-        acc.to(out.dtype.element_ty),
-        mask=is_row[:, None],
-    )
+    if live > 1:
+        line = (token.to(tl.int64) * heads + head) * segments + segment
+        tl.store(partial + (line * size)[:, None] + dim[None, :], acc, mask=is_row[:, None])
+        tl.store(sums + line * 2, largest, mask=is_row)
+        tl.store(sums + line * 2 + 1, total, mask=is_row)
+    else:
+        tl.store(
+            out + token[:, None].to(tl.int64) * out_stride + head[:, None] * out_head_stride + dim[None, :],
+            (acc / tl.where(total > 0, total, 1.0)[:, None]).to(out.dtype.element_ty),
+            mask=is_row[:, None],
+        )
+
+
+@triton.jit(do_not_specialize=["num_seqs", "split", "segments"])
+def _add_parts(  # type: ignore[no-untyped-def]
+    out,
+    partial,
+    sums,
+    lengths,
+    starts,
+    num_seqs,
+    split,
+    segments,
+    out_stride,
+    out_head_stride,
+    heads: tl.constexpr,
+    group: tl.constexpr,
+    size: tl.constexpr,
+    window: tl.constexpr,
+    rows: tl.constexpr,
+    tile: tl.constexpr,
+    all_segments: tl.constexpr,  # as many or more, a power of two
+    one: tl.constexpr,
+    all_seqs: tl.constexpr,
+    early: tl.constexpr,
+):
+    """Grid ``(tokens, heads)``: what the programs of :func:`_few_queries` left of one row, whose part was not all."""
+    token, head = tl.program_id(0), tl.program_id(1)
+    queries: tl.constexpr = rows // group
+    if early:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    request = token
+    if not one:
+        each = tl.arange(0, all_seqs)
+        request = tl.sum((tl.load(starts + each, mask=each < num_seqs, other=2**30) <= token).to(tl.int32), 0) - 1
+    start, end = tl.load(starts + request), tl.load(starts + request + 1)
+    length = tl.load(lengths + request)
+    if token >= end:
+        return
+    local = (token - start) // queries
+    _, _, _, _, live = _seen(length, length - (end - start), local, split, queries, window, tile)
+    if live == 1:
+        return
+    segment, dim = tl.arange(0, all_segments), tl.arange(0, size)
+    line = (token.to(tl.int64) * heads + head) * segments + segment
+    largest = tl.load(sums + line * 2, mask=segment < live, other=-float("inf"))
+    total = tl.load(sums + line * 2 + 1, mask=segment < live, other=0.0)
+    part = tl.load(partial + (line * size)[:, None] + dim[None, :], mask=(segment < live)[:, None], other=0.0)
+    base = tl.max(largest, 0)
+    share = tl.exp2(largest - tl.where(base > -float("inf"), base, 0.0))
+    total = tl.sum(share * total, 0)
+    acc = tl.sum(share[:, None] * part, 0) / tl.where(total > 0, total, 1.0)
+    tl.store(out + token.to(tl.int64) * out_stride + head * out_head_stride + dim, acc.to(out.dtype.element_ty))
 
 
 @dataclass(frozen=True)
@@ -195,10 +225,9 @@ class Form:
         """Parts that a block of queries touches at most: they begin at multiples, and a window does not."""
         return self.split + (0 if not window else 1 if one else 2)
 
-    def scratch(self, tokens: int, num_seqs: int, heads: int, kv_heads: int, size: int, window: int) -> tuple[int, int]:
-        """Floats and counters that a launch needs at most."""
-        blocks = tokens // (self.rows * kv_heads // heads) + num_seqs
-        return tokens * heads * self.segments(window, False) * (size + 2), blocks * kv_heads
+    def scratch(self, tokens: int, heads: int, size: int, window: int) -> int:
+        """Floats that a launch needs at most."""
+        return tokens * heads * self.segments(window, False) * (size + 2)
 
 
 def attention(
@@ -212,7 +241,7 @@ def attention(
     starts: Tensor,
     scale: float,
     window: int,
-    scratch: tuple[Tensor, Tensor],
+    scratch: Tensor,
     scales: tuple[Tensor, Tensor] | None = None,
     one: bool | None = None,
 ) -> None:
@@ -223,7 +252,7 @@ def attention(
         lengths: keys of each request, those of its queries among them.
         starts: first token of each request, and behind the last.
         window: keys that a query sees at most; 0: all.
-        scratch: float32 memory and zeroed int32 counters, of at least :meth:`Form.scratch`'s size.
+        scratch: at least :meth:`Form.scratch` of float32.
         scales: of ``k`` and ``v``, if they count.
         one: whether each request has one token; default: as many tokens as requests.
     """
@@ -233,9 +262,20 @@ def attention(
     one = tokens == num_seqs if one is None else one
     segments = form.segments(window, one)
     blocks = num_seqs if one else tokens // (form.rows // group) + num_seqs
-    floats, counters = scratch
     lines = tokens * heads * segments
-    partial, sums = floats[: lines * size], floats[lines * size : lines * (size + 2)]
+    partial, sums = scratch[: lines * size], scratch[lines * size : lines * (size + 2)]
+    same = {
+        "heads": heads,
+        "group": group,
+        "size": size,
+        "window": window,
+        "rows": form.rows,
+        "tile": form.tile,
+        "one": one,
+        "all_seqs": max(16, triton.next_power_of_2(num_seqs)),  # few variants to compile
+        "early": form.early,
+        "launch_pdl": form.early,
+    }
     _few_queries[(blocks, kv_heads, segments)](
         out,
         q,
@@ -243,7 +283,6 @@ def attention(
         v,
         partial,
         sums,
-        counters,
         table,
         lengths,
         starts,
@@ -260,19 +299,24 @@ def attention(
         out.stride(1),
         *k.stride()[:3],
         *v.stride()[:3],
-        heads=heads,
-        group=group,
-        size=size,
         block_size=k.shape[1],
-        window=window,
-        rows=form.rows,
-        tile=form.tile,
-        all_segments=max(32, triton.next_power_of_2(segments)),  # few variants to compile
-        one=one,
-        all_seqs=max(16, triton.next_power_of_2(num_seqs)),
         scaled=scales is not None,
-        early=form.early,
         num_warps=form.warps,
         num_stages=form.stages,
-        launch_pdl=form.early,
+        **same,
     )
+    if segments > 1:
+        _add_parts[(tokens, heads)](
+            out,
+            partial,
+            sums,
+            lengths,
+            starts,
+            num_seqs,
+            form.split,
+            segments,
+            out.stride(0),
+            out.stride(1),
+            all_segments=max(8, triton.next_power_of_2(segments)),
+            **same,
+        )
