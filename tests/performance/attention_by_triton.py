@@ -58,7 +58,7 @@ if __name__ == "__main__":
         return out
 
     results = []
-    for query_len, lengths, window in ((4, [200], 0), (5, [77, 130], 40), (4, [64, 5, 33], 0), (5, [40] * 4, 0)):
+    for query_len, lengths, window in ((4, [140], 0), (5, [77, 50], 40), (4, [64, 5], 0), (5, [17] * 4, 0)):
         torch.manual_seed(query_len)
         num_seqs, tokens, pages = len(lengths), len(lengths) * query_len, -(-max(lengths) // BLOCK)
         q = torch.randn(tokens, HEADS, SIZE) / 4

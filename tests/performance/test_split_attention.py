@@ -25,7 +25,7 @@ def test_every_choice_gives_the_same_attention(tmp_path: Path) -> None:
             torch.testing.assert_close(output, case["wanted"], rtol=1e-4, atol=1e-5)
     kernels = [case["kernels"] for case in results]
     # Stock never splits a query of several tokens. The last batch, 20 tokens, is more than the scratch's 16.
-    walks, splits = [("2d", 32, 0)], [("3d", 32, 8), ("ts", 32, 8)]
+    walks, splits = [("2d", 32, 0)], [("3d", 16, 8), ("ts", 16, 8)]
     assert [(case["stock"], case["split"]) for case in kernels] == [(walks, splits)] * 3 + [(walks, walks)]
     for case in kernels:
         assert (case["own"], case["3d"], case["2d"]) == ([], [("3d", 64, 4), ("ts", 64, 4)], [("2d", 64, 0)])
