@@ -252,9 +252,9 @@ def kernel_table(kernels: list[tuple[str, float, float]], top: int = 30) -> str:
 
 
 def layer_lines(kernels: list[tuple[str, float, float]]) -> list[str]:
-    """What a step takes (the longest kernel, lm_head's, tells steps apart), and the kernels of two layers in order."""
-    longest = max({name for name, _, _ in kernels}, key=lambda n: max(us for name, _, us in kernels if name == n))
-    marks = [i for i, kernel in enumerate(kernels) if kernel[0] == longest]
+    """What a step takes (one argmax each; the first third may hold prompts), and the kernels of two layers in order."""
+    marks = [i for i, kernel in enumerate(kernels) if "ArgMax" in kernel[0]]
+    marks = marks[len(marks) // 3 :]
     steps = len(marks) - 1
     if steps < 1:
         return []
