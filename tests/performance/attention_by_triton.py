@@ -74,8 +74,8 @@ if __name__ == "__main__":
             out = torch.full_like(q, torch.nan)
             ran.clear()
             scratch = torch.full((ROOM, HEADS, SEGMENTS, SIZE), torch.nan)
-            for mark in (split_attention.IN_SCOPE, split_attention.ONE_STREAM):  # as a builder in scope does
-                setattr(scratch, mark, True)
+            for mark in (split_attention.IN_SCOPE, split_attention.QUERIES):  # as a builder in scope does
+                setattr(scratch, mark, 5)
             attention(
                 q=q,
                 k=k,

@@ -14,7 +14,7 @@ from tests.support.fresh import interpreted
 from vllm_gemma4_spec.kernels import few_query_attention
 from vllm_gemma4_spec.kernels.few_query_attention import Form
 from vllm_gemma4_spec.performance import split_attention
-from vllm_gemma4_spec.performance.split_attention import IN_SCOPE, ONE_STREAM, Launch
+from vllm_gemma4_spec.performance.split_attention import IN_SCOPE, QUERIES, Launch
 
 
 def test_every_choice_gives_the_same_attention(tmp_path: Path) -> None:
@@ -103,7 +103,6 @@ def two(tile: int) -> Launch:
         (FULL, 16, 5, two(32)),  # 256 programs without segments
         (E4B_FULL, 16, 5, three(16)),
         (SLIDING, 33, 1, None),  # not measured
-        (SLIDING, 1, 17, None),  # a prompt
         ((64, 2, 256, 1024), 1, 1, None),  # more query heads per KV head than a block has rows
         ((32, 16, 256, 0), 1, 1, None),  # no layer of Gemma 4
         ((32, 16, 512, 1024), 1, 1, None),
@@ -177,7 +176,7 @@ def call(**changed: Any) -> dict[str, Any]:
 
 def marked(given: dict[str, Any], *marks: str) -> dict[str, Any]:
     for mark in marks:
-        setattr(given["softmax_segm_output"], mark, True)
+        setattr(given["softmax_segm_output"], mark, 4)
     return given
 
 
@@ -189,9 +188,10 @@ def ran_vllms(given: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def test_few_queries_run_this_packages_kernel(launches: list[Any]) -> None:
-    given = marked(call(), IN_SCOPE, ONE_STREAM)
+    given = marked(call(), IN_SCOPE, QUERIES)
     assert not ran_vllms(given)
     assert not ran_vllms(given | {"max_seqlen_q": 4})
+    assert ran_vllms(given | {"max_seqlen_q": 5})
     ((how, *args), more), ((_, *other), others) = launches
     assert how == own(4).own
     names = ("out", "q", "k", "v", "block_table", "seqused_k", "cu_seqlens_q", "softmax_scale")
@@ -203,7 +203,7 @@ def test_few_queries_run_this_packages_kernel(launches: list[Any]) -> None:
 
 
 def test_a_full_layer_gets_segments_and_their_scratch(launches: list[Any]) -> None:
-    given = marked(call(window_size=(-1, -1)), IN_SCOPE, ONE_STREAM)
+    given = marked(call(window_size=(-1, -1)), IN_SCOPE, QUERIES)
     q, k = (torch.empty(*t, 512, dtype=torch.bfloat16, device="meta") for t in ((16, 32), (9, 32, 4)))
     (ran,) = ran_vllms(given | {"q": q, "k": k, "max_seqlen_q": 4})
     assert (ran["max_seqlen_q"], ran["seq_threshold_3D"], ran["num_par_softmax_segments"]) == (1, 4, 16)
@@ -237,7 +237,7 @@ def test_numbers_reach_the_kernels_and_no_later_launch(launches: list[Any], monk
     fails = False
     attention = split_attention.unified_attention(original)
     monkeypatch.setattr(split_attention, "launch", lambda *_: three(16))
-    given = marked(call(), IN_SCOPE, ONE_STREAM)
+    given = marked(call(), IN_SCOPE, QUERIES)
     attention(**given)
     changed = {"TILE_SIZE": 32, "num_warps": 4, "num_stages": 2}
     grid = {"grid": (4, 2)}
@@ -263,7 +263,7 @@ def test_numbers_reach_the_kernels_and_no_later_launch(launches: list[Any], monk
 def test_dtypes_of_the_cache(
     launches: list[Any], query: torch.dtype, cache: torch.dtype, ours: bool, scaled: bool
 ) -> None:
-    given = marked(call(), IN_SCOPE, ONE_STREAM)
+    given = marked(call(), IN_SCOPE, QUERIES)
     for name, dtype in (("q", query), ("k", cache), ("v", cache)):
         given[name] = given[name].to(dtype)
     assert bool(ran_vllms(given)) is not ours
@@ -278,18 +278,18 @@ def test_dtypes_of_the_cache(
     ids=lambda other: next(iter(other)),
 )
 def test_what_the_kernel_does_not_know_is_left_to_vllm(launches: list[Any], other: dict[str, Any]) -> None:
-    assert ran_vllms(marked(call(**other), IN_SCOPE, ONE_STREAM))
+    assert ran_vllms(marked(call(**other), IN_SCOPE, QUERIES))
     assert not launches
 
 
-def test_engines_out_of_scope_and_halves_of_a_batch_are_left_to_vllm(launches: list[Any]) -> None:
+def test_engines_out_of_scope_or_without_a_number_are_left_to_vllm(launches: list[Any]) -> None:
     assert ran_vllms(call())
     assert ran_vllms(marked(call(), IN_SCOPE))
     assert not launches
 
 
 def test_a_first_call_within_a_graph_makes_no_memory(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    given = marked(call(), IN_SCOPE, ONE_STREAM)
+    given = marked(call(), IN_SCOPE, QUERIES)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert ran_vllms(given)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -301,7 +301,7 @@ def test_a_first_call_within_a_graph_makes_no_memory(launches: list[Any], monkey
 def test_a_kernel_that_does_not_compile_is_one_line(
     launches: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    given = marked(call(), IN_SCOPE, ONE_STREAM)
+    given = marked(call(), IN_SCOPE, QUERIES)
 
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("PassManager::run failed\nand more")
@@ -334,17 +334,25 @@ def test_cards_and_settings(
     assert split_attention._suits.__wrapped__(torch.device(device)) is suits
 
 
+def one_stream(halves: bool = False) -> dict[str, Any]:
+    return {"parallel_config": SimpleNamespace(use_ubatching=halves)}
+
+
 @pytest.mark.parametrize(
-    ("parallel", "one_stream"),
-    [({"parallel_config": SimpleNamespace(use_ubatching=halves)}, not halves) for halves in (False, True)]
-    + [({}, False)],
+    ("more", "queries"),
+    [
+        (one_stream() | {"speculative_config": SimpleNamespace(num_speculative_tokens=4)}, 6),
+        (one_stream() | {"speculative_config": None}, 1),
+        (one_stream(True) | {"speculative_config": None}, 0),
+        ({}, 0),
+    ],
 )
-def test_a_builder_in_scope_marks_its_scratch(parallel: dict[str, Any], one_stream: bool) -> None:
+def test_a_builder_in_scope_marks_its_scratch(more: dict[str, Any], queries: int) -> None:
     def init(self: Any, config: Any) -> None:
         self.vllm_config, self.softmax_segm_output = config, torch.empty(1, device="meta")
 
     for target, in_scope in ((GEMMA4, True), (LLAMA, False)):
         builder = SimpleNamespace()
-        split_attention.builder_init(init)(builder, vllm_config(target, LLAMA, **parallel))
+        split_attention.builder_init(init)(builder, vllm_config(target, LLAMA, **more))
         assert getattr(builder.softmax_segm_output, IN_SCOPE, False) is in_scope
-        assert getattr(builder.softmax_segm_output, ONE_STREAM, False) is (in_scope and one_stream)
+        assert getattr(builder.softmax_segm_output, QUERIES, 0) == (queries if in_scope else 0)

@@ -62,8 +62,7 @@ def fits(q: torch.Tensor, num_seqs: int, num_kv_heads: int, segments: int, scrat
 
 # Floats of the scratch for split attention, per process and device: 36 MiB.
 _FLOATS = 9 * 2**20
-# Tokens of a request up to which a batch is one of few queries, and most requests for which one of ours is chosen.
-_QUERIES, _REQUESTS = 16, 32
+_REQUESTS = 32  # most requests for which one of ours is chosen
 _changed: dict[str, int] = {}  # numbers of the launches to come
 
 
@@ -111,7 +110,7 @@ def launch(q: torch.Tensor, k: torch.Tensor, num_seqs: int, window: int) -> Laun
     num_tokens, num_heads, head_size = q.shape
     kv_heads = k.shape[2]
     group = num_heads // kv_heads
-    if q.element_size() > 2 or group > _BLOCK_ROWS or num_seqs > _REQUESTS or num_tokens > num_seqs * _QUERIES:
+    if q.element_size() > 2 or group > _BLOCK_ROWS or num_seqs > _REQUESTS:
         return None
     fp8 = k.element_size() == 1
     programs, blocks = num_seqs * kv_heads, num_tokens // (_BLOCK_ROWS // group) + num_seqs
@@ -253,7 +252,18 @@ class FewQueries:
 few_queries = FewQueries()
 # Attributes of the scratch of a metadata builder in scope; the kernel's caller is given tensors and no config.
 IN_SCOPE = "_gemma4_spec_in_scope"
-ONE_STREAM = "_gemma4_spec_one_stream"  # halves of a batch that run at once would share the scratch of FewQueries
+QUERIES = "_gemma4_spec_queries"  # most tokens of a request in batches for FewQueries
+
+
+def _most_queries(vllm_config: Any) -> int:
+    """Those of a draft's first pass: what CUDA graphs do not warm up would be compiled while requests wait.
+
+    Halves of a batch that run at once would share the scratch.
+    """
+    if getattr(getattr(vllm_config, "parallel_config", None), "use_ubatching", True):
+        return 0
+    spec = getattr(vllm_config, "speculative_config", None)
+    return 1 if spec is None else 2 + int(getattr(spec, "num_speculative_tokens", 0))
 
 
 def builder_init(original: Callable[..., None]) -> Callable[..., None]:
@@ -268,8 +278,7 @@ def builder_init(original: Callable[..., None]) -> Callable[..., None]:
         original(self, *args, **kwargs)
         if scope.gemma4_engine(self.vllm_config):
             setattr(self.softmax_segm_output, IN_SCOPE, True)
-            parallel = getattr(self.vllm_config, "parallel_config", None)
-            setattr(self.softmax_segm_output, ONE_STREAM, not getattr(parallel, "use_ubatching", True))
+            setattr(self.softmax_segm_output, QUERIES, _most_queries(self.vllm_config))
 
     return __init__
 
@@ -289,7 +298,7 @@ def unified_attention(original: Callable[..., None]) -> Callable[..., None]:
         if not getattr(scratch, IN_SCOPE, False) or kwargs.get("mm_prefix_range") is not None:
             original(**kwargs)
             return
-        if getattr(scratch, ONE_STREAM, False) and few_queries(original, kwargs):
+        if kwargs["max_seqlen_q"] <= getattr(scratch, QUERIES, 0) and few_queries(original, kwargs):
             return
         q, k, num_seqs = kwargs["q"], kwargs["k"], len(kwargs["seqused_k"])
         segments = kwargs.get("num_par_softmax_segments")
