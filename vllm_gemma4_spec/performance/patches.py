@@ -200,8 +200,9 @@ SPLIT_ATTENTION = Patch(
     group=Group.CONVENIENCE,
     why="The attention of a verification and of a draft's first pass, a few tokens per request, runs on a handful of "
     "programs that walk the whole context: at 8,192 tokens a full layer of 31B takes an H200 690 us instead of 90.",
-    how="Short queries go to vLLM's own kernel that cuts the context into segments, as for one token per request. "
-    "Where its scratch does not hold the batch, few programs walk the contexts in tiles of 64 keys instead of 32.",
+    how="Short queries run vLLM's own kernel that cuts the context into segments, as one token per request does. On "
+    "Hopper tiles, stages and segments suit the batch, and in sliding layers a kernel of this package cuts up what a "
+    "query sees.",
     retire="A choice of kernel by the number of programs instead of by the query length.",
     scope="Engines with a Gemma 4 as target or drafter, on TRITON_ATTN.",
     related="none found for the choice of kernel; #43257, open, tunes it for head size 512",
@@ -219,12 +220,18 @@ SPLIT_ATTENTION = Patch(
             "vllm.v1.attention.ops.triton_unified_attention:kernel_unified_attention_2d",
             split_attention.attention_kernel,
         ),
+        Edit(
+            "vllm.v1.attention.ops.triton_unified_attention:kernel_unified_attention_3d",
+            split_attention.attention_kernel,
+        ),
+        Edit(
+            "vllm.v1.attention.ops.triton_unified_attention:reduce_segments",
+            split_attention.reduce_kernel,
+        ),
     ),
     watches=(
         "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward",
         "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder",
-        "vllm.v1.attention.ops.triton_unified_attention:kernel_unified_attention_3d",
-        "vllm.v1.attention.ops.triton_unified_attention:reduce_segments",
     ),
 )
 
