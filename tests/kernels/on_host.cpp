@@ -27,7 +27,7 @@ static dim blockDim, gridDim;
 static std::unique_ptr<std::barrier<>> block_barrier;
 static std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
 static std::vector<uint32_t> exchange;  // per warp: 32 lanes x 6 registers of an mma
-static float shared[16 * 16 * 4 * 32];
+static float shared[16 * 16 * 4 * 32 + 16 * STAGES * NT * 576];
 
 static void __syncthreads() { block_barrier->arrive_and_wait(); }
 static void __threadfence() {}
@@ -52,6 +52,10 @@ static unsigned times(unsigned a, unsigned b) {
 }
 static void let_next_grid_start() {}
 static void wait_for_previous_grid() {}
+static void copy16(void* to, const void* from) { std::memcpy(to, from, 16); }
+static void copy8(void* to, const void* from) { std::memcpy(to, from, 8); }
+static void end_of_stage() {}
+static void wait_for_stage() {}
 template <class T> static T load_once(const T* at) { return *at; }
 
 // mma.m16n8k16 as the PTX manual lays it out over the lanes of a warp.

@@ -47,17 +47,10 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def get(form: Form, gelu: bool, scaled: bool = False) -> ctypes.CDLL:
         if (form, gelu, scaled) not in built:
-            out = folder / f"rows-{form.tiles}-{form.pair}-{int(form.roll)}-{int(gelu)}-{int(scaled)}.so"
+            out = folder / f"rows-{form}-{int(form.roll)}-{int(gelu)}-{int(scaled)}.so"
             flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
-            macros = [
-                f"-DMT={form.tiles}",
-                f"-DNT={form.pair}",
-                f"-DROLL={int(form.roll)}",
-                f"-DFIT={form.fit}",
-                f"-DGELU={int(gelu)}",
-                f"-DSCALED={int(scaled)}",
-                f'-DNVFP4_ROWS_SOURCE="{source}"',
-            ]
+            macros = [f"-D{name}={value}" for name, value in small_batch_gemm.macros(form, gelu, scaled).items()]
+            macros.append(f'-DNVFP4_ROWS_SOURCE="{source}"')
             subprocess.run([compiler, *flags, *macros, str(HERE / "on_host.cpp"), "-o", str(out)], check=True)
             built[form, gelu, scaled] = ctypes.CDLL(str(out))
         return built[form, gelu, scaled]
@@ -111,6 +104,10 @@ def run(
         (20, Form(3, 2), 64, 768, Launch(2, 2, 1), True),
         (77, Form(5, 2, roll=True, fit=3), 64, 512, Launch(2, 1, 2), True),
         (50, Form(4, 2), 64, 1024, Launch(4, 2, 2), False),
+        # Weights by way of shared memory; x of 64 inputs at once; sums by turns; four tiles of outputs a warp.
+        (5, Form(1, stages=3), 64, 1280, Launch(4, 2, 1), True),
+        (8, Form(1, stages=2, first=1, whole=True, chains=2), 32, 1280, Launch(2, 2, 2), False),
+        (33, Form(2, 4, stages=2), 128, 768, Launch(2, 1, 1), True),
     ],
 )
 def test_the_kernel_gives_the_gemm(

@@ -17,6 +17,8 @@
 typedef unsigned int u32;
 typedef unsigned short u16;
 
+#define STAGE_BYTES (2048 + 256)  // of a block of 16 outputs x 256 inputs
+
 // Two E2M1 codes of a word as bfloat16 bit patterns; their value is the code's times 2^-126 (subnormals mean it).
 __device__ __forceinline__ void decode(u32 word, u32 (&a)[4]) {
     const u32 sign_and_magnitude = 0x81C081C0u;
@@ -66,6 +68,34 @@ __device__ __forceinline__ uint2 load_once(const uint2* at) {
     return v;
 }
 
+__device__ __forceinline__ void copy16(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void copy8(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void end_of_stage() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+__device__ __forceinline__ void wait_for_stage() {  // the oldest of STAGES
+    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES > 0 ? STAGES - 1 : 0) : "memory");
+}
+
+#if CLUSTER
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void store_in_first_block(float* here, float value) {
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, 0;\nst.shared::cluster.f32 [there], %1;\n}" ::"r"(
+            (u32)__cvta_generic_to_shared(here)),
+        "f"(value)
+        : "memory");
+}
+#endif
+
 // Programmatic dependent launch: where the launch allows it, this grid starts while the one before it still runs.
 __device__ __forceinline__ void let_next_grid_start() {
 #if __CUDA_ARCH__ >= 900
@@ -106,21 +136,39 @@ __device__ __forceinline__ void scale_by(uint4& v, const uint4& by) {
 // the block at `next` of each tile (none if negative) come into b, register by register as they have been used.
 __device__ __forceinline__ void multiply(Block (&b)[NT], const u16* x, const u16* pre, int token, int tokens, long stride,
                                          const uint4* codes, const uint2* scales, const int (&next)[NT],
-                                         float (&acc)[NT][MT][4]) {
+                                         const char* stage, float (&acc)[CHAINS][NT][MT][4]) {
     const int lane = threadIdx.x % 32;
+    if (STAGES)
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+            b[n].scales = reinterpret_cast<const uint2*>(stage + n * STAGE_BYTES + 2048)[lane];
     uint2 next_scales[NT];
     if (ROLL && next[0] >= 0)
 #pragma unroll
         for (int n = 0; n < NT; n++) next_scales[n] = load_once(scales + next[n] * 32 + lane);
 #pragma unroll
     for (int q = 0; q < 4; q++) {
+        if (STAGES)
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+                b[n].codes[q] = reinterpret_cast<const uint4*>(stage + n * STAGE_BYTES)[q * 32 + lane];
+        uint4 other_half[MT];
+        if (WHOLE)
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                const uint4* at = reinterpret_cast<const uint4*>(x + m * stride + q * 64);
+                other_half[m] = token + m * 8 < tokens ? __ldg(at + 1) : make_uint4(0, 0, 0, 0);
+            }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             uint4 in[MT];
 #pragma unroll
             for (int m = 0; m < MT; m++) {
                 const uint4* at = reinterpret_cast<const uint4*>(x + m * stride + q * 64);
-                in[m] = token + m * 8 < tokens ? __ldg(at + half) : make_uint4(0, 0, 0, 0);
+                if (WHOLE && half)
+                    in[m] = other_half[m];
+                else
+                    in[m] = token + m * 8 < tokens ? __ldg(at + half) : make_uint4(0, 0, 0, 0);
             }
             if (SCALED) {
                 const uint4 by = __ldg(reinterpret_cast<const uint4*>(pre + q * 64) + half);
@@ -142,7 +190,7 @@ __device__ __forceinline__ void multiply(Block (&b)[NT], const u16* x, const u16
                     a[2] = times(a[2], top);
                     a[3] = times(a[3], bottom);
 #pragma unroll
-                    for (int m = 0; m < MT; m++) mma(acc[n][m], a, j ? in[m].z : in[m].x, j ? in[m].w : in[m].y);
+                    for (int m = 0; m < MT; m++) mma(acc[j % CHAINS][n][m], a, j ? in[m].z : in[m].x, j ? in[m].w : in[m].y);
                 }
             }
         }
@@ -162,6 +210,8 @@ __device__ __forceinline__ void multiply(Block (&b)[NT], const u16* x, const u16
 
 #if FIT
 #define BOUNDS __launch_bounds__(128, FIT)
+#elif LEAST
+#define BOUNDS __launch_bounds__(LEAST, 1)
 #else
 #define BOUNDS __launch_bounds__(MT * NT > 4 ? 256 : 512)
 #endif
@@ -193,8 +243,13 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
     y += (long)chunk * 8 * MT * (GELU ? N / 2 : N);
     tokens -= chunk * 8 * MT;
 
-    float acc[NT][MT][4];
-    EACH_SUM(acc[n][m][i] = 0.0f)
+    float chains[CHAINS][NT][MT][4];
+    auto& acc = chains[0];
+    EACH_SUM(acc[n][m][i] = chains[CHAINS - 1][n][m][i] = 0.0f)
+    char* const ring = reinterpret_cast<char*>(sums + blockDim.x / 32) + warp * STAGES * NT * STAGE_BYTES;
+#if CLUSTER
+    if (parts > 1) cluster_arrive();
+#endif
 
     const u16 *my_x = x + (long)g * K + t * 16, *my_pre = pre + t * 16;
     const int step = split * parts;
@@ -205,6 +260,32 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
     for (int n = 0; n < NT; n++) none[n] = -1;
     // Weights do not depend on the grid before this one: fetch them while it finishes, and touch x only then.
     let_next_grid_start();
+#if STAGES
+    auto bring = [&](int slot, int at) {
+        if (at < blocks)
+#pragma unroll
+            for (int n = 0; n < NT; n++) {
+                char* to = ring + (slot * NT + n) * STAGE_BYTES;
+                const int from = tiles[n] * blocks + at;
+#pragma unroll
+                for (int q = 0; q < 4; q++) copy16(to + q * 512 + lane * 16, codes + (from * 4 + q) * 32 + lane);
+                copy8(to + 2048 + lane * 8, scales + from * 32 + lane);
+            }
+        end_of_stage();
+    };
+#pragma unroll
+    for (int s = 0; s < FIRST; s++) bring(s, index + s * step);
+    wait_for_previous_grid();
+#pragma unroll
+    for (int s = FIRST; s < STAGES; s++) bring(s, index + s * step);
+    for (int slot = 0; index < blocks; index += step) {
+        wait_for_stage();
+        multiply(now, my_x + index * 256, my_pre + index * 256, g, tokens, (long)8 * K, codes, scales, none,
+                 ring + slot * NT * STAGE_BYTES, chains);
+        bring(slot, index + STAGES * step);
+        slot = slot + 1 == STAGES ? 0 : slot + 1;
+    }
+#else
     if (index < blocks) {
 #pragma unroll
         for (int n = 0; n < NT; n++) fetch(now[n], codes, scales, tiles[n] * blocks + index, lane);
@@ -217,18 +298,20 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
             for (int n = 0; n < NT; n++) following[n] = tiles[n] * blocks + index + step;
             const u16 *here = my_x + index * 256, *scale_here = my_pre + index * 256;
             if (ROLL) {
-                multiply(now, here, scale_here, g, tokens, (long)8 * K, codes, scales, following, acc);
+                multiply(now, here, scale_here, g, tokens, (long)8 * K, codes, scales, following, nullptr, chains);
             } else {
                 Block next[NT];
 #pragma unroll
                 for (int n = 0; n < NT; n++) fetch(next[n], codes, scales, following[n], lane);
-                multiply(now, here, scale_here, g, tokens, (long)8 * K, codes, scales, none, acc);
+                multiply(now, here, scale_here, g, tokens, (long)8 * K, codes, scales, none, nullptr, chains);
 #pragma unroll
                 for (int n = 0; n < NT; n++) now[n] = next[n];
             }
         }
-        multiply(now, my_x + index * 256, my_pre + index * 256, g, tokens, (long)8 * K, codes, scales, none, acc);
+        multiply(now, my_x + index * 256, my_pre + index * 256, g, tokens, (long)8 * K, codes, scales, none, nullptr, chains);
     }
+#endif
+    if (CHAINS > 1) EACH_SUM(acc[n][m][i] += chains[CHAINS - 1][n][m][i])
 
     if (split > 1 || (GELU && NT == 1) || parts > 1) {
         EACH_SUM(sums[warp][(n * MT + m) * 4 + i][lane] = acc[n][m][i])
@@ -237,6 +320,24 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
             for (int w = 1; w < split; w++) EACH_SUM(acc[n][m][i] += sums[warp + w][(n * MT + m) * 4 + i][lane])
         }
     }
+#if CLUSTER
+    if (parts > 1) {  // the cluster's first block adds up the parts, always in the same order
+        const int slots = blockDim.x / 32 / split;
+        auto given = reinterpret_cast<float(*)[NT * MT * 4][32]>(  // [parts - 1][slots of the block]
+            reinterpret_cast<char*>(sums + blockDim.x / 32) + blockDim.x / 32 * STAGES * NT * STAGE_BYTES);
+        cluster_wait();  // it has started
+        if (part && share == 0)
+            EACH_SUM(store_in_first_block(&given[(part - 1) * slots + warp / split][(n * MT + m) * 4 + i][lane],
+                                          acc[n][m][i]))
+        __syncwarp();
+        cluster_arrive();
+        if (part) return;
+        cluster_wait();
+        if (share == 0)
+            for (int p = 1; p < parts; p++)
+                EACH_SUM(acc[n][m][i] += given[(p - 1) * slots + warp / split][(n * MT + m) * 4 + i][lane])
+    }
+#else
     if (parts > 1) {  // the last block to arrive adds up the parts, always in the same order
         __shared__ u32 last;
         const long size = (long)(N / 16) * 32 * MT * 4;
@@ -270,6 +371,7 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
                     }
         }
     }
+#endif
     const float scale = *global_scale * 256.0f;
     if (GELU) {
         if (NT == 1) {  // exchange the finished sums of the two tiles
@@ -280,14 +382,17 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
         }
         if (share) return;
 #pragma unroll
-        for (int m = 0; m < MT; m++)
+        for (int n = 0; n < NT; n += 2)
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float up = NT == 1 ? sums[warp + split][m * 4 + i][lane] : acc[NT - 1][m][i];
-                const int token = m * 8 + t * 2 + i % 2, row = tiles[0] * 16 + g + i / 2 * 8;
-                if (token < tokens)
-                    y[(long)token * (N / 2) + row] = to_bf16(gelu_tanh(rounded(acc[0][m][i] * scale)) * rounded(up * scale));
-            }
+            for (int m = 0; m < MT; m++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float up = NT == 1 ? sums[warp + split][m * 4 + i][lane] : acc[n + (NT > 1)][m][i];
+                    const int token = m * 8 + t * 2 + i % 2, row = tiles[n] * 16 + g + i / 2 * 8;
+                    if (token < tokens)
+                        y[(long)token * (N / 2) + row] =
+                            to_bf16(gelu_tanh(rounded(acc[n][m][i] * scale)) * rounded(up * scale));
+                }
         return;
     }
     if (share) return;

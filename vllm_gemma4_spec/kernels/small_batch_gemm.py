@@ -37,6 +37,12 @@ class Form:
     pair: int = 1  # tiles of 16 outputs
     roll: bool = False  # the next weights come into registers whose weights have been used
     fit: int = 0  # blocks of four warps that a multiprocessor's registers are to hold; 0: no matter
+    stages: int = 0  # weights of so many blocks on their way to shared memory; 0: to registers
+    first: int = 0  # of those, asked for before the kernel ahead has ended; 0: all
+    chains: int = 1  # sums by turns, added up at the end
+    whole: bool = False  # x of 64 inputs at once
+    cluster: bool = False  # parts are added up in shared memory
+    least: int = 0  # threads of a block, where the compiler is to take more registers than 512 leave
 
     @property
     def rows(self) -> int:
@@ -44,13 +50,20 @@ class Form:
 
     @property
     def most_warps(self) -> int:  # what the kernel's registers allow
-        return 4 if self.fit else 8 if self.tiles * self.pair > 4 else 16
+        return 4 if self.fit else self.least // 32 if self.least else 8 if self.tiles * self.pair > 4 else 16
 
     def chunks(self, rows: int) -> int:
         return -(-rows // self.rows)
 
     def __str__(self) -> str:
-        return f"{self.rows}x{16 * self.pair}"
+        more = f"s{self.stages}" * (self.stages > 0) + f"a{self.first}" * (self.first > 0) + "c" * (self.chains > 1)
+        return (
+            f"{self.rows}x{16 * self.pair}"
+            + more
+            + "w" * self.whole
+            + "k" * self.cluster
+            + f"l{self.least}" * (self.least > 0)
+        )
 
 
 _WIDE, _40, _32 = Form(1, 2, roll=True), Form(5, 2, roll=True, fit=3), Form(4, 2, roll=True, fit=3)
@@ -107,18 +120,28 @@ def plan(n: int, k: int, form: Form, chunks: int, gelu: bool, multiprocessors: i
     return Launch(split * slots, split, 1)
 
 
-def source(form: Form, gelu: bool, scaled: bool) -> str:
-    """The kernel's CUDA C++."""
-    text = resources.files(__package__).joinpath("nvfp4_rows.cu").read_text()
-    macros = {
+def macros(form: Form, gelu: bool, scaled: bool) -> dict[str, int]:
+    """What the kernel is compiled with."""
+    return {
         "MT": form.tiles,
         "NT": form.pair,
         "ROLL": int(form.roll),
         "FIT": form.fit,
         "GELU": int(gelu),
         "SCALED": int(scaled),
+        "STAGES": form.stages,
+        "FIRST": form.first or form.stages,
+        "CHAINS": form.chains,
+        "WHOLE": int(form.whole),
+        "CLUSTER": int(form.cluster),
+        "LEAST": form.least,
     }
-    return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + text
+
+
+def source(form: Form, gelu: bool, scaled: bool) -> str:
+    """The kernel's CUDA C++."""
+    text = resources.files(__package__).joinpath("nvfp4_rows.cu").read_text()
+    return "".join(f"#define {name} {value}\n" for name, value in macros(form, gelu, scaled).items()) + text
 
 
 @functools.cache
@@ -195,9 +218,17 @@ def gemm(
             k,
             how.split,
         ],
-        shared_bytes=how.warps * form.pair * form.tiles * 4 * _LANES * 4,
+        shared_bytes=shared_bytes(form, how),
+        cluster=how.parts if form.cluster else 1,
     )
     return y
+
+
+def shared_bytes(form: Form, how: Launch) -> int:
+    """Of a block: sums of its warps, weights on their way, sums of the cluster's other blocks."""
+    sums = form.pair * form.tiles * 4 * _LANES * 4
+    given = (how.parts - 1) * (how.warps // how.split) * sums if form.cluster else 0
+    return how.warps * (sums + form.stages * form.pair * 2304) + given
 
 
 def linear(
