@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_gemma4_spec.kernels import chosen_rows, cuda, packing, small_batch_gemm
+from vllm_gemma4_spec.kernels import chosen_rows, cuda, gated_input, packing, small_batch_gemm
 from vllm_gemma4_spec.kernels.small_batch_gemm import Form, Launch
 
 GEMMS = {
@@ -138,9 +138,9 @@ class OldKernel:
         self.kernel((grid[1], grid[2], 1), block, args, shared_bytes)
 
 
-def load(code: bytes) -> Any:
+def load(code: bytes, name: str = "nvfp4_rows") -> Any:
     kernel = cuda.Kernel.__new__(cuda.Kernel)
-    kernel._load(code, "nvfp4_rows", overlaps=True)
+    kernel._load(code, name, overlaps=True)
     return kernel
 
 
@@ -204,6 +204,7 @@ class Checked:
         e2m1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64, device="cuda")
         nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(1).long()
         w = torch.cat([e2m1, -e2m1])[nibbles] * scale.double().repeat_interleave(16, 1) * 0.01
+        self.dense = w
         self.x = torch.randn(80, k, device="cuda").bfloat16() / 64
         self.wanted = self.x.double() @ w.T
         if gelu:
@@ -287,6 +288,54 @@ def run_group(name: str, seconds: float, out: Path, before: Path, ready: Any, go
     out.write_text(json.dumps(report))
 
 
+GATED = named(Form(1, 2), Form(1, 2, chains=2), Form(1, 2, whole=True), Form(2, 2))
+
+
+def load_gated() -> dict[str, Any]:
+    """The kernel of the per-layer input, by form."""
+    with ThreadPoolExecutor(8) as pool:
+        codes = list(pool.map(lambda f: cuda.compiled(gated_input.source(f), "sm_90"), GATED.values()))
+    return dict(zip(GATED, codes, strict=True))
+
+
+def run_gated(name: str, seconds: float, out: Path, before: Path, ready: Any, go: Any) -> None:
+    codes = load_gated()
+    ready.set()
+    go.wait()
+    torch.cuda.init()
+    torch.zeros(1, device="cuda")
+    kernels = {label: load(code, "nvfp4_gated") for label, code in codes.items()}
+    report: dict[str, Any] = {"us": {}, "wrong": []}
+    for k in (2560, 1536):
+        gate, up = Checked(256, k, False), Checked(k, 256, False)
+        copies = [(random_weights(256, k), random_weights(k, 256)) for _ in range(42)]
+        for rows in (1, 5, 8, 13, 20, 80):
+            torch.manual_seed(rows)
+            by = torch.randn(rows, 42, 256, device="cuda").bfloat16()[:, 3]
+            x = gate.x[:rows].contiguous()
+            inner = torch.nn.functional.gelu((x.double() @ gate.dense.T).bfloat16().float(), approximate="tanh") * by
+            wanted = inner.bfloat16().double() @ up.dense.T
+            for label, form in GATED.items():
+                try:
+                    gated_input._kernel = lambda _, label=label: kernels[label]  # type: ignore[assignment]
+                    y = gated_input.gated(x, by, tuple(gate.w), tuple(up.w), form)
+                    error = float(((y.double() - wanted).norm() / wanted.norm()).item())
+                    if not error < 0.004:
+                        report["wrong"].append(f"{k} {rows} {label}: error {error:.1e}")
+
+                    def each(form: Form = form, x: Tensor = x, by: Tensor = by, copies: Any = copies) -> None:
+                        for one, other in copies:
+                            gated_input.gated(x, by, tuple(one), tuple(other), form)
+
+                    report["us"].setdefault(f"{rows} rows {k}", {})[label] = graph_us(each, len(copies))
+                except RuntimeError as wrong:
+                    report["wrong"].append(f"{k} {rows} {label}: {str(wrong).splitlines()[0]}")
+            print("gated", k, rows, "rows", report["us"].get(f"{rows} rows {k}"), f"error {error:.1e}", flush=True)
+            out.write_text(json.dumps(report))
+    for line in report["wrong"][:20]:
+        print("WRONG", line, flush=True)
+
+
 Choice = dict[str, tuple[str, Launch | None]]
 
 
@@ -296,10 +345,12 @@ def run_chain(name: str, seconds: float, out: Path, before: Path, ready: Any, go
     from layer_chain import attention, heads, norms
 
     made = Forms({label: form for _, forms in GROUPS.values() for label, form in forms.items()})
+    gated_codes = load_gated()
     ready.set()
     go.wait()
     begun = time.time()
     made.load()
+    kernels = {label: load(code, "nvfp4_gated") for label, code in gated_codes.items()}
     gc.collect()
     gc.freeze()
     alone = json.loads(before.read_text()) if before.exists() else {}
@@ -329,6 +380,9 @@ def run_chain(name: str, seconds: float, out: Path, before: Path, ready: Any, go
             after = new
             return y
 
+        whole = next((w for w in without if w in kernels), None)
+        if whole:
+            gated_input._kernel = lambda _: kernels[whole]  # type: ignore[assignment]
         x = normed(after, "")
         for layer in layers:
             x = gemm(layer, "qkv", x)
@@ -339,6 +393,10 @@ def run_chain(name: str, seconds: float, out: Path, before: Path, ready: Any, go
                 attention[(rows * 2,)](q, attended, BLOCK=1024, num_warps=4)
             x = normed(gemm(layer, "o", attended), "norm 2")
             x = normed(gemm(layer, "down", gemm(layer, "gate_up", x)), "norm 3")
+            if whole:
+                x = gated_input.gated(x, ple, tuple(layer["gate"]), tuple(layer["projection"]), GATED[whole])
+                x = normed(x, "norm 1")
+                continue
             x = gemm(layer, "gate", x)
             if "act" not in without:
                 y = torch.empty_like(x)
@@ -395,6 +453,9 @@ def run_chain(name: str, seconds: float, out: Path, before: Path, ready: Any, go
                     measure(f"{label}, best", rows, lambda r=rows, g=group, n=label: best(r, (g,), (n,)))
         measure("best of all, early", rows, lambda rows=rows: best(rows, few), early=True)
         measure("old again", rows, lambda: only(OLD))
+    for rows, labels in ((1, list(GATED)[:3]), (5, list(GATED)[:3]), (20, list(GATED)), (80, list(GATED))):
+        for label in labels:
+            measure(f"gated {label}", rows, lambda rows=rows: best(rows, few if rows < 16 else ("many",)), (label,))
     for left in (("act",), ("act", "projection"), ("norm 3",), ("norm 2",), ("heads",), ("attention",), tuple(GEMMS)):
         measure(f"best of all, without {' '.join(left)}", 1, lambda: best(1, few), left)
     for rows in (80, 20):
@@ -411,7 +472,7 @@ def gated_kernel() -> Any:
     return gated
 
 
-PARTS = {**dict.fromkeys(GROUPS, run_group), "chain": run_chain}
+PARTS = {**dict.fromkeys(GROUPS, run_group), "gated": run_gated, "chain": run_chain}
 
 
 def main() -> None:
@@ -424,7 +485,7 @@ def main() -> None:
     names = asked.parts.split(",")
     for name in names:
         part, ready, go = asked.out.with_suffix(f".{name}.part"), spawn.Event(), spawn.Event()
-        share = (asked.seconds - 25) * {"chain": 0.3, "many": 0.22}.get(name, 0.16)
+        share = (asked.seconds - 25) * {"chain": 0.28, "many": 0.22, "gated": 0.06}.get(name, 0.15)
         child = spawn.Process(target=PARTS[name], args=(name, share, part, asked.out, ready, go))
         child.start()
         started.append((name, part, ready, go, child, share))

@@ -82,7 +82,7 @@ __device__ __forceinline__ void wait_for_stage() {  // the oldest of STAGES
     asm volatile("cp.async.wait_group %0;" ::"n"(STAGES > 0 ? STAGES - 1 : 0) : "memory");
 }
 
-#if CLUSTER
+#if CLUSTER || defined(GATED)
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
@@ -92,6 +92,14 @@ __device__ __forceinline__ void store_in_first_block(float* here, float value) {
         "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, 0;\nst.shared::cluster.f32 [there], %1;\n}" ::"r"(
             (u32)__cvta_generic_to_shared(here)),
         "f"(value)
+        : "memory");
+}
+
+__device__ __forceinline__ void store_in_block(u16* here, u16 value, int block) {
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %2;\nst.shared::cluster.u16 [there], %1;\n}" ::"r"(
+            (u32)__cvta_generic_to_shared(here)),
+        "h"(value), "r"(block)
         : "memory");
 }
 #endif
@@ -132,8 +140,14 @@ __device__ __forceinline__ void scale_by(uint4& v, const uint4& by) {
     v.x = times(v.x, by.x), v.y = times(v.y, by.y), v.z = times(v.z, by.z), v.w = times(v.w, by.w);
 }
 
+template <bool SHARED_X>
+__device__ __forceinline__ uint4 load_x(const uint4* at) {
+    return SHARED_X ? *at : __ldg(at);
+}
+
 // x, pre: this lane's token and inputs of the block; stride in elements between tiles of 8 tokens. Codes and scales of
 // the block at `next` of each tile (none if negative) come into b, register by register as they have been used.
+template <bool SHARED_X = false>
 __device__ __forceinline__ void multiply(Block (&b)[NT], const u16* x, const u16* pre, int token, int tokens, long stride,
                                          const uint4* codes, const uint2* scales, const int (&next)[NT],
                                          const char* stage, float (&acc)[CHAINS][NT][MT][4]) {
@@ -157,7 +171,7 @@ __device__ __forceinline__ void multiply(Block (&b)[NT], const u16* x, const u16
 #pragma unroll
             for (int m = 0; m < MT; m++) {
                 const uint4* at = reinterpret_cast<const uint4*>(x + m * stride + q * 64);
-                other_half[m] = token + m * 8 < tokens ? __ldg(at + 1) : make_uint4(0, 0, 0, 0);
+                other_half[m] = token + m * 8 < tokens ? load_x<SHARED_X>(at + 1) : make_uint4(0, 0, 0, 0);
             }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -168,7 +182,7 @@ __device__ __forceinline__ void multiply(Block (&b)[NT], const u16* x, const u16
                 if (WHOLE && half)
                     in[m] = other_half[m];
                 else
-                    in[m] = token + m * 8 < tokens ? __ldg(at + half) : make_uint4(0, 0, 0, 0);
+                    in[m] = token + m * 8 < tokens ? load_x<SHARED_X>(at + half) : make_uint4(0, 0, 0, 0);
             }
             if (SCALED) {
                 const uint4 by = __ldg(reinterpret_cast<const uint4*>(pre + q * 64) + half);
