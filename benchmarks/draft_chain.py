@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_gemma4_spec.kernels import chosen_rows, cuda, gated_input, packing, small_batch_gemm
+from vllm_gemma4_spec.kernels import cuda, gated_input, packing, small_batch_gemm
 from vllm_gemma4_spec.kernels.small_batch_gemm import Form, Launch
 
 GEMMS = {
@@ -38,56 +38,44 @@ GEMMS = {
 MULTIPROCESSORS = 132
 OLD = "before change 60"
 WIDE = Form(1, 2, roll=True)
-_40, _32, _16 = (Form(t, 2, roll=True, fit=3) for t in (5, 4, 2))
+_40 = Form(5, 2, roll=True, fit=3)
 
 
 def named(*forms: Form) -> dict[str, Form]:
     return {str(f) + "r" * f.roll: f for f in forms}
 
 
-A = Form(1, stages=3)
 # Groups of forms, and the numbers of rows that they are for.
 GROUPS: dict[str, tuple[tuple[int, ...], dict[str, Form]]] = {
-    "registers": (
-        (1, 5),
-        {OLD: Form(1)} | named(Form(1), WIDE, Form(1, whole=True), Form(1, whole=True, chains=2), Form(1, chains=2)),
-    ),
-    "stages": (
-        (1, 5),
-        named(
-            A,
-            replace(A, stages=2),
-            replace(A, stages=5),
-            replace(A, whole=True, chains=2),
-            replace(A, stages=5, first=2, whole=True, chains=2),
-            replace(A, pair=2, chains=2),
-            replace(A, pair=2, stages=2),
+    "few": (
+        (1, 5, 8),
+        {OLD: Form(1)}
+        | named(
+            Form(1),
+            Form(1, whole=True),
+            Form(1, chains=2),
+            Form(1, whole=True, chains=2),
+            WIDE,
+            replace(WIDE, chains=2),
+            replace(WIDE, whole=True),
         ),
     ),
-    "cluster": (
-        (1, 5),
+    "some": (
+        (16, 20),
         named(
-            Form(1, whole=True, cluster=True),
-            replace(A, whole=True, chains=2, cluster=True),
-            replace(A, pair=2, chains=2, cluster=True),
-            replace(A, stages=2, whole=True, cluster=True),
-        ),
-    ),
-    "many": (
-        (80, 20),
-        named(
+            Form(1),
+            Form(1, whole=True, chains=2),
+            WIDE,
+            Form(2),
+            Form(2, whole=True),
+            Form(2, chains=2),
             Form(2, 2),
-            _40,
-            Form(2, 2, stages=2),
-            Form(3, 2, stages=2),
-            Form(2, 4, stages=2, least=256),
-            Form(3, 4, stages=2, least=256),
-            Form(5, 4, stages=2, least=128),
-            Form(5, 2, stages=2, fit=4),
-            Form(5, 2, stages=2, least=256, cluster=True),
-            Form(2, 4, stages=2, least=256, cluster=True),
+            Form(2, 2, chains=2),
+            Form(3),
+            Form(3, 2),
         ),
     ),
+    "many": ((80,), named(Form(2, 2), Form(2, 2, chains=2), _40)),
 }
 
 
@@ -95,15 +83,14 @@ def launches(n: int, k: int, form: Form, chunks: int, gelu: bool) -> list[Launch
     """The plan's first, then others that cut a GEMM up otherwise."""
     found = [small_batch_gemm.plan(n, k, form, chunks, gelu, MULTIPROCESSORS)]
     blocks, outputs, group = k // packing.COLUMNS, n // packing.ROWS // form.pair, 2 if gelu and form.pair == 1 else 1
-    for parts in (1, 2, 4, 5, 8) if form.cluster else (1, 4):
+    for parts in (1, 4):
         for split in (1, 2, 4, 5, 8, 10):
             if -(-blocks // (split * parts)) * split * parts > 1.25 * blocks:
                 continue
             for slots in (group, 2 * group, 4 * group):
                 how = Launch(split * slots, split, parts)
                 warps = outputs * split * parts * chunks / MULTIPROCESSORS
-                full = small_batch_gemm.shared_bytes(form, how) < 160_000
-                if not full or how.warps > form.most_warps or outputs % slots or not (how.warps > 2 or warps < 4):
+                if how.warps > form.most_warps or outputs % slots or not (how.warps > 2 or warps < 4):
                     continue
                 if 9 <= warps <= 52 or (n * k < 2**23 and warps > 1):
                     found.append(how)
@@ -134,8 +121,8 @@ class OldKernel:
     def __init__(self, code: bytes) -> None:
         self.kernel = load(code)
 
-    def __call__(self, grid: tuple[int, int, int], block: int, args: Any, shared_bytes: int, cluster: int) -> None:
-        self.kernel((grid[1], grid[2], 1), block, args, shared_bytes)
+    def __call__(self, grid: tuple[int, int, int], block: int, args: Any, shared_bytes: int) -> None:
+        self.kernel(grid, block, args[:-1], shared_bytes)
 
 
 def load(code: bytes, name: str = "nvfp4_rows") -> Any:
@@ -178,8 +165,6 @@ class Forms:
                 self.kernels[label, gelu] = OldKernel(code)
             else:
                 self.kernels[label, gelu] = load(code)
-                if self.forms[label].stages:
-                    self.kernels[label, gelu].allow_shared(200_000)
         small_batch_gemm.SCRATCH.reserve(torch.device("cuda", 0), 4 * 128 * 20480 * 4, 1280 * 16)
 
     def __call__(self, label: str, how: Launch | None, x: Tensor, w: Any, gelu: bool) -> Tensor:
@@ -242,6 +227,8 @@ def run_group(name: str, seconds: float, out: Path, before: Path, ready: Any, go
                     report["wrong"].append(f"no time for {rows} {gemm} {label}")
                     continue
                 some = launches(n, k, form, form.chunks(rows), gelu)
+                if name != "few" and rows == 20:
+                    some = some[:1]
                 if rows != rows_of[0] and report["us"].get(str(rows_of[0]), {}).get(gemm, {}).get(label):
                     first = report["us"][str(rows_of[0])][gemm][label]
                     some = [some[0], *(Launch(*h) for _, h in first[1:4] if rows < 16)] if rows < 16 else some
@@ -271,31 +258,22 @@ def run_group(name: str, seconds: float, out: Path, before: Path, ready: Any, go
                 best = "; ".join(f"{u} {'/'.join(map(str, h))}" for u, h in us[1:4])
                 print(f"    {label:<18} {us[0][0]:>6} as planned; best {best}", flush=True)
             out.write_text(json.dumps(report))
-    if name == "registers":  # as a start of the engine measures
-        us_of = chosen_rows.clock(torch.device("cuda", 0))
-        for rows in (1, 5, 8):
-            for gemm, (_, _, gelu) in GEMMS.items():
-                x = checked[gemm].x[:rows].contiguous()
-                here = {
-                    label: round(us_of(functools.partial(made, label, None, x, checked[gemm].w, gelu)), 1)
-                    for label in (OLD, *map(str, (Form(1),)), "8x32r", "8x16w")
-                }
-                report.setdefault("as a start measures", {}).setdefault(str(rows), {})[gemm] = here
-                print("as a start measures:", rows, gemm, here, flush=True)
     for line in report["wrong"][:20]:
         print("WRONG", line, flush=True)
     report["seconds"] = round(time.time() - begun, 1)
     out.write_text(json.dumps(report))
 
 
-GATED = named(Form(1, 2), Form(1, 2, chains=2), Form(1, 2, whole=True), Form(2, 2))
+TWO = "two kernels"
+GATED = named(Form(1), Form(1, chains=2, whole=True), Form(1, 2), Form(2))
 
 
 def load_gated() -> dict[str, Any]:
-    """The kernel of the per-layer input, by form."""
+    """The kernel of the per-layer input, by form, and the gate's that multiplies."""
+    texts = {label: gated_input.source(form) for label, form in GATED.items()}
+    texts[TWO] = small_batch_gemm.source(Form(1), 2, False)
     with ThreadPoolExecutor(8) as pool:
-        codes = list(pool.map(lambda f: cuda.compiled(gated_input.source(f), "sm_90"), GATED.values()))
-    return dict(zip(GATED, codes, strict=True))
+        return dict(zip(texts, pool.map(lambda text: cuda.compiled(text, "sm_90"), texts.values()), strict=True))
 
 
 def run_gated(name: str, seconds: float, out: Path, before: Path, ready: Any, go: Any) -> None:
@@ -304,17 +282,23 @@ def run_gated(name: str, seconds: float, out: Path, before: Path, ready: Any, go
     go.wait()
     torch.cuda.init()
     torch.zeros(1, device="cuda")
-    kernels = {label: load(code, "nvfp4_gated") for label, code in codes.items()}
+    kernels = {label: load(code, "nvfp4_rows" if label == TWO else "nvfp4_gated") for label, code in codes.items()}
+    small_batch_gemm.SCRATCH.reserve(torch.device("cuda", 0), 1, 1)
     report: dict[str, Any] = {"us": {}, "wrong": []}
     for k in (2560, 1536):
         gate, up = Checked(256, k, False), Checked(k, 256, False)
         copies = [(random_weights(256, k), random_weights(k, 256)) for _ in range(42)]
-        for rows in (1, 5, 8, 13, 20, 80):
+        for rows in (1, 5, 8, 16, 20, 80):
             torch.manual_seed(rows)
             by = torch.randn(rows, 42, 256, device="cuda").bfloat16()[:, 3]
             x = gate.x[:rows].contiguous()
             inner = torch.nn.functional.gelu((x.double() @ gate.dense.T).bfloat16().float(), approximate="tanh") * by
             wanted = inner.bfloat16().double() @ up.dense.T
+            small_batch_gemm._kernel = lambda *_: kernels[TWO]  # type: ignore[assignment]
+            y = small_batch_gemm.gemm(x, *gate.w, form=Form(1), by=by)
+            error = float(((y.double() - inner).norm() / inner.norm()).item())
+            if not error < 0.004:
+                report["wrong"].append(f"{k} {rows} {TWO}: error {error:.1e}")
             for label, form in GATED.items():
                 try:
                     gated_input._kernel = lambda _, label=label: kernels[label]  # type: ignore[assignment]
@@ -350,7 +334,9 @@ def run_chain(name: str, seconds: float, out: Path, before: Path, ready: Any, go
     go.wait()
     begun = time.time()
     made.load()
-    kernels = {label: load(code, "nvfp4_gated") for label, code in gated_codes.items()}
+    kernels = {
+        label: load(code, "nvfp4_rows" if label == TWO else "nvfp4_gated") for label, code in gated_codes.items()
+    }
     gc.collect()
     gc.freeze()
     alone = json.loads(before.read_text()) if before.exists() else {}
@@ -381,7 +367,7 @@ def run_chain(name: str, seconds: float, out: Path, before: Path, ready: Any, go
             return y
 
         whole = next((w for w in without if w in kernels), None)
-        if whole:
+        if whole in GATED:
             gated_input._kernel = lambda _: kernels[whole]  # type: ignore[assignment]
         x = normed(after, "")
         for layer in layers:
@@ -393,6 +379,11 @@ def run_chain(name: str, seconds: float, out: Path, before: Path, ready: Any, go
                 attention[(rows * 2,)](q, attended, BLOCK=1024, num_warps=4)
             x = normed(gemm(layer, "o", attended), "norm 2")
             x = normed(gemm(layer, "down", gemm(layer, "gate_up", x)), "norm 3")
+            if whole == TWO:
+                small_batch_gemm._kernel = lambda *_: kernels[TWO]  # type: ignore[assignment]
+                x = small_batch_gemm.gemm(x, *layer["gate"], form=Form(1), by=ple)
+                x = normed(gemm(layer, "projection", x), "norm 1")
+                continue
             if whole:
                 x = gated_input.gated(x, ple, tuple(layer["gate"]), tuple(layer["projection"]), GATED[whole])
                 x = normed(x, "norm 1")
@@ -400,7 +391,9 @@ def run_chain(name: str, seconds: float, out: Path, before: Path, ready: Any, go
             x = gemm(layer, "gate", x)
             if "act" not in without:
                 y = torch.empty_like(x)
-                gated[(triton.cdiv(x.numel(), 512),)](x, ple, y, x.numel(), BLOCK=512, num_warps=4, launch_pdl=True)
+                gated[(triton.cdiv(x.numel(), 512),)](
+                    x, ple, y, x.numel(), BLOCK=512, EARLY=early, num_warps=4, launch_pdl=True
+                )
                 x = y
             x = normed(gemm(layer, "projection", x), "norm 1")
 
@@ -439,28 +432,26 @@ def run_chain(name: str, seconds: float, out: Path, before: Path, ready: Any, go
     def only(label: str) -> Choice:
         return dict.fromkeys(GEMMS, (label, None))
 
-    few = ("registers", "stages", "cluster")
-    for rows in (1, 5):
-        measure(OLD, rows, lambda: only(OLD))
-        measure("now", rows, lambda: only("8x16"))
-        measure("best of all", rows, lambda rows=rows: best(rows, few))
-        measure("best of registers", rows, lambda rows=rows: best(rows, ("registers",)))
-        measure("best of stages", rows, lambda rows=rows: best(rows, ("stages",)))
-        measure("best of cluster", rows, lambda rows=rows: best(rows, ("cluster",)))
-        for group in few:
-            for label in GROUPS[group][1]:
-                if label not in (OLD, "8x16"):
-                    measure(f"{label}, best", rows, lambda r=rows, g=group, n=label: best(r, (g,), (n,)))
-        measure("best of all, early", rows, lambda rows=rows: best(rows, few), early=True)
-        measure("old again", rows, lambda: only(OLD))
-    for rows, labels in ((1, list(GATED)[:3]), (5, list(GATED)[:3]), (20, list(GATED)), (80, list(GATED))):
-        for label in labels:
-            measure(f"gated {label}", rows, lambda rows=rows: best(rows, few if rows < 16 else ("many",)), (label,))
-    for left in (("act",), ("act", "projection"), ("norm 3",), ("norm 2",), ("heads",), ("attention",), tuple(GEMMS)):
-        measure(f"best of all, without {' '.join(left)}", 1, lambda: best(1, few), left)
-    for rows in (80, 20):
-        measure("now", rows, lambda rows=rows: best(rows, ("many",), ("16x32", "40x32r"), True))
-        measure("best of many", rows, lambda rows=rows: best(rows, ("many",)))
+    for again in ("", ", again"):
+        for rows in (1, 5):
+            for label in GROUPS["few"][1]:
+                for early in (False, True):
+                    measure(label + ", early" * early + again, rows, functools.partial(only, label), early=early)
+            for early in (False, True):
+                measure(
+                    "best launches" + ", early" * early + again,
+                    rows,
+                    functools.partial(best, rows, ("few",)),
+                    early=early,
+                )
+        for rows, group in ((1, "few"), (5, "few"), (16, "some"), (20, "some"), (80, "many")):
+            for early in (False, True):
+                choose = functools.partial(best, rows, (group,), (), True)
+                measure("best planned" + ", early" * early + again, rows, choose, early=early)
+                for label in (TWO, *GATED):
+                    measure(f"gated {label}" + ", early" * early + again, rows, choose, (label,), early)
+    for left in (("act",), ("act", "projection"), ("gate_up",), ("down",), ("heads",), ("attention",), tuple(GEMMS)):
+        measure(f"without {' '.join(left)}", 1, functools.partial(best, 1, ("few",), (), True), left)
     for line in report["wrong"][:20]:
         print("WRONG", line, flush=True)
     out.write_text(json.dumps(report))
@@ -478,14 +469,14 @@ PARTS = {**dict.fromkeys(GROUPS, run_group), "gated": run_gated, "chain": run_ch
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--seconds", type=float, default=110, help="of all parts together")
+    parser.add_argument("--seconds", type=float, default=60, help="of all parts together")
     parser.add_argument("--out", type=Path, required=True)
     asked, start = parser.parse_args(), time.time()
     spawn, started = multiprocessing.get_context("spawn"), []
     names = asked.parts.split(",")
     for name in names:
         part, ready, go = asked.out.with_suffix(f".{name}.part"), spawn.Event(), spawn.Event()
-        share = (asked.seconds - 25) * {"chain": 0.28, "many": 0.22, "gated": 0.06}.get(name, 0.15)
+        share = (asked.seconds - 15) * {"chain": 0.5, "gated": 0.08}.get(name, 0.14)
         child = spawn.Process(target=PARTS[name], args=(name, share, part, asked.out, ready, go))
         child.start()
         started.append((name, part, ready, go, child, share))

@@ -27,7 +27,7 @@ static dim blockDim, gridDim;
 static std::vector<std::unique_ptr<std::barrier<>>> block_barriers;  // of the blocks that run at once
 static std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
 static std::vector<uint32_t> exchange;  // per warp: 32 lanes x 6 registers of an mma
-static float all_shared[8][16 * 16 * 4 * 32 + 16 * STAGES * NT * 576];  // of a cluster's blocks
+static float all_shared[8][24 * 16 * 4 * 32];  // of a cluster's blocks
 static int in_cluster() { return block_barriers.size() > 1 ? blockIdx.z : 0; }
 #define shared (all_shared[in_cluster()])
 
@@ -55,10 +55,6 @@ static unsigned times(unsigned a, unsigned b) {
 }
 static void let_next_grid_start() {}
 static void wait_for_previous_grid() {}
-static void copy16(void* to, const void* from) { std::memcpy(to, from, 16); }
-static void copy8(void* to, const void* from) { std::memcpy(to, from, 8); }
-static void end_of_stage() {}
-static void wait_for_stage() {}
 template <class T> static T load_once(const T* at) { return *at; }
 
 // mma.m16n8k16 as the PTX manual lays it out over the lanes of a warp.
@@ -92,13 +88,14 @@ static void store_in_block(uint16_t* here, uint16_t value, int block) {
 #include NVFP4_ROWS_SOURCE
 
 extern "C" void run(const void* codes, const void* scales, const void* x, const void* pre, void* y, const float* global_scale,
-                    float* partial, unsigned* arrivals, int tokens, int N, int K, int warps, int split, int parts) {
-    gridDim = {(tokens + 8 * MT - 1) / (8 * MT), N / 16 / NT / (warps / split), parts};
+                    float* partial, unsigned* arrivals, int tokens, int N, int K, int warps, int split, int parts, const void* by_,
+                    int apart) {
+    const int chunks = (tokens + 8 * MT - 1) / (8 * MT);
+    gridDim = {chunks * (N / 16 / NT / (warps / split)), parts, 1};
     blockDim = {warps * 32, 1, 1};
     exchange.resize(warps * 192);
-    for (int bz = 0; bz < gridDim.z; bz++)
-        for (int at = 0; at < gridDim.x * gridDim.y; at++) {
-            const int bx = at % gridDim.x, by = at / gridDim.x;
+    for (int by = 0; by < gridDim.y; by++)
+        for (int bx = 0; bx < gridDim.x; bx++) {
             block_barriers.clear();
             block_barriers.push_back(std::make_unique<std::barrier<>>(warps * 32));
             warp_barriers.clear();
@@ -107,9 +104,9 @@ extern "C" void run(const void* codes, const void* scales, const void* x, const 
             for (int i = 0; i < warps * 32; i++)
                 threads.emplace_back([=] {
                     threadIdx = {i, 0, 0};
-                    blockIdx = {bx, by, bz};
+                    blockIdx = {bx, by, 0};
                     nvfp4_rows((const uint4*)codes, (const uint2*)scales, (const u16*)x, (const u16*)pre, (u16*)y,
-                               global_scale, partial, arrivals, tokens, N, K, split);
+                               global_scale, partial, arrivals, tokens, N, K, split, chunks, (const u16*)by_, apart);
                     block_barriers[0]->arrive_and_drop();
                 });
             for (auto& thread : threads) thread.join();
@@ -122,7 +119,7 @@ extern "C" void run(const void* codes, const void* scales, const void* x, const 
 extern "C" void run_gated(const void* gate_codes, const void* gate_scales, const float* gate_scale, const void* codes,
                           const void* scales, const float* scale, const void* x, const void* by, void* y, int tokens, int K,
                           int apart) {
-    const int warps = K / 256;
+    const int warps = K / 256 * 2 / NT;
     gridDim = {(tokens + 8 * MT - 1) / (8 * MT), 1, 8};
     blockDim = {warps * 32, 1, 1};
     exchange.resize(8 * warps * 192);

@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.parametrize(
     ("tokens", "k", "form", "apart"),
-    [(5, 512, Form(1, 2), 3 * 256), (17, 256, Form(2, 2), 256)],
+    [(5, 512, Form(1), 3 * 256), (17, 256, Form(2, 2), 256)],
 )
 def test_the_kernel_gates_and_projects(tokens: int, k: int, form: Form, apart: int, tmp_path: Path) -> None:
     compiler = shutil.which("g++")
@@ -175,3 +175,34 @@ def test_a_value_that_something_else_reads_stays() -> None:
 
     torch._dynamo.reset()
     assert gated_input.fuse(traced(forward, torch.randn(3, 512), torch.randn(3, 256)).graph) == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"), [(1, ["gate", "projection"]), (8, ["gate", "projection"]), (9, ["one"]), (128, ["one"])]
+)
+def test_few_rows_are_two_kernels_and_more_are_one(
+    monkeypatch: pytest.MonkeyPatch, rows: int, wanted: list[str]
+) -> None:
+    called: list[str] = []
+    x, by, weight, empty = torch.zeros(rows, 512), torch.zeros(rows, 2, 256)[:, 1], torch.empty(1), torch.empty(0)
+
+    def gemm(*_: Any, **given: Any) -> Tensor:
+        called.append("gate")
+        assert given["by"] is by
+        return x[:, :256]
+
+    def projection(*_: Any) -> Tensor:
+        called.append("projection")
+        return x
+
+    def one(*_: Any) -> Tensor:
+        called.append("one")
+        return x
+
+    monkeypatch.setattr(gated_input, "available", lambda: True)
+    monkeypatch.setattr(gated_input, "gated", one)
+    monkeypatch.setattr(small_batch_gemm, "gemm", gemm)
+    monkeypatch.setattr(small_batch_gemm, "linear", projection)
+    layer = [weight] * 3 + [empty] * 4
+    gated_input.per_layer_input(x, by, *layer, 0, 256, *layer, 0, 512)
+    assert called == wanted

@@ -24,10 +24,11 @@ logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
 OPERATOR = "gemma4_spec_per_layer_input"
 WIDE = 256  # values of a token that are gated
-MOST_K = 16 * COLUMNS  # a warp for each 256 inputs
+MOST_K = 12 * COLUMNS  # two warps for each 256 inputs
 MOST_ROWS = 128
 _BLOCKS = 8  # of a cluster
-_FORMS = {8: Form(1, 2), MOST_ROWS: Form(2, 2)}  # by the largest batch: what a cluster takes at once
+MOST_APART = 8  # rows up to which gate and projection are two kernels: each has the whole card then
+_FORM = Form(1)  # what a cluster takes at once
 
 
 def suits(k: Any, wide: Any) -> bool:
@@ -52,8 +53,8 @@ def available() -> bool:
     if torch.cuda.get_device_capability() < (9, 0):  # no clusters
         return False
     try:
-        for form in _FORMS.values():
-            _kernel(form)
+        _kernel(_FORM)
+        small_batch_gemm._kernel(_FORM, 2, False)
     except (ImportError, RuntimeError) as error:
         logger.info("Per-layer inputs stay three kernels: %s", str(error).partition("\n")[0])
         return False
@@ -78,14 +79,14 @@ def gated(
         x: ``[rows, K]`` bfloat16, contiguous.
         by: ``[rows, 256]`` bfloat16; rows may be apart.
         gate, projection: codes, scales and global scale as :func:`small_batch_gemm.gemm` takes them.
-        form: None for what suits such a batch.
+        form: None for what suits.
     """
     rows, k = x.shape
-    form = form or next(form for most, form in _FORMS.items() if rows <= most)
+    form = form or _FORM
     y = torch.empty_like(x)
     _kernel(form)(
         grid=(form.chunks(rows), 1, _BLOCKS),
-        block=k // COLUMNS * 32,
+        block=k // COLUMNS * 64 // form.pair,
         args=[*gate, *projection, x, by, y, rows, k, by.stride(0)],
         shared_bytes=shared_bytes(k, form),
         cluster=_BLOCKS,
@@ -116,14 +117,17 @@ def per_layer_input(
     n: int,
 ) -> Tensor:
     """:func:`gated`, or for a larger batch the same by :func:`small_batch_gemm.linear`, whose arguments these are."""
-    if len(x) <= MOST_ROWS and by.stride(1) == 1 and available():
-        return gated(x.contiguous(), by, (gate_codes, gate_scales, gate_global_scale), (codes, scales, global_scale))
-    first = (gate_codes, gate_scales, gate_global_scale)
-    marlin = (gate_marlin_weight, gate_marlin_scale, gate_marlin_global_scale, gate_workspace)
-    gate = small_batch_gemm.linear(x, None, *first, *marlin, gate_streamed, gate_n, False)
-    last = (codes, scales, global_scale)
+    first, last = (gate_codes, gate_scales, gate_global_scale), (codes, scales, global_scale)
+    ours = len(x) <= MOST_ROWS and by.stride(1) == 1 and available()
+    if ours and len(x) > MOST_APART:
+        return gated(x.contiguous(), by, first, last)
+    if ours:
+        values = small_batch_gemm.gemm(x.contiguous(), *first, form=_FORM, by=by)
+    else:
+        marlin = (gate_marlin_weight, gate_marlin_scale, gate_marlin_global_scale, gate_workspace)
+        gate = small_batch_gemm.linear(x, None, *first, *marlin, gate_streamed, gate_n, False)
+        values = F.gelu(gate, approximate="tanh") * by
     marlin = (marlin_weight, marlin_scale, marlin_global_scale, workspace)
-    values = F.gelu(gate, approximate="tanh") * by
     return small_batch_gemm.linear(values, None, *last, *marlin, streamed, n, False)
 
 

@@ -6,18 +6,16 @@
 //
 // Compiled by NVRTC with MT (tiles of 8 tokens that a warp takes at once), NT (tiles of 16 outputs, 1 or 2), ROLL (1: the
 // next weights come into registers whose weights have been used), FIT (blocks of four warps that the registers of a
-// multiprocessor are to hold; 0: no matter), GELU (0 or 1) and SCALED (1: x is multiplied by pre_quant_scale first, each
+// multiprocessor are to hold; 0: no matter), GELU (1: gelu(first half) * second half; 2: gelu(y) * by) and SCALED (1: x is multiplied by pre_quant_scale first, each
 // product rounded to bfloat16). Launched with
 //
-//   grid (chunks, N / 16 / NT / (warps / split), parts), block 32 * warps, shared memory warps * NT * MT * 512 bytes:
+//   grid (chunks * N / 16 / NT / (warps / split), parts), block 32 * warps, shared memory warps * NT * MT * 512 bytes:
 //
 // each chunk of 8 * MT tokens reads all weights, side by side with the other chunks, so that they come from memory once;
 // `split` warps of a block and `parts` blocks share NT tiles of outputs.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
-
-#define STAGE_BYTES (2048 + 256)  // of a block of 16 outputs x 256 inputs
 
 // Two E2M1 codes of a word as bfloat16 bit patterns; their value is the code's times 2^-126 (subnormals mean it).
 __device__ __forceinline__ void decode(u32 word, u32 (&a)[4]) {
@@ -68,32 +66,10 @@ __device__ __forceinline__ uint2 load_once(const uint2* at) {
     return v;
 }
 
-__device__ __forceinline__ void copy16(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-}
-
-__device__ __forceinline__ void copy8(void* to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-}
-
-__device__ __forceinline__ void end_of_stage() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-__device__ __forceinline__ void wait_for_stage() {  // the oldest of STAGES
-    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES > 0 ? STAGES - 1 : 0) : "memory");
-}
-
-#if CLUSTER || defined(GATED)
+#ifdef GATED
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
-__device__ __forceinline__ void store_in_first_block(float* here, float value) {
-    asm volatile(
-        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, 0;\nst.shared::cluster.f32 [there], %1;\n}" ::"r"(
-            (u32)__cvta_generic_to_shared(here)),
-        "f"(value)
-        : "memory");
-}
 
 __device__ __forceinline__ void store_in_block(u16* here, u16 value, int block) {
     asm volatile(
@@ -150,22 +126,14 @@ __device__ __forceinline__ uint4 load_x(const uint4* at) {
 template <bool SHARED_X = false>
 __device__ __forceinline__ void multiply(Block (&b)[NT], const u16* x, const u16* pre, int token, int tokens, long stride,
                                          const uint4* codes, const uint2* scales, const int (&next)[NT],
-                                         const char* stage, float (&acc)[CHAINS][NT][MT][4]) {
+                                         float (&acc)[CHAINS][NT][MT][4]) {
     const int lane = threadIdx.x % 32;
-    if (STAGES)
-#pragma unroll
-        for (int n = 0; n < NT; n++)
-            b[n].scales = reinterpret_cast<const uint2*>(stage + n * STAGE_BYTES + 2048)[lane];
     uint2 next_scales[NT];
     if (ROLL && next[0] >= 0)
 #pragma unroll
         for (int n = 0; n < NT; n++) next_scales[n] = load_once(scales + next[n] * 32 + lane);
 #pragma unroll
     for (int q = 0; q < 4; q++) {
-        if (STAGES)
-#pragma unroll
-            for (int n = 0; n < NT; n++)
-                b[n].codes[q] = reinterpret_cast<const uint4*>(stage + n * STAGE_BYTES)[q * 32 + lane];
         uint4 other_half[MT];
         if (WHOLE)
 #pragma unroll
@@ -224,8 +192,6 @@ __device__ __forceinline__ void multiply(Block (&b)[NT], const u16* x, const u16
 
 #if FIT
 #define BOUNDS __launch_bounds__(128, FIT)
-#elif LEAST
-#define BOUNDS __launch_bounds__(LEAST, 1)
 #else
 #define BOUNDS __launch_bounds__(MT * NT > 4 ? 256 : 512)
 #endif
@@ -238,32 +204,32 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
     u16* y,                     // [tokens, N] bfloat16; with GELU [tokens, N / 2]: gelu(first half) * second half
     const float* global_scale,  // [1]
     float* partial,             // [chunks, parts, N / 16, 32, MT * 4], where parts > 1
-    u32* arrivals,              // [gridDim.y, chunks], zero before and after, where parts > 1
-    int tokens, int N, int K, int split) {
+    u32* arrivals,              // [gridDim.x], zero before and after, where parts > 1
+    int tokens, int N, int K, int split, int chunks,
+    const u16* by,              // [tokens, N] bfloat16, rows `apart` elements apart, where GELU is 2
+    int apart) {
     float(*sums)[NT * MT * 4][32] = reinterpret_cast<float(*)[NT * MT * 4][32]>(shared);  // [warps]
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int chunk = blockIdx.x, part = blockIdx.z, parts = gridDim.z;
+    const int group = chunks == 1 ? blockIdx.x : blockIdx.x / chunks, chunk = blockIdx.x - group * chunks;
+    const int part = blockIdx.y, parts = gridDim.y;
     const int blocks = K / 256, share = warp % split;
-    const int slot = blockIdx.y * (blockDim.x / 32 / split) + warp / split;
-    // With GELU a tile of the gate and the tile of the up projection that goes with it are neighbours: two tiles of a
+    const int slot = group * (blockDim.x / 32 / split) + warp / split;
+    // With GELU 1 a tile of the gate and the tile of the up projection that goes with it are neighbours: two tiles of a
     // warp, or those of two slots.
     int tiles[NT];
 #pragma unroll
     for (int n = 0; n < NT; n++) {
         const int at = slot * NT + n;
-        tiles[n] = GELU ? at / 2 + (at % 2) * (N / 32) : at;
+        tiles[n] = GELU == 1 ? at / 2 + (at % 2) * (N / 32) : at;
     }
     x += (long)chunk * 8 * MT * K;
-    y += (long)chunk * 8 * MT * (GELU ? N / 2 : N);
+    y += (long)chunk * 8 * MT * (GELU == 1 ? N / 2 : N);
+    by += (long)chunk * 8 * MT * apart;
     tokens -= chunk * 8 * MT;
 
     float chains[CHAINS][NT][MT][4];
     auto& acc = chains[0];
     EACH_SUM(acc[n][m][i] = chains[CHAINS - 1][n][m][i] = 0.0f)
-    char* const ring = reinterpret_cast<char*>(sums + blockDim.x / 32) + warp * STAGES * NT * STAGE_BYTES;
-#if CLUSTER
-    if (parts > 1) cluster_arrive();
-#endif
 
     const u16 *my_x = x + (long)g * K + t * 16, *my_pre = pre + t * 16;
     const int step = split * parts;
@@ -273,38 +239,17 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
 #pragma unroll
     for (int n = 0; n < NT; n++) none[n] = -1;
     // Weights do not depend on the grid before this one: fetch them while it finishes, and touch x only then.
-    let_next_grid_start();
-#if STAGES
-    auto bring = [&](int slot, int at) {
-        if (at < blocks)
-#pragma unroll
-            for (int n = 0; n < NT; n++) {
-                char* to = ring + (slot * NT + n) * STAGE_BYTES;
-                const int from = tiles[n] * blocks + at;
-#pragma unroll
-                for (int q = 0; q < 4; q++) copy16(to + q * 512 + lane * 16, codes + (from * 4 + q) * 32 + lane);
-                copy8(to + 2048 + lane * 8, scales + from * 32 + lane);
-            }
-        end_of_stage();
-    };
-#pragma unroll
-    for (int s = 0; s < FIRST; s++) bring(s, index + s * step);
-    wait_for_previous_grid();
-#pragma unroll
-    for (int s = FIRST; s < STAGES; s++) bring(s, index + s * step);
-    for (int slot = 0; index < blocks; index += step) {
-        wait_for_stage();
-        multiply(now, my_x + index * 256, my_pre + index * 256, g, tokens, (long)8 * K, codes, scales, none,
-                 ring + slot * NT * STAGE_BYTES, chains);
-        bring(slot, index + STAGES * step);
-        slot = slot + 1 == STAGES ? 0 : slot + 1;
-    }
-#else
+    if (GELU != 2) let_next_grid_start();
     if (index < blocks) {
 #pragma unroll
         for (int n = 0; n < NT; n++) fetch(now[n], codes, scales, tiles[n] * blocks + index, lane);
     }
     wait_for_previous_grid();
+    if (GELU == 2) let_next_grid_start();  // not before: what it reads may come from kernels before the one ahead
+    u16 factors[NT][MT][4];
+    if (GELU == 2 && share == 0)
+        EACH_SUM(const int token = m * 8 + t * 2 + i % 2;
+                 factors[n][m][i] = token < tokens ? by[(long)token * apart + tiles[n] * 16 + g + i / 2 * 8] : u16(0))
     if (index < blocks) {
         for (; index + step < blocks; index += step) {
             int following[NT];
@@ -312,51 +257,32 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
             for (int n = 0; n < NT; n++) following[n] = tiles[n] * blocks + index + step;
             const u16 *here = my_x + index * 256, *scale_here = my_pre + index * 256;
             if (ROLL) {
-                multiply(now, here, scale_here, g, tokens, (long)8 * K, codes, scales, following, nullptr, chains);
+                multiply(now, here, scale_here, g, tokens, (long)8 * K, codes, scales, following, chains);
             } else {
                 Block next[NT];
 #pragma unroll
                 for (int n = 0; n < NT; n++) fetch(next[n], codes, scales, following[n], lane);
-                multiply(now, here, scale_here, g, tokens, (long)8 * K, codes, scales, none, nullptr, chains);
+                multiply(now, here, scale_here, g, tokens, (long)8 * K, codes, scales, none, chains);
 #pragma unroll
                 for (int n = 0; n < NT; n++) now[n] = next[n];
             }
         }
-        multiply(now, my_x + index * 256, my_pre + index * 256, g, tokens, (long)8 * K, codes, scales, none, nullptr, chains);
+        multiply(now, my_x + index * 256, my_pre + index * 256, g, tokens, (long)8 * K, codes, scales, none, chains);
     }
-#endif
     if (CHAINS > 1) EACH_SUM(acc[n][m][i] += chains[CHAINS - 1][n][m][i])
 
-    if (split > 1 || (GELU && NT == 1) || parts > 1) {
+    if (split > 1 || (GELU == 1 && NT == 1) || parts > 1) {
         EACH_SUM(sums[warp][(n * MT + m) * 4 + i][lane] = acc[n][m][i])
         __syncthreads();
         if (share == 0) {
             for (int w = 1; w < split; w++) EACH_SUM(acc[n][m][i] += sums[warp + w][(n * MT + m) * 4 + i][lane])
         }
     }
-#if CLUSTER
-    if (parts > 1) {  // the cluster's first block adds up the parts, always in the same order
-        const int slots = blockDim.x / 32 / split;
-        auto given = reinterpret_cast<float(*)[NT * MT * 4][32]>(  // [parts - 1][slots of the block]
-            reinterpret_cast<char*>(sums + blockDim.x / 32) + blockDim.x / 32 * STAGES * NT * STAGE_BYTES);
-        cluster_wait();  // it has started
-        if (part && share == 0)
-            EACH_SUM(store_in_first_block(&given[(part - 1) * slots + warp / split][(n * MT + m) * 4 + i][lane],
-                                          acc[n][m][i]))
-        __syncwarp();
-        cluster_arrive();
-        if (part) return;
-        cluster_wait();
-        if (share == 0)
-            for (int p = 1; p < parts; p++)
-                EACH_SUM(acc[n][m][i] += given[(p - 1) * slots + warp / split][(n * MT + m) * 4 + i][lane])
-    }
-#else
     if (parts > 1) {  // the last block to arrive adds up the parts, always in the same order
         __shared__ u32 last;
         const long size = (long)(N / 16) * 32 * MT * 4;
         float* mine = partial + chunk * parts * size + (long)lane * MT * 4;
-        const int counter = blockIdx.y * gridDim.x + chunk;
+        const int counter = blockIdx.x;
         if (share == 0) {
 #pragma unroll
             for (int n = 0; n < NT; n++)
@@ -385,9 +311,8 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
                     }
         }
     }
-#endif
     const float scale = *global_scale * 256.0f;
-    if (GELU) {
+    if (GELU == 1) {
         if (NT == 1) {  // exchange the finished sums of the two tiles
             __syncthreads();
             if (share == 0) EACH_SUM(sums[warp][(n * MT + m) * 4 + i][lane] = acc[n][m][i])
@@ -411,5 +336,7 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
     }
     if (share) return;
     EACH_SUM(const int token = m * 8 + t * 2 + i % 2, row = tiles[n] * 16 + g + i / 2 * 8;
-             if (token < tokens) y[(long)token * N + row] = to_bf16(acc[n][m][i] * scale))
+             float v = acc[n][m][i] * scale;
+             if (GELU == 2) v = gelu_tanh(rounded(v)) * __uint_as_float((u32)factors[n][m][i] << 16);
+             if (token < tokens) y[(long)token * N + row] = to_bf16(v))
 }

@@ -37,12 +37,8 @@ class Form:
     pair: int = 1  # tiles of 16 outputs
     roll: bool = False  # the next weights come into registers whose weights have been used
     fit: int = 0  # blocks of four warps that a multiprocessor's registers are to hold; 0: no matter
-    stages: int = 0  # weights of so many blocks on their way to shared memory; 0: to registers
-    first: int = 0  # of those, asked for before the kernel ahead has ended; 0: all
     chains: int = 1  # sums by turns, added up at the end
     whole: bool = False  # x of 64 inputs at once
-    cluster: bool = False  # parts are added up in shared memory
-    least: int = 0  # threads of a block, where the compiler is to take more registers than 512 leave
 
     @property
     def rows(self) -> int:
@@ -50,27 +46,20 @@ class Form:
 
     @property
     def most_warps(self) -> int:  # what the kernel's registers allow
-        return 4 if self.fit else self.least // 32 if self.least else 8 if self.tiles * self.pair > 4 else 16
+        return 4 if self.fit else 8 if self.tiles * self.pair > 4 else 16
 
     def chunks(self, rows: int) -> int:
         return -(-rows // self.rows)
 
     def __str__(self) -> str:
-        more = f"s{self.stages}" * (self.stages > 0) + f"a{self.first}" * (self.first > 0) + "c" * (self.chains > 1)
-        return (
-            f"{self.rows}x{16 * self.pair}"
-            + more
-            + "w" * self.whole
-            + "k" * self.cluster
-            + f"l{self.least}" * (self.least > 0)
-        )
+        return f"{self.rows}x{16 * self.pair}" + "c" * (self.chains > 1) + "w" * self.whole
 
 
 _WIDE, _40, _32 = Form(1, 2, roll=True), Form(5, 2, roll=True, fit=3), Form(4, 2, roll=True, fit=3)
 # What is tried for batches of up to so many rows (and more than the number before): what was fastest for some GEMM of
 # E4B on an H200 (benchmarks/NOTES.md). Where nothing can be measured the first is taken, up to most_rows().
 CANDIDATES: dict[int, tuple[Form, ...]] = {
-    8: (Form(1), _WIDE),
+    8: (Form(1, whole=True), _WIDE),
     16: (Form(2), Form(2, 2), _WIDE, Form(1)),
     24: (Form(3), Form(3, 2), _WIDE, Form(1), _32),
     32: (Form(2, 2), _32, _WIDE, Form(2)),
@@ -112,16 +101,18 @@ def plan(n: int, k: int, form: Form, chunks: int, gelu: bool, multiprocessors: i
     if blocks >= 32 and outputs * chunks < 2 * multiprocessors:
         split = 5 if blocks % 5 == 0 and 5 * group <= most else 4
         return Launch(split * group, split, 4)
-    fitting = [s for s in (10, 8, 5, 4, 2) if blocks % s == 0 and s * group <= most]
-    split = next((s for s in fitting if outputs * chunks * s <= 24 * multiprocessors), 1)
+    # 128 registers: 16 warps of a multiprocessor at once, in blocks of four, whose warps may have unequal shares.
+    wide = form.tiles * form.pair == 4 and not form.fit
+    fitting = [s for s in (10, 8, 5, 4, 2) if (blocks % s == 0 or (wide and s == 4 < blocks)) and s * group <= most]
+    split = next((s for s in fitting if outputs * chunks * s <= (16 if wide else 24) * multiprocessors), 1)
     slots = group
     while split * slots * 2 <= 4 and outputs % (slots * 2) == 0:
         slots *= 2
     return Launch(split * slots, split, 1)
 
 
-def macros(form: Form, gelu: bool, scaled: bool) -> dict[str, int]:
-    """What the kernel is compiled with."""
+def macros(form: Form, gelu: int, scaled: bool) -> dict[str, int]:
+    """What the kernel is compiled with; ``gelu`` 1: gelu(first half) * second half, 2: gelu(y) * another tensor."""
     return {
         "MT": form.tiles,
         "NT": form.pair,
@@ -129,23 +120,19 @@ def macros(form: Form, gelu: bool, scaled: bool) -> dict[str, int]:
         "FIT": form.fit,
         "GELU": int(gelu),
         "SCALED": int(scaled),
-        "STAGES": form.stages,
-        "FIRST": form.first or form.stages,
         "CHAINS": form.chains,
         "WHOLE": int(form.whole),
-        "CLUSTER": int(form.cluster),
-        "LEAST": form.least,
     }
 
 
-def source(form: Form, gelu: bool, scaled: bool) -> str:
+def source(form: Form, gelu: int, scaled: bool) -> str:
     """The kernel's CUDA C++."""
     text = resources.files(__package__).joinpath("nvfp4_rows.cu").read_text()
     return "".join(f"#define {name} {value}\n" for name, value in macros(form, gelu, scaled).items()) + text
 
 
 @functools.cache
-def _kernel(form: Form, gelu: bool, scaled: bool) -> Any:
+def _kernel(form: Form, gelu: int, scaled: bool) -> Any:
     return cuda.Kernel(source(form, gelu, scaled), "nvfp4_rows")
 
 
@@ -179,6 +166,7 @@ def gemm(
     pre_quant_scale: Tensor | None = None,
     form: Form | None = None,
     how: Launch | None = None,
+    by: Tensor | None = None,
 ) -> Tensor:
     """``(x * pre_quant_scale) @ W.T`` for at most :data:`MOST_ROWS` rows, on the current stream.
 
@@ -189,6 +177,7 @@ def gemm(
         gelu: give ``gelu_tanh(first half) * second half`` of the outputs.
         pre_quant_scale: ``[K]`` bfloat16, or None for ones.
         form, how: None for what suits such a batch.
+        by: ``[rows, N]`` bfloat16, whose rows may be apart: give ``gelu_tanh(outputs) * by``.
 
     Returns:
         ``[rows, N]`` bfloat16, or ``[rows, N / 2]`` with ``gelu``.
@@ -201,8 +190,9 @@ def gemm(
     partial, arrivals = SCRATCH.on(x.device)
     pre = x if pre_quant_scale is None else pre_quant_scale  # not read where there is none
     blocks = n // ROWS // form.pair // (how.warps // how.split)
-    _kernel(form, gelu, pre_quant_scale is not None)(
-        grid=(chunks, blocks, how.parts),
+    factor = x if by is None else by
+    _kernel(form, int(gelu) if by is None else 2, pre_quant_scale is not None)(
+        grid=(chunks * blocks, how.parts, 1),
         block=how.warps * _LANES,
         args=[
             codes,
@@ -217,18 +207,13 @@ def gemm(
             n,
             k,
             how.split,
+            chunks,
+            factor,
+            factor.stride(0),
         ],
-        shared_bytes=shared_bytes(form, how),
-        cluster=how.parts if form.cluster else 1,
+        shared_bytes=how.warps * form.pair * form.tiles * 4 * _LANES * 4,
     )
     return y
-
-
-def shared_bytes(form: Form, how: Launch) -> int:
-    """Of a block: sums of its warps, weights on their way, sums of the cluster's other blocks."""
-    sums = form.pair * form.tiles * 4 * _LANES * 4
-    given = (how.parts - 1) * (how.warps // how.split) * sums if form.cluster else 0
-    return how.warps * (sums + form.stages * form.pair * 2304) + given
 
 
 def linear(
