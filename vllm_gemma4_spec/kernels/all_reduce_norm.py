@@ -74,9 +74,10 @@ def exchange(group_name: str, width: int) -> Exchange | None:
     custom = getattr(group.device_communicator, "ca_comm", None)
     if custom is None or custom.disabled:
         return None
-    addresses = CustomAllreduce.create_shared_buffer(Exchange.size(width), group=group.cpu_group)
-    made = Exchange(width, addresses[group.rank_in_group], addresses[1 - group.rank_in_group])
-    torch.distributed.barrier(group=group.cpu_group)  # neither writes before both are ready
+    with torch.inference_mode(False):  # Gloo's collectives cannot be called in it
+        addresses = CustomAllreduce.create_shared_buffer(Exchange.size(width), group=group.cpu_group)
+        made = Exchange(width, addresses[group.rank_in_group], addresses[1 - group.rank_in_group])
+        torch.distributed.barrier(group=group.cpu_group)  # neither writes before both are ready
     return made
 
 

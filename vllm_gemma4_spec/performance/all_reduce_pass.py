@@ -40,7 +40,6 @@ class AllReduceNormPass(VllmPatternMatcherPass):
 
     def __init__(self, config: VllmConfig) -> None:
         super().__init__(config)
-        all_reduce_norm.register()
         self.patterns = PatternMatcherPass(pass_name="gemma4_spec_all_reduce_norm")
         self._register()
         self.dump_patterns(config, self.patterns)

@@ -6,7 +6,6 @@ The config says so before anything is compiled, because vLLM's cache of compiled
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -39,9 +38,32 @@ def _fits(config: Any) -> bool:
         config.parallel_config.tensor_parallel_size == _RANKS
         and not config.parallel_config.disable_custom_all_reduce  # it needs the same access to the other's memory
         and not config.compilation_config.pass_config.enable_sp  # looks for all-reduces, too
-        and os.environ.get("VLLM_BATCH_INVARIANT", "0") == "0"
         and compile_settings.card_takes_pdl()
     )
+
+
+def _marked(config: Any) -> bool:
+    added = getattr(config, "additional_config", None)
+    return isinstance(added, dict) and MARK in added
+
+
+def backend(original: Callable[..., None]) -> Callable[..., None]:
+    """``VllmBackend.__init__``: the operator is there before a compiled graph that calls it is loaded from the cache.
+
+    Patch: ``fused-all-reduce``. Evidence:
+    ``tests/performance/test_fused_all_reduce.py::test_stock_leaves_two_norms_behind_an_all_reduce``. Related upstream
+    change: none found.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if _marked(self.vllm_config):
+            from vllm_gemma4_spec.kernels import all_reduce_norm
+
+            all_reduce_norm.register()
+
+    return wrapper
 
 
 def configure(original: Callable[..., None]) -> Callable[..., None]:
@@ -55,8 +77,7 @@ def configure(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def wrapper(self: Any, config: Any) -> None:
         original(self, config)
-        marked = isinstance(config.additional_config, dict) and MARK in config.additional_config
-        if not marked or not scope.gemma4_model(config.model_config):
+        if not _marked(config) or not scope.gemma4_model(config.model_config):
             return
         from vllm.config import set_current_vllm_config
 

@@ -281,6 +281,7 @@ FUSED_ALL_REDUCE = Patch(
     related="none found",
     edits=(
         Edit("vllm.config.vllm:VllmConfig.__post_init__", fused_all_reduce.vllm_config),
+        Edit("vllm.compilation.backends:VllmBackend.__init__", fused_all_reduce.backend),
         Edit("vllm.compilation.passes.pass_manager:PostGradPassManager.configure", fused_all_reduce.configure),
     ),
     watches=(
