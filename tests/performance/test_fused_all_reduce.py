@@ -164,6 +164,7 @@ class Compiled:
             self.eager = model(x)
             backend = functools.partial(compile_fx, inner_compile=without_kernels)
             self.compiled = torch.compile(model, dynamic=False, fullgraph=True, backend=backend)(x)
+        self.graph = graphs[0]
         names = [str(node.target) for node in graphs[0].nodes if node.op == "call_function"]
         self.all_reduces = names.count("vllm.all_reduce.default")
         self.fused = names.count("vllm.gemma4_spec_all_reduce_norm.default")

@@ -7,6 +7,7 @@ behind an all-reduce: no kernel less, since torch.compile makes one of all that 
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -71,13 +72,16 @@ class AllReduceNormPass(VllmPatternMatcherPass):
         def alone(x: Tensor, weight: Tensor, residual: Tensor) -> Any:
             return fused(x, weight, residual, None, None, _EPS, group)[0]
 
-        rows, width = 5, 16
-        row, weight = (lambda: norm.empty(rows, width)), (lambda: norm.empty(width))
-        for search, replace, inputs in (  # the longest first
-            (scaled, with_scale, [row(), weight(), row(), norm.empty(1), weight()]),
-            (followed, with_next, [row(), weight(), row(), weight()]),
-            (hidden, alone, [row(), weight(), row()]),
-        ):
+        row, weight = norm.empty(5, 16), norm.empty(16)
+        examples = {
+            "x": row,
+            "weight": weight,
+            "residual": row.clone(),
+            "scale": norm.empty(1),
+            "next_weight": weight.clone(),
+        }
+        for search, replace in ((scaled, with_scale), (followed, with_next), (hidden, alone)):  # the longest first
+            inputs = [examples[name] for name in inspect.signature(search).parameters]
             pm.register_replacement(search, replace, inputs, pm.fwd_only, self.patterns)
 
     @VllmInductorPass.time_and_log

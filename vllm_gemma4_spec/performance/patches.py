@@ -183,7 +183,8 @@ DRAFT_ARGMAX = Patch(
     why="Every draft pass computes, soft-caps and stores 262,144 logits to find the largest: 330 us a pass of E4B on "
     "an H200, of which 313 read lm_head in bfloat16.",
     how="A draft model's unquantized lm_head gets an NVFP4 copy (0.4 GB) that finds eight candidate blocks of 128 "
-    "token ids; their logits are then computed exactly and the largest is taken. Not under tensor parallelism.",
+    "token ids; their logits are then computed exactly and the largest is taken. Under tensor parallelism each rank "
+    "does so for its part, and the largest of theirs is taken.",
     retire="A fused argmax over lm_head in vLLM.",
     scope="Draft models that are a Gemma 4, on CUDA.",
     related="none found",
