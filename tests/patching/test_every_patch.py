@@ -214,6 +214,11 @@ SHOWN = {
         "performance/test_target_compile::test_a_target_is_compiled_with_dependent_launch",
         r"enable_pdl",
     ),
+    "fused-all-reduce": Shown(
+        "performance/test_fused_all_reduce::test_stock_leaves_two_norms_behind_an_all_reduce",
+        "performance/test_fused_all_reduce::test_an_all_reduce_takes_the_norms_behind_it",
+        r"all_reduce",
+    ),
     "split-attention": Shown(
         f"{_KERNELS}::test_stock_walks_the_context_in_one_piece",
         f"{_KERNELS}::test_a_verification_splits_the_context",
