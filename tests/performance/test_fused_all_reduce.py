@@ -6,9 +6,14 @@ What the kernel is worth takes two GPUs: ``benchmarks/all_reduce.py``.
 from __future__ import annotations
 
 import functools
+import importlib.machinery
+import importlib.util
 import json
+import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +25,11 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.fx_passes.post_grad import post_grad_passes
 from vllm import platforms
 from vllm.compilation.backends import VllmBackend
+from vllm.compilation.passes import fusion, pass_manager
 from vllm.compilation.passes.inductor_pass import pass_context
 from vllm.compilation.passes.pass_manager import PostGradPassManager
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config.compilation import PassConfig
 from vllm.config.utils import Range
 from vllm.distributed import (
     cleanup_dist_env_and_memory,
@@ -33,6 +40,7 @@ from vllm.distributed import (
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm.model_executor.models.gemma4 import Gemma4DecoderLayer
+from vllm.utils import torch_utils
 
 from tests.support import engine as _engine  # sets the environment
 from tests.support import tiny_models
@@ -164,8 +172,7 @@ class Compiled:
             self.eager = model(x)
             backend = functools.partial(compile_fx, inner_compile=without_kernels)
             self.compiled = torch.compile(model, dynamic=False, fullgraph=True, backend=backend)(x)
-        self.graph = graphs[0]
-        names = [str(node.target) for node in graphs[0].nodes if node.op == "call_function"]
+        self.names = names = [str(node.target) for node in graphs[0].nodes if node.op == "call_function"]
         self.all_reduces = names.count("vllm.all_reduce.default")
         self.fused = names.count("vllm.gemma4_spec_all_reduce_norm.default")
         self.norms = names.count("aten.rsqrt.default")
@@ -184,6 +191,67 @@ def test_stock_leaves_two_norms_behind_an_all_reduce(folders: dict[str, Path], s
     with without(FUSED_ALL_REDUCE):
         made = Compiled(finished(folders["31B"]), second_rank)
     assert (made.all_reduces, made.fused) == (4, 0)
+
+
+@pytest.fixture
+def flashinfer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """vLLM's fusion as it is where FlashInfer is installed, whose kernel PyTorch stands for."""
+
+    def fused(**given: Any) -> None:
+        total = 2 * given["input"] + given["residual_in"]
+        values = total.float()
+        normed = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + given["rms_eps"])
+        given["norm_out"].copy_(normed.to(total.dtype) * given["rms_gamma"])
+        given["residual_out"].copy_(total)
+
+    package, comm = (types.ModuleType(name) for name in ("flashinfer", "flashinfer.comm"))
+    package.__spec__ = importlib.machinery.ModuleSpec("flashinfer", None, is_package=True)
+    pattern = SimpleNamespace(kARResidualRMSNorm=1, kARResidualRMSNormFP8Quant=2, kARResidualRMSNormFP4Quant=3)
+    layout = SimpleNamespace(SWIZZLED_128x4=0)
+    own = {"AllReduceFusionPattern": pattern, "QuantizationSFLayout": layout, "allreduce_fusion": fused}
+    vars(comm).update(own, create_allreduce_fusion_workspace=None)
+    monkeypatch.setitem(sys.modules, "flashinfer", package)
+    monkeypatch.setitem(sys.modules, "flashinfer.comm", comm)
+    package.comm = comm  # type: ignore[attr-defined]
+    with torch.library._scoped_library("vllm", "FRAGMENT") as library:
+        monkeypatch.setattr(torch_utils, "vllm_lib", library)  # its operator goes again
+        name = "vllm.compilation.passes.fusion.with_flashinfer"
+        spec = importlib.util.spec_from_file_location(name, Path(fusion.__file__).with_name("allreduce_rms_fusion.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        workspace = SimpleNamespace(backend="trtllm")
+        for made in ("get_fi_ar_workspace", "get_fi_ar_quant_workspace"):
+            monkeypatch.setattr(module, made, lambda **_: workspace)
+        monkeypatch.setattr(pass_manager, "AllReduceFusionPass", module.AllReduceFusionPass, raising=False)
+        monkeypatch.setattr(PassConfig, "flashinfer_max_size", lambda *_: 2**26)
+        # What follows in vLLM names operators of its CUDA build.
+        monkeypatch.setattr(pass_manager.FixFunctionalizationPass, "__call__", lambda *_: None)
+        yield
+
+
+@pytest.mark.usefixtures("flashinfer")
+def test_flashinfers_fusion_takes_one_norm_and_fills_a_residual(
+    folders: dict[str, Path], second_rank: Callable[[], None]
+) -> None:
+    with without(FUSED_ALL_REDUCE):
+        config = finished(folders["31B"])
+        config.compilation_config.pass_config.fuse_allreduce_rms = True
+        made = Compiled(config, second_rank)
+    assert (made.all_reduces, made.fused) == (0, 0)
+    assert made.norms == 6 + 4  # three of each layer's attention, and those in front of attention and MLP
+    assert made.names.count("aten.full.default") == 4
+    torch.testing.assert_close(made.compiled, made.eager, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.usefixtures("flashinfer")
+def test_flashinfers_fusion_gets_what_is_left(folders: dict[str, Path], second_rank: Callable[[], None]) -> None:
+    config = finished(folders["31B"])
+    config.compilation_config.pass_config.fuse_allreduce_rms = True
+    made = Compiled(config, second_rank)
+    assert (made.all_reduces, made.fused) == (0, 4)
+    assert "aten.full.default" not in made.names
 
 
 def test_the_mark_is_in_the_key_of_compiled_graphs(folders: dict[str, Path]) -> None:

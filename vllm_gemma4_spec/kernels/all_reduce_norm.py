@@ -73,6 +73,9 @@ def exchange(group_name: str, width: int) -> Exchange | None:
     group = _group(group_name)
     custom = getattr(group.device_communicator, "ca_comm", None)
     if custom is None or custom.disabled:
+        logger.warning(
+            "All-reduces stay vLLM's: its custom all-reduce, which needs the same access, is off; it says why"
+        )
         return None
     with torch.inference_mode(False):  # Gloo's collectives cannot be called in it
         addresses = CustomAllreduce.create_shared_buffer(Exchange.size(width), group=group.cpu_group)
