@@ -157,7 +157,7 @@ def gemm_part(seconds: float, out: Path) -> None:
     for (tiles, form), code in zip(streams, stream_codes, strict=True):
         streaming[tiles, False, form] = loaded(code, "nvfp4_stream")
         streaming[tiles, False, form].allow_shared(stream_gemm.shared_bytes(tiles, form))
-    stream_gemm.kernel = lambda *what: streaming[what]  # type: ignore[assignment]
+    stream_gemm.kernel = lambda tiles, scaled, form, rank: streaming[tiles, scaled, form]  # type: ignore[assignment]
     device = torch.device("cuda", 0)
     small_batch_gemm.SCRATCH.reserve(device, 4 * 128 * 20480 * 4, 1280 * 16)
     report["card"] = torch.cuda.get_device_name()
