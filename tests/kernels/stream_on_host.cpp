@@ -58,6 +58,8 @@ static void arrive_with_copies(unsigned barrier) { arrive(barrier); }
 static void wait(unsigned barrier, unsigned parity) {
     std::atomic<int>& phase = at_barrier(barrier).phase;
     for (int now = phase; (unsigned)(now & 1) == parity; now = phase) phase.wait(now);
+    // A warp goes on together, as on a GPU: a lane left behind by two phases would wait for ever.
+    state->warps[threadIdx.x / 32]->arrive_and_wait();
 }
 static void copies_finish() {}
 static void prefetch(const void*) {}

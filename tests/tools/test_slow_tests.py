@@ -41,5 +41,5 @@ def test_the_worst_counts_and_what_never_ran_is_said(tmp_path: Path) -> None:
     lines = [json.dumps({"test": test, "outcome": outcome, "seconds": 1, "why": "so"}) for test, outcome in came]
     (tmp_path / "some.jsonl").write_text("\n".join([*lines, '{"test": "e", "outco']))
     group.read(tmp_path)
-    assert group.outcomes == {"a": "passed", "b": "error", "c": "skipped", "d": "failed", "e": "not run"}
+    assert group.outcomes == {"a": "passed", "b": "error", "c": "skipped", "d": "failed", "e": "no result"}
     assert group.skipped == {"c": "so"}

@@ -62,7 +62,7 @@ def fits(q: torch.Tensor, num_seqs: int, num_kv_heads: int, segments: int, scrat
 
 # Floats of the scratch for split attention, per process and device: 36 MiB.
 _FLOATS = 9 * 2**20
-_REQUESTS = 32  # most requests for which one of ours is chosen
+_REQUESTS = 64  # most requests for which one of ours is chosen
 _changed: dict[str, int] = {}  # numbers of the launches to come
 
 
@@ -152,8 +152,6 @@ class Kernel:
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         launched: Callable[..., Any] = self._kernel[grid]
-        if not _changed:
-            return launched
         changed = {name: number for name, number in _changed.items() if name in self._names}
         return lambda *args, **kwargs: launched(*args, **kwargs | changed)
 
