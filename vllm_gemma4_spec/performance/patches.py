@@ -280,10 +280,12 @@ FUSED_ALL_REDUCE = Patch(
     name="fused-all-reduce",
     group=Group.CONVENIENCE,
     why="Under tensor parallelism a layer has two all-reduces, each a kernel that waits for the other GPU twice, and "
-    "behind it a kernel with two norms and a sum. FlashInfer's fusion takes one norm, and saves no kernel.",
+    "behind it a kernel with two norms and a sum: 6.1 us of one row of 31B on two H200, 120 times a step. FlashInfer's "
+    "fusion takes one of the norms and fills a residual for it: 7.8 us.",
     how="On two GPUs from Hopper on a pass of vLLM's over the compiled graph puts one kernel in the place of an "
     "all-reduce, the norm, the residual, the layer's scalar and the next norm: each GPU writes its rows into the "
-    "other's memory and waits for the other's, without barriers. Above 256 rows vLLM's all-reduce comes first.",
+    "other's memory and waits for the other's, without barriers: 3.4 us, a step of 5.05 ms for 5.61. Above 256 rows "
+    "vLLM's all-reduce comes first.",
     retire="A fusion of vLLM's that takes both norms.",
     scope="Engines whose target is a Gemma 4, in bfloat16 on two GPUs from Hopper on; their Gemma 4 drafters.",
     related="none found",
