@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from tests.kernels.test_small_batch_gemm import GLOBAL_SCALE, dequantized, weight
 from tests.support import engine as _engine  # sets the environment
+from tests.support.configs import GEMMA4, LLAMA
 from vllm_gemma4_spec.kernels import gated_input, packing, small_batch_gemm
 from vllm_gemma4_spec.kernels.small_batch_gemm import Form
 from vllm_gemma4_spec.quantization import small_batch_layers
@@ -206,3 +207,47 @@ def test_few_rows_are_two_kernels_and_more_are_one(
     layer = [weight] * 3 + [empty] * 4
     gated_input.per_layer_input(x, by, *layer, 0, 256, *layer, 0, 512)
     assert called == wanted
+
+
+@pytest.mark.parametrize(
+    ("prefix", "model", "registered", "wanted"),
+    [
+        ("draft_model", GEMMA4, True, 1),
+        ("", GEMMA4, True, 0),  # the target's graph
+        ("draft_model", LLAMA, True, 0),
+        ("draft_model", GEMMA4, False, 0),  # no layer took the kernel, or the card has no clusters
+    ],
+)
+def test_a_drafters_graph_is_fused_before_it_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, prefix: str, model: Any, registered: bool, wanted: int
+) -> None:
+    gated_input.register_operator()
+    if not registered:
+        monkeypatch.setattr(gated_input, "OPERATOR", "unknown")
+    fused: list[fx.Graph] = []
+
+    def fuse(graph: fx.Graph) -> int:
+        fused.append(graph)
+        return 1
+
+    monkeypatch.setattr(gated_input, "fuse", fuse)
+    graph = fx.GraphModule(torch.nn.Module(), fx.Graph())
+    backend = SimpleNamespace(prefix=prefix, vllm_config=SimpleNamespace(model_config=model))
+    compiled = small_batch_layers.compiled(lambda _, graph, inputs: (graph, inputs))
+    assert compiled(backend, graph, [1]) == (graph, [1])
+    assert len(fused) == wanted
+
+
+@pytest.mark.parametrize(("codes", "clusters", "wanted"), [(True, True, 1), (True, False, 0), (False, True, 0)])
+def test_the_operator_exists_once_such_a_layer_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, codes: bool, clusters: bool, wanted: int
+) -> None:
+    registered: list[int] = []
+    monkeypatch.setattr(gated_input, "available", lambda: clusters)
+    monkeypatch.setattr(gated_input, "register_operator", lambda: registered.append(1))
+    one = SimpleNamespace(rows_codes=torch.empty(1) if codes else None)
+    made: Any = SimpleNamespace(per_layer_input_gate=one, per_layer_projection=one)
+    small_batch_layers._prepare_per_layer_input(made)
+    none: Any = SimpleNamespace(per_layer_input_gate=None, per_layer_projection=None)
+    small_batch_layers._prepare_per_layer_input(none)
+    assert len(registered) == wanted
