@@ -40,7 +40,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ap.add_argument("--engine", help=argparse.SUPPRESS)
     ap.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
     args = ap.parse_args(argv)
-    args.k, args.tp, args.concurrency = 3, 1, str(args.requests)
+    args.k, args.tp, args.concurrency, args.prefix_caching = 3, 1, str(args.requests), False
     return args
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import itertools
 import json
 import os
 import statistics
@@ -62,7 +63,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="chances that a draft position is accepted; 0.3/0.9: of every two requests one has each",
     )
     ap.add_argument("--tokens", type=int, default=128, help="tokens generated per request")
-    ap.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
+    ap.add_argument("--prompt", default="128", help="tokens of a prompt; 128,3000,30000: measured one after the other")
+    ap.add_argument("--prefix-caching", action="store_true", help="read each prompt once; `prompts` then says nothing")
     ap.add_argument("--repeats", type=int, default=3)
     ap.add_argument("--target-layers", type=int, help="cut the target, for a quick run of the drafter")
     ap.add_argument("--compile", type=int, default=3, choices=(0, 3), help="vLLM's compilation mode")
@@ -79,6 +81,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def k_of(engine: str, k: int) -> int:
     """``spec@5`` -> 5; ``spec`` -> ``k``."""
     return int(engine.partition("+")[0].partition("@")[2] or k)
+
+
+def prompt_lengths(args: argparse.Namespace) -> list[int]:
+    return [int(length) for length in str(args.prompt).split(",")]
 
 
 def file_name(engine: str) -> str:
@@ -132,12 +138,12 @@ def make_llm(args: argparse.Namespace) -> Any:
         str(target),
         load_format="dummy",
         skip_tokenizer_init=True,
-        max_model_len=max(4096, args.prompt + args.tokens),
+        max_model_len=max(4096, max(prompt_lengths(args)) + args.tokens),
         max_num_seqs=max(sizes),
         max_num_batched_tokens=4096,
         gpu_memory_utilization=0.3,  # checked at the start only: the next line sizes the cache
         kv_cache_memory_bytes=int(args.kv_gib * 2**30),
-        enable_prefix_caching=False,
+        enable_prefix_caching=args.prefix_caching,
         disable_log_stats=False,
         seed=0,
         compilation_config={
@@ -176,10 +182,8 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
     result |= rpc(probes.bandwidth_and_bytes)[0]
     rpc(probes.install_marks)
 
-    def generate(n: int, tokens: int) -> tuple[float, dict[str, float]]:
-        prompts = [
-            {"prompt_token_ids": [(7 * i + 13 * j) % 50_000 + 100 for i in range(args.prompt)]} for j in range(n)
-        ]
+    def generate(length: int, n: int, tokens: int) -> tuple[float, dict[str, float]]:
+        prompts = [{"prompt_token_ids": [(7 * i + 13 * j) % 50_000 + 100 for i in range(length)]} for j in range(n)]
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
         rpc(probes.switch_marks, args=(True,))
         outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -188,20 +192,21 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         prompts_ms = round((first - min(s.scheduled_ts for s in stats)) * 1e3, 1)
         return (tokens - 1) * n / (last - first), rpc(probes.read_marks)[0] | {"prompts": prompts_ms}
 
-    def mixed(n: int, kinds: int) -> tuple[float, dict[str, float]]:
+    def mixed(length: int, n: int, kinds: int) -> tuple[float, dict[str, float]]:
         """As many runs as there are kinds of requests, so that each kind generates the same number of tokens."""
-        runs = [generate(n, args.tokens) for _ in range(kinds)]
+        runs = [generate(length, n, args.tokens) for _ in range(kinds)]
         return statistics.harmonic_mean([speed for speed, _ in runs]), runs[-1][1]
 
     for rate in args.acceptance.split(",") if speculative else [None]:
         if rate is not None:
             rpc(probes.force_acceptance, args=([float(chance) for chance in rate.split("/")],))
-        for n in sizes:
-            generate(n, 24)
-            runs = [mixed(n, rate.count("/") + 1 if rate else 1) for _ in range(args.repeats)]
+        for length, n in itertools.product(prompt_lengths(args), sizes):
+            generate(length, n, 24)
+            runs = [mixed(length, n, rate.count("/") + 1 if rate else 1) for _ in range(args.repeats)]
             speeds = sorted(r[0] for r in runs)
             middle = statistics.median_low(speeds)
             row = {
+                "prompt": length,
                 "concurrency": n,
                 "acceptance": float(rate) if rate and "/" not in rate else rate,
                 "tokens_per_s": round(middle, 1),
@@ -210,17 +215,19 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
             }
             print(args.engine, row, flush=True)
             result["runs"].append(row)
+    longest = max(prompt_lengths(args))
     if args.profile:
         for n in sizes:
-            generate(n, 24)
+            generate(longest, n, 24)
             rpc(probes.profile_begins)
-            generate(n, 24)
+            generate(longest, n, 24)
             kernels = rpc(probes.profile_ends)[0]
             decoding = [k for k in kernels if k[1] > 0.3 * kernels[-1][1]]  # the prompts are behind
-            result.setdefault("steps", {})[n] = kernel_table(decoding).splitlines()
-            print(args.engine, f"some steps of {n}:", kernel_table(decoding), sep="\n", flush=True)
+            lines = [*kernel_table(decoding).splitlines(), *layer_lines(decoding)]
+            result.setdefault("steps", {})[n] = lines
+            print(args.engine, f"some steps of {n}:", *lines, sep="\n", flush=True)
     if speculative:
-        result["draft_parts"] = rpc(probes.draft_parts, args=(sizes, args.prompt + args.tokens))[0]
+        result["draft_parts"] = rpc(probes.draft_parts, args=(sizes, longest + args.tokens))[0]
         print(args.engine, "draft parts", result["draft_parts"], flush=True)
         if args.profile:
             result["profile"] = rpc(probes.profile_replay, args=(sizes[0],))[0]
@@ -244,18 +251,44 @@ def kernel_table(kernels: list[tuple[str, float, float]], top: int = 30) -> str:
     return "\n".join(lines)
 
 
+def layer_lines(kernels: list[tuple[str, float, float]]) -> list[str]:
+    """What a step takes (one argmax each; the first third may hold prompts), and the kernels of two layers in order."""
+    marks = [i for i, kernel in enumerate(kernels) if "ArgMax" in kernel[0]]
+    marks = marks[len(marks) // 3 :]
+    steps = len(marks) - 1
+    if steps < 1:
+        return []
+    whole = kernels[marks[0] : marks[-1]]
+    span = (kernels[marks[-1]][1] - kernels[marks[0]][1]) / steps
+    lines = [
+        f"{steps} steps of {span:.0f} us, {len(whole) / steps:.0f} kernels, busy {sum(k[2] for k in whole) / steps:.0f}"
+    ]
+    middle = marks[steps // 2] + int(len(whole) / steps * 0.4)
+    attention = [
+        i for i in range(middle, len(kernels)) if "attention" in kernels[i][0] or "_few_queries" in kernels[i][0]
+    ]
+    attention = [i for i in attention if i - 1 not in attention][:3]
+    if len(attention) < 3:
+        return lines
+    begin = kernels[attention[0]][1]
+    for name, at, us in kernels[attention[0] : attention[2] + 1]:
+        lines.append(f"{at - begin:9.1f} us {us:8.2f}  {name[:100]}")
+    return lines
+
+
 def table(results: dict[str, Any]) -> str:
     """tok/s of every engine, and of speculation over plain decoding."""
     plain = sorted((e for e in results if e.startswith(("stock", "plain"))), key=lambda e: not e.startswith("stock"))
-    base = {r["concurrency"]: r["tokens_per_s"] for r in (results[plain[0]].get("runs", []) if plain else [])}
-    lines = ["engine              accept    c    tok/s  ratio    step  verify  sampling  draft    gap (ms)"]
+    rows = results[plain[0]].get("runs", []) if plain else []
+    base = {(r["prompt"], r["concurrency"]): r["tokens_per_s"] for r in rows}
+    lines = ["engine              accept  prompt    c    tok/s  ratio    step  verify  sampling  draft    gap (ms)"]
     for engine, result in results.items():
         for r in result.get("runs", []):
-            n = r["concurrency"]
-            ratio = f"{r['tokens_per_s'] / base[n]:5.2f}" if n in base else "    -"
+            of = r["prompt"], r["concurrency"]
+            ratio = f"{r['tokens_per_s'] / base[of]:5.2f}" if of in base else "    -"
             times = "  ".join(f"{r.get(p, float('nan')):6.2f}" for p in ("step", "verify", "sampling", "draft", "gap"))
             accept = "-" if r["acceptance"] is None else str(r["acceptance"])
-            lines.append(f"{engine:18s} {accept:>7s} {n:4d} {r['tokens_per_s']:8.1f}  {ratio}  {times}")
+            lines.append(f"{engine:18s} {accept:>7s} {of[0]:7d} {of[1]:4d} {r['tokens_per_s']:8.1f}  {ratio}  {times}")
     return "\n".join(lines)
 
 

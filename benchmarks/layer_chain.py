@@ -111,6 +111,8 @@ class Variant:
     model: str = "31B"
     told: bool = False  # the kernel says where its time goes
     without: tuple[str, ...] = ()  # of LEFT_OUT; results mean nothing
+    rank: int = 0  # of a low-rank branch
+    beside: bool = False  # the branch as GEMMs of their own
 
 
 def used_by(variant: Variant) -> set[int]:
@@ -151,6 +153,15 @@ PARTS: dict[str, dict[str, Variant]] = {
         f"without {' '.join(w)}" if w else "all": early(NOW, (1, 16, 64), without=w)
         for w in ((), ("copies",), ("multiplication",), ("decoding",), ("x",), ("last",), ("copies", "decoding"))
     },
+    "branch": {
+        "no branch": early(NOW, (1, 4, 16, 64)),
+        "inside": early(NOW, (1, 4, 16, 64), rank=stream_gemm.RANK),
+        "beside": early(NOW, (1, 4, 16, 64), rank=stream_gemm.RANK, beside=True),
+        **{
+            f"inside without {' '.join(w)}": early(NOW, (1, 16, 64), rank=stream_gemm.RANK, without=w)
+            for w in (("t",), ("t", "up"))
+        },
+    },
     # Not measured but told: where a GEMM's time goes.
     "told": {"now": early(NOW, (1, 16, 32, 64), told=True)},
 }
@@ -175,6 +186,11 @@ LEFT_OUT = {
         )
     ],
     "x": [("if (p == 32) bring_x(", "if (p == 32 && rows > 0) arrive(full + 8 * stage); else if (p == 32) bring_x(")],
+    "t": [
+        ("branch(of, p / 32 - 2, lane", "if (K < 0) branch(of, p / 32 - 2, lane"),
+        ("wait(base + BRANCH_AT, 0);", ""),
+    ],
+    "up": [("copy_x(base + up_at(eight, r), up", "if (K < 0) copy_x(base + up_at(eight, r), up")],
     "last": [("if (count > 1 && !part_k) {", "if (count > 1 && !part_k && K < 0) {")],
 }
 MIX = """
@@ -195,7 +211,7 @@ TOLD = (
 
 def text_of(of: Variant, tiles: int) -> str:
     """The kernel's text, without what is left out, or saying where its time goes."""
-    source = stream_gemm.source(tiles, False, of.forms[tiles])  # type: ignore[index]
+    source = stream_gemm.source(tiles, False, of.forms[tiles], 0 if of.beside else of.rank)  # type: ignore[index]
     for name in of.without:
         for old, new in LEFT_OUT[name]:
             assert old in source, name
@@ -229,9 +245,9 @@ def told(source: str) -> str:
 class Chain:
     """Layers of one model and what stands between their GEMMs."""
 
-    def __init__(self, model: str, layers: int) -> None:
+    def __init__(self, model: str, layers: int, rank: int = 0) -> None:
         self.shapes = SHAPES[model]
-        self.made = [{n: layer(*s, "cuda")[0] for n, s in self.shapes.items()} for _ in range(layers)]
+        self.made = [{n: layer(*s, "cuda", rank)[0] for n, s in self.shapes.items()} for _ in range(layers)]
         self.hidden = self.shapes["o"][0]
         self.told = torch.zeros(4 * layers, 256, 8, dtype=torch.int64, device="cuda")
         self.says = self.told[0]  # where the next GEMM says its times
@@ -253,7 +269,11 @@ class Chain:
             weights = (one.weight, one.weight_scale, one.weight_global_scale)
             if variant.told:
                 self.says = next(told)
-            return stream_gemm.launch(tiles, variant.forms[tiles], x, None, *weights, one.output_size_per_partition)
+            low_rank = (one.a, one.b) if variant.rank and not variant.beside else None
+            n = one.output_size_per_partition
+            y = stream_gemm.launch(tiles, variant.forms[tiles], x, None, *weights, n, low_rank)
+            linear = torch.nn.functional.linear
+            return y + linear(linear(x, one.a), one.b) if variant.beside else y
 
         def normed(x: Tensor) -> Tensor:
             nonlocal hidden
@@ -387,13 +407,13 @@ def run(part: str, layers: int, asked_rows: set[int], out: Path, ready: Any, go:
 
     current: Variant | None = None
 
-    def kernel(tiles: int, scaled: bool, form: Form) -> Any:
+    def kernel(tiles: int, scaled: bool, form: Form, rank: int) -> Any:
         text = text_of(current, tiles)  # type: ignore[arg-type]
         if text not in kernels:
             code = codes[text]
             if isinstance(code, str):
                 raise RuntimeError(code)
-            kernels[text] = loaded(tiles, form, code)
+            kernels[text] = loaded(tiles, form, code, rank)
         return partial(saying, kernels[text]) if current.told else kernels[text]  # type: ignore[union-attr]
 
     def saying(made: Any, args: list[Any], **rest: Any) -> None:
@@ -403,7 +423,8 @@ def run(part: str, layers: int, asked_rows: set[int], out: Path, ready: Any, go:
     stream_gemm.kernel = kernel  # type: ignore[assignment]
     start = time.time()
     models = {v.model for v in variants.values()}
-    chains = {m: Chain(m, layers if m == "31B" else 2 * layers) for m in models}
+    rank = max(v.rank for v in variants.values())
+    chains = {m: Chain(m, layers if m == "31B" else 2 * layers, rank) for m in models}
     check = Check(*SHAPES[min(models)]["o"])
     report["seconds"]["start"] = round(time.time() - start, 1)
     results: dict[Any, Tensor] = {}
@@ -413,7 +434,7 @@ def run(part: str, layers: int, asked_rows: set[int], out: Path, ready: Any, go:
             for rows in v.rows:
                 report["told"].setdefault(name, {})[rows] = where(chains[v.model], v, rows)
             return
-        if not v.without and v.model == min(models):
+        if not v.without and not v.rank and v.model == min(models):
             for tiles in sorted(used_by(v)):
                 wrong += check(tiles, v.forms[tiles])  # type: ignore[index]
         for rows in [r for r in v.rows if not asked_rows or r in asked_rows]:
@@ -421,7 +442,7 @@ def run(part: str, layers: int, asked_rows: set[int], out: Path, ready: Any, go:
             us, ended = timed(chain, v, rows)
             report["us"].setdefault(v.model, {}).setdefault(rows, {})[name] = round(us / len(chain.made), 1)
             form = v.forms[stream_gemm.tiles_for(rows, v.forms)] if v.forms else None
-            order = form and not v.without and (form.groups, form.sharing)
+            order = form and not v.without and (form.groups, form.sharing, v.rank, v.beside)
             known = results.setdefault((v.model, rows, order), ended[0].clone())
             if order and not all(torch.equal(y, known) for y in ended):
                 wrong.append(f"chain of {rows} rows: another result")

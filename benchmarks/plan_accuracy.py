@@ -28,7 +28,7 @@ def plan(args: dict[str, Any], requests: int, bandwidth: float, rate: float, giv
         *pair,
         [timing.Hardware("measured", 141e9, bandwidth * 1e9, "full_shape.py")],
         {"rate": timing.curve(str(rate))},
-        report.Asked(requests, args["prompt"] + args["tokens"] // 2, "bf16", 0.8, given),
+        report.Asked(requests, int(args["prompt"]) + args["tokens"] // 2, "bf16", 0.8, given),
     )
 
 

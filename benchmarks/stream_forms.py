@@ -49,10 +49,10 @@ def text(name: str, tiles: int, form: Form) -> str:
     return f"{head}for (int i = 0; i < 4; i++) a[q][i] = word + both + high;\n}}\n{tail.split('}', 1)[1]}"
 
 
-def loaded(tiles: int, form: Form, code: bytes) -> Any:
+def loaded(tiles: int, form: Form, code: bytes, rank: int = 0) -> Any:
     made = cuda.Kernel.__new__(cuda.Kernel)
     made._load(code, "nvfp4_stream", overlaps=True)
-    made.allow_shared(stream_gemm.shared_bytes(tiles, form))
+    made.allow_shared(stream_gemm.shared_bytes(tiles, form, rank))
     return made
 
 
@@ -113,7 +113,7 @@ def run(name: str, models: list[str], out: Path, ready: Any, go: Any) -> None:
     report["card"], report["read_TB_s"] = torch.cuda.get_device_name(), read_speed()
     for tiles, code in codes.items():
         _KERNELS[tiles, by[tiles]] = loaded(tiles, by[tiles], code)  # type: ignore[index]
-    stream_gemm.kernel = lambda tiles, scaled, form: _KERNELS[tiles, form]  # type: ignore[assignment]
+    stream_gemm.kernel = lambda tiles, scaled, form, rank: _KERNELS[tiles, form]  # type: ignore[assignment]
     most = 128 if by is None else 8 * max(by)
 
     def say() -> None:

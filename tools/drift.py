@@ -209,10 +209,10 @@ the source shows what the last column says; nothing was run.
 def _advice(version: str, verdicts: Mapping[str, Verdict]) -> str:
     if version == SUPPORTED:
         return "Use the plugin."
-    open_ones = [p.name for p in PATCHES if p.group is Group.CORRECTNESS and not verdicts[p.name].unnecessary]
+    needed = sum(p.group is Group.CORRECTNESS and not verdicts[p.name].unnecessary for p in PATCHES)
     if Version(version) < Version(SUPPORTED):
         return f"Go to {SUPPORTED}, which the plugin is for."
-    return f"Uninstall the plugin. If you need one of these, stay on {SUPPORTED}: {', '.join(open_ones)}."
+    return f"Uninstall the plugin. If you need one of {needed} correctness patches (below), stay on {SUPPORTED}."
 
 
 def page(found: Mapping[str, Mapping[str, Verdict]]) -> str:
@@ -226,7 +226,7 @@ def page(found: Mapping[str, Mapping[str, Verdict]]) -> str:
         cells = f"| {same} | {len(words) - same - fixed} | {fixed} | {_advice(version, verdicts)} |"
         rows.setdefault(cells, []).append(version)
     lines += [f"| {', '.join(versions)} {cells}" for cells, versions in rows.items()]
-    lines += ["", "## Patch by patch", "", "| patch | its code | fixed upstream |", "|---|---|---|"]
+    lines += ["", "## Patch by patch", "", "| patch | group | its code | fixed upstream |", "|---|---|---|---|"]
     for patch in PATCHES:
         of_version = {v: str(verdicts[patch.name]) for v, verdicts in found.items()}
         seen = []
@@ -235,7 +235,7 @@ def page(found: Mapping[str, Mapping[str, Verdict]]) -> str:
             if since:
                 seen.append(f"{'' if evidence.whole else 'in part '}since {since[0]}: {evidence.says}")
         link = f"[{patch.name}](../reference/patches.md#{patch.name})"
-        lines.append(f"| {link} | {_ranges(of_version)} | {'; '.join(seen) or 'no'} |")
+        lines.append(f"| {link} | {patch.group.value} | {_ranges(of_version)} | {'; '.join(seen) or 'no'} |")
     return "\n".join(lines) + "\n"
 
 

@@ -65,7 +65,7 @@ def pair(file: str, card: str, engine: str, without: str) -> dict[str, Any]:
         "drafter": f"{target}-assistant" if assistant else MODELS[args["drafter"]],
         "weights": "nvfp4",
         "drafter_weights": "bf16" if assistant else "nvfp4",
-        "context": args["prompt"] + args["tokens"] // 2,
+        "context": int(args["prompt"]) + args["tokens"] // 2,
         "k": k_of(engine, args["k"]),
         "ms": runs,
     }

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -103,17 +104,25 @@ def weights(members: Sequence[Tensors], **mistake: bool) -> torch.Tensor:
 
 
 def linear(
-    name: str, kind: str, columns: int, outputs: Sequence[int], members: Sequence[Tensors], drafter: bool = False
+    name: str,
+    kind: str,
+    columns: int,
+    outputs: Sequence[int],
+    members: Sequence[Tensors],
+    drafter: bool = False,
+    streams: bool = False,
 ) -> Any:
     """vLLM's layer in bfloat16 with ``members`` loaded through its weight loaders.
 
     Args:
         kind: ``row`` (o_proj, down_proj) or ``merged`` (qkv_proj, gate_up_proj).
         drafter: prepared as a draft model's layers are.
+        streams: prepared as a target's, of which all batches that can stream do.
     """
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
     from vllm.utils.torch_utils import set_default_torch_dtype
 
+    from vllm_gemma4_spec.kernels import stream_gemm
     from vllm_gemma4_spec.quantization import Nvfp4Config, small_batch_layers
 
     algorithm = "NVFP4_SVD" if "svdquant_lora_a" in members[0] else "NVFP4_AWQ"
@@ -129,7 +138,12 @@ def linear(
         for suffix, value in parts.items():
             param = getattr(layer, suffix)
             param.weight_loader(param, value.clone(), *([] if kind == "row" else [index]))
-    with small_batch_layers._drafter() if drafter else nullcontext():
+    if streams and not REHEARSAL:
+        layer.stream_wanted = True
+    with (
+        small_batch_layers._drafter() if drafter else nullcontext(),
+        mock.patch.object(stream_gemm, "faster", return_value=stream_gemm.ALL) if streams else nullcontext(),
+    ):
         layer.quant_method.process_weights_after_loading(layer)
     return layer
 

@@ -34,7 +34,7 @@ DRAFTER: dict[str, tuple[str, int, list[int]]] = {
 if REHEARSAL:
     TARGET = {"gate_up_proj": ("merged", 256, [512, 512]), "down_proj": ("row", 512, [256])}
     DRAFTER = {"o_proj": ("row", 512, [256])}
-ROWS = (1, 4, 5, 16, 20, 64, 80)
+ROWS = (1, 4, 5, 16, 20, 64, 80, 128, 200)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,10 +79,22 @@ def check(layer: Any, members: list[Tensors], limit: float) -> dict[str, float]:
 @pytest.mark.parametrize("rank", [0, 32], ids=["awq", "svd"])
 @pytest.mark.parametrize("name", TARGET)
 def test_a_targets_linear(name: str, rank: int, measured: Any) -> None:
+    """Up to 128 rows by the streaming kernel, with what it takes in of scale and branch, and Marlin above."""
     kind, columns, outputs = TARGET[name]
     members = [nvfp4.tensors(n, columns, seed, rank) for seed, n in enumerate(outputs)]
-    layer = nvfp4.linear(name.split()[0], kind, columns, outputs, members)
+    layer = nvfp4.linear(name.split()[0], kind, columns, outputs, members, streams=True)
+    if not REHEARSAL:
+        assert layer.streamed
+        assert layer.stream_branch == bool(rank)
+        assert layer.stream_scaled == (not rank and name.startswith("o_proj"))
     measured(**check(layer, members, 0.02), backend=str(layer.quant_method.backend))
+    if not REHEARSAL:
+        x = torch.randn(64, columns, device=DEVICE).bfloat16()
+        with torch.inference_mode():
+            whole = layer.quant_method.apply(layer, x)
+            for rows in (1, 4, 5, 8, 9, 16, 17, 32, 33, 48, 49, 63):
+                y = layer.quant_method.apply(layer, x[:rows].contiguous())
+                assert torch.equal(y, whole[:rows]), f"other bits at {rows} rows than at 64"
 
 
 @pytest.mark.parametrize("name", DRAFTER)

@@ -1,4 +1,5 @@
-// Runs nvfp4_stream.cu on a CPU: a thread per CUDA thread, one block after the other, copies that are done at once.
+// Runs nvfp4_stream.cu on a CPU: a thread per CUDA thread, one block after the other (all at once with a low-rank branch,
+// whose blocks wait for each other), copies that are done at once.
 // Every device function that the kernel takes from the hardware is given here in plain C++.
 #include <atomic>
 #include <barrier>
@@ -57,7 +58,11 @@ static void arrive_with_copies(unsigned barrier) { arrive(barrier); }
 static void wait(unsigned barrier, unsigned parity) {
     std::atomic<int>& phase = at_barrier(barrier).phase;
     for (int now = phase; (unsigned)(now & 1) == parity; now = phase) phase.wait(now);
+    // A warp goes on together, as on a GPU: a lane left behind by two phases would wait for ever.
+    state->warps[threadIdx.x / 32]->arrive_and_wait();
 }
+static void copies_finish() {}
+static void prefetch(const void*) {}
 static void copy_x(unsigned to, const void* from, bool there) {
     there ? (void)std::memcpy(shared + to, from, 16) : (void)std::memset(shared + to, 0, 16);
 }
@@ -87,10 +92,14 @@ static void wait_for_previous_grid() {}
 static void publish_barriers() {}
 static unsigned long long leaves_first() { return 0; }
 static unsigned count_arrival(unsigned* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL); }
+static unsigned arrivals_at(const unsigned* counter) { return __atomic_load_n(counter, __ATOMIC_ACQUIRE); }
 static unsigned hidden(unsigned constant, unsigned zero) { return constant | zero; }
 static float4 __ldcg(const float4* at) { return *at; }
 static void __stcg(float4* at, float4 v) { *at = v; }
 static float as_float(unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; }
+static unsigned __float_as_uint(float value) { unsigned bits; std::memcpy(&bits, &value, 4); return bits; }
+static float __uint_as_float(unsigned bits) { return as_float(bits); }
+static float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 static unsigned __shfl_sync(unsigned, unsigned value, int lane) {
     uint32_t* all = state->exchange.data() + threadIdx.x / 32 * 192;
     all[threadIdx.x % 32] = value;
@@ -190,15 +199,16 @@ static void bring_x(unsigned at, const Map& x, int k, unsigned barrier) {
 
 extern "C" void run(const void* codes, const void* scales, const void* x, const void* pre, void* y,
                     const float* global_scale, float* partial, unsigned* arrivals, int rows, int N, int K,
-                    int blocks) {
+                    int blocks, const void* down, const void* up, float* branch_parts, void* branch_t, unsigned* met) {
     gridDim = {blocks, 1, 1};
     blockDim = {THREADS, 1, 1};
     first_barrier = BARRIERS_AT;
+    std::vector<std::unique_ptr<State>> states;
+    std::vector<std::thread> threads;
     for (int block = 0; block < blocks; block++) {
-        const auto mine = std::make_unique<State>(THREADS);
-        std::vector<std::thread> threads;
+        states.push_back(std::make_unique<State>(THREADS));
         for (int i = 0; i < THREADS; i++)
-            threads.emplace_back([=, mine = mine.get()] {
+            threads.emplace_back([=, mine = states.back().get()] {
                 threadIdx = {i, 0, 0};
                 blockIdx = {block, 0, 0};
                 state = mine;
@@ -210,8 +220,13 @@ extern "C" void run(const void* codes, const void* scales, const void* x, const 
 #else
                              Map{(const unsigned char*)x, K, rows, 2},
 #endif
+#if RANK
+                             (const u16*)x, (const u16*)down, (const u16*)up, branch_parts, (u16*)branch_t, met,
+#endif
                              (u16*)y, global_scale, partial, arrivals, rows, N, K);
             });
+        if (RANK && block + 1 < blocks) continue;
         for (auto& thread : threads) thread.join();
+        threads.clear(), states.clear();
     }
 }

@@ -54,12 +54,12 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Any:
     source = Path(str(resources.files("vllm_gemma4_spec.kernels").joinpath("nvfp4_stream.cu")))
     built: dict[Any, ctypes.CDLL] = {}
 
-    def get(tiles: int, scaled: bool, form: Form) -> ctypes.CDLL:
-        key = (tiles, scaled, form)
+    def get(tiles: int, scaled: bool, form: Form, rank: int = 0) -> ctypes.CDLL:
+        key = (tiles, scaled, form, rank)
         if key not in built:
             out = folder / f"stream-{len(built)}.so"
             flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
-            macros = [f"-D{k}={v}" for k, v in stream_gemm.macros(tiles, scaled, form).items()]
+            macros = [f"-D{k}={v}" for k, v in stream_gemm.macros(tiles, scaled, form, rank).items()]
             macros.append(f'-DNVFP4_STREAM_SOURCE="{source}"')
             subprocess.run([compiler, *flags, *macros, str(HERE / "stream_on_host.cpp"), "-o", str(out)], check=True)
             built[key] = ctypes.CDLL(str(out))
@@ -81,18 +81,24 @@ def run(
     pre: torch.Tensor | None = None,
     form: Form = FORM,
     tiles: int | None = None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     tiles, k = tiles or stream_gemm.tiles_for(len(x)), x.shape[1]
     y = torch.full((len(x), n), torch.nan, dtype=torch.bfloat16)
     partial = torch.full((blocks * 2 * tiles * 2048,), torch.nan)
     arrivals = torch.zeros(-(-n // 256) * 8, dtype=torch.int32)
+    rank = low_rank[0].shape[0] if low_rank else 0
+    branch = torch.full((stream_gemm.SLICES * tiles * 8 * max(rank, 1),), torch.nan)
+    t, met = torch.full((len(x), max(rank, 1)), torch.nan).bfloat16(), torch.zeros(2, dtype=torch.int32)
     words, scales, shift = packed
     pointers = [
         ctypes.c_void_p(t.data_ptr())
         for t in (words, scales, x, x if pre is None else pre, y, shift, partial, arrivals)
     ]
-    get(tiles, pre is not None, form).run(*pointers, len(x), n, k, blocks)
+    more = [ctypes.c_void_p(of.data_ptr()) for of in (*(low_rank or (x, x)), branch, t, met)]
+    get(tiles, pre is not None, form, rank).run(*pointers, len(x), n, k, blocks, *more)
     assert not arrivals.any()  # ready for the next GEMM
+    assert not met.any()
     return y
 
 
@@ -136,6 +142,49 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(libraries: Any) -> No
         assert torch.equal(run(libraries, x[:rows].contiguous(), packed, 256, 2), whole[:rows]), rows
 
 
+def branch(n: int, k: int, rank: int = stream_gemm.RANK) -> tuple[torch.Tensor, torch.Tensor]:
+    return (torch.randn(rank, k) * k**-0.5).bfloat16(), (torch.randn(n, rank) * k**0.5).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "blocks", "rank", "form"),
+    [
+        (3, 512, 384, 4, 32, FORM),
+        pytest.param(7, 320, 192, 2, 32, FORM, marks=SLOW),  # the last tile and the last stage are not whole
+        pytest.param(1, 256, 4224, 2, 32, FORM, marks=SLOW),  # three times 32 inputs a slice, the last one has fewer
+        pytest.param(7, 512, 128, 2, 64, FORM, marks=SLOW),  # no parts
+        pytest.param(13, 512, 384, 3, 32, WGMMA, marks=SLOW),
+        pytest.param(45, 320, 192, 2, 32, WGMMA, marks=SLOW),
+        pytest.param(30, 320, 192, 2, 32, FORM, marks=SLOW),
+        pytest.param(77, 256, 384, 3, 32, Form(2, groups=1, wgmma=True), marks=SLOW),
+    ],
+)
+def test_a_low_rank_branch_is_added(
+    libraries: Any, rows: int, n: int, k: int, blocks: int, rank: int, form: Form
+) -> None:
+    torch.manual_seed(rows)
+    codes, scale = weight(n, k)
+    x, (a, b) = torch.randn(rows, k).bfloat16(), branch(n, k, rank)
+    main = x.double() @ dequantized(codes, scale).T * GLOBAL_SCALE
+    wanted = main + x.double() @ a.double().T @ b.double().T
+    got = run(libraries, x, marlin(codes, scale), n, blocks, form=form, low_rank=(a, b)).double()
+    error = (got - wanted).norm() / wanted.norm()
+    before = main.bfloat16() + (x @ a.T) @ b.T
+    assert error < (before.double() - wanted).norm() / wanted.norm(), f"{error:.1e}"
+    assert (main - wanted).norm() > 20 * (got - wanted).norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "tiles"), [(FORM, 2), (WGMMA, 1), (WGMMA, 2), (WGMMA, 4), (WGMMA, 8)])
+def test_a_row_has_the_same_bits_with_a_branch(libraries: Any, form: Form, tiles: int) -> None:
+    torch.manual_seed(0)
+    codes, scale = weight(512, 896)
+    x, packed, low_rank = torch.randn(16, 896).bfloat16(), marlin(codes, scale), branch(512, 896)
+    wanted = run(libraries, x[:3].contiguous(), packed, 512, 3, low_rank=low_rank)
+    got = run(libraries, x[: tiles * 8].contiguous(), packed, 512, 3, form=form, tiles=tiles, low_rank=low_rank)
+    assert torch.equal(got[:3], wanted)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "tiles"),
@@ -176,6 +225,46 @@ def test_batch_invariant_is_every_batch_in_the_same_order(
         nothing = torch.ones(1)
         assert torch.equal(stream_gemm.linear(x, None, nothing, nothing, nothing, nothing, 4, stream_gemm.ALL), x * 2)
         assert seen == expected
+
+
+@pytest.mark.parametrize(
+    ("rank", "dtype", "says"),
+    [(16, torch.bfloat16, "rank 32"), (32, torch.float16, "bfloat16"), (32, torch.bfloat16, "no card")],
+)
+def test_a_branch_that_the_kernel_does_not_take_stays_outside(
+    monkeypatch: pytest.MonkeyPatch, rank: int, dtype: torch.dtype, says: str
+) -> None:
+    said: list[str] = []
+
+    def refuses(*_: Any) -> None:
+        raise RuntimeError("no card\nand more")
+
+    monkeypatch.setattr(stream_gemm, "compile_forms", refuses)
+    monkeypatch.setattr(stream_gemm.logger, "info", lambda text, *values: said.append(text % values))
+    stream_gemm.branch_available.cache_clear()
+    try:
+        assert not stream_gemm.branch_available(rank, dtype)
+        assert not stream_gemm.branch_available(rank, dtype)
+    finally:
+        stream_gemm.branch_available.cache_clear()
+    assert len(said) == 1
+    assert says in said[0]
+    assert "\n" not in said[0]
+
+
+def test_a_batch_on_marlin_has_its_branch_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.quantization.utils import marlin_utils_fp4
+
+    torch.manual_seed(0)
+    x, w, (a, b) = torch.randn(2, 200, 64), torch.randn(128, 64), (torch.randn(32, 64), torch.randn(128, 32))
+    monkeypatch.setattr(marlin_utils_fp4, "apply_fp4_marlin_linear", lambda flat, *_: flat @ w.T)
+    monkeypatch.setattr(stream_gemm, "forms", lambda: stream_gemm.WGMMA_FORMS)
+    nothing = torch.ones(1)
+    stream_gemm.register_operator()
+    for streamed in (0, stream_gemm.ALL):  # 400 rows
+        operator = torch.ops.vllm.gemma4_spec_stream_linear
+        y = operator(x, None, nothing, nothing, nothing, nothing, 128, streamed, a, b)
+        torch.testing.assert_close(y, x @ w.T + x @ a.T @ b.T, atol=1e-3, rtol=1e-4)
 
 
 def test_every_form_is_measured_against_marlin(monkeypatch: pytest.MonkeyPatch) -> None:

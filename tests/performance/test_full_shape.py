@@ -39,11 +39,18 @@ def test_best_k_follows_acceptance_and_pass_time() -> None:
 
 
 def test_table_shows_ratios_to_stock() -> None:
-    runs = [{"concurrency": 1, "acceptance": None, "tokens_per_s": 80.0, "step": 12.5}]
-    fast = [{"concurrency": 1, "acceptance": 1.0, "tokens_per_s": 160.0, "step": 25.0, "verify": 11.0}]
-    text = load("full_shape").table({"stock": {"runs": runs}, "spec": {"runs": fast}})
-    assert "1.00" in text.splitlines()[1]
-    assert "2.00" in text.splitlines()[2]
+    """A prompt's length has rows of its own."""
+    stock, fast = {"concurrency": 1, "acceptance": None}, {"concurrency": 1, "acceptance": 1.0}
+    runs = [
+        {**stock, "prompt": 128, "tokens_per_s": 80.0, "step": 12.5},
+        {**stock, "prompt": 3000, "tokens_per_s": 40.0, "step": 25.0},
+    ]
+    drafts = [
+        {**fast, "prompt": 128, "tokens_per_s": 160.0, "step": 25.0, "verify": 11.0},
+        {**fast, "prompt": 3000, "tokens_per_s": 120.0, "step": 33.3},
+    ]
+    text = load("full_shape").table({"stock": {"runs": runs}, "spec": {"runs": drafts}})
+    assert [line.split()[5] for line in text.splitlines()[1:]] == ["1.00", "1.00", "2.00", "3.00"]
 
 
 def test_equal_tokens_are_counted_until_the_first_difference(monkeypatch: pytest.MonkeyPatch) -> None:

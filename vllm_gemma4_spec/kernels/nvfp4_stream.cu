@@ -13,9 +13,15 @@
 // Which inputs are added up in which order depends on the shape and on the grid, never on the number of rows, so a
 // row's result has the same bits whatever rows stand beside it.
 //
+// With a low-rank branch (RANK) y is x W^T + t up^T, t = x down^T. Warps of their own compute t while the others stream
+// weights: a warp a slice of inputs, whose sums it leaves in memory; then a warp a row, which adds up the slices in their
+// order and rounds t to bfloat16; then each block takes t into shared memory, long before its first tile is written. They
+// wait for those of other blocks: all blocks of the grid run at once, or will without them, as there are no more blocks
+// than multiprocessors and the next grid's start after them.
+//
 // Compiled by NVRTC with the macros of stream_gemm.macros: MT (tiles of 8 rows), SCALED (1: x is multiplied by
-// pre_quant_scale first, each product rounded to bfloat16), WGMMA (1 on Hopper: needs mma_async, see stream_gemm.py) and a
-// Form's fields.
+// pre_quant_scale first, each product rounded to bfloat16), RANK (of the branch, a multiple of 32; 0: none), WGMMA (1 on
+// Hopper: needs mma_async, see stream_gemm.py) and a Form's fields.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -25,11 +31,13 @@ typedef unsigned long long u64;
 #define DEPTH 128    // inputs of a stage
 #define STEPS (DEPTH / 16)
 #define WARPS (8 * GROUPS)  // that multiply: 8 times 32 outputs
-#define COPIERS (WGMMA ? 128 : 64)  // threads that copy: a warp asks for weights, another for x; wgmma has fours of warps
+#define COPIERS (WGMMA ? 128 : RANK ? 96 : 64)  // a warp asks for weights, another for x; wgmma has fours of warps
+#define BRANCH_WARPS (COPIERS / 32 - 2)  // what is left of them
 #define CHUNK 2  // steps whose operands are in registers before they are needed
+#define X_AHEAD (MT <= 2 ? 4 : MT <= 4 ? 3 : 1)  // stages whose x is in registers, where threads multiply it
 #define HANDOVER (WGMMA && MT >= 6)  // of registers; what each warp starts with goes by THREADS
-#define COPIER_REGISTERS (SCALED ? (GROUPS == 1 ? 104 : 64) : 32)
-#define OTHER_REGISTERS (GROUPS == 2 ? (SCALED ? 104 : 112) : SCALED ? 200 : 232)
+#define COPIER_REGISTERS (SCALED || RANK ? (GROUPS == 1 ? 104 : 64) : 32)
+#define OTHER_REGISTERS (GROUPS == 2 ? (SCALED || RANK ? 104 : 112) : SCALED || RANK ? 200 : 232)
 #define FEW_PARTS (GROUPS == 1 ? 8 : MT == 1 ? 2 : 4), 4  // items and parts of them that the last block loads at a time
 #define MANY_PARTS (MT == 1 ? 2 : 4), (GROUPS == 1 || MT == 1 ? 8 : 4)
 #define THREADS (WARPS * 32 + COPIERS)
@@ -42,6 +50,17 @@ typedef unsigned long long u64;
 #define SUMS_AT (STAGES * STAGE_BYTES)
 #define SUMS 2048  // floats that the warps of one group hand to the other's, per tile of 8 rows
 #define BARRIERS_AT (SUMS_AT + (GROUPS - 1) * 2 * SUMS * 4)
+#if RANK
+#if SCALED
+#error "the branch reads the x that the other warps do"
+#endif
+#define BRANCH_AT (BARRIERS_AT + 16 * STAGES)  // the barrier that t is there
+#define T_AT (BRANCH_AT + 16)                  // [8 * MT, RANK] bfloat16
+#define UP_AT (T_AT + MT * 8 * RANK * 2)       // of the tile that ends: as each lane needs it
+#define SLICES 64                              // of the inputs at most: as many as 32 lanes add up in two rounds
+#define PAIR (MT == 1 ? 1 : 2)                 // tiles of 8 rows that a warp takes at a time
+#define BRANCH_DEEP (HANDOVER && GROUPS == 2 ? 1 : MT == 1 ? 3 : 2)  // 32 inputs each, loaded at a time
+#endif
 
 #ifndef NVFP4_STREAM_ON_HOST  // a test gives the functions below in plain C++ and runs the kernel on a CPU
 
@@ -67,6 +86,10 @@ __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
 __device__ __forceinline__ void arrive_expecting(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+
+__device__ __forceinline__ void copies_finish() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 __device__ __forceinline__ uint4 load(const void* from) {
     uint4 v;
@@ -236,6 +259,12 @@ __device__ __forceinline__ u32 count_arrival(u32* counter) {
     return before;
 }
 
+__device__ __forceinline__ u32 arrivals_at(const u32* counter) {
+    u32 v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(counter) : "memory");
+    return v;
+}
+
 // a * {b, b} for the low or the high half b of `both`, which the multiplication selects by itself.
 __device__ __forceinline__ u32 times_low(u32 a, u32 both) {
     u32 d;
@@ -316,6 +345,137 @@ __device__ __forceinline__ void add_parts(int items, int count, const Part& part
     }
 }
 
+#if RANK
+// The branch's t = x down^T. The order of additions depends on K alone.
+struct Branch {
+    const u16 *x, *down, *up;  // [rows, K], [RANK, K], [N, RANK] bfloat16
+    float* parts;              // [SLICES, 8 * MT, RANK]
+    u16* t;                    // [rows, RANK] bfloat16
+    u32* met;                  // slices that are there, rows that are; zero before and after
+    int rows, K;
+};
+
+__device__ __forceinline__ void meet(const u32* counter, u32 wanted, int lane) {
+    if (lane == 0)
+        while (arrivals_at(counter) < wanted) rest();
+    __syncwarp();
+}
+
+// One slice of the inputs for PAIR tiles of 8 rows. Of 32 inputs lane t of four takes eight, as both operands of mma.
+__device__ __forceinline__ void add_slice(const Branch& of, int slice, int from, int to, int tile, int lane) {
+    const int g = lane / 4, t = lane % 4;
+    const uint4 none = make_uint4(0, 0, 0, 0);
+    float sum[RANK / 16][PAIR][4];
+#pragma unroll
+    for (int j = 0; j < RANK / 16 * PAIR * 4; j++) sum[j / (4 * PAIR)][j / 4 % PAIR][j % 4] = 0.0f;
+#pragma unroll 1
+    for (int c = from; c < to; c += BRANCH_DEEP) {
+        uint4 a[BRANCH_DEEP][RANK / 8], b[BRANCH_DEEP][PAIR];
+#pragma unroll
+        for (int d = 0; d < BRANCH_DEEP; d++) {
+            const long k = (c + d < to ? c + d : to - 1) * 32 + t * 8;
+#pragma unroll
+            for (int j = 0; j < RANK / 8; j++) a[d][j] = load(of.down + (long)(j * 8 + g) * of.K + k);
+#pragma unroll
+            for (int m = 0; m < PAIR; m++) {
+                const int row = (tile + m) * 8 + g;
+                b[d][m] = row < of.rows ? load(of.x + (long)row * of.K + k) : none;
+            }
+        }
+#pragma unroll
+        for (int d = 0; d < BRANCH_DEEP; d++) {
+            if (c + d >= to) break;
+#pragma unroll
+            for (int j = 0; j < RANK / 16; j++) {
+                const uint4 &low = a[d][j * 2], &high = a[d][j * 2 + 1];
+                const u32 one[4] = {low.x, high.x, low.y, high.y}, other[4] = {low.z, high.z, low.w, high.w};
+#pragma unroll
+                for (int m = 0; m < PAIR; m++) {
+                    mma(sum[j][m], one, b[d][m].x, b[d][m].y);
+                    mma(sum[j][m], other, b[d][m].z, b[d][m].w);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < RANK / 16; j++)
+#pragma unroll
+        for (int m = 0; m < PAIR; m++) {
+            const int row = (tile + m) * 8 + t * 2;
+            float* at = of.parts + ((long)slice * MT * 8 + row) * RANK + j * 16 + g;
+            if (row < of.rows) at[0] = sum[j][m][0], at[8] = sum[j][m][2];
+            if (row + 1 < of.rows) at[RANK] = sum[j][m][1], at[RANK + 8] = sum[j][m][3];
+        }
+}
+
+// t of one row: a lane adds up four of 32 values over a quarter of the slices.
+__device__ __forceinline__ void add_row(const Branch& of, int row, int slices, int lane) {
+#pragma unroll 1
+    for (int r = 0; r < RANK; r += 32) {
+        const float* from = of.parts + (long)row * RANK + r + lane % 8 * 4;
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 1
+        for (int p = lane / 8 * (SLICES / 4), end = p + SLICES / 4; p < end; p += 8) {
+            float4 v[8];
+#pragma unroll
+            for (int d = 0; d < 8; d++)
+                v[d] = __ldcg(reinterpret_cast<const float4*>(from + (long)(p + d < slices ? p + d : slices - 1) * MT * 8 * RANK));
+#pragma unroll
+            for (int d = 0; d < 8; d++)
+                if (p + d < slices) sum.x += v[d].x, sum.y += v[d].y, sum.z += v[d].z, sum.w += v[d].w;
+        }
+#pragma unroll
+        for (int apart = 8; apart <= 16; apart *= 2) {
+            const auto plus = [&](float& v) {
+                v += __uint_as_float(__shfl_sync(0xFFFFFFFFu, __float_as_uint(v), (lane + apart) % 32));
+            };
+            plus(sum.x), plus(sum.y), plus(sum.z), plus(sum.w);
+        }
+        if (lane < 8) {
+            u32* to = reinterpret_cast<u32*>(of.t + (long)row * RANK + r + lane * 4);
+            to[0] = (u32)to_bf16(sum.y) << 16 | to_bf16(sum.x), to[1] = (u32)to_bf16(sum.w) << 16 | to_bf16(sum.z);
+        }
+    }
+}
+
+// Warp `which` of the block's; `outputs`, `some`: those of its tiles.
+__device__ __forceinline__ void branch(const Branch& of, int which, int lane, int output, int outputs, u32 there) {
+    const int all = gridDim.x * BRANCH_WARPS, me = gridDim.x * which + blockIdx.x;
+    const int inputs = of.K / 32, each = (inputs + SLICES - 1) / SLICES, slices = (inputs + each - 1) / each;
+    const int tasks = slices * ((of.rows + PAIR * 8 - 1) / (PAIR * 8));
+    // No kernel before this one writes weights: what comes from memory is on its way while it ends.
+    if (me < tasks)
+        for (int i = lane; i < RANK * each; i += 32) {
+            const int k = (me % slices * each + i / RANK) * 32;
+            if (k < of.K) prefetch(of.down + (long)(i % RANK) * of.K + k);
+        }
+    for (int i = (which * 32 + lane) * 64; i < outputs * RANK; i += BRANCH_WARPS * 32 * 64)
+        prefetch(of.up + (long)output * RANK + i);
+    wait_for_previous_grid();
+    for (int task = me; task < tasks; task += all) {
+        const int slice = task % slices, from = slice * each;
+        add_slice(of, slice, from, from + each < inputs ? from + each : inputs, task / slices * PAIR, lane);
+        __syncwarp();
+        if (lane == 0) count_arrival(of.met);
+    }
+    for (int row = me; row < of.rows; row += all) {
+        meet(of.met, tasks, lane);
+        add_row(of, row, slices, lane);
+        __syncwarp();
+        if (lane == 0) count_arrival(of.met + 1);
+    }
+    if (which) return;
+    meet(of.met + 1, of.rows, lane);
+    for (int i = lane; i < of.rows * RANK / 8; i += 32)
+        *reinterpret_cast<uint4*>(shared + T_AT + i * 16) = load(of.t + i * 8);
+    __syncwarp();
+    if (lane == 0) {
+        arrive(there);
+        if (count_arrival(of.met + 1) == of.rows + gridDim.x - 1) of.met[0] = 0, of.met[1] = 0;  // all have met twice
+    }
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
     MAP codes,   // [K / 16, N] words of eight bytes, Marlin's order
     MAP scales,  // [K / 16, N] bytes, Marlin's order
@@ -324,6 +484,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
 #else
     const u16* x,    // [rows, K] bfloat16
     const u16* pre,  // [K] bfloat16
+#endif
+#if RANK
+    const u16* x_rows, const u16* down, const u16* up, float* branch_parts, u16* branch_t, u32* met,  // see Branch
 #endif
     u16* y,                     // [rows, N] bfloat16
     const float* global_scale,  // [1], Marlin's: weight_scale_2 * 2^119 / scale_factor
@@ -341,6 +504,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
             init_barrier(full + 8 * s, 1 + (!SCALED ? 1 : WGMMA ? COPIERS / 32 : 32));  // weights; x
             init_barrier(empty + 8 * s, WARPS / GROUPS);
         }
+#if RANK
+        init_barrier(base + BRANCH_AT, 1);
+#endif
         publish_barriers();
     }
     __syncthreads();
@@ -351,6 +517,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
         give_registers<COPIER_REGISTERS>();
 #endif
         const int p = threadIdx.x - WARPS * 32, count = mine.last - mine.first;
+#if RANK
+        if (p >= 64) {
+            const int output = mine.first / per_tile * COLUMNS, end = (mine.last + per_tile - 1) / per_tile * COLUMNS;
+            const Branch of = {x_rows, down, up, branch_parts, branch_t, met, rows, K};
+            branch(of, p / 32 - 2, lane, output, (end < N ? end : N) - output, base + BRANCH_AT);
+            return;
+        }
+#endif
         int tile = mine.first / per_tile, block = mine.first % per_tile, stage = 0, parity = 1;
         const u64 policy = leaves_first();
         const auto bring_weights = [&]() {
@@ -404,40 +578,50 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
         int x_block = block;
         const uint4 none = make_uint4(0, 0, 0, 0);
         const int piece = p % 16;
-        uint4 mine_of_x[MT], by;
-        const auto load_x = [&]() {
+        struct Held {  // of a stage
+            uint4 x[MT], by;
+        } held[X_AHEAD];
+        const auto load_x = [&](Held& to) {
             const int k = x_block * DEPTH + piece * 8;
 #pragma unroll
             for (int m = 0; m < MT; m++)
-                mine_of_x[m] = k < K && m * 8 + p / 16 < rows ? load(x + (long)(m * 8 + p / 16) * K + k) : none;
-            by = k < K ? load(pre + k) : none;
+                to.x[m] = k < K && m * 8 + p / 16 < rows ? load(x + (long)(m * 8 + p / 16) * K + k) : none;
+            to.by = k < K ? load(pre + k) : none;
             if (++x_block == per_tile) x_block = 0;
         };
         int ahead = 0;
         for (; ahead < count && ahead < FIRST; ahead++) bring_weights(), next();
         wait_for_previous_grid();
-        if (count > 0) load_x();
+#pragma unroll
+        for (int a = 0; a < X_AHEAD; a++)
+            if (a < count) load_x(held[a]);
         for (; ahead < count && ahead < STAGES; ahead++) bring_weights(), next();
         stage = 0, parity = 1;
-        for (int i = 0; i < count; i++) {
-            const int here = stage;
-            if (i >= STAGES) {
-                wait(empty + 8 * here, parity);
-                bring_weights();
-                next();
-            } else if (++stage == STAGES)
-                stage = 0, parity ^= 1;
+#pragma unroll 1
+        for (int first = 0; first < count; first += X_AHEAD) {
 #pragma unroll
-            for (int m = 0; m < MT; m++) {
-                if (m * 8 + p / 16 >= rows) continue;
-                const uint4 v = mine_of_x[m];
-                *reinterpret_cast<uint4*>(shared + here * STAGE_BYTES + x_piece(m * 8 + p / 16, piece)) =
-                    make_uint4(times(v.x, by.x), times(v.y, by.y), times(v.z, by.z), times(v.w, by.w));
+            for (int a = 0; a < X_AHEAD; a++) {
+                const int i = first + a, here = stage;
+                if (i >= count) break;
+                if (i >= STAGES) {
+                    wait(empty + 8 * here, parity);
+                    bring_weights();
+                    next();
+                } else if (++stage == STAGES)
+                    stage = 0, parity ^= 1;
+                const uint4 by = held[a].by;
+#pragma unroll
+                for (int m = 0; m < MT; m++) {
+                    if (m * 8 + p / 16 >= rows) continue;
+                    const uint4 v = held[a].x[m];
+                    *reinterpret_cast<uint4*>(shared + here * STAGE_BYTES + x_piece(m * 8 + p / 16, piece)) =
+                        make_uint4(times(v.x, by.x), times(v.y, by.y), times(v.z, by.z), times(v.w, by.w));
+                }
+                publish_to_wgmma();
+                __syncwarp();
+                if (p % 32 == 0) arrive(full + 8 * here);
+                if (i + X_AHEAD < count) load_x(held[a]);
             }
-            publish_to_wgmma();
-            __syncwarp();
-            if (p % 32 == 0) arrive(full + 8 * here);
-            if (i + 1 < count) load_x();
         }
 #endif
         return;
@@ -476,12 +660,46 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
         const u32 slot = ((first + p) * 2 + !p) * MT + item / 2;
         return reinterpret_cast<float4*>(partial) + (slot * (SUMS / 4) + (part_n * 32 + lane) * 2 + item % 2);
     };
+#if RANK
+    // Where this lane's share of `up` lies: eight values of one of its outputs. Nobody else reads or writes it.
+    const auto up_at = [&](int eight, int r) { return UP_AT + ((part_n * 4 + eight) * (RANK / 32) + r) * 512 + lane * 16; };
+    const auto bring_up = [&](int tile) {
+        const int column = tile * COLUMNS + outputs;
+        copies_finish();  // of a tile that another block wrote
+#pragma unroll
+        for (int i = 0; i < 4 * (RANK / 32); i++) {
+            const int eight = i % 4, r = i / 4;
+            const long from = (long)(column < N ? column + eight * 8 + g : 0) * RANK + r * 32 + t * 8;
+            copy_x(base + up_at(eight, r), up + from, column < N);
+        }
+    };
+    const auto branch_is_there = [&]() {
+        wait(base + BRANCH_AT, 0);
+        copies_finish();
+    };
+#endif
     const auto write = [&](int tile, int item, const float4& v) {
         const int column = tile * COLUMNS + outputs, row = item / 2 * 8 + t * 2;
         if (column >= N) return;
         u16* at = y + (long)row * N + column + item % 2 * 16 + g;
+#if !RANK
         if (row < rows) at[0] = to_bf16(v.x * scale), at[8] = to_bf16(v.z * scale);
         if (row + 1 < rows) at[N] = to_bf16(v.y * scale), at[N + 8] = to_bf16(v.w * scale);
+#else
+        float add[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int r = 0; r < RANK / 32; r++) {
+            const uint4 b = *reinterpret_cast<const uint4*>(shared + T_AT + ((item / 2 * 8 + g) * RANK + r * 32 + t * 8) * 2);
+            const uint4* of = reinterpret_cast<const uint4*>(shared + up_at(item % 2 * 2, r));
+            const uint4 low = of[0], high = of[RANK];
+            const u32 one[4] = {low.x, high.x, low.y, high.y}, other[4] = {low.z, high.z, low.w, high.w};
+            mma(add, one, b.x, b.y);
+            mma(add, other, b.z, b.w);
+        }
+        const auto sum = [&](float main, int i) { return to_bf16(__fmaf_rn(main, scale, add[i])); };
+        if (row < rows) at[0] = sum(v.x, 0), at[8] = sum(v.z, 2);
+        if (row + 1 < rows) at[N] = sum(v.y, 1), at[N + 8] = sum(v.w, 3);
+#endif
     };
     const int items = (rows + 7) / 8 * 2;
 
@@ -599,6 +817,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
 
         // The tile ends here, or this block's share does: add up what both groups have, then all parts.
         const int first = first_of(tile), count = count_of(tile, first);
+#if RANK
+        if (!part_k) {
+            bring_up(tile);
+            if (count == 1) branch_is_there();
+        }
+#endif
 #pragma unroll
         for (int m = 0; m < MT; m++) {
             if (m * 8 >= rows) break;
@@ -635,6 +859,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
                 if (arrived == count - 1) arrivals[tile * 8 + part_n] = 0;
             }
             if (__shfl_sync(0xFFFFFFFFu, arrived, 0) == count - 1) {
+#if RANK
+                branch_is_there();
+#endif
                 const auto from = [&](int p, int item) { return part(first, p, item); };
                 const auto to = [&](int item, const float4& v) { write(tile, item, v); };
                 if (count > 4) add_parts<MANY_PARTS>(items, count, from, to);
@@ -645,4 +872,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
         for (int j = 0; j < 2 * MT * 4; j++) acc[j / (4 * MT)][j / 4 % MT][j % 4] = 0.0f;
         block = 0, tile++;
     }
+#if RANK
+    copies_finish();
+#endif
 }

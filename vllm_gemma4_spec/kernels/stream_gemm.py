@@ -1,7 +1,8 @@
 """NVFP4 GEMM of up to 128 rows that reads Marlin's own weights: ``nvfp4_stream.cu`` beside Marlin, as one operator.
 
 It takes the batches in which it is the faster one (``chosen_rows``) and leaves the others to Marlin; there is no second
-copy of a weight. Up to 64 rows a row's result has the same bits whatever rows stand beside it, which Marlin's has not.
+copy of a weight. A low-rank branch (SVDQuant) is computed meanwhile and added to the sums. Up to 64 rows a row's result
+has the same bits whatever rows stand beside it, which Marlin's has not.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -28,6 +30,9 @@ MULTIPLE = 64  # of which N and K must be
 MOST_ROWS = 128
 ALL = -1  # every form
 SAME_BITS = 64  # rows up to which a row's result does not depend on the others
+RANK = 32  # of a low-rank branch that the kernel takes in
+SLICES = 64  # of the inputs, whose parts of the branch are added up
+LowRank = tuple[Tensor, Tensor]  # svdquant_lora_a [RANK, K] and svdquant_lora_b [N, RANK], bfloat16
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,10 @@ class Form:
     @property
     def threads(self) -> int:
         return 256 * self.groups + (128 if self.wgmma else 64)
+
+    def threads_with(self, rank: int) -> int:
+        """With a branch, which has warps of its own: with wgmma those that idle else."""
+        return self.threads + (32 if rank and not self.wgmma else 0)
 
     def blocks(self, multiprocessors: int, n: int, k: int) -> int:
         most = min(multiprocessors, units(n, k))
@@ -90,10 +99,11 @@ __device__ __forceinline__ void mma_async(float (&d)[{tiles}][4], const unsigned
 """
 
 
-def macros(tiles: int, scaled: bool, form: Form) -> dict[str, int]:
+def macros(tiles: int, scaled: bool, form: Form, rank: int = 0) -> dict[str, int]:
     return {
         "MT": tiles,
         "SCALED": int(scaled),
+        "RANK": rank,
         "STAGES": form.stages,
         "GROUPS": form.groups,
         "WGMMA": int(form.wgmma),
@@ -102,23 +112,24 @@ def macros(tiles: int, scaled: bool, form: Form) -> dict[str, int]:
     }
 
 
-def source(tiles: int, scaled: bool, form: Form) -> str:
+def source(tiles: int, scaled: bool, form: Form, rank: int = 0) -> str:
     """The kernel's CUDA C++ for inputs of up to ``8 * tiles`` rows."""
     text = resources.files(__package__).joinpath("nvfp4_stream.cu").read_text()
-    defined = "".join(f"#define {k} {v}\n" for k, v in macros(tiles, scaled, form).items())
+    defined = "".join(f"#define {k} {v}\n" for k, v in macros(tiles, scaled, form, rank).items())
     return defined + mma_async(tiles) * form.wgmma + text
 
 
-def shared_bytes(tiles: int, form: Form) -> int:
-    """What the kernel's ``BARRIERS_AT`` and the barriers behind it come to."""
+def shared_bytes(tiles: int, form: Form, rank: int = 0) -> int:
+    """What the kernel's ``BARRIERS_AT`` and the barriers behind it come to, and what a branch needs."""
     stage = DEPTH // 16 * COLUMNS * 9 + tiles * 8 * DEPTH * 2 + (0 if form.wgmma else DEPTH * 2)
-    return form.stages * stage + (form.groups - 1) * 2 * 2048 * 4 + 16 * form.stages
+    branch = 16 + (8 * tiles + COLUMNS) * rank * 2 if rank else 0
+    return form.stages * stage + (form.groups - 1) * 2 * 2048 * 4 + 16 * form.stages + branch
 
 
 @functools.cache
-def kernel(tiles: int, scaled: bool, form: Form) -> Any:
-    made = cuda.Kernel(source(tiles, scaled, form), "nvfp4_stream", this_only=form.wgmma)
-    made.allow_shared(shared_bytes(tiles, form))
+def kernel(tiles: int, scaled: bool, form: Form, rank: int = 0) -> Any:
+    made = cuda.Kernel(source(tiles, scaled, form, rank), "nvfp4_stream", this_only=form.wgmma)
+    made.allow_shared(shared_bytes(tiles, form, rank))
     return made
 
 
@@ -128,6 +139,7 @@ def units(n: int, k: int) -> int:
 
 
 SCRATCH = Scratch()
+BRANCH_SCRATCH = Scratch()  # parts of the branch, behind them its t; how many of each are there
 
 
 def stream_gemm(
@@ -137,6 +149,7 @@ def stream_gemm(
     weight_scale: Tensor,
     global_scale: Tensor,
     n: int,
+    low_rank: LowRank | None = None,
 ) -> Tensor:
     """``(x * pre_quant_scale) @ W.T`` for at most :data:`MOST_ROWS` rows, on the current stream.
 
@@ -145,12 +158,13 @@ def stream_gemm(
         pre_quant_scale: ``[K]`` bfloat16, or None for ones.
         weight, weight_scale, global_scale: as Marlin holds them (``prepare_fp4_layer_for_marlin``): ``[K / 16, 2 * N]``
             int32, ``[K / 16, N]`` bytes, ``[1]`` float32.
+        low_rank: ``(A, B)`` to add ``(x @ A.T) @ B.T``; with None for ``pre_quant_scale``.
 
     Returns:
         ``[rows, N]`` bfloat16; up to 64 rows a row has the same bits whatever rows stand beside it.
     """
     tiles = tiles_for(x.shape[0], forms())
-    return launch(tiles, forms()[tiles], x, pre_quant_scale, weight, weight_scale, global_scale, n)
+    return launch(tiles, forms()[tiles], x, pre_quant_scale, weight, weight_scale, global_scale, n, low_rank)
 
 
 def launch(
@@ -162,6 +176,7 @@ def launch(
     weight_scale: Tensor,
     global_scale: Tensor,
     n: int,
+    low_rank: LowRank | None = None,
 ) -> Tensor:
     """The kernel of this form for up to ``8 * tiles`` rows; the rest as in :func:`stream_gemm`."""
     rows, k = x.shape
@@ -169,13 +184,18 @@ def launch(
     partial, arrivals = SCRATCH.on(x.device)
     box, shape = (DEPTH // 16, COLUMNS), (k // 16, n)
     weights = [cuda.weight_map(w.data_ptr(), *shape, item, *box) for w, item in ((weight, 8), (weight_scale, 1))]
-    scaled = pre_quant_scale is not None
-    kernel(tiles, scaled, form)(
+    scaled, rank, branch = pre_quant_scale is not None, 0, []
+    if low_rank is not None:
+        rank = RANK
+        parts, met = BRANCH_SCRATCH.on(x.device)
+        branch = [x, *low_rank, parts, parts[SLICES * MOST_ROWS * RANK :], met]
+    kernel(tiles, scaled, form, rank)(
         grid=(form.blocks(_multiprocessors(x.device.index), n, k), 1, 1),
-        block=form.threads,
+        block=form.threads_with(rank),
         args=[
             *weights,
             *([x, pre_quant_scale] if scaled else [cuda.matrix_map(x.data_ptr(), rows, k, 2, 8 * tiles, 64)]),
+            *branch,
             y,
             global_scale,
             partial,
@@ -184,7 +204,7 @@ def launch(
             n,
             k,
         ],
-        shared_bytes=shared_bytes(tiles, form),
+        shared_bytes=shared_bytes(tiles, form, rank),
     )
     return y
 
@@ -247,20 +267,29 @@ def linear(
     workspace: Tensor,
     n: int,
     streamed: int,
+    low_rank_a: Tensor | None = None,
+    low_rank_b: Tensor | None = None,
 ) -> Tensor:
-    """One linear layer: batches of the forms in ``streamed`` here, others on Marlin; see :func:`faster`."""
+    """One linear layer: batches of the forms in ``streamed`` here, others on Marlin; see :func:`faster`.
+
+    With ``low_rank_a`` and ``low_rank_b`` plus ``(x @ A.T) @ B.T``, and without ``pre_quant_scale``.
+    """
     import vllm.envs
 
     flat = x.reshape(-1, x.shape[-1])
     if streamed and flat.shape[0] <= 8 * max(forms()) and streamed >> _form(flat.shape[0]) & 1:
         parts = flat.contiguous().split(SAME_BITS if vllm.envs.VLLM_BATCH_INVARIANT else MOST_ROWS)
-        y = _joined([stream_gemm(part, pre_quant_scale, weight, weight_scale, global_scale, n) for part in parts])
+        low_rank = None if low_rank_a is None or low_rank_b is None else (low_rank_a, low_rank_b)
+        weights = (weight, weight_scale, global_scale, n, low_rank)
+        y = _joined([stream_gemm(part, pre_quant_scale, *weights) for part in parts])
     else:
         if pre_quant_scale is not None:
             flat = flat * pre_quant_scale
         from vllm.model_executor.layers.quantization.utils.marlin_utils_fp4 import apply_fp4_marlin_linear
 
         y = apply_fp4_marlin_linear(flat, weight, weight_scale, global_scale, workspace, n, flat.shape[-1])
+        if low_rank_a is not None and low_rank_b is not None:
+            y = torch.addmm(y, torch.nn.functional.linear(flat, low_rank_a), low_rank_b.t())
     return y.view(*x.shape[:-1], n)
 
 
@@ -268,8 +297,17 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _linear_shape(x: Tensor, *parameters: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], parameters[-2])
+def _linear_shape(
+    x: Tensor,
+    pre_quant_scale: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    global_scale: Tensor,
+    workspace: Tensor,
+    n: int,
+    *_: Any,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)
 
 
 @functools.cache
@@ -280,19 +318,47 @@ def register_operator() -> None:
     direct_register_custom_op("gemma4_spec_stream_linear", linear, fake_impl=_linear_shape)
 
 
+def compile_forms(*wanted: tuple[bool, int]) -> None:
+    """All forms for this card, for each ``(scaled, rank)``; side by side, as NVRTC takes some seconds for each."""
+    of = [(tiles, scaled, form, rank) for tiles, form in forms().items() for scaled, rank in wanted]
+    card = cuda.this_card()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda what: cuda.compiled(source(*what), card + "a" * what[2].wgmma), of))
+    for what in of:
+        kernel(*what)
+
+
 @functools.cache
 def available() -> bool:
     """Whether the kernel compiles here; if not, the log says once why, and vLLM's kernels stay."""
     if torch.cuda.get_device_capability()[0] < 9:  # bfloat16 multiplication and programmatic launch
         return False
     try:
-        for tiles, form in forms().items():
-            for scaled in (False, True):
-                kernel(tiles, scaled, form)
+        compile_forms((False, 0), (True, 0))
     except (ImportError, RuntimeError) as error:
         logger.info("NVFP4 GEMMs of small batches stay on Marlin: %s", str(error).splitlines()[0])
         return False
     return True
+
+
+@functools.cache
+def branch_available(rank: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel takes low-rank branches of this rank in; if not, the log says once why: they stay GEMMs of
+    their own."""
+    try:
+        if rank != RANK or dtype != torch.bfloat16:
+            raise RuntimeError(f"it takes bfloat16 of rank {RANK}")
+        compile_forms((False, rank))
+    except (ImportError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        logger.info("Low-rank branches of rank %d, %s, stay out of the NVFP4 GEMM: %s", rank, dtype, reason)
+        return False
+    return True
+
+
+def reserve_branch(device: torch.device) -> None:
+    """As :func:`reserve`, for layers with a branch."""
+    BRANCH_SCRATCH.reserve(device, SLICES * MOST_ROWS * RANK + MOST_ROWS * RANK // 2, 2)
 
 
 def suits(layer: Module) -> bool:

@@ -78,7 +78,7 @@ def vllm_config(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __post_init__(self: Any) -> None:
         original(self)
-        if scope.gemma4_model(self.model_config) and _card_takes_pdl():
+        if scope.gemma4_model(self.model_config) and card_takes_pdl():
             self.compilation_config.inductor_compile_config.setdefault(_PDL, True)  # what a user set stays
 
     return __post_init__
@@ -244,7 +244,7 @@ def backend(original: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def _card_takes_pdl() -> bool:
+def card_takes_pdl() -> bool:
     """As :func:`_takes_pdl`, where a process must not touch the card: it may fork, or never compute."""
     from vllm.platforms import current_platform
 

@@ -88,7 +88,7 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
         layer.modelopt_checked = True
         layer.register_parameter("rows_codes", None)
         layer.rows_scaled = False  # whether the small-batch kernel multiplies by pre_quant_scale
-        layer.streamed, layer.stream_scaled = 0, False
+        layer.streamed, layer.stream_scaled, layer.stream_branch = 0, False, False
         if self.backend == NvFp4LinearBackend.MARLIN:
             small_batch_layers.prepare(layer)
         if self.backend == NvFp4LinearBackend.EMULATION:
@@ -175,7 +175,7 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
             y = emulation.linear(layer, x, bias)
         else:
             y = super().apply(layer, x, bias)
-        if layer.svdquant_lora_a is not None:
+        if layer.svdquant_lora_a is not None and not layer.stream_branch:
             y = y + F.linear(F.linear(x, layer.svdquant_lora_a), layer.svdquant_lora_b)
         return y
 
@@ -189,7 +189,7 @@ def _tell_compiler(layer: Module) -> None:
     if not isinstance(additional, dict):
         return
     has = "".join(str(int(getattr(layer, name) is not None)) for name in (*_EXTRA, "rows_codes"))
-    has += f"{int(layer.rows_scaled)} {layer.streamed} {int(layer.stream_scaled)}"
+    has += f"{int(layer.rows_scaled)} {layer.streamed} {int(layer.stream_scaled)} {int(layer.stream_branch)}"
     before = additional.get(_KEY, "")
     additional[_KEY] = hashlib.sha256(f"{before} {layer.prefix} {has}".encode()).hexdigest()[:16]
 

@@ -17,8 +17,8 @@ from vllm_gemma4_spec.quantization.small_batch_layers import scale_stands_alone
 def prepare(layer: Module) -> None:
     """Decide for a layer whose weight Marlin has reordered.
 
-    Sets ``streamed``, the batches that stream (``stream_gemm.faster``; 0: it stays Marlin's), and ``stream_scaled``,
-    whether the kernel multiplies by ``pre_quant_scale``.
+    Sets ``streamed``, the batches that stream (``stream_gemm.faster``; 0: it stays Marlin's), ``stream_scaled``,
+    whether the kernel multiplies by ``pre_quant_scale``, and ``stream_branch``, whether it adds the low-rank branch.
     """
     from vllm_gemma4_spec.kernels import stream_gemm
 
@@ -29,13 +29,25 @@ def prepare(layer: Module) -> None:
         return
     stream_gemm.reserve(layer.output_size_per_partition, layer.input_size_per_partition, layer.weight.device)
     layer.streamed = stream_gemm.faster(layer)
-    layer.stream_scaled = layer.streamed != 0 and layer.rows_codes is None and scale_stands_alone(layer)
+    alone = layer.streamed != 0 and layer.rows_codes is None
+    layer.stream_scaled = alone and scale_stands_alone(layer)
+    layer.stream_branch = alone and _branch(layer)
+
+
+def _branch(layer: Module) -> bool:
+    from vllm_gemma4_spec.kernels import stream_gemm
+
+    a = layer.svdquant_lora_a
+    if a is None or not stream_gemm.branch_available(a.shape[0], a.dtype):
+        return False
+    stream_gemm.reserve_branch(a.device)
+    return True
 
 
 def linear(layer: Module, x: Tensor) -> Tensor:
     """``[..., K]`` to ``[..., N]``. torch.compile traces this.
 
-    Multiplies by ``pre_quant_scale`` first if ``layer.stream_scaled``.
+    Multiplies by ``pre_quant_scale`` first if ``layer.stream_scaled``; adds the branch if ``layer.stream_branch``.
     """
     return torch.ops.vllm.gemma4_spec_stream_linear(
         x,
@@ -46,4 +58,6 @@ def linear(layer: Module, x: Tensor) -> Tensor:
         layer.workspace,
         layer.output_size_per_partition,
         layer.streamed,
+        layer.svdquant_lora_a if layer.stream_branch else None,
+        layer.svdquant_lora_b if layer.stream_branch else None,
     )
