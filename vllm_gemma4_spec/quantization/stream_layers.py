@@ -6,8 +6,6 @@ smallest batches, and stream in those that are too large for it: its first pass 
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -40,9 +38,9 @@ def _branch(layer: Module) -> bool:
     from vllm_gemma4_spec.kernels import stream_gemm
 
     a = layer.svdquant_lora_a
-    if os.environ.get("GEMMA4_TRY_BRANCH") == "0":  # to measure what it is worth
-        return False
     if a is None or not stream_gemm.branch_available(a.shape[0], a.dtype):
+        return False
+    if not bool(layer.weight_global_scale > 0):  # the branch is divided by it, to be added to unscaled sums
         return False
     stream_gemm.reserve_branch(a.device)
     return True
