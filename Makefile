@@ -39,8 +39,9 @@ demo: setup
 test: setup
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -m "not slow and not gpu" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
+# In groups of tests, each in a process of its own; the results stay in build/slow-tests. JOBS=28 for a machine of 32 cores.
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m tools.slow_tests --jobs $(JOBS)
 
 # On a machine with CUDA, with the Python that has vLLM 0.19.1 and this package: one card, and all cards of the machine.
 # PART=exactness runs a part alone; the results go to benchmarks/results.

@@ -223,8 +223,9 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
             generate(longest, n, 24)
             kernels = rpc(probes.profile_ends)[0]
             decoding = [k for k in kernels if k[1] > 0.3 * kernels[-1][1]]  # the prompts are behind
-            result.setdefault("steps", {})[n] = kernel_table(decoding).splitlines()
-            print(args.engine, f"some steps of {n}:", kernel_table(decoding), sep="\n", flush=True)
+            lines = [*kernel_table(decoding).splitlines(), *layer_lines(decoding)]
+            result.setdefault("steps", {})[n] = lines
+            print(args.engine, f"some steps of {n}:", *lines, sep="\n", flush=True)
     if speculative:
         result["draft_parts"] = rpc(probes.draft_parts, args=(sizes, longest + args.tokens))[0]
         print(args.engine, "draft parts", result["draft_parts"], flush=True)
@@ -248,6 +249,31 @@ def kernel_table(kernels: list[tuple[str, float, float]], top: int = 30) -> str:
     rows.sort(reverse=True)
     lines += [f"{total:9.1f} us {count:5d} x {total / count:7.2f}  {name}" for total, count, name in rows[:top]]
     return "\n".join(lines)
+
+
+def layer_lines(kernels: list[tuple[str, float, float]]) -> list[str]:
+    """What a step takes (one argmax each; the first third may hold prompts), and the kernels of two layers in order."""
+    marks = [i for i, kernel in enumerate(kernels) if "ArgMax" in kernel[0]]
+    marks = marks[len(marks) // 3 :]
+    steps = len(marks) - 1
+    if steps < 1:
+        return []
+    whole = kernels[marks[0] : marks[-1]]
+    span = (kernels[marks[-1]][1] - kernels[marks[0]][1]) / steps
+    lines = [
+        f"{steps} steps of {span:.0f} us, {len(whole) / steps:.0f} kernels, busy {sum(k[2] for k in whole) / steps:.0f}"
+    ]
+    middle = marks[steps // 2] + int(len(whole) / steps * 0.4)
+    attention = [
+        i for i in range(middle, len(kernels)) if "attention" in kernels[i][0] or "_few_queries" in kernels[i][0]
+    ]
+    attention = [i for i in attention if i - 1 not in attention][:3]
+    if len(attention) < 3:
+        return lines
+    begin = kernels[attention[0]][1]
+    for name, at, us in kernels[attention[0] : attention[2] + 1]:
+        lines.append(f"{at - begin:9.1f} us {us:8.2f}  {name[:100]}")
+    return lines
 
 
 def table(results: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from tests.support import engine as _engine  # sets the engine's environment before anything imports vLLM
 
@@ -20,6 +20,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # The same examples in every run; `--hypothesis-profile search` looks for new ones.
 settings.register_profile("fixed", derandomize=True)
 settings.register_profile("search", derandomize=False)
+settings.register_profile("unshrunk", derandomize=True, phases=[Phase.explicit, Phase.generate])
 settings.load_profile("fixed")
 
 

@@ -1,9 +1,10 @@
 """Removes the lines of patches one at a time: for each, a test must fail.
 
-    python tools/mutation.py [MODULE[:LINE,LINE...] ...] [--jobs N] [--seconds N]
+    python -m tools.mutation [MODULE[:LINE,LINE...] ...] [--jobs N] [--seconds N]
 
-vLLM is imported once; each removal runs in a fork of that process, on the module's own fast tests. A removal that no
-test notices is printed.
+vLLM is imported once; each removal runs in a fork of that process, on the module's own fast tests, in a copy of the
+checkout without the statement: processes that tests start import it from there, too. A removal that no test notices is
+printed.
 """
 
 from __future__ import annotations
@@ -11,10 +12,8 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import importlib.abc
-import importlib.util
 import os
-import signal
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -22,8 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tools import forks
+from tools.forks import PACKAGE
+
 ROOT = Path(__file__).parents[1]
-PACKAGE = "vllm_gemma4_spec"
+COPIES = ROOT / "build" / "mutation"
 LIMIT = 120  # seconds of one run, or twice what the module takes as it is; a removal that makes a test hang is found
 WHOLE = 1200  # seconds of a module as it is
 # Module -> the tests (below ``tests``) that are to notice.
@@ -40,7 +42,20 @@ MODULES: dict[str, list[str]] = {
     "performance.split_attention": [
         "performance/test_split_attention.py::test_what_fits",
         "performance/test_split_attention.py::test_one_token_per_request_and_image_prefixes_are_left_alone",
-        "kernels/test_patches.py",
+        "performance/test_split_attention.py::test_launches_by_layer_and_batch",
+        "performance/test_split_attention.py::test_launches_with_a_cache_in_fp8",
+        "performance/test_split_attention.py::test_few_queries_run_this_packages_kernel",
+        "performance/test_split_attention.py::test_a_full_layer_gets_segments_and_their_scratch",
+        "performance/test_split_attention.py::test_numbers_reach_the_kernels_and_no_later_launch",
+        "performance/test_split_attention.py::test_dtypes_of_the_cache",
+        "performance/test_split_attention.py::test_what_the_kernel_does_not_know_is_left_to_vllm",
+        "performance/test_split_attention.py::test_engines_out_of_scope_or_without_a_number_are_left_to_vllm",
+        "performance/test_split_attention.py::test_a_first_call_within_a_graph_makes_no_memory",
+        "performance/test_split_attention.py::test_a_kernel_that_does_not_compile_is_one_line",
+        "performance/test_split_attention.py::test_cards_and_settings",
+        "performance/test_split_attention.py::test_a_builder_in_scope_marks_its_scratch",
+        "kernels/test_patches.py::test_a_verification_splits_the_context",
+        "kernels/test_patches.py::test_another_models_verification_is_left_as_it_is",
     ],
     "performance.compile_settings": [
         "performance/test_launch_early.py",
@@ -69,7 +84,7 @@ MODULES: dict[str, list[str]] = {
     "multimodal.segments": ["multimodal/test_segments.py"],
     "metrics.reports": ["metrics/test_api_servers.py", "metrics/test_reports.py"],
     "patching.failure": ["patching/test_failures.py"],
-    "patching.engine": ["patching/test_engine.py", "patching/test_failures.py"],
+    "patching.engine": ["patching/test_patcher.py", "patching/test_failures.py", "patching/test_engine.py"],
 }
 
 
@@ -106,23 +121,24 @@ def mutants(source: str) -> Iterator[tuple[int, ast.Module]]:
         number += 1
 
 
-class _Loader(importlib.abc.Loader):
-    def __init__(self, code: Any) -> None:
-        self._code = code
-
-    def exec_module(self, module: Any) -> None:
-        exec(self._code, module.__dict__)
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    def __init__(self, name: str, file: Path, tree: ast.Module) -> None:
-        self._name, self._file, self._tree = name, file, tree
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != self._name:
-            return None
-        loader = _Loader(compile(self._tree, str(self._file), "exec"))
-        return importlib.util.spec_from_file_location(name, self._file, loader=loader)
+@contextlib.contextmanager
+def _copy(module: str, tree: ast.Module | None) -> Iterator[Path]:
+    """The checkout, with ``tree`` in place of a module."""
+    copy = COPIES / str(os.getpid())
+    copy.mkdir(parents=True)
+    try:
+        for each in ROOT.iterdir():
+            if each.name in (PACKAGE, "tests"):
+                shutil.copytree(each, copy / each.name, copy_function=os.link)
+            elif each.name != "build":
+                (copy / each.name).symlink_to(each)
+        if tree is not None:
+            file = copy / _file(module).relative_to(ROOT)
+            file.unlink()  # not the original, which it was a link to
+            file.write_text(ast.unparse(tree))
+        yield copy
+    finally:
+        shutil.rmtree(copy)
 
 
 @dataclass
@@ -142,8 +158,8 @@ class _Run:
             return os.waitstatus_to_exitcode(status) == 0
         if time.monotonic() < self.until:
             return None
-        os.killpg(self.child, signal.SIGKILL)
-        os.waitpid(self.child, 0)
+        forks.end(self.child)
+        shutil.rmtree(COPIES / str(self.child), ignore_errors=True)
         if self.line:
             seconds = self.until - self.since
             print(f"{_name(self.module)}:{self.line}: not done after {seconds:.0f} s, taken for noticed", flush=True)
@@ -153,19 +169,16 @@ class _Run:
 def start(module: str, line: int, tree: ast.Module | None, seconds: float) -> _Run:
     import pytest
 
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
-        if tree is not None:
-            sys.meta_path.insert(0, _Finder(_name(module), _file(module), tree))
-        code = 3
-        with contextlib.suppress(BaseException):
-            paths = [str(ROOT / "tests" / t) for t in MODULES[module]]
-            code = int(pytest.main(["-x", "-q", "-m", "not slow and not gpu", "-p", "no:cacheprovider", *paths]))
-        os._exit(code)
+    def work() -> int:
+        with _copy(module, tree) as copy:
+            for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+                del sys.modules[name]
+            os.chdir(copy)
+            sys.path.insert(0, str(copy))
+            paths = [str(copy / "tests" / t) for t in MODULES[module]]
+            return int(pytest.main(["-x", "-q", "-m", "not slow and not gpu", "-p", "no:cacheprovider", *paths]))
+
+    child = forks.fork(work)
     now = time.monotonic()
     return _Run(module, line, child, now, now + seconds)
 
@@ -196,15 +209,7 @@ def main() -> int:
     ap.add_argument("--jobs", type=int, default=1, help="removals tried at a time")
     ap.add_argument("--seconds", type=float, default=float("inf"), help="stop after this much processor time")
     args = ap.parse_args()
-    sys.path.insert(0, str(ROOT))
-    import torch  # noqa: F401
-    import vllm.entrypoints.openai.api_server
-    import vllm.v1.engine.llm_engine
-    import vllm.v1.worker.gpu_model_runner  # noqa: F401
-
-    import tests.support.engine  # noqa: F401 - sets the environment
-
-    assert not any(name == PACKAGE or name.startswith(f"{PACKAGE}.") for name in sys.modules)
+    forks.preload()
     counts: dict[str, dict[str, int]] = {}
     running: list[_Run] = []
     broken: set[str] = set()
@@ -228,6 +233,7 @@ def main() -> int:
                     file = _file(run.module)
                     text = file.read_text().splitlines()[run.line - 1].strip()
                     print(f"{file.relative_to(ROOT)}:{run.line}: no test fails without: {text}", flush=True)
+            forks.hold_servers()
             time.sleep(0.05)
 
     def report() -> None:

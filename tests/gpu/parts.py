@@ -65,6 +65,7 @@ _ALL = (
     Part("long_prompts", 200),
     Part("second_start", 200),
     Part("tensor_parallel", 300, cards=2),
+    Part("all_reduce", 200, cards=2),
     Part("heads_and_experts", 300, cards=2),
     Part("nvfp4_ranks", 250, cards=2),
     Part("data_parallel", 250, cards=2),

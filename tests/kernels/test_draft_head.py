@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tests.support.fresh import interpreted
 from vllm_gemma4_spec.checkpoints import nvfp4
+from vllm_gemma4_spec.kernels.draft_head import DraftHead
 
 VOCAB, SIZE = 2048, 512  # half of the vocabulary are candidates of the exact pass
 NEAREST = 1900
@@ -62,3 +65,23 @@ def test_the_argmax_is_that_of_the_exact_logits(by_triton: list[torch.Tensor]) -
 def test_a_block_that_the_coarse_pass_misses_is_not_found(by_triton: list[torch.Tensor]) -> None:
     """The limit of the method, and a check that the coarse pass is what chooses."""
     assert by_triton[-1][0] < VOCAB // 2
+
+
+def test_of_two_ranks_the_larger_logit_wins() -> None:
+    """Each rank has half of the vocabulary; the first of equal ones is the lower id."""
+    logits, tokens = torch.tensor([[[1.0], [5.0], [-2.0]], [[4.0], [3.0], [-2.0]]]), torch.tensor([[3], [2], [1]])
+    sent: list[torch.Tensor] = []
+
+    def all_reduce(part: torch.Tensor) -> torch.Tensor:
+        sent.append(part)
+        return sum(sent[:2], torch.zeros_like(part)) if len(sent) > 2 else part
+
+    def found(rank: int) -> torch.Tensor:
+        group = SimpleNamespace(rank_in_group=rank, world_size=2, all_reduce=all_reduce)
+        head = DraftHead(torch.empty(VOCAB, SIZE), coarse=lambda hidden: hidden, group=group)
+        return head._of_all_ranks(logits[rank], tokens)
+
+    for rank in range(2):  # what each sends
+        found(rank)
+    for rank in range(2):
+        assert found(rank).tolist() == [VOCAB + 3, 2, 1]

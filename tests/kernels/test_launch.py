@@ -16,13 +16,17 @@ COMPILER = shutil.which("cc") or shutil.which("gcc")
 
 LAUNCHES = """
 import torch
+from cuda.bindings.driver import CUdeviceptr
 from vllm_gemma4_spec.kernels.cuda import Kernel
+
+elsewhere = torch.tensor([2.5])  # by its address, as memory that no tensor has
 
 for overlaps in (True, False):
     kernel = Kernel.__new__(Kernel)  # __init__ compiles for the card that is here
     kernel._load(b"code", "name", overlaps)
     kernel.allow_shared(50_000)
-    kernel._launch(0x33, (4, 5, 6), 128, [torch.tensor([1.5]), 7, torch.tensor([2.5])], 1000)
+    last = torch.tensor([2.5]) if overlaps else CUdeviceptr(elsewhere.data_ptr())
+    kernel._launch(0x33, (4, 5, 6), 128, [torch.tensor([1.5]), 7, last], 1000)
 try:
     Kernel.__new__(Kernel)._load(b"refuse", "name", True)
 except RuntimeError as error:

@@ -199,7 +199,8 @@ def test_a_drafter_gets_its_head_when_it_is_loaded(
     ("ranks", "rows", "quantized", "suits", "wanted"),
     [
         pytest.param(1, 8, False, True, True, id="fits"),
-        pytest.param(2, 8, False, True, False, id="sharded"),
+        pytest.param(2, 4, False, True, True, id="sharded"),
+        pytest.param(2, 8, False, True, False, id="sharded-and-padded"),
         pytest.param(1, 16, False, True, False, id="padded-vocabulary"),
         pytest.param(1, 8, True, True, False, id="quantized"),
         pytest.param(1, 8, False, False, False, id="another-shape"),
@@ -212,14 +213,16 @@ def test_which_heads_are_made(
 
     from vllm_gemma4_spec.kernels import draft_head
 
-    monkeypatch.setattr(distributed, "get_tensor_model_parallel_world_size", lambda: ranks)
+    group = SimpleNamespace(world_size=ranks)
+    monkeypatch.setattr(distributed, "get_tp_group", lambda: group)
     monkeypatch.setattr(draft_head, "suits", lambda _: suits)
-    monkeypatch.setattr(draft_head, "DraftHead", lambda weight: ("head", len(weight)))
+    monkeypatch.setattr(draft_head, "DraftHead", lambda weight, group: ("head", len(weight), group))
     waited: list[bool] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(True))
     lm_head = SimpleNamespace() if quantized else SimpleNamespace(weight=torch.nn.Parameter(torch.empty(rows, 4)))
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=8))
-    assert argmax.head_of(SimpleNamespace(lm_head=lm_head, config=config)) == (("head", 8) if wanted else None)
+    made = ("head", rows, group if ranks > 1 else None) if wanted else None
+    assert argmax.head_of(SimpleNamespace(lm_head=lm_head, config=config)) == made
     assert waited == [True] * wanted  # its copy is whole before a graph reads it
 
 

@@ -133,7 +133,8 @@ def test_either_of_two_api_servers_shows_every_process(
             assert processes(metrics) == everyone
             assert "vllm:generation_tokens_total" in {s.name for s in metrics}
         done = gemma4_spec("doctor", "--url", url, "--workers", "1", "--json")
-        problems = {f["name"] for f in printed("doctor", done)["findings"] if f["state"] == "problem"}
+        found = [f for f in printed("doctor", done)["findings"] if f["section"] == "server"]
+        problems = {f["name"] for f in found if f["state"] == "problem"}
         assert problems == {"reasoning parser", "tool call parser"}  # it was started without either
         assert printed("top", gemma4_spec("top", "--url", url, "--interval", "0.2", "--json"))["processes"] == 4
 

@@ -1,7 +1,7 @@
 """vLLM's attention kernels in Triton's interpreter, as chosen with and without ``split-attention``.
 
-``python -m tests.performance.attention_by_triton RESULTS`` saves, per case, both outputs, those of a
-reference, and which kernel ran.
+``python -m tests.performance.attention_by_triton RESULTS`` saves, per case, the output of a reference, those of vLLM's
+choice, of short queries split by vLLM's kernel, and of each kind of launch that a GPU is given, and which kernels ran.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ if __name__ == "__main__":
     import torch
     from vllm.v1.attention.ops import triton_unified_attention as ops
 
+    from vllm_gemma4_spec.kernels.few_query_attention import Form
     from vllm_gemma4_spec.performance import split_attention
+    from vllm_gemma4_spec.performance.split_attention import Launch
 
     HEADS, KV_HEADS, SIZE, BLOCK, SEGMENTS, ROOM = 4, 2, 16, 16, 8, 16
     ran: list[str] = []
-    for name in ("kernel_unified_attention_2d", "kernel_unified_attention_3d"):
+    for name in ("kernel_unified_attention_2d", "kernel_unified_attention_3d", "reduce_segments"):
         kernel = getattr(ops, name)
 
         class Noted:
@@ -24,12 +26,24 @@ if __name__ == "__main__":
                 self.kernel, self.name = kernel, name
 
             def __getitem__(self, grid):
-                ran.append(self.name[-2:])
-                return self.kernel[grid]
+                def launch(**given):
+                    ran.append((self.name[-2:], given["TILE_SIZE"], given.get("NUM_SEGMENTS_PER_SEQ", 0)))
+                    self.kernel[grid](**given)
+
+                return launch
 
         setattr(ops, name, Noted())
-    ops.kernel_unified_attention_2d = split_attention.attention_kernel(ops.kernel_unified_attention_2d)
-    split_attention.few_programs = split_attention._larger_tiles = lambda *_: True  # as on a GPU
+        replaced = split_attention.reduce_kernel if name == "reduce_segments" else split_attention.attention_kernel
+        setattr(ops, name, replaced(getattr(ops, name)))
+    TILES = (("TILE_SIZE", 64),)
+    # Beside vLLM's choice and what a GPU before Hopper runs; what a GPU runs is larger.
+    LAUNCHES = {
+        "stock": None,
+        "split": None,
+        "own": Launch(Form(2, 16, early=False)),
+        "3d": Launch(segments=4, numbers=TILES),
+        "2d": Launch(numbers=TILES),
+    }
 
     def reference(q, k, v, query_len, seq_lens, table, window):
         out = torch.empty_like(q)
@@ -44,7 +58,7 @@ if __name__ == "__main__":
         return out
 
     results = []
-    for query_len, lengths, window in ((4, [200], 0), (5, [77, 130], 40), (4, [64, 5, 33], 0), (5, [40] * 4, 0)):
+    for query_len, lengths, window in ((4, [140], 0), (5, [77, 50], 40), (4, [64, 5], 0), (5, [17] * 4, 0)):
         torch.manual_seed(query_len)
         num_seqs, tokens, pages = len(lengths), len(lengths) * query_len, -(-max(lengths) // BLOCK)
         q = torch.randn(tokens, HEADS, SIZE) / 4
@@ -52,11 +66,16 @@ if __name__ == "__main__":
         table = torch.randperm(num_seqs * pages).view(num_seqs, pages).int()
         seq_lens = torch.tensor(lengths, dtype=torch.int32)
         outputs, chosen = [], []
-        for attention in (ops.unified_attention, split_attention.unified_attention(ops.unified_attention)):
+        patched = split_attention.unified_attention(ops.unified_attention)
+        for name, launched in LAUNCHES.items():
+            attention = ops.unified_attention if name == "stock" else patched
+            split_attention._suits = lambda _, on_gpu=launched is not None: on_gpu
+            split_attention.launch = lambda *_, launched=launched: launched
             out = torch.full_like(q, torch.nan)
             ran.clear()
             scratch = torch.full((ROOM, HEADS, SEGMENTS, SIZE), torch.nan)
-            setattr(scratch, split_attention.IN_SCOPE, True)  # as a builder of an engine in scope marks it
+            for mark in (split_attention.IN_SCOPE, split_attention.QUERIES):  # as a builder in scope does
+                setattr(scratch, mark, 5)
             attention(
                 q=q,
                 k=k,
@@ -84,5 +103,6 @@ if __name__ == "__main__":
             outputs.append(out)
             chosen.append(list(ran))
         wanted = reference(q, k, v, query_len, seq_lens, table, window)
-        results.append({"stock": outputs[0], "split": outputs[1], "wanted": wanted, "kernels": chosen})
+        made = dict(zip(LAUNCHES, outputs, strict=True))
+        results.append({"outputs": made, "wanted": wanted, "kernels": dict(zip(LAUNCHES, chosen, strict=True))})
     torch.save(results, sys.argv[1])

@@ -24,5 +24,5 @@ def inductor() -> Iterator[None]:
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A card that has programmatic dependent launch, asked either way."""
-    monkeypatch.setattr(f"{SETTINGS}._card_takes_pdl", lambda: True)
+    monkeypatch.setattr(f"{SETTINGS}.card_takes_pdl", lambda: True)
     monkeypatch.setattr(f"{SETTINGS}._takes_pdl", lambda: True)

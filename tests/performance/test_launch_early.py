@@ -21,8 +21,9 @@ from torch.utils import _triton
 from vllm_gemma4_spec.performance import compile_settings
 from vllm_gemma4_spec.performance.compile_settings import LaunchChoices
 
-REPAIRED = torch.__version__.startswith("2.10.")  # vLLM 0.19.1's; a later Inductor keeps its own dependent launch
-only_repaired = pytest.mark.skipif(not REPAIRED, reason="this Inductor's own dependent launch stays")
+REPAIRED = torch.__version__.startswith("2.10.")  # vLLM 0.19.1's
+only_repaired = pytest.mark.skipif(not REPAIRED, reason="a later Inductor")
+only_later = pytest.mark.skipif(REPAIRED, reason="an Inductor before 2.11")
 LAUNCH, WAIT = "gdc_launch_dependents", "gdc_wait"
 
 
@@ -47,9 +48,11 @@ def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(_triton, "triton_hash_with_backend", lambda: "")
     monkeypatch.setattr(compile_settings, "_takes_pdl", lambda: True)
-    for name in compile_settings._WRAPPERS:
+    for name in {**compile_settings._WRAPPERS, **compile_settings._LATER_WRAPPERS}:
         for owner in (c for c in codegen.TritonKernel.__mro__ if name in vars(c)):
             monkeypatch.setattr(owner, name, vars(owner)[name])
+    enabled = staticmethod(lambda: config.triton.enable_pdl)  # looks at a graph's device, too
+    monkeypatch.setattr(codegen.TritonKernel, "_enable_pdl_codegen", enabled, raising=False)
 
 
 def written(function: Callable[..., Any], choices: Any = LaunchChoices, **settings: Any) -> str:
@@ -77,7 +80,6 @@ def order(code: str) -> list[str]:
     return re.findall(rf"{LAUNCH}|{WAIT}|tl\.load|tl\.store", code)
 
 
-@only_repaired
 @pytest.mark.parametrize("function", [norm, activation])
 def test_the_next_kernel_starts_before_this_one_waits(function: Callable[..., Any]) -> None:
     found = order(written(function))
@@ -85,15 +87,14 @@ def test_the_next_kernel_starts_before_this_one_waits(function: Callable[..., An
     assert found.count(LAUNCH) == found.count(WAIT) == 1
 
 
-@only_repaired
 def test_a_kernel_that_loads_nothing_waits_before_it_stores() -> None:
-    assert order(written(constant)) == [WAIT, "tl.store"]
+    assert order(written(constant))[-2:] == [WAIT, "tl.store"]
 
 
 def test_another_models_kernels_are_inductors() -> None:
     written(norm)  # the wrappers stay in the process
     assert order(written(norm, **{"triton.enable_pdl": False}))[0] == "tl.load"
-    assert order(written(constant, None)) == ["tl.store"]
+    assert order(written(constant, None)) == ([] if REPAIRED else [WAIT]) + ["tl.store"]
 
 
 @only_repaired
@@ -105,19 +106,91 @@ def test_stock_ends_the_compilation() -> None:
         written(norm)  # the wrappers stay in the process
 
 
-@pytest.mark.skipif(REPAIRED, reason="this Inductor is repaired")
-@pytest.mark.parametrize("function", [norm, activation, constant])
-def test_another_inductor_is_left_alone(function: Callable[..., Any]) -> None:
-    assert written(function) == written(function, None)
-    for name in compile_settings._WRAPPERS:
-        assert not hasattr(getattr(codegen.TritonKernel, name, None), "__wrapped__")
+@only_later
+@pytest.mark.parametrize("function", [norm, activation])
+def test_another_models_kernels_stay_a_later_inductors(function: Callable[..., Any]) -> None:
+    before = order(written(function, None))
+    written(function)  # the wrappers stay in the process
+    assert order(written(function, None)) == before == [WAIT, *["tl.load"] * 2, LAUNCH, *before[4:]]
+
+
+class Lines:
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def writeline(self, line: str) -> None:
+        self._lines.append(line)
+
+
+def later() -> Any:
+    """A Triton kernel that waits and lets the next one start where Inductor 2.11's does."""
+
+    class Later:
+        GDC_WAIT, GDC_LAUNCH = WAIT, LAUNCH
+        inside_reduction, range_trees = False, ()
+        body = Lines()
+        enabled = True
+
+        def _enable_pdl_codegen(self) -> bool:
+            return self.enabled
+
+        def _handle_pdl_before_access(self, buffer: Any, *names: str, consider_reads: bool = False) -> None:
+            if self._enable_pdl_codegen() and "written just before" in names:
+                if self.inside_reduction and self.range_trees[-1].is_loop:
+                    buffer = self.body
+                buffer.writeline(self.GDC_WAIT)
+
+        def _handle_pdl_after_load(self, buffer: Any, result: Any) -> None:
+            if self._enable_pdl_codegen():
+                buffer.writeline(self.GDC_WAIT)
+                buffer.writeline(self.GDC_LAUNCH)
+
+        def _filter_pdl(self, code: Any) -> None:
+            last = max(i for i, line in enumerate(code._lines) if line == self.GDC_LAUNCH)
+            first = code._lines.index(self.GDC_WAIT)
+            dropped = {self.GDC_WAIT: first, self.GDC_LAUNCH: last}
+            code._lines = [line for i, line in enumerate(code._lines) if dropped.get(line, i) == i]
+
+        def code(self) -> list[str]:
+            lines = Lines()
+            for name in ("written long before", "written just before"):
+                self._handle_pdl_before_access(lines, name)
+                lines.writeline("load")
+                self._handle_pdl_after_load(lines, None)
+            self._handle_pdl_before_access(lines, "result", consider_reads=True)
+            lines.writeline("store")
+            self._filter_pdl(lines)
+            return lines._lines
+
+    return Later
+
+
+def test_a_later_inductors_kernel_waits_before_whatever_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = later()
+    before = kernel().code()
+    compile_settings.launch_early(kernel)
+    compile_settings.launch_early(kernel)
+    assert kernel().code() == before == ["load", WAIT, "load", LAUNCH, "store"]  # not a model of ours
+    monkeypatch.setattr(compile_settings, "_ours", lambda: True)
+    assert kernel().code() == [LAUNCH, WAIT, "load", "load", "store"]
+
+
+def test_a_later_inductors_loop_waits_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, loads = later(), Lines()
+    compile_settings.launch_early(kernel)
+    monkeypatch.setattr(compile_settings, "_ours", lambda: True)
+    kernel.inside_reduction, kernel.range_trees = True, (type("Tree", (), {"is_loop": True}),)
+    kernel()._handle_pdl_before_access(loads, "written long before")
+    assert (kernel.body._lines, loads._lines) == ([LAUNCH, WAIT], [])
 
 
 class Unknown:
     """A Triton kernel of an Inductor that nobody tried: the names, and nothing behind them."""
 
     def _handle_pdl_before_load(self, buffer: Any) -> None: ...
+    def _handle_pdl_before_access(self, buffer: Any, name: str) -> None: ...
     def _handle_pdl_after_load(self, buffer: Any, result: Any) -> None: ...
+    def _filter_pdl(self, code: Any) -> None: ...
     def codegen_body(self) -> None: ...
 
 

@@ -56,6 +56,8 @@ def _fork(order: dict[str, Any], client: socket.socket) -> dict[str, Any]:
         os.dup2(os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
     os.environ.update(order["env"])
+    os.chdir(order["root"])
+    sys.path.insert(0, order["root"])  # a copy of the checkout may share this process with it
     return order
 
 

@@ -85,7 +85,10 @@ _IMPORTS = {
 
 @functools.cache
 def _server(kind: str) -> socket.socket:
-    """A connection to the process of ``kind``, which all processes of one run of the tests share."""
+    """A connection to the process of ``kind``, which all processes of one run of the tests share.
+
+    Its session is its own: whoever ends the process that happened to start it ends no other's.
+    """
     run_id = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
     path = Path(tempfile.gettempdir()) / f"fork-{run_id[-12:]}-{kind}"
     client = socket.socket(socket.AF_UNIX)
@@ -104,6 +107,7 @@ def _server(kind: str) -> socket.socket:
                     env=_clean() | (_INTERPRETER if kind == "interpreter" else {}),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
+                    start_new_session=True,
                     pass_fds=[listener.fileno()],
                 )
             client.connect(str(path))
@@ -120,7 +124,7 @@ def _fork(kind: str, code: str, env: dict[str, str], arguments: Sequence[str] = 
     client = _server(kind)
     with tempfile.TemporaryDirectory() as folder:
         files = {name: str(Path(folder) / name) for name in ("stdout", "stderr")}
-        order = {"code": code, "env": env, "arguments": list(arguments)} | files
+        order = {"code": code, "env": env, "arguments": list(arguments), "root": str(ROOT)} | files
         client.sendall(json.dumps(order).encode() + b"\n")
         status = client.recv(64)
         assert status, f"the process that others are forked from ({kind}) has ended"

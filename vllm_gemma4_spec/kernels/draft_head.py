@@ -8,6 +8,7 @@ logits are then computed from the checkpoint's weight, in float32. The soft cap 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,10 +31,11 @@ class DraftHead:
     Args:
         weight: lm_head, ``[vocab, hidden_size]`` bfloat16; vocab a multiple of 128, hidden_size of 256.
         coarse: ``[num_reqs, hidden_size]`` -> ``[num_reqs, vocab]``, rough logits; by default of an NVFP4 copy.
+        group: vLLM's tensor-parallel group, where ``weight`` has this rank's part of the vocabulary.
     """
 
-    def __init__(self, weight: Tensor, coarse: Gemm | None = None) -> None:
-        self.weight = weight
+    def __init__(self, weight: Tensor, coarse: Gemm | None = None, group: Any = None) -> None:
+        self.weight, self._group = weight, group
         self.most_requests = small_batch_gemm.most_rows(*weight.shape)
         if coarse is None:
             self._codes, self._scales, self._scale_2 = quantize(weight)
@@ -48,8 +50,22 @@ class DraftHead:
         hidden = hidden.contiguous()
         scores = self._coarse(hidden).unflatten(-1, (-1, BLOCK)).amax(-1)
         blocks = scores.topk(CANDIDATES, dim=-1, sorted=False).indices
-        best = block_logits(hidden, self.weight, blocks, BLOCK).argmax(-1, keepdim=True)
-        return (blocks.gather(-1, best // BLOCK) * BLOCK + best % BLOCK).squeeze(-1)
+        logits, best = block_logits(hidden, self.weight, blocks, BLOCK).max(-1, keepdim=True)
+        token = blocks.gather(-1, best // BLOCK) * BLOCK + best % BLOCK
+        return token.squeeze(-1) if self._group is None else self._of_all_ranks(logits, token)
+
+    def _of_all_ranks(self, logits: Tensor, token: Tensor) -> Tensor:
+        """The token of the rank with the largest logit; both are ``[num_reqs, 1]``.
+
+        The sum of vLLM's all-reduce gathers, since each rank adds zeros in the others' places: no NCCL in the graph.
+        """
+        rank, ranks, part = self._group.rank_in_group, self._group.world_size, self.weight.shape[0]
+        found = logits.new_zeros(len(logits), ranks, 2)
+        found[:, rank] = torch.cat([logits, (token + rank * part).to(logits.dtype)], -1)  # ids are exact in float32
+        found = self._group.all_reduce(found)
+        winner = found[..., 0].argmax(-1, keepdim=True)
+        # A pass that warms up before a capture is given no sum, and must not look up what memory holds.
+        return found[..., 1].gather(-1, winner).squeeze(-1).clamp(0, ranks * part - 1).long()
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,6 +37,8 @@ class Form:
     pair: int = 1  # tiles of 16 outputs
     roll: bool = False  # the next weights come into registers whose weights have been used
     fit: int = 0  # blocks of four warps that a multiprocessor's registers are to hold; 0: no matter
+    chains: int = 1  # sums by turns, added up at the end
+    whole: bool = False  # x of 64 inputs at once
 
     @property
     def rows(self) -> int:
@@ -50,14 +52,14 @@ class Form:
         return -(-rows // self.rows)
 
     def __str__(self) -> str:
-        return f"{self.rows}x{16 * self.pair}"
+        return f"{self.rows}x{16 * self.pair}" + "c" * (self.chains > 1) + "w" * self.whole
 
 
 _WIDE, _40, _32 = Form(1, 2, roll=True), Form(5, 2, roll=True, fit=3), Form(4, 2, roll=True, fit=3)
 # What is tried for batches of up to so many rows (and more than the number before): what was fastest for some GEMM of
 # E4B on an H200 (benchmarks/NOTES.md). Where nothing can be measured the first is taken, up to most_rows().
 CANDIDATES: dict[int, tuple[Form, ...]] = {
-    8: (Form(1), _WIDE),
+    8: (Form(1, whole=True), _WIDE),
     16: (Form(2), Form(2, 2), _WIDE, Form(1)),
     24: (Form(3), Form(3, 2), _WIDE, Form(1), _32),
     32: (Form(2, 2), _32, _WIDE, Form(2)),
@@ -99,30 +101,38 @@ def plan(n: int, k: int, form: Form, chunks: int, gelu: bool, multiprocessors: i
     if blocks >= 32 and outputs * chunks < 2 * multiprocessors:
         split = 5 if blocks % 5 == 0 and 5 * group <= most else 4
         return Launch(split * group, split, 4)
-    fitting = [s for s in (10, 8, 5, 4, 2) if blocks % s == 0 and s * group <= most]
-    split = next((s for s in fitting if outputs * chunks * s <= 24 * multiprocessors), 1)
+    # 128 registers: 16 warps of a multiprocessor at once, in blocks of four, whose warps may have unequal shares.
+    wide = form.tiles * form.pair == 4 and not form.fit
+    fitting = [s for s in (10, 8, 5, 4, 2) if (blocks % s == 0 or (wide and s == 4 < blocks)) and s * group <= most]
+    split = next((s for s in fitting if outputs * chunks * s <= (16 if wide else 24) * multiprocessors), 1)
     slots = group
     while split * slots * 2 <= 4 and outputs % (slots * 2) == 0:
         slots *= 2
     return Launch(split * slots, split, 1)
 
 
-def source(form: Form, gelu: bool, scaled: bool) -> str:
-    """The kernel's CUDA C++."""
-    text = resources.files(__package__).joinpath("nvfp4_rows.cu").read_text()
-    macros = {
+def macros(form: Form, gelu: int, scaled: bool) -> dict[str, int]:
+    """What the kernel is compiled with; ``gelu`` 1: gelu(first half) * second half, 2: gelu(y) * another tensor."""
+    return {
         "MT": form.tiles,
         "NT": form.pair,
         "ROLL": int(form.roll),
         "FIT": form.fit,
         "GELU": int(gelu),
         "SCALED": int(scaled),
+        "CHAINS": form.chains,
+        "WHOLE": int(form.whole),
     }
-    return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + text
+
+
+def source(form: Form, gelu: int, scaled: bool) -> str:
+    """The kernel's CUDA C++."""
+    text = resources.files(__package__).joinpath("nvfp4_rows.cu").read_text()
+    return "".join(f"#define {name} {value}\n" for name, value in macros(form, gelu, scaled).items()) + text
 
 
 @functools.cache
-def _kernel(form: Form, gelu: bool, scaled: bool) -> Any:
+def _kernel(form: Form, gelu: int, scaled: bool) -> Any:
     return cuda.Kernel(source(form, gelu, scaled), "nvfp4_rows")
 
 
@@ -156,6 +166,7 @@ def gemm(
     pre_quant_scale: Tensor | None = None,
     form: Form | None = None,
     how: Launch | None = None,
+    by: Tensor | None = None,
 ) -> Tensor:
     """``(x * pre_quant_scale) @ W.T`` for at most :data:`MOST_ROWS` rows, on the current stream.
 
@@ -166,6 +177,7 @@ def gemm(
         gelu: give ``gelu_tanh(first half) * second half`` of the outputs.
         pre_quant_scale: ``[K]`` bfloat16, or None for ones.
         form, how: None for what suits such a batch.
+        by: ``[rows, N]`` bfloat16, whose rows may be apart: give ``gelu_tanh(outputs) * by``.
 
     Returns:
         ``[rows, N]`` bfloat16, or ``[rows, N / 2]`` with ``gelu``.
@@ -178,8 +190,9 @@ def gemm(
     partial, arrivals = SCRATCH.on(x.device)
     pre = x if pre_quant_scale is None else pre_quant_scale  # not read where there is none
     blocks = n // ROWS // form.pair // (how.warps // how.split)
-    _kernel(form, gelu, pre_quant_scale is not None)(
-        grid=(chunks, blocks, how.parts),
+    factor = x if by is None else by
+    _kernel(form, int(gelu) if by is None else 2, pre_quant_scale is not None)(
+        grid=(chunks * blocks, how.parts, 1),
         block=how.warps * _LANES,
         args=[
             codes,
@@ -194,6 +207,9 @@ def gemm(
             n,
             k,
             how.split,
+            chunks,
+            factor,
+            factor.stride(0),
         ],
         shared_bytes=how.warps * form.pair * form.tiles * 4 * _LANES * 4,
     )

@@ -139,8 +139,8 @@ class Patcher:
             self._patches += new
             try:
                 for module in dict.fromkeys(e.module for p in new for e in p.edits):
-                    if _is_imported(module):
-                        self._apply_edits(sys.modules[module])
+                    if (imported := sys.modules.get(module)) is not None:
+                        self._apply_edits(imported)
                     self._hook(module)
             except BaseException:
                 self.undo(new)
@@ -288,10 +288,3 @@ class Patcher:
     def missing_correctness(self) -> list[str]:
         """Correctness patches that a switch leaves out while others are on."""
         return [s.name for s in self.status() if s.group == Group.CORRECTNESS.value and s.state == "off"]
-
-
-def _is_imported(module: str) -> bool:
-    """Imported to the end: a module that is still executing gets its patches from the hook."""
-    found = sys.modules.get(module)
-    spec = getattr(found, "__spec__", None)
-    return found is not None and not getattr(spec, "_initializing", False)

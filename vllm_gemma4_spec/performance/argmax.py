@@ -45,19 +45,21 @@ def load_model(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def head_of(model: Any) -> Any:
-    """A ``DraftHead``, or None where a drafter's lm_head is sharded, quantized, or of another shape."""
-    from vllm.distributed import get_tensor_model_parallel_world_size
+    """A ``DraftHead``, or None where a drafter's lm_head is quantized or of another shape."""
+    from vllm.distributed import get_tp_group
 
     from vllm_gemma4_spec.kernels import draft_head
 
     lm_head = getattr(model, "lm_head", None)
     weight = getattr(lm_head, "weight", None)
-    if get_tensor_model_parallel_world_size() > 1 or not isinstance(weight, torch.Tensor):
+    if not isinstance(weight, torch.Tensor):
         return None
+    group = get_tp_group()
     # Rows that pad the vocabulary would take part in the maximum.
-    if not draft_head.suits(weight) or weight.shape[0] != model.config.get_text_config().vocab_size:
+    vocab = weight.shape[0] * group.world_size
+    if not draft_head.suits(weight) or vocab != model.config.get_text_config().vocab_size:
         return None
-    made = draft_head.DraftHead(weight.data)
+    made = draft_head.DraftHead(weight.data, group=group if group.world_size > 1 else None)
     torch.cuda.synchronize()
     return made
 

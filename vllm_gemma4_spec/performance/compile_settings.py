@@ -78,7 +78,7 @@ def vllm_config(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __post_init__(self: Any) -> None:
         original(self)
-        if scope.gemma4_model(self.model_config) and _card_takes_pdl():
+        if scope.gemma4_model(self.model_config) and card_takes_pdl():
             self.compilation_config.inductor_compile_config.setdefault(_PDL, True)  # what a user set stays
 
     return __post_init__
@@ -130,31 +130,88 @@ def _codegen_body(original: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+def _before_access(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def wrapper(self: Any, wait_buffer: Any, *dependencies: Any, **how: Any) -> None:
+        if not (_ours() and self._enable_pdl_codegen()):
+            original(self, wait_buffer, *dependencies, **how)
+            return
+        # Whatever it reads: the kernel ahead may have let this one start before it waited itself.
+        before = self.body if self.inside_reduction and self.range_trees[-1].is_loop else wait_buffer
+        before.writeline(self.GDC_LAUNCH)
+        before.writeline(self.GDC_WAIT)
+
+    return wrapper
+
+
+def _filter(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def wrapper(self: Any, code: Any) -> None:
+        if not (_ours() and self._enable_pdl_codegen()):
+            original(self, code)
+            return
+        kept: list[Any] = []
+        seen: set[str] = set()
+        for line in code._lines:
+            marks = {m for m in (self.GDC_LAUNCH, self.GDC_WAIT) if isinstance(line, str) and m in line}
+            if not marks & seen:
+                kept.append(line)
+            seen |= marks
+        code._lines = kept
+
+    return wrapper
+
+
 _WRAPPERS = {
     "_handle_pdl_before_load": _before_load,
     "_handle_pdl_after_load": _after_load,
     "codegen_body": _codegen_body,
+}
+_LATER_WRAPPERS = {  # Inductor 2.11's
+    "_handle_pdl_before_access": _before_access,
+    "_handle_pdl_after_load": _after_load,
+    "_filter_pdl": _filter,
 }
 
 
 def launch_early(kernel_class: type[Any]) -> None:
     """Wrap what writes ``gdc_wait`` before a Triton kernel's first load and ``gdc_launch_dependents`` behind its last.
 
-    Only where Inductor is 2.10's, vLLM 0.19.1's: it ends in an assertion where it writes the second line (repaired in
-    2.11: pytorch PR 170981). A kernel lets the next one start at once instead, which waits where it loads itself: a
-    GEMM's first weights come while a norm waits for the GEMM before. A kernel that loads nothing must wait, too: it may
-    write what kernels before it still read, and the next one waits for it alone. Any other Inductor's own dependent
-    launch stays as it is.
+    A kernel lets the next one start at once instead, which waits where it loads itself: a GEMM's first weights come
+    while a norm waits for the GEMM before. A kernel that loads nothing must wait, too: it may write what kernels before
+    it still read, and the next one waits for it alone.
+
+    - Inductor 2.10, vLLM 0.19.1's, ends in an assertion where it writes the second line (repaired in 2.11: pytorch PR
+      170981).
+    - Inductor 2.11 loads what the kernel just ahead did not write before it waits. That is right only while every
+      kernel waits before it lets the next one start, which ours do not.
+
+    Any other Inductor's own dependent launch stays as it is.
     """
-    owners = {name: next((c for c in kernel_class.__mro__ if name in vars(c)), None) for name in _WRAPPERS}
-    found = {name: vars(owner)[name] for name, owner in owners.items() if owner is not None}
-    if len(found) < len(_WRAPPERS) or any(hasattr(f, "__wrapped__") for f in found.values()):
-        return
+    for wrappers, known in ((_WRAPPERS, _is_first), (_LATER_WRAPPERS, _is_later)):
+        owners = {name: next((c for c in kernel_class.__mro__ if name in vars(c)), None) for name in wrappers}
+        found = {name: vars(owner)[name] for name, owner in owners.items() if owner is not None}
+        if len(found) < len(wrappers) or any(hasattr(f, "__wrapped__") for f in found.values()):
+            continue
+        if known(found):
+            for name, wrapper in wrappers.items():
+                setattr(owners[name], name, wrapper(found[name]))
+
+
+def _is_first(found: dict[str, Any]) -> bool:
     counts = (found["_handle_pdl_before_load"], found["_handle_pdl_after_load"])
-    if not all("_load_index" in f.__code__.co_names for f in counts) or "generate" not in counts[1].__code__.co_names:
-        return
-    for name, wrapper in _WRAPPERS.items():
-        setattr(owners[name], name, wrapper(found[name]))
+    indexed = all("_load_index" in f.__code__.co_names for f in counts)
+    return indexed and "generate" in counts[1].__code__.co_names
+
+
+def _is_later(found: dict[str, Any]) -> bool:
+    names = {name: set(f.__code__.co_names) for name, f in found.items()}
+    writes = {"_enable_pdl_codegen", "GDC_WAIT", "writeline"}
+    return (
+        writes | {"range_trees", "body"} <= names["_handle_pdl_before_access"]
+        and writes | {"GDC_LAUNCH"} <= names["_handle_pdl_after_load"]
+        and {"GDC_WAIT", "GDC_LAUNCH", "_lines"} <= names["_filter_pdl"]
+    )
 
 
 def _ours() -> bool:
@@ -187,7 +244,7 @@ def backend(original: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def _card_takes_pdl() -> bool:
+def card_takes_pdl() -> bool:
     """As :func:`_takes_pdl`, where a process must not touch the card: it may fork, or never compute."""
     from vllm.platforms import current_platform
 

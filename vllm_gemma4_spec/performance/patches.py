@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         compile_settings,
         draft_graphs,
         expert_routing,
+        fused_all_reduce,
         graph_capture,
         split_attention,
         whole_copies,
@@ -25,6 +26,7 @@ else:  # a wrapper's module is imported only after the module of vLLM that it pa
     compile_settings = Lazy("vllm_gemma4_spec.performance.compile_settings")
     draft_graphs = Lazy("vllm_gemma4_spec.performance.draft_graphs")
     expert_routing = Lazy("vllm_gemma4_spec.performance.expert_routing")
+    fused_all_reduce = Lazy("vllm_gemma4_spec.performance.fused_all_reduce")
     graph_capture = Lazy("vllm_gemma4_spec.performance.graph_capture")
     split_attention = Lazy("vllm_gemma4_spec.performance.split_attention")
     whole_copies = Lazy("vllm_gemma4_spec.performance.whole_copies")
@@ -181,7 +183,8 @@ DRAFT_ARGMAX = Patch(
     why="Every draft pass computes, soft-caps and stores 262,144 logits to find the largest: 330 us a pass of E4B on "
     "an H200, of which 313 read lm_head in bfloat16.",
     how="A draft model's unquantized lm_head gets an NVFP4 copy (0.4 GB) that finds eight candidate blocks of 128 "
-    "token ids; their logits are then computed exactly and the largest is taken. Not under tensor parallelism.",
+    "token ids; their logits are then computed exactly and the largest is taken. Under tensor parallelism each rank "
+    "does so for its part, and the largest of theirs is taken.",
     retire="A fused argmax over lm_head in vLLM.",
     scope="Draft models that are a Gemma 4, on CUDA.",
     related="none found",
@@ -200,8 +203,9 @@ SPLIT_ATTENTION = Patch(
     group=Group.CONVENIENCE,
     why="The attention of a verification and of a draft's first pass, a few tokens per request, runs on a handful of "
     "programs that walk the whole context: at 8,192 tokens a full layer of 31B takes an H200 690 us instead of 90.",
-    how="Short queries go to vLLM's own kernel that cuts the context into segments, as for one token per request. "
-    "Where its scratch does not hold the batch, few programs walk the contexts in tiles of 64 keys instead of 32.",
+    how="Short queries run vLLM's own kernel that cuts the context into segments, as one token per request does. On "
+    "Hopper tiles, stages and segments suit the batch, and in sliding layers a kernel of this package cuts up what a "
+    "query sees.",
     retire="A choice of kernel by the number of programs instead of by the query length.",
     scope="Engines with a Gemma 4 as target or drafter, on TRITON_ATTN.",
     related="none found for the choice of kernel; #43257, open, tunes it for head size 512",
@@ -219,12 +223,18 @@ SPLIT_ATTENTION = Patch(
             "vllm.v1.attention.ops.triton_unified_attention:kernel_unified_attention_2d",
             split_attention.attention_kernel,
         ),
+        Edit(
+            "vllm.v1.attention.ops.triton_unified_attention:kernel_unified_attention_3d",
+            split_attention.attention_kernel,
+        ),
+        Edit(
+            "vllm.v1.attention.ops.triton_unified_attention:reduce_segments",
+            split_attention.reduce_kernel,
+        ),
     ),
     watches=(
         "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward",
         "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder",
-        "vllm.v1.attention.ops.triton_unified_attention:kernel_unified_attention_3d",
-        "vllm.v1.attention.ops.triton_unified_attention:reduce_segments",
     ),
 )
 
@@ -266,6 +276,31 @@ WHOLE_COPIES = Patch(
     ),
 )
 
+FUSED_ALL_REDUCE = Patch(
+    name="fused-all-reduce",
+    group=Group.CONVENIENCE,
+    why="Under tensor parallelism a layer has two all-reduces, each a kernel that waits for the other GPU twice, and "
+    "behind it a kernel with two norms and a sum. FlashInfer's fusion takes one norm, and saves no kernel.",
+    how="On two GPUs from Hopper on a pass of vLLM's over the compiled graph puts one kernel in the place of an "
+    "all-reduce, the norm, the residual, the layer's scalar and the next norm: each GPU writes its rows into the "
+    "other's memory and waits for the other's, without barriers. Above 256 rows vLLM's all-reduce comes first.",
+    retire="A fusion of vLLM's that takes both norms.",
+    scope="Engines whose target is a Gemma 4, in bfloat16 on two GPUs from Hopper on; their Gemma 4 drafters.",
+    related="none found",
+    edits=(
+        Edit("vllm.config.vllm:VllmConfig.__post_init__", fused_all_reduce.vllm_config),
+        Edit("vllm.compilation.backends:VllmBackend.__init__", fused_all_reduce.backend),
+        Edit("vllm.compilation.passes.pass_manager:PostGradPassManager.configure", fused_all_reduce.configure),
+    ),
+    watches=(
+        "vllm.compilation.passes.fusion.matcher_utils:MatcherRMSNorm",
+        "vllm.compilation.passes.vllm_inductor_pass:VllmPatternMatcherPass",
+        "vllm.distributed.device_communicators.custom_all_reduce:CustomAllreduce.create_shared_buffer",
+        "vllm.distributed.parallel_state:GroupCoordinator._all_reduce_out_place",
+        "vllm.model_executor.models.gemma4:Gemma4DecoderLayer.forward",
+    ),
+)
+
 PATCHES: tuple[Patch, ...] = (
     DRAFT_ARGMAX,
     WHOLE_COPIES,  # around draft-argmax's load_model, and inside draft-graphs' propose
@@ -276,6 +311,7 @@ PATCHES: tuple[Patch, ...] = (
     LOCAL_ARGMAX,
     DRAFT_COMPILE,
     TARGET_COMPILE,
+    FUSED_ALL_REDUCE,
     SPLIT_ATTENTION,
     EXPERT_ROUTING,
 )
