@@ -188,7 +188,7 @@ LEFT_OUT = {
     "x": [("if (p == 32) bring_x(", "if (p == 32 && rows > 0) arrive(full + 8 * stage); else if (p == 32) bring_x(")],
     "t": [
         ("branch(of, p / 32 - 2, lane", "if (K < 0) branch(of, p / 32 - 2, lane"),
-        ("wait(base + BRANCH_AT, 0);", ""),
+        ("wait(base + THERE_AT, 0);", ""),
     ],
     "up": [("copy_x(base + up_at(eight, r), up", "if (K < 0) copy_x(base + up_at(eight, r), up")],
     "last": [("if (count > 1 && !part_k) {", "if (count > 1 && !part_k && K < 0) {")],

@@ -125,6 +125,10 @@ def check(shapes: dict[str, tuple[int, int]], device: str, rank: int = 0) -> lis
                 found[-1][f"branch of {count} rows"] = check_branch(made, many[:count].double() @ w.T, many[:count])
         print(json.dumps(found[-1]), flush=True)
         assert errors[0] <= errors[1] * 1.01, "less exact than Marlin"
+        for of in (value for what, value in found[-1].items() if what.startswith("branch")):
+            assert of["inside"] <= of["beside"] * 1.01, "less exact than the branch beside the kernel"
+            assert of["all"], "a row of a layer with a branch depends on the rows beside it"
+            assert of["steady"], "a layer with a branch gives something else each time"
         assert same["ours"] == list(rows), "a row depends on the rows beside it"
         assert scaled == [*rows, 64], "pre_quant_scale in the kernel is not x * pre_quant_scale before it"
     return found

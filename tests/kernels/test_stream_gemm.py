@@ -149,10 +149,11 @@ def branch(n: int, k: int, rank: int = stream_gemm.RANK) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize(
     ("rows", "n", "k", "blocks", "rank", "form"),
     [
-        (3, 512, 384, 4, 32, FORM),
+        (3, 256, 384, 2, 32, FORM),
         pytest.param(7, 320, 192, 2, 32, FORM, marks=SLOW),  # the last tile and the last stage are not whole
         pytest.param(1, 256, 4224, 2, 32, FORM, marks=SLOW),  # three times 32 inputs a slice, the last one has fewer
         pytest.param(7, 512, 128, 2, 64, FORM, marks=SLOW),  # no parts
+        pytest.param(3, 512, 384, 4, 32, FORM, marks=SLOW),  # two, then three parts
         pytest.param(13, 512, 384, 3, 32, WGMMA, marks=SLOW),
         pytest.param(45, 320, 192, 2, 32, WGMMA, marks=SLOW),
         pytest.param(30, 320, 192, 2, 32, FORM, marks=SLOW),

@@ -130,6 +130,7 @@ class Kernel:
     """
 
     def __init__(self, source: str, name: str, this_only: bool = False) -> None:
+        torch.cuda.synchronize()  # a process that has used no CUDA yet has no context to load code into
         code = compiled(source, this_card() + "a" * this_only)
         # From Hopper on a grid may start before the one before it has ended; the kernel says what it waits for.
         self._load(code, name, overlaps=torch.cuda.get_device_capability()[0] >= 9)

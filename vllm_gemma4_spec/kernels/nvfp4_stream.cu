@@ -15,9 +15,9 @@
 //
 // With a low-rank branch (RANK) y is x W^T + t up^T, t = x down^T. Warps of their own compute t while the others stream
 // weights: a warp a slice of inputs, whose sums it leaves in memory; then a warp a row, which adds up the slices in their
-// order and rounds t to bfloat16; then each block takes t into shared memory, long before its first tile is written. They
-// wait for those of other blocks: all blocks of the grid run at once, or will without them, as there are no more blocks
-// than multiprocessors and the next grid's start after them.
+// order and rounds t to bfloat16; then each block takes t into shared memory, long before a tile ends. They wait for those
+// of other blocks: all blocks of the grid run at once, or will without them, as there are no more blocks than
+// multiprocessors and the next grid's start after them. The block that begins a tile adds t up^T to its part of it.
 //
 // Compiled by NVRTC with the macros of stream_gemm.macros: MT (tiles of 8 rows), SCALED (1: x is multiplied by
 // pre_quant_scale first, each product rounded to bfloat16), RANK (of the branch, a multiple of 32; 0: none), WGMMA (1 on
@@ -50,15 +50,15 @@ typedef unsigned long long u64;
 #define SUMS_AT (STAGES * STAGE_BYTES)
 #define SUMS 2048  // floats that the warps of one group hand to the other's, per tile of 8 rows
 #define BARRIERS_AT (SUMS_AT + (GROUPS - 1) * 2 * SUMS * 4)
+#define THERE_AT (BARRIERS_AT + 16 * STAGES)  // the barrier that t is there, or that x is where threads multiply it
 #if RANK
 #if SCALED
 #error "the branch reads the x that the other warps do"
 #endif
-#define BRANCH_AT (BARRIERS_AT + 16 * STAGES)  // the barrier that t is there
-#define T_AT (BRANCH_AT + 16)                  // [8 * MT, RANK] bfloat16
-#define UP_AT (T_AT + MT * 8 * RANK * 2)       // of the tile that ends: as each lane needs it
-#define SLICES 64                              // of the inputs at most: as many as 32 lanes add up in two rounds
-#define PAIR (MT == 1 ? 1 : 2)                 // tiles of 8 rows that a warp takes at a time
+#define T_AT (THERE_AT + 16)              // [8 * MT, RANK] bfloat16
+#define UP_AT (T_AT + MT * 8 * RANK * 2)  // of the tile that this block has begun: as each lane needs it
+#define SLICES 64                         // of the inputs at most: as many as 32 lanes add up in two rounds
+#define PAIR (MT == 1 ? 1 : 2)            // tiles of 8 rows that a warp takes at a time
 #define BRANCH_DEEP (HANDOVER && GROUPS == 2 ? 1 : MT == 1 ? 3 : 2)  // 32 inputs each, loaded at a time
 #endif
 
@@ -504,9 +504,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
             init_barrier(full + 8 * s, 1 + (!SCALED ? 1 : WGMMA ? COPIERS / 32 : 32));  // weights; x
             init_barrier(empty + 8 * s, WARPS / GROUPS);
         }
-#if RANK
-        init_barrier(base + BRANCH_AT, 1);
-#endif
+        init_barrier(base + THERE_AT, 1);
         publish_barriers();
     }
     __syncthreads();
@@ -521,7 +519,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
         if (p >= 64) {
             const int output = mine.first / per_tile * COLUMNS, end = (mine.last + per_tile - 1) / per_tile * COLUMNS;
             const Branch of = {x_rows, down, up, branch_parts, branch_t, met, rows, K};
-            branch(of, p / 32 - 2, lane, output, (end < N ? end : N) - output, base + BRANCH_AT);
+            branch(of, p / 32 - 2, lane, output, (end < N ? end : N) - output, base + THERE_AT);
             return;
         }
 #endif
@@ -591,7 +589,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
         };
         int ahead = 0;
         for (; ahead < count && ahead < FIRST; ahead++) bring_weights(), next();
-        wait_for_previous_grid();
+        if (p >= 32) {
+            wait_for_previous_grid();
+            if (p == COPIERS - 1) arrive(base + THERE_AT);
+        } else {  // little by little until x is there, as above
+            u32 last = cycles();
+            for (; PACE && ahead < count && ahead < STAGES; ahead++) {
+                while (cycles() - last < PACE && !is_full(base + THERE_AT, 0)) rest();
+                last = cycles();
+                bring_weights();
+                next();
+            }
+            wait_for_previous_grid();
+        }
 #pragma unroll
         for (int a = 0; a < X_AHEAD; a++)
             if (a < count) load_x(held[a]);
@@ -665,7 +675,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
     const auto up_at = [&](int eight, int r) { return UP_AT + ((part_n * 4 + eight) * (RANK / 32) + r) * 512 + lane * 16; };
     const auto bring_up = [&](int tile) {
         const int column = tile * COLUMNS + outputs;
-        copies_finish();  // of a tile that another block wrote
 #pragma unroll
         for (int i = 0; i < 4 * (RANK / 32); i++) {
             const int eight = i % 4, r = i / 4;
@@ -673,19 +682,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
             copy_x(base + up_at(eight, r), up + from, column < N);
         }
     };
-    const auto branch_is_there = [&]() {
-        wait(base + BRANCH_AT, 0);
-        copies_finish();
-    };
-#endif
-    const auto write = [&](int tile, int item, const float4& v) {
-        const int column = tile * COLUMNS + outputs, row = item / 2 * 8 + t * 2;
-        if (column >= N) return;
-        u16* at = y + (long)row * N + column + item % 2 * 16 + g;
-#if !RANK
-        if (row < rows) at[0] = to_bf16(v.x * scale), at[8] = to_bf16(v.z * scale);
-        if (row + 1 < rows) at[N] = to_bf16(v.y * scale), at[N + 8] = to_bf16(v.w * scale);
-#else
+    const float per_scale = 1.0f / scale;  // sums are multiplied by `scale` when all parts are added up
+    const auto add_branch = [&](float4& sum, int item) {
         float add[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int r = 0; r < RANK / 32; r++) {
@@ -696,10 +694,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
             mma(add, one, b.x, b.y);
             mma(add, other, b.z, b.w);
         }
-        const auto sum = [&](float main, int i) { return to_bf16(__fmaf_rn(main, scale, add[i])); };
-        if (row < rows) at[0] = sum(v.x, 0), at[8] = sum(v.z, 2);
-        if (row + 1 < rows) at[N] = sum(v.y, 1), at[N + 8] = sum(v.w, 3);
+        sum.x = __fmaf_rn(add[0], per_scale, sum.x), sum.y = __fmaf_rn(add[1], per_scale, sum.y);
+        sum.z = __fmaf_rn(add[2], per_scale, sum.z), sum.w = __fmaf_rn(add[3], per_scale, sum.w);
+    };
 #endif
+    const auto write = [&](int tile, int item, const float4& v) {
+        const int column = tile * COLUMNS + outputs, row = item / 2 * 8 + t * 2;
+        if (column >= N) return;
+        u16* at = y + (long)row * N + column + item % 2 * 16 + g;
+        if (row < rows) at[0] = to_bf16(v.x * scale), at[8] = to_bf16(v.z * scale);
+        if (row + 1 < rows) at[N] = to_bf16(v.y * scale), at[N + 8] = to_bf16(v.w * scale);
     };
     const int items = (rows + 7) / 8 * 2;
 
@@ -752,6 +756,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
 
     int tile = mine.first / per_tile, block = mine.first % per_tile, passed = 0, buffer = 0;
     for (int left = mine.last - mine.first; left > 0;) {
+#if RANK
+        if (block == 0 && !part_k) bring_up(tile);
+#endif
         const int whole = per_tile - block, stages = whole < left ? whole : left;
         left -= stages;
         // Of a tile's stages in turn each is another group's: by where it stands in the tile, not in this share.
@@ -818,9 +825,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
         // The tile ends here, or this block's share does: add up what both groups have, then all parts.
         const int first = first_of(tile), count = count_of(tile, first);
 #if RANK
-        if (!part_k) {
-            bring_up(tile);
-            if (count == 1) branch_is_there();
+        const bool begun = first == blockIdx.x && !part_k;
+        if (begun) {
+            wait(base + THERE_AT, 0);
+            copies_finish();
         }
 #endif
 #pragma unroll
@@ -847,6 +855,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
                 const float4 v = *reinterpret_cast<const float4*>(here + q * 4);
                 sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
 #endif
+#if RANK
+                if (begun) add_branch(sum, m * 2 + q);
+#endif
                 if (count > 1) __stcg(part(first, blockIdx.x - first, m * 2 + q), sum);
                 else write(tile, m * 2 + q, sum);
             }
@@ -859,9 +870,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
                 if (arrived == count - 1) arrivals[tile * 8 + part_n] = 0;
             }
             if (__shfl_sync(0xFFFFFFFFu, arrived, 0) == count - 1) {
-#if RANK
-                branch_is_there();
-#endif
                 const auto from = [&](int p, int item) { return part(first, p, item); };
                 const auto to = [&](int item, const float4& v) { write(tile, item, v); };
                 if (count > 4) add_parts<MANY_PARTS>(items, count, from, to);
@@ -872,7 +880,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
         for (int j = 0; j < 2 * MT * 4; j++) acc[j / (4 * MT)][j / 4 % MT][j % 4] = 0.0f;
         block = 0, tile++;
     }
-#if RANK
-    copies_finish();
-#endif
 }

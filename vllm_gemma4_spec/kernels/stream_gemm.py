@@ -122,8 +122,8 @@ def source(tiles: int, scaled: bool, form: Form, rank: int = 0) -> str:
 def shared_bytes(tiles: int, form: Form, rank: int = 0) -> int:
     """What the kernel's ``BARRIERS_AT`` and the barriers behind it come to, and what a branch needs."""
     stage = DEPTH // 16 * COLUMNS * 9 + tiles * 8 * DEPTH * 2 + (0 if form.wgmma else DEPTH * 2)
-    branch = 16 + (8 * tiles + COLUMNS) * rank * 2 if rank else 0
-    return form.stages * stage + (form.groups - 1) * 2 * 2048 * 4 + 16 * form.stages + branch
+    branch = (8 * tiles + COLUMNS) * rank * 2
+    return form.stages * stage + (form.groups - 1) * 2 * 2048 * 4 + 16 * form.stages + 16 + branch
 
 
 @functools.cache

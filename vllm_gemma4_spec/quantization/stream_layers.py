@@ -40,6 +40,8 @@ def _branch(layer: Module) -> bool:
     a = layer.svdquant_lora_a
     if a is None or not stream_gemm.branch_available(a.shape[0], a.dtype):
         return False
+    if not bool(layer.weight_global_scale > 0):  # the branch is divided by it, to be added to unscaled sums
+        return False
     stream_gemm.reserve_branch(a.device)
     return True
 
