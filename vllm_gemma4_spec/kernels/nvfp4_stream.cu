@@ -540,6 +540,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
             u32 last = 0;
             for (int i = 0; i < count; i++) {
                 if (i >= STAGES) wait(empty + 8 * stage, parity);
+                __syncwarp();  // a lane left two phases behind would wait for ever
 #if PACE  // little by little until x is there: what that kernel reads would queue behind them, and x
                 if (i >= FIRST && i < STAGES)
                     while (cycles() - last < PACE && !is_full(full, 0)) rest();
@@ -557,6 +558,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
         wait_for_previous_grid();
         for (int i = 0; i < count; i++) {
             if (i >= STAGES) wait(empty + 8 * stage, parity);
+            __syncwarp();
             const u32 at = base + stage * STAGE_BYTES;
 #if !SCALED
             if (p == 32) bring_x(at, x, block * DEPTH, full + 8 * stage);
