@@ -50,6 +50,7 @@ FOLDERS = {
     "startup",
 }
 DATA = {
+    "kernels/all_reduce_norm.cu",
     "kernels/nvfp4_rows.cu",
     "kernels/nvfp4_stream.cu",
     "ops/plan/hardware.json",
