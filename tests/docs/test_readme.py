@@ -25,5 +25,5 @@ def test_what_was_measured_is_what_the_file_holds() -> None:
         wanted = [f"{stock:,.0f}", f"{plain:,.0f} ({plain / stock:.2f} x)"]
         for engine, share in COLUMNS:
             tok_s = speed.get((engine, share, int(requests)))
-            wanted.append(f"{tok_s:,.0f} ({tok_s / stock:.1f} x)" if tok_s else "–")  # left out, with the reason there
+            wanted.append(f"{tok_s:,.0f} ({tok_s / stock:.1f} x)" if tok_s else "\u2013")  # left out, with the reason there
         assert [cell.strip().replace("**", "") for cell in cells.split("|")] == wanted
