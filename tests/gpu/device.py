@@ -5,13 +5,16 @@ In a rehearsal the same on a CPU: small heads, no graphs.
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.gpu.parts import REHEARSAL
+from tests.gpu.parts import REHEARSAL, ROOT
 from tests.support import engine
 
 CARDS = int(os.environ.get("GEMMA4_GPU_CARDS", "1"))
@@ -175,3 +178,21 @@ def models(folder: Path, **changes: Any) -> dict[str, Path]:
         "drafter": tiny_models.save(tiny_models.drafter_config(**HEADS, **changes), folder / "drafter", seed=1),
         "close": tiny_models.perturbed(target, folder / "close"),
     }
+
+
+def two_starts(module: str, target: Path, drafter: Path, folder: Path, limit: int) -> tuple[Any, Any]:
+    """What ``python -m MODULE TARGET DRAFTER RESULT`` wrote in two processes, the second with the first one's caches.
+
+    Args:
+        folder: for caches and results.
+        limit: seconds of a start.
+    """
+    env = os.environ | {"VLLM_CACHE_ROOT": str(folder / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    runs = []
+    for turn in ("first", "second"):
+        result = folder / f"{turn}.json"
+        command = [sys.executable, "-m", module, str(target), str(drafter), str(result)]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=limit, check=False)
+        assert result.exists(), (done.stdout + done.stderr)[-4000:]
+        runs.append(json.loads(result.read_text()))
+    return runs[0], runs[1]

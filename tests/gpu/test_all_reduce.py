@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import torch
 
 import vllm_gemma4_spec
 from tests.gpu import device
-from tests.gpu.parts import ROOT
 from tests.support import engine, tiny_models
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]  # on a CPU: tests/kernels/test_all_reduce_norm.py
@@ -95,21 +93,10 @@ def start(target: Path, drafter: Path) -> dict[str, Any]:
 
 def test_an_engine_takes_it_on_a_first_and_a_second_start(tmp_path: Path, measured: Any) -> None:
     target = tiny_models.save(tiny_models.target_config(**device.HEADS), tmp_path / "target")
-    env = os.environ | {
-        "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
-    }
-    runs = []
-    for turn in ("first", "second"):
-        result = tmp_path / f"{turn}.json"
-        command = [sys.executable, "-m", "tests.gpu.test_all_reduce", str(target), str(target), str(result)]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
-        assert result.exists(), (done.stdout + done.stderr)[-4000:]
-        runs.append(json.loads(result.read_text()))
-    first, second = runs
+    first, second = device.two_starts("tests.gpu.test_all_reduce", target, target, tmp_path, 300)
     measured(**{f"{name} {turn}": run[name] for turn, run in (("first", first), ("second", second))
                 for name in ("launched", "accepted", "proposed")})  # fmt: skip
-    for run in runs:
+    for run in (first, second):
         assert all(forms >= 2 and widths == 1 for forms, widths in run["launched"])
         assert run["accepted"] > 0.5 * run["proposed"] > 0  # by itself; in bfloat16 a GEMM's bits go by the batch
     assert second["tokens"] == first["tokens"]

@@ -7,8 +7,6 @@ the second start compiles layers that share a shape again, as the target's, and 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ import pytest
 
 import vllm_gemma4_spec
 from tests.gpu import device
-from tests.gpu.parts import ROOT
 from tests.support import engine, tiny_models
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]  # on a CPU: tests/performance/second_start.py
@@ -54,25 +51,14 @@ def test_nothing_is_compiled_again(tmp_path: Path, measured: Any) -> None:
     # Two layers of each shape, so that a second start has something to look up by shape and settings.
     target = tiny_models.save(tiny_models.target_config(**device.HEADS), tmp_path / "target")
     drafter = tiny_models.save(tiny_models.drafter_config(**device.HEADS), tmp_path / "drafter", seed=1)
-    env = os.environ | {
-        "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
-    }
-    runs = []
-    for turn in ("first", "second"):
-        result = tmp_path / f"{turn}.json"
-        command = [sys.executable, "-m", "tests.gpu.test_second_start", str(target), str(drafter), str(result)]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False)
-        assert result.exists(), done.stderr[-3000:]
-        runs.append(json.loads(result.read_text()))
-    first, second = runs
+    first, second = device.two_starts("tests.gpu.test_second_start", target, drafter, tmp_path, 400)
     measured(**{name: {k: run[k] for k in ("saved", "loaded", "backends")} for name, run in
                 (("first", first), ("second", second))})  # fmt: skip
     assert first["saved"] > 0
     assert second["saved"] == 0
     assert second["tokens"] == first["tokens"]
     pdl = tuple(first["capability"]) >= (9, 0)
-    for run in runs:  # from Hopper on both have it
+    for run in (first, second):  # from Hopper on both have it
         assert {"draft" in prefix for prefix, _ in run["backends"]} == {True, False}, run["backends"]
         assert all(enabled == pdl for _, enabled in run["backends"])
 
