@@ -224,6 +224,11 @@ SHOWN = {
         f"{_KERNELS}::test_a_verification_splits_the_context",
         r"kernel_unified_attention_2d",
     ),
+    "cache-write": Shown(
+        "performance/test_cache_write::test_stock_waits_for_all_before",
+        "performance/test_cache_write::test_a_layer_in_scope_writes_early",
+        r"stock",
+    ),
     "expert-routing": Shown(
         "performance/test_expert_routing::test_stock_chooses_with_pytorchs_functions",
         "performance/test_expert_routing::test_one_kernel_chooses_on_a_gpu",

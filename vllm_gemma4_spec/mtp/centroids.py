@@ -39,6 +39,8 @@ class CentroidHead(nn.Module):
     def argmax(self, hidden: Tensor) -> Tensor:
         """``[n, hidden_size]`` -> ``[n]`` int64 token ids, without a host sync."""
         logits, chosen = self._candidates(hidden)
+        if block_logits.suits(hidden, self.cluster):
+            return block_logits.largest(logits, chosen, self.cluster, len(self.weight), self.token_ordering)[1]
         best = logits.argmax(-1, keepdim=True)
         place = chosen.gather(-1, best // self.cluster) * self.cluster + best % self.cluster
         return self.token_ordering[place].squeeze(-1)
