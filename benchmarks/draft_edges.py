@@ -1,4 +1,4 @@
-"""What stands around a draft's attention and head: the cache write, and the argmax behind the candidates' GEMM.
+"""What stands around a draft's attention and head: cache write, argmax behind the candidates' GEMM, first pass's slots.
 
     python benchmarks/draft_edges.py --out draft-edges.json
 
@@ -18,6 +18,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,9 +26,11 @@ from first_pass import graph_us
 from torch import Tensor
 from vllm.triton_utils import tl, triton
 from vllm.v1.attention.ops.triton_reshape_and_cache_flash import triton_reshape_and_cache_flash
+from vllm.v1.spec_decode.utils import compute_new_slot_mapping
 
 from vllm_gemma4_spec.kernels import block_logits, few_query_attention
 from vllm_gemma4_spec.kernels.cache_write import write
+from vllm_gemma4_spec.kernels.slot_mapping import first_pass_slots
 from vllm_gemma4_spec.performance import split_attention
 
 DEVICE = "cuda"
@@ -63,6 +66,13 @@ def one() -> Tensor:
 
 def stock_write(key: Tensor, value: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     triton_reshape_and_cache_flash(key, value, k, v, slots, "auto", one(), one())
+
+
+def stock_slots(
+    table: Tensor, starts: Tensor, positions: Tensor, rejected: Tensor, added: int, block_size: int, longest: int
+) -> Tensor:
+    cad = SimpleNamespace(block_table_tensor=table, query_start_loc=starts, naive_query_lens=lambda: starts.diff())
+    return compute_new_slot_mapping(cad, positions, rejected, block_size, added, longest)
 
 
 class Chain:
@@ -188,6 +198,17 @@ def parts(results: dict[str, Any]) -> Any:
         us = {label: round(graph_us(functools.partial(chained, h), PASSES) - alone, 2) for label, h in heads.items()}
         results["head"][requests] = {"copy": alone} | us
         yield f"head of {requests}", results["head"][requests]
+    for requests in REQUESTS:
+        table = torch.randint(1, 999, (requests, 8192), dtype=torch.int32, device=DEVICE)
+        starts = torch.arange(requests + 1, dtype=torch.int32, device=DEVICE) * 4
+        rejected = torch.arange(requests * 5, device=DEVICE) % 5 > 2
+        given = table, starts, torch.arange(requests * 5, device=DEVICE) * 7, rejected, 1, 16, 131072
+        slots = functools.partial(first_pass_slots, *given), functools.partial(stock_slots, *given)
+        if not torch.equal(slots[0](), slots[1]()):
+            print(f"WRONG slots of {requests}", flush=True)
+        us = {"PyTorch": graph_us(slots[1], 1), "one kernel": graph_us(slots[0], 1)}
+        results["first pass's slots"][requests] = us
+        yield f"first pass's slots of {requests}", us
     # Each kernel by itself, in a chain of its likes.
     for requests in REQUESTS:
         hidden = torch.randn(requests, SIZE, device=DEVICE).bfloat16()
@@ -217,6 +238,7 @@ def main() -> None:
         "triton": triton.__version__,
         "write": {},
         "head": {},
+        "first pass's slots": {},
         "kernels, weights in the L2": {},
     }
     with torch.inference_mode():
