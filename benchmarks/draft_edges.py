@@ -31,6 +31,7 @@ from vllm.v1.spec_decode.utils import compute_new_slot_mapping
 from vllm_gemma4_spec.kernels import block_logits, few_query_attention
 from vllm_gemma4_spec.kernels.cache_write import write
 from vllm_gemma4_spec.kernels.slot_mapping import first_pass_slots
+from vllm_gemma4_spec.mtp.centroids import CentroidHead
 from vllm_gemma4_spec.performance import split_attention
 
 DEVICE = "cuda"
@@ -132,6 +133,13 @@ def old_head(hidden: Tensor, weight: Tensor, scores: Tensor) -> Tensor:
     return (blocks.gather(-1, best // BLOCK) * BLOCK + best % BLOCK).squeeze(-1)
 
 
+def old_centroids(head: CentroidHead, hidden: Tensor) -> Tensor:
+    chosen = (hidden @ head.centroids.T).topk(head.top_k, dim=-1, sorted=False).indices
+    best = block_logits.block_logits(hidden, head.weight, chosen, head.cluster).argmax(-1, keepdim=True)
+    place = chosen.gather(-1, best // head.cluster) * head.cluster + best % head.cluster
+    return head.token_ordering[place].squeeze(-1)
+
+
 def new_head(each: int, rows: int) -> Head:
     def head(hidden: Tensor, weight: Tensor, scores: Tensor) -> Tensor:
         keys = block_logits.block_maxima(scores, BLOCK, each)
@@ -198,6 +206,22 @@ def parts(results: dict[str, Any]) -> Any:
         us = {label: round(graph_us(functools.partial(chained, h), PASSES) - alone, 2) for label, h in heads.items()}
         results["head"][requests] = {"copy": alone} | us
         yield f"head of {requests}", results["head"][requests]
+    with torch.device(DEVICE):
+        centroids = CentroidHead(VOCAB, 256, 2048, 32).to(torch.bfloat16)
+        centroids.token_ordering = torch.randperm(VOCAB)
+    for part in (centroids.weight, centroids.centroids):
+        part.data.normal_()
+    for requests in REQUESTS:
+        hidden = torch.randn(requests, 256, device=DEVICE).bfloat16()
+        found, wanted = centroids.argmax(hidden), old_centroids(centroids, hidden)
+        if requests == 1 and not torch.equal(found, wanted):  # of more some may be of equal centroids
+            print(f"WRONG centroids of {requests}", flush=True)
+        calls = {"PyTorch": functools.partial(old_centroids, centroids), "here": centroids.argmax}
+        us = {
+            label: graph_us(functools.partial(repeated, functools.partial(c, hidden)), 20) for label, c in calls.items()
+        }
+        results["head by centroids, weights in the L2"][requests] = us
+        yield f"head by centroids of {requests}, weights in the L2, {(found == wanted).sum()} the same", us
     for requests in REQUESTS:
         table = torch.randint(1, 999, (requests, 8192), dtype=torch.int32, device=DEVICE)
         starts = torch.arange(requests + 1, dtype=torch.int32, device=DEVICE) * 4
@@ -238,6 +262,7 @@ def main() -> None:
         "triton": triton.__version__,
         "write": {},
         "head": {},
+        "head by centroids, weights in the L2": {},
         "first pass's slots": {},
         "kernels, weights in the L2": {},
     }

@@ -58,7 +58,15 @@ def scores_cases() -> list[tuple[torch.Tensor, int, int]]:
     lost = torch.full((1, 24, 16), torch.nan)
     lost[0, :8] = -torch.inf
     padded = torch.randn(2, 16 * 16 + 3)[:, : 16 * 16]  # rows of a wider tensor
-    return [(wide.flatten(1), 8, 128), (equal.flatten(1), 4, 16), (lost.flatten(1), 8, 16), (padded, 8, 16)]
+    single = torch.randn(2, 2048).bfloat16()  # a score a block, as centroids have
+    single[1, 77] = single[1, 1900] = single[1].max()
+    return [
+        (single, 32, 1),
+        (wide.flatten(1), 8, 128),
+        (equal.flatten(1), 4, 16),
+        (lost.flatten(1), 8, 16),
+        (padded, 8, 16),
+    ]
 
 
 def logits_cases() -> list[tuple[torch.Tensor, torch.Tensor, int, int, torch.Tensor | None]]:
@@ -111,7 +119,7 @@ def test_the_blocks_with_the_largest_scores_are_chosen(results: Any) -> None:
             upper = (maxima.view(torch.int32) & -65536).view(torch.float32)
             wanted = upper.sort(dim=-1, descending=True, stable=True)
             assert torch.equal(chosen, wanted.indices[:, :candidates])
-    assert results[1]["chosen"][1].tolist() == [[3, 11, 0, 1]]
+    assert results[1]["chosen"][2].tolist() == [[3, 11, 0, 1]]
 
 
 def test_the_largest_logit_has_the_first_of_its_tokens(results: Any) -> None:

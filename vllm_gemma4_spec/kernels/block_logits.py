@@ -125,17 +125,18 @@ def _launched_early(device: torch.device) -> bool:
 
 
 def suits(hidden: Tensor, block: int) -> bool:
-    """Whether the kernel takes rows of this width and blocks of this size."""
-    return hidden.is_cuda and hidden.shape[-1] % COLUMNS == 0 and block % ROWS == 0
+    """Whether the kernels take rows of this width and dtype, of whose scores a key holds all, and such blocks."""
+    return hidden.is_cuda and hidden.dtype == torch.bfloat16 and hidden.shape[-1] % COLUMNS == 0 and block % ROWS == 0
 
 
-def block_maxima(scores: Tensor, block: int, each: int = 16) -> Tensor:
+def block_maxima(scores: Tensor, block: int, each: int | None = None) -> Tensor:
     """``[num_reqs, count]`` int32: the key of each block of ``scores``, ``[num_reqs, count * block]``.
 
     Args:
-        block: a power of two, of which there are at most 65,536.
-        each: blocks of one program, a power of two.
+        block: a power of two up to 2,048, of which there are at most 65,536.
+        each: blocks of one program, a power of two; by default 2,048 scores.
     """
+    each = each or 2048 // block
     num_reqs, count = len(scores), scores.shape[1] // block
     keys = torch.empty(num_reqs, count, dtype=torch.int32, device=scores.device)
     early = _launched_early(scores.device)
@@ -172,14 +173,15 @@ def _launch_logits(
 
 
 def chosen_logits(
-    hidden: Tensor, weight: Tensor, keys: Tensor, candidates: int, block: int, rows: int = 8
+    hidden: Tensor, weight: Tensor, keys: Tensor, candidates: int, block: int, rows: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Logits of the blocks with the largest keys, and the blocks, largest first, as :func:`block_logits` takes them.
 
     Args:
         keys: of :func:`block_maxima`; as many as candidates or more.
-        rows: token ids of one program.
+        rows: token ids of one program; by default 8, or 16 of a narrow weight.
     """
+    rows = rows or (8 if hidden.shape[1] >= 1024 else ROWS)
     blocks = torch.empty(len(hidden), candidates, dtype=torch.int64, device=hidden.device)
     columns = COLUMNS * 2 if hidden.shape[1] % (COLUMNS * 2) == 0 else COLUMNS
     return _launch_logits(hidden, weight, keys, blocks, block, rows, columns), blocks

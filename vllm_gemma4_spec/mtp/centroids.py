@@ -30,9 +30,11 @@ class CentroidHead(nn.Module):
     def _candidates(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the chosen clusters' tokens and the clusters: ``[n, top_k * cluster]``, ``[n, top_k]``."""
         hidden = hidden.contiguous()
-        chosen = (hidden @ self.centroids.T).topk(self.top_k, dim=-1, sorted=False).indices
+        scores = hidden @ self.centroids.T
         if block_logits.suits(hidden, self.cluster):
-            return block_logits.block_logits(hidden, self.weight, chosen, self.cluster), chosen
+            keys = block_logits.block_maxima(scores, 1)
+            return block_logits.chosen_logits(hidden, self.weight, keys, self.top_k, self.cluster)
+        chosen = scores.topk(self.top_k, dim=-1, sorted=False).indices
         rows = self.weight.unflatten(0, (-1, self.cluster))[chosen].flatten(1, 2)
         return torch.einsum("nrd,nd->nr", rows, hidden), chosen
 
