@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import time
 from collections.abc import Callable
@@ -41,7 +40,8 @@ LAYERS = 24
 KINDS = {"E4B sliding": (8, 2, 256, 512, 16), "31B sliding": (32, 16, 256, 1024, 16)}
 CONTEXT = 256
 VOCAB, SIZE, BLOCK, CANDIDATES = 262144, 2560, 128, 8
-FORMS = tuple(itertools.product((16, 32), (4, 8, 16)))  # blocks of a program, rows of a program
+FORMS = ((4, 4), (8, 4), (16, 4), (16, 8), (32, 8), (8, 2), (4, 2))  # rows and warps of a program
+WHEN = ("first", "waited", "end", "never")
 PASSES = 24  # heads of a graph, each with candidates of its own: more than the L2 holds
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -54,6 +54,60 @@ def copied(x, y, count, block: tl.constexpr):  # type: ignore[no-untyped-def]
     tl.extra.cuda.gdc_wait()
     at = tl.program_id(0) * block + tl.arange(0, block)
     tl.store(y + at, tl.load(x + at, mask=at < count), mask=at < count)
+
+
+@triton.jit
+def written(  # type: ignore[no-untyped-def]
+    key,
+    value,
+    k,
+    v,
+    slots,
+    key_stride,
+    value_stride,
+    stride,
+    token_stride,
+    size: tl.constexpr,
+    block_size: tl.constexpr,
+    heads: tl.constexpr,  # of a program
+    when: tl.constexpr,  # the next kernel may start: 0 at once, 1 after the wait, 2 at the end, 3 not before it
+):
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * heads
+    if when == 0:
+        tl.extra.cuda.gdc_launch_dependents()
+    tl.extra.cuda.gdc_wait()
+    if when == 1:
+        tl.extra.cuda.gdc_launch_dependents()
+    at = head * size + tl.arange(0, heads * size)
+    slot = tl.load(slots + token)
+    x = tl.load(key + token * key_stride + at)
+    y = tl.load(value + token * value_stride + at)
+    into = slot // block_size * stride + slot % block_size * token_stride + at
+    tl.store(k + into, x, mask=slot >= 0)
+    tl.store(v + into, y, mask=slot >= 0)
+    if when == 2:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def variant(when: int, heads: int, key: Tensor, value: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    heads = min(heads, key.shape[1], 4096 // key.shape[2])
+    written[(len(slots), key.shape[1] // heads)](
+        key,
+        value,
+        k,
+        v,
+        slots,
+        key.stride(0),
+        value.stride(0),
+        k.stride(0),
+        k.stride(1),
+        key.shape[2],
+        k.shape[1],
+        heads,
+        when,
+        launch_pdl=True,
+        num_warps=max(1, heads * key.shape[2] // 256),
+    )
 
 
 def copy(x: Tensor, y: Tensor) -> None:
@@ -102,12 +156,12 @@ class Chain:
         self.one = queries == 1
         self.scratch = torch.empty(9 * 2**20, device=DEVICE)
 
-    def __call__(self, written: Callable[..., None] | None) -> None:
+    def __call__(self, how: Callable[..., None] | None) -> None:
         for cache in self.caches:
             copy(self.qkv, self.roped)
             k, v = cache.unbind(1)
-            if written:
-                written(self.key, self.value, k, v, self.slots)
+            if how:
+                how(self.key, self.value, k, v, self.slots)
             batch = self.table, self.lengths, self.starts, 0.0625, self.window
             few_query_attention.attention(self.form, self.out, self.q, k, v, *batch, self.scratch, one=self.one)
 
@@ -118,9 +172,9 @@ def same_bits(chain: Chain) -> bool:
     slots = chain.slots.clone()
     slots[1::3] = -1
     found = []
-    for written in (stock_write, write):
+    for how in (stock_write, write):
         cache = before.clone()
-        written(chain.key, chain.value, *cache.unbind(1), slots)
+        how(chain.key, chain.value, *cache.unbind(1), slots)
         found.append(cache)
     torch.cuda.synchronize()
     return torch.equal(*found) and not torch.equal(found[0], before)
@@ -140,10 +194,10 @@ def old_centroids(head: CentroidHead, hidden: Tensor) -> Tensor:
     return head.token_ordering[place].squeeze(-1)
 
 
-def new_head(each: int, rows: int) -> Head:
+def new_head(rows: int, warps: int) -> Head:
     def head(hidden: Tensor, weight: Tensor, scores: Tensor) -> Tensor:
-        keys = block_logits.block_maxima(scores, BLOCK, each)
-        logits, blocks = block_logits.chosen_logits(hidden, weight, keys, CANDIDATES, BLOCK, rows)
+        keys = block_logits.block_maxima(scores, BLOCK)
+        logits, blocks = block_logits.chosen_logits(hidden, weight, keys, CANDIDATES, BLOCK, rows, warps)
         return block_logits.largest(logits, blocks, BLOCK, VOCAB)[1]
 
     return head
@@ -181,7 +235,17 @@ def parts(results: dict[str, Any]) -> Any:
             print(f"WRONG {name}: the cache differs", flush=True)
         us = {
             label: graph_us(functools.partial(chain, w), LAYERS)
-            for label, w in (("none", None), ("vLLM", stock_write), ("early", write))
+            for label, w in (
+                ("none", None),
+                ("vLLM", stock_write),
+                ("early", write),
+                *(
+                    (f"{t}, {h} heads", functools.partial(variant, i, h))
+                    for h in (1, 2, 16)
+                    for i, t in enumerate(WHEN)
+                ),
+                ("vLLM again", stock_write),
+            )
         }
         results["write"][name] = us
         yield name, us
@@ -190,7 +254,7 @@ def parts(results: dict[str, Any]) -> Any:
         hidden = torch.randn(requests, SIZE, device=DEVICE).bfloat16()
         scores = [torch.randn(requests, VOCAB, device=DEVICE).bfloat16() for _ in range(PASSES)]
         scratch = torch.empty_like(scores[0])
-        heads = {"PyTorch": old_head} | {f"{e} blocks, {r} rows": new_head(e, r) for e, r in FORMS}
+        heads = {"PyTorch": old_head} | {f"{r} rows, {w} warps": new_head(r, w) for r, w in FORMS}
         wanted = reference(hidden, weight, scores[0])
         lost = torch.full_like(scores[0], torch.nan)
         for label, head in heads.items():

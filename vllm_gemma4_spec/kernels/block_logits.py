@@ -147,7 +147,14 @@ def block_maxima(scores: Tensor, block: int, each: int | None = None) -> Tensor:
 
 
 def _launch_logits(
-    hidden: Tensor, weight: Tensor, keys: Tensor | None, blocks: Tensor, block: int, rows: int, columns: int
+    hidden: Tensor,
+    weight: Tensor,
+    keys: Tensor | None,
+    blocks: Tensor,
+    block: int,
+    rows: int,
+    columns: int,
+    warps: int = 4,
 ) -> Tensor:
     num_reqs, candidates = blocks.shape
     count = 0 if keys is None else keys.shape[1]
@@ -168,23 +175,24 @@ def _launch_logits(
         columns,
         early=early,
         launch_pdl=early,
+        num_warps=warps,
     )
     return logits
 
 
 def chosen_logits(
-    hidden: Tensor, weight: Tensor, keys: Tensor, candidates: int, block: int, rows: int | None = None
+    hidden: Tensor, weight: Tensor, keys: Tensor, candidates: int, block: int, rows: int | None = None, warps: int = 4
 ) -> tuple[Tensor, Tensor]:
     """Logits of the blocks with the largest keys, and the blocks, largest first, as :func:`block_logits` takes them.
 
     Args:
         keys: of :func:`block_maxima`; as many as candidates or more.
-        rows: token ids of one program; by default 8, or 16 of a narrow weight.
+        rows: token ids of one program; by default 4 of a wide weight for one or two requests, else 16 (H200).
     """
-    rows = rows or (8 if hidden.shape[1] >= 1024 else ROWS)
+    rows = rows or (4 if hidden.shape[1] >= 1024 and len(hidden) <= 2 else ROWS)
     blocks = torch.empty(len(hidden), candidates, dtype=torch.int64, device=hidden.device)
     columns = COLUMNS * 2 if hidden.shape[1] % (COLUMNS * 2) == 0 else COLUMNS
-    return _launch_logits(hidden, weight, keys, blocks, block, rows, columns), blocks
+    return _launch_logits(hidden, weight, keys, blocks, block, rows, columns, warps), blocks
 
 
 def block_logits(hidden: Tensor, weight: Tensor, blocks: Tensor, block: int) -> Tensor:
