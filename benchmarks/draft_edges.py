@@ -40,11 +40,7 @@ LAYERS = 24
 KINDS = {"E4B sliding": (8, 2, 256, 512, 16), "31B sliding": (32, 16, 256, 1024, 16)}
 CONTEXT = 256
 VOCAB, SIZE, BLOCK, CANDIDATES = 262144, 2560, 128, 8
-FORMS = ((4, 4), (8, 4), (16, 4), (16, 8), (32, 8), (8, 2), (4, 2))  # rows and warps of a program
-WHEN = ("first", "waited", "end", "never")
 PASSES = 24  # heads of a graph, each with candidates of its own: more than the L2 holds
-
-Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @triton.jit
@@ -54,60 +50,6 @@ def copied(x, y, count, block: tl.constexpr):  # type: ignore[no-untyped-def]
     tl.extra.cuda.gdc_wait()
     at = tl.program_id(0) * block + tl.arange(0, block)
     tl.store(y + at, tl.load(x + at, mask=at < count), mask=at < count)
-
-
-@triton.jit
-def written(  # type: ignore[no-untyped-def]
-    key,
-    value,
-    k,
-    v,
-    slots,
-    key_stride,
-    value_stride,
-    stride,
-    token_stride,
-    size: tl.constexpr,
-    block_size: tl.constexpr,
-    heads: tl.constexpr,  # of a program
-    when: tl.constexpr,  # the next kernel may start: 0 at once, 1 after the wait, 2 at the end, 3 not before it
-):
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * heads
-    if when == 0:
-        tl.extra.cuda.gdc_launch_dependents()
-    tl.extra.cuda.gdc_wait()
-    if when == 1:
-        tl.extra.cuda.gdc_launch_dependents()
-    at = head * size + tl.arange(0, heads * size)
-    slot = tl.load(slots + token)
-    x = tl.load(key + token * key_stride + at)
-    y = tl.load(value + token * value_stride + at)
-    into = slot // block_size * stride + slot % block_size * token_stride + at
-    tl.store(k + into, x, mask=slot >= 0)
-    tl.store(v + into, y, mask=slot >= 0)
-    if when == 2:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-def variant(when: int, heads: int, key: Tensor, value: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
-    heads = min(heads, key.shape[1], 4096 // key.shape[2])
-    written[(len(slots), key.shape[1] // heads)](
-        key,
-        value,
-        k,
-        v,
-        slots,
-        key.stride(0),
-        value.stride(0),
-        k.stride(0),
-        k.stride(1),
-        key.shape[2],
-        k.shape[1],
-        heads,
-        when,
-        launch_pdl=True,
-        num_warps=max(1, heads * key.shape[2] // 256),
-    )
 
 
 def copy(x: Tensor, y: Tensor) -> None:
@@ -180,27 +122,10 @@ def same_bits(chain: Chain) -> bool:
     return torch.equal(*found) and not torch.equal(found[0], before)
 
 
-def old_head(hidden: Tensor, weight: Tensor, scores: Tensor) -> Tensor:
-    """As it was with PyTorch's functions."""
-    blocks = scores.unflatten(-1, (-1, BLOCK)).amax(-1).topk(CANDIDATES, dim=-1, sorted=False).indices
-    _, best = block_logits.block_logits(hidden, weight, blocks, BLOCK).max(-1, keepdim=True)
-    return (blocks.gather(-1, best // BLOCK) * BLOCK + best % BLOCK).squeeze(-1)
-
-
-def old_centroids(head: CentroidHead, hidden: Tensor) -> Tensor:
-    chosen = (hidden @ head.centroids.T).topk(head.top_k, dim=-1, sorted=False).indices
-    best = block_logits.block_logits(hidden, head.weight, chosen, head.cluster).argmax(-1, keepdim=True)
-    place = chosen.gather(-1, best // head.cluster) * head.cluster + best % head.cluster
-    return head.token_ordering[place].squeeze(-1)
-
-
-def new_head(rows: int, warps: int) -> Head:
-    def head(hidden: Tensor, weight: Tensor, scores: Tensor) -> Tensor:
-        keys = block_logits.block_maxima(scores, BLOCK)
-        logits, blocks = block_logits.chosen_logits(hidden, weight, keys, CANDIDATES, BLOCK, rows, warps)
-        return block_logits.largest(logits, blocks, BLOCK, VOCAB)[1]
-
-    return head
+def head(hidden: Tensor, weight: Tensor, scores: Tensor) -> Tensor:
+    keys = block_logits.block_maxima(scores, BLOCK)
+    logits, blocks = block_logits.chosen_logits(hidden, weight, keys, CANDIDATES, BLOCK)
+    return block_logits.largest(logits, blocks, BLOCK, VOCAB)[1]
 
 
 def reference(hidden: Tensor, weight: Tensor, scores: Tensor) -> Tensor:
@@ -217,10 +142,10 @@ def repeated(call: Callable[[], Any]) -> None:
         call()
 
 
-def passes(hidden: Tensor, weight: Tensor, scores: list[Tensor], scratch: Tensor, head: Head | None) -> None:
+def passes(hidden: Tensor, weight: Tensor, scores: list[Tensor], scratch: Tensor, with_head: bool) -> None:
     for mine in scores:
         copy(mine, scratch)
-        if head:
+        if with_head:
             head(hidden, weight, scratch)
 
 
@@ -235,17 +160,7 @@ def parts(results: dict[str, Any]) -> Any:
             print(f"WRONG {name}: the cache differs", flush=True)
         us = {
             label: graph_us(functools.partial(chain, w), LAYERS)
-            for label, w in (
-                ("none", None),
-                ("vLLM", stock_write),
-                ("early", write),
-                *(
-                    (f"{t}, {h} heads", functools.partial(variant, i, h))
-                    for h in (1, 2, 16)
-                    for i, t in enumerate(WHEN)
-                ),
-                ("vLLM again", stock_write),
-            )
+            for label, w in (("none", None), ("vLLM", stock_write), ("early", write))
         }
         results["write"][name] = us
         yield name, us
@@ -254,20 +169,14 @@ def parts(results: dict[str, Any]) -> Any:
         hidden = torch.randn(requests, SIZE, device=DEVICE).bfloat16()
         scores = [torch.randn(requests, VOCAB, device=DEVICE).bfloat16() for _ in range(PASSES)]
         scratch = torch.empty_like(scores[0])
-        heads = {"PyTorch": old_head} | {f"{r} rows, {w} warps": new_head(r, w) for r, w in FORMS}
-        wanted = reference(hidden, weight, scores[0])
-        lost = torch.full_like(scores[0], torch.nan)
-        for label, head in heads.items():
-            # Of equal rough scores PyTorch's topk takes any.
-            if head is not old_head and not torch.equal(head(hidden, weight, scores[0]), wanted):
-                print(f"WRONG head of {requests}, {label}", flush=True)
-            tokens = head(hidden * torch.nan, weight, lost)
-            if not bool(((tokens >= 0) & (tokens < VOCAB)).all()):
-                print(f"WRONG head of {requests}, {label}: NaN", flush=True)
-
+        if not torch.equal(head(hidden, weight, scores[0]), reference(hidden, weight, scores[0])):
+            print(f"WRONG head of {requests}", flush=True)
+        tokens = head(hidden * torch.nan, weight, torch.full_like(scores[0], torch.nan))
+        if not bool(((tokens >= 0) & (tokens < VOCAB)).all()):
+            print(f"WRONG head of {requests}: NaN", flush=True)
         chained = functools.partial(passes, hidden, weight, scores, scratch)
-        alone = graph_us(functools.partial(chained, None), PASSES)
-        us = {label: round(graph_us(functools.partial(chained, h), PASSES) - alone, 2) for label, h in heads.items()}
+        alone = graph_us(functools.partial(chained, False), PASSES)
+        us = {"head": round(graph_us(functools.partial(chained, True), PASSES) - alone, 2)}
         results["head"][requests] = {"copy": alone} | us
         yield f"head of {requests}", results["head"][requests]
     with torch.device(DEVICE):
@@ -277,15 +186,9 @@ def parts(results: dict[str, Any]) -> Any:
         part.data.normal_()
     for requests in REQUESTS:
         hidden = torch.randn(requests, 256, device=DEVICE).bfloat16()
-        found, wanted = centroids.argmax(hidden), old_centroids(centroids, hidden)
-        if requests == 1 and not torch.equal(found, wanted):  # of more some may be of equal centroids
-            print(f"WRONG centroids of {requests}", flush=True)
-        calls = {"PyTorch": functools.partial(old_centroids, centroids), "here": centroids.argmax}
-        us = {
-            label: graph_us(functools.partial(repeated, functools.partial(c, hidden)), 20) for label, c in calls.items()
-        }
+        us = {"head": graph_us(functools.partial(repeated, functools.partial(centroids.argmax, hidden)), 20)}
         results["head by centroids, weights in the L2"][requests] = us
-        yield f"head by centroids of {requests}, weights in the L2, {(found == wanted).sum()} the same", us
+        yield f"head by centroids of {requests}, weights in the L2", us
     for requests in REQUESTS:
         table = torch.randint(1, 999, (requests, 8192), dtype=torch.int32, device=DEVICE)
         starts = torch.arange(requests + 1, dtype=torch.int32, device=DEVICE) * 4

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from vllm.triton_utils import tl, triton
 
-ROWS = 16  # token ids of one program
-COLUMNS = 256  # values of a row that a program reads at a time
+ROWS = 16  # token ids of one program, at most
+COLUMNS = 256  # values of a row that a program reads at a time; twice as many where they fit
 
 
 @triton.jit
@@ -51,8 +51,8 @@ def _block_maxima(  # type: ignore[no-untyped-def]
 def _block_logits(  # type: ignore[no-untyped-def]
     hidden,  # [num_reqs, size] bfloat16
     weight,  # [vocab, size] bfloat16
-    keys,  # [num_reqs, count] int32, or None where blocks are given
-    blocks,  # [num_reqs, candidates] int64; else written
+    keys,  # [num_reqs, count] int32
+    blocks,  # [num_reqs, candidates] int64
     logits,  # [num_reqs, candidates, block] float32
     count,
     all_count: tl.constexpr,  # as many or more, a power of two
@@ -66,17 +66,15 @@ def _block_logits(  # type: ignore[no-untyped-def]
     """Grid ``(num_reqs, candidates, block / rows)``."""
     request, candidate, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     _early(early)
-    if keys is None:
-        number = tl.load(blocks + request * candidates + candidate)
-    else:  # -2**31 is below every block's key; its number is the last block's
-        place = tl.arange(0, all_count)
-        key = tl.load(keys + request * count + place, mask=place < count, other=-2147483648)
-        best = tl.max(key, axis=0)
-        for _ in range(candidate):
-            best = tl.max(tl.where(key < best, key, -2147483648), axis=0)
-        number = (count - 1 - (best & 65535)).to(tl.int64)
-        if part == 0:
-            tl.store(blocks + request * candidates + candidate, number)
+    place = tl.arange(0, all_count)
+    # -2**31 is below every block's key; its number is the last block's.
+    key = tl.load(keys + request * count + place, mask=place < count, other=-2147483648)
+    best = tl.max(key, axis=0)
+    for _ in range(candidate):
+        best = tl.max(tl.where(key < best, key, -2147483648), axis=0)
+    number = (count - 1 - (best & 65535)).to(tl.int64)
+    if part == 0:
+        tl.store(blocks + request * candidates + candidate, number)
     within = part * rows + tl.arange(0, rows)
     token = number * block + within
     column = tl.arange(0, columns)
@@ -146,18 +144,21 @@ def block_maxima(scores: Tensor, block: int, each: int | None = None) -> Tensor:
     return keys
 
 
-def _launch_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    keys: Tensor | None,
-    blocks: Tensor,
-    block: int,
-    rows: int,
-    columns: int,
-    warps: int = 4,
-) -> Tensor:
-    num_reqs, candidates = blocks.shape
-    count = 0 if keys is None else keys.shape[1]
+def chosen_logits(hidden: Tensor, weight: Tensor, keys: Tensor, candidates: int, block: int) -> tuple[Tensor, Tensor]:
+    """Logits of the blocks with the largest keys, ``[num_reqs, candidates * block]`` float32, and the blocks.
+
+    The blocks, ``[num_reqs, candidates]`` int64, come largest first.
+
+    Args:
+        hidden: ``[num_reqs, size]``, contiguous; size a multiple of 256.
+        weight: ``[vocab, size]``, contiguous.
+        keys: of :func:`block_maxima`; as many as candidates or more.
+        block: a multiple of 16.
+    """
+    (num_reqs, size), count = hidden.shape, keys.shape[1]
+    # Of a wide weight small programs: their loads are all under way at once (H200, rows of 2,560: change 104).
+    rows, warps = (4, 2) if size >= 2048 else (min(block, ROWS), 4)
+    blocks = torch.empty(num_reqs, candidates, dtype=torch.int64, device=hidden.device)
     logits = torch.empty(num_reqs, candidates * block, dtype=torch.float32, device=hidden.device)
     early = _launched_early(hidden.device)
     _block_logits[(num_reqs, candidates, block // rows)](
@@ -167,44 +168,17 @@ def _launch_logits(
         blocks,
         logits,
         count,
-        triton.next_power_of_2(max(count, 1)),
-        hidden.shape[1],
+        triton.next_power_of_2(count),
+        size,
         candidates,
         block,
         rows,
-        columns,
+        COLUMNS * 2 if size % (COLUMNS * 2) == 0 else COLUMNS,
         early=early,
         launch_pdl=early,
         num_warps=warps,
     )
-    return logits
-
-
-def chosen_logits(
-    hidden: Tensor, weight: Tensor, keys: Tensor, candidates: int, block: int, rows: int | None = None, warps: int = 4
-) -> tuple[Tensor, Tensor]:
-    """Logits of the blocks with the largest keys, and the blocks, largest first, as :func:`block_logits` takes them.
-
-    Args:
-        keys: of :func:`block_maxima`; as many as candidates or more.
-        rows: token ids of one program; by default 4 of a wide weight for one or two requests, else 16 (H200).
-    """
-    rows = rows or (4 if hidden.shape[1] >= 1024 and len(hidden) <= 2 else ROWS)
-    blocks = torch.empty(len(hidden), candidates, dtype=torch.int64, device=hidden.device)
-    columns = COLUMNS * 2 if hidden.shape[1] % (COLUMNS * 2) == 0 else COLUMNS
-    return _launch_logits(hidden, weight, keys, blocks, block, rows, columns, warps), blocks
-
-
-def block_logits(hidden: Tensor, weight: Tensor, blocks: Tensor, block: int) -> Tensor:
-    """``[num_reqs, candidates * block]`` float32.
-
-    Args:
-        hidden: ``[num_reqs, size]``, contiguous; size a multiple of 256.
-        weight: ``[vocab, size]``, contiguous.
-        blocks: ``[num_reqs, candidates]`` int64, numbers of blocks of ``block`` rows of ``weight``.
-        block: a multiple of 16.
-    """
-    return _launch_logits(hidden, weight, None, blocks, block, ROWS, COLUMNS)
+    return logits, blocks
 
 
 def largest(
@@ -213,7 +187,7 @@ def largest(
     """The largest logit, ``[num_reqs]``, and its token, int64: the first in the vocabulary of equal ones.
 
     Args:
-        logits, blocks: of :func:`block_logits` or :func:`chosen_logits`.
+        logits, blocks: of :func:`chosen_logits`.
         vocab: rows of the weight; the token is one of them whatever the logits are.
         names: the token of each row, ``[vocab]`` int64; by default the row's number.
     """

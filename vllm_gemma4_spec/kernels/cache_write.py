@@ -1,7 +1,6 @@
 """The keys and values of a few tokens, written into a paged cache by a kernel that is launched early.
 
-vLLM's kernel starts when everything before has ended and lets nothing behind it start before it has ended itself.
-Here the kernel behind may start with this one, and fetch what this one does not write.
+vLLM's kernel starts when everything before has ended; this one, while the kernel before it ends.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ def _write_few(  # type: ignore[no-untyped-def]
     """Grid ``(tokens, kv_heads)``."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if early:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     dim = tl.arange(0, size)
     slot = tl.load(slots + token).to(tl.int64)
@@ -46,6 +44,8 @@ def _write_few(  # type: ignore[no-untyped-def]
     into_v = value_cache + page * v_stride + within * v_token_stride + head * v_head_stride + dim
     tl.store(into_k, k, mask=slot >= 0)
     tl.store(into_v, v, mask=slot >= 0)
+    if early:  # not sooner: attention's programs would be spread around those of the kernels that still run
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 def write(
