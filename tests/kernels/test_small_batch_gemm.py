@@ -43,9 +43,9 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pytest.skip("no g++ to build the kernel for the CPU with")
     folder = tmp_path_factory.mktemp("rows")
     source = Path(str(resources.files("vllm_gemma4_spec.kernels").joinpath("nvfp4_rows.cu")))
-    built: dict[tuple[Form, bool, bool], ctypes.CDLL] = {}
+    built: dict[tuple[Form, int, bool], ctypes.CDLL] = {}
 
-    def get(form: Form, gelu: bool, scaled: bool = False) -> ctypes.CDLL:
+    def get(form: Form, gelu: int, scaled: bool = False) -> ctypes.CDLL:
         if (form, gelu, scaled) not in built:
             out = folder / f"rows-{form}-{int(form.roll)}-{int(gelu)}-{int(scaled)}.so"
             flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
@@ -67,6 +67,7 @@ def run(
     how: Launch,
     gelu: bool = False,
     pre: torch.Tensor | None = None,
+    by: torch.Tensor | None = None,
 ) -> torch.Tensor:
     y = torch.full((len(x), n // 2 if gelu else n), torch.nan, dtype=torch.bfloat16)
     scale, chunks = torch.tensor([GLOBAL_SCALE]), form.chunks(len(x))
@@ -75,8 +76,10 @@ def run(
     pointers = [
         ctypes.c_void_p(t.data_ptr()) for t in (*packed, x, x if pre is None else pre, y, scale, partial, arrivals)
     ]
-    library = libraries(form, gelu, pre is not None)
-    library.run(*pointers, len(x), n, x.shape[1], how.warps, how.split, how.parts)
+    library = libraries(form, int(gelu) if by is None else 2, pre is not None)
+    factor = x if by is None else by
+    shape = (len(x), n, x.shape[1], how.warps, how.split, how.parts)
+    library.run(*pointers, *shape, ctypes.c_void_p(factor.data_ptr()), factor.stride(0))
     assert not arrivals.any()  # ready for the next GEMM
     return y
 
@@ -104,8 +107,9 @@ def run(
         (20, Form(3, 2), 64, 768, Launch(2, 2, 1), True),
         (77, Form(5, 2, roll=True, fit=3), 64, 512, Launch(2, 1, 2), True),
         (50, Form(4, 2), 64, 1024, Launch(4, 2, 2), False),
-        # x of 64 inputs at once.
+        # x of 64 inputs at once; sums by turns.
         (5, Form(1, whole=True), 64, 768, Launch(4, 2, 1), True),
+        (8, Form(1, whole=True, chains=2), 32, 1280, Launch(2, 2, 2), False),
     ],
 )
 def test_the_kernel_gives_the_gemm(
@@ -121,6 +125,18 @@ def test_the_kernel_gives_the_gemm(
     got = run(libraries, form, x, n, packing.pack(codes, scale), how, gelu).double()
     error = (got - wanted).norm() / wanted.norm()
     assert error < 4e-3, f"{error:.1e}"  # bfloat16's own rounding of the result
+
+
+@pytest.mark.parametrize(("tokens", "form"), [(5, Form(1)), (19, Form(2))])
+def test_the_kernel_multiplies_the_activation(libraries: Any, tokens: int, form: Form) -> None:
+    torch.manual_seed(tokens)
+    codes, scale = weight(64, 512)
+    x, by = torch.randn(tokens, 512).bfloat16(), torch.randn(tokens, 3, 64).bfloat16()[:, 1]
+    wanted = (x.double() @ dequantized(codes, scale).T * GLOBAL_SCALE).bfloat16().float()
+    wanted = F.gelu(wanted, approximate="tanh") * by.float()
+    got = run(libraries, form, x, 64, packing.pack(codes, scale), Launch(4, 2, 1), by=by)
+    error = (got.float() - wanted).norm() / wanted.norm()
+    assert error < 4e-3, f"{error:.1e}"
 
 
 @pytest.mark.parametrize(("tokens", "how"), [(3, Launch(2, 2, 2)), (17, Launch(2, 1, 1))])

@@ -37,6 +37,7 @@ class Form:
     pair: int = 1  # tiles of 16 outputs
     roll: bool = False  # the next weights come into registers whose weights have been used
     fit: int = 0  # blocks of four warps that a multiprocessor's registers are to hold; 0: no matter
+    chains: int = 1  # sums by turns, added up at the end
     whole: bool = False  # x of 64 inputs at once
 
     @property
@@ -51,7 +52,7 @@ class Form:
         return -(-rows // self.rows)
 
     def __str__(self) -> str:
-        return f"{self.rows}x{16 * self.pair}" + "w" * self.whole
+        return f"{self.rows}x{16 * self.pair}" + "c" * (self.chains > 1) + "w" * self.whole
 
 
 _WIDE, _40, _32 = Form(1, 2, roll=True), Form(5, 2, roll=True, fit=3), Form(4, 2, roll=True, fit=3)
@@ -110,8 +111,8 @@ def plan(n: int, k: int, form: Form, chunks: int, gelu: bool, multiprocessors: i
     return Launch(split * slots, split, 1)
 
 
-def macros(form: Form, gelu: bool, scaled: bool) -> dict[str, int]:
-    """What the kernel is compiled with."""
+def macros(form: Form, gelu: int, scaled: bool) -> dict[str, int]:
+    """What the kernel is compiled with; ``gelu`` 1: gelu(first half) * second half, 2: gelu(y) * another tensor."""
     return {
         "MT": form.tiles,
         "NT": form.pair,
@@ -119,18 +120,19 @@ def macros(form: Form, gelu: bool, scaled: bool) -> dict[str, int]:
         "FIT": form.fit,
         "GELU": int(gelu),
         "SCALED": int(scaled),
+        "CHAINS": form.chains,
         "WHOLE": int(form.whole),
     }
 
 
-def source(form: Form, gelu: bool, scaled: bool) -> str:
+def source(form: Form, gelu: int, scaled: bool) -> str:
     """The kernel's CUDA C++."""
     text = resources.files(__package__).joinpath("nvfp4_rows.cu").read_text()
     return "".join(f"#define {name} {value}\n" for name, value in macros(form, gelu, scaled).items()) + text
 
 
 @functools.cache
-def _kernel(form: Form, gelu: bool, scaled: bool) -> Any:
+def _kernel(form: Form, gelu: int, scaled: bool) -> Any:
     return cuda.Kernel(source(form, gelu, scaled), "nvfp4_rows")
 
 
@@ -164,6 +166,7 @@ def gemm(
     pre_quant_scale: Tensor | None = None,
     form: Form | None = None,
     how: Launch | None = None,
+    by: Tensor | None = None,
 ) -> Tensor:
     """``(x * pre_quant_scale) @ W.T`` for at most :data:`MOST_ROWS` rows, on the current stream.
 
@@ -174,6 +177,7 @@ def gemm(
         gelu: give ``gelu_tanh(first half) * second half`` of the outputs.
         pre_quant_scale: ``[K]`` bfloat16, or None for ones.
         form, how: None for what suits such a batch.
+        by: ``[rows, N]`` bfloat16, whose rows may be apart: give ``gelu_tanh(outputs) * by``.
 
     Returns:
         ``[rows, N]`` bfloat16, or ``[rows, N / 2]`` with ``gelu``.
@@ -186,7 +190,8 @@ def gemm(
     partial, arrivals = SCRATCH.on(x.device)
     pre = x if pre_quant_scale is None else pre_quant_scale  # not read where there is none
     blocks = n // ROWS // form.pair // (how.warps // how.split)
-    _kernel(form, gelu, pre_quant_scale is not None)(
+    factor = x if by is None else by
+    _kernel(form, int(gelu) if by is None else 2, pre_quant_scale is not None)(
         grid=(chunks * blocks, how.parts, 1),
         block=how.warps * _LANES,
         args=[
@@ -203,6 +208,8 @@ def gemm(
             k,
             how.split,
             chunks,
+            factor,
+            factor.stride(0),
         ],
         shared_bytes=how.warps * form.pair * form.tiles * 4 * _LANES * 4,
     )

@@ -1,0 +1,200 @@
+"""A layer's per-layer input of a few rows as one kernel, ``nvfp4_gated.cu``: gate, activation, product, projection.
+
+Three kernels otherwise, each of which waits for the one before: some 7 us a layer of E4B on an H200, for weights that
+are read in 0.2. :func:`fuse` puts the operator into the graph of a draft model before it is compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+from importlib import resources
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from vllm_gemma4_spec.kernels import cuda, small_batch_gemm
+from vllm_gemma4_spec.kernels.packing import COLUMNS
+from vllm_gemma4_spec.kernels.small_batch_gemm import Form
+
+logger = logging.getLogger("vllm.plugins.gemma4_spec")
+
+OPERATOR = "gemma4_spec_per_layer_input"
+WIDE = 256  # values of a token that are gated
+MOST_K = 12 * COLUMNS  # two warps for each 256 inputs
+MOST_ROWS = 128
+_BLOCKS = 8  # of a cluster
+MOST_APART = 8  # rows up to which gate and projection are two kernels: each has the whole card then
+_FORM = Form(1)  # what a cluster takes at once
+
+
+def suits(k: Any, wide: Any) -> bool:
+    """Whether the kernel takes a hidden state of ``k`` values, ``wide`` of which are gated."""
+    return wide == WIDE and k % COLUMNS == 0 and k <= MOST_K
+
+
+def source(form: Form) -> str:
+    """The kernel's CUDA C++."""
+    text = resources.files(__package__).joinpath("nvfp4_gated.cu").read_text()
+    return "#define GATED\n" + small_batch_gemm.source(form, False, False) + text
+
+
+@functools.cache
+def _kernel(form: Form) -> Any:
+    return cuda.Kernel(source(form), "nvfp4_gated")
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the kernel runs here; if not, the log says once why, and three kernels stay."""
+    if torch.cuda.get_device_capability() < (9, 0):  # no clusters
+        return False
+    try:
+        _kernel(_FORM)
+        small_batch_gemm._kernel(_FORM, 2, False)
+    except (ImportError, RuntimeError) as error:
+        logger.info("Per-layer inputs stay three kernels: %s", str(error).partition("\n")[0])
+        return False
+    return True
+
+
+def shared_bytes(k: int, form: Form) -> int:
+    """Sums of a block's warps, and the gated values of its rows."""
+    return k // COLUMNS * form.tiles * 1024 + form.rows * 2 * (WIDE + 8)
+
+
+def gated(
+    x: Tensor,
+    by: Tensor,
+    gate: tuple[Tensor, Tensor, Tensor],
+    projection: tuple[Tensor, Tensor, Tensor],
+    form: Form | None = None,
+) -> Tensor:
+    """``(gelu_tanh(x @ gate.T) * by) @ projection.T`` for at most :data:`MOST_ROWS` rows, on the current stream.
+
+    Args:
+        x: ``[rows, K]`` bfloat16, contiguous.
+        by: ``[rows, 256]`` bfloat16; rows may be apart.
+        gate, projection: codes, scales and global scale as :func:`small_batch_gemm.gemm` takes them.
+        form: None for what suits.
+    """
+    rows, k = x.shape
+    form = form or _FORM
+    y = torch.empty_like(x)
+    _kernel(form)(
+        grid=(form.chunks(rows), 1, _BLOCKS),
+        block=k // COLUMNS * 64 // form.pair,
+        args=[*gate, *projection, x, by, y, rows, k, by.stride(0)],
+        shared_bytes=shared_bytes(k, form),
+        cluster=_BLOCKS,
+    )
+    return y
+
+
+def per_layer_input(
+    x: Tensor,
+    by: Tensor,
+    gate_codes: Tensor,
+    gate_scales: Tensor,
+    gate_global_scale: Tensor,
+    gate_marlin_weight: Tensor,
+    gate_marlin_scale: Tensor,
+    gate_marlin_global_scale: Tensor,
+    gate_workspace: Tensor,
+    gate_streamed: int,
+    gate_n: int,
+    codes: Tensor,
+    scales: Tensor,
+    global_scale: Tensor,
+    marlin_weight: Tensor,
+    marlin_scale: Tensor,
+    marlin_global_scale: Tensor,
+    workspace: Tensor,
+    streamed: int,
+    n: int,
+) -> Tensor:
+    """:func:`gated`, or for a larger batch the same by :func:`small_batch_gemm.linear`, whose arguments these are."""
+    first, last = (gate_codes, gate_scales, gate_global_scale), (codes, scales, global_scale)
+    ours = len(x) <= MOST_ROWS and by.stride(1) == 1 and available()
+    if ours and len(x) > MOST_APART:
+        return gated(x.contiguous(), by, first, last)
+    if ours:
+        values = small_batch_gemm.gemm(x.contiguous(), *first, form=_FORM, by=by)
+    else:
+        marlin = (gate_marlin_weight, gate_marlin_scale, gate_marlin_global_scale, gate_workspace)
+        gate = small_batch_gemm.linear(x, None, *first, *marlin, gate_streamed, gate_n, False)
+        values = F.gelu(gate, approximate="tanh") * by
+    marlin = (marlin_weight, marlin_scale, marlin_global_scale, workspace)
+    return small_batch_gemm.linear(values, None, *last, *marlin, streamed, n, False)
+
+
+def _output_shape(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+@functools.cache
+def register_operator() -> None:
+    """``torch.ops.vllm.gemma4_spec_per_layer_input``: opaque to torch.compile, which sees its shape only."""
+    from vllm.utils.torch_utils import direct_register_custom_op
+
+    direct_register_custom_op(OPERATOR, per_layer_input, fake_impl=_output_shape)
+
+
+_X, _PRE_QUANT_SCALE, _WEIGHTS, _N, _GELU = 0, 1, slice(2, 11), 10, 11  # of small_batch_gemm.linear's arguments
+
+
+def _is_gemm(node: Any) -> bool:
+    """Whether a node is a linear layer of the small-batch kernel, with neither scale nor activation."""
+    gemm = torch.ops.vllm.gemma4_spec_nvfp4_gemm
+    return bool(
+        isinstance(node, fx.Node)
+        and node.target in (gemm, gemm.default)
+        and len(node.args) == _GELU + 1
+        and node.args[_PRE_QUANT_SCALE] is None
+        and node.args[_GELU] is False
+    )
+
+
+def _is_gelu(node: Any) -> bool:
+    return bool(
+        isinstance(node, fx.Node)
+        and node.target in (F.gelu, torch._C._nn.gelu)
+        and node.kwargs == {"approximate": "tanh"}
+        and len(node.args) == 1
+    )
+
+
+def _gated_by(product: Any) -> tuple[fx.Node, fx.Node, Any] | None:
+    """Of ``gelu(gate(x)) * by``: the gate's node, the activation's and ``by``, if nothing else reads them."""
+    if product.target not in (operator.mul, torch.mul) or len(product.args) != 2:
+        return None
+    for gelu, by in (product.args, product.args[::-1]):
+        if _is_gelu(gelu) and _is_gemm(gelu.args[_X]):
+            gate = gelu.args[_X]
+            if all(len(node.users) == 1 for node in (gate, gelu, product)):
+                return gate, gelu, by
+    return None
+
+
+def fuse(graph: fx.Graph) -> int:
+    """Put the operator in place of ``projection(gelu(gate(x)) * by)``, as Dynamo traced it; how many times it did."""
+    found = 0
+    for projection in list(graph.nodes):
+        parts = _gated_by(projection.args[_X]) if _is_gemm(projection) else None
+        if parts is None or not suits(projection.args[_N], parts[0].args[_N]):
+            continue
+        gate, gelu, by = parts
+        with graph.inserting_before(projection):
+            fused = graph.call_function(
+                getattr(torch.ops.vllm, OPERATOR),
+                (gate.args[_X], by, *gate.args[_WEIGHTS], *projection.args[_WEIGHTS]),
+            )
+        fused.meta = dict(projection.meta)
+        projection.replace_all_uses_with(fused)
+        for node in (projection, projection.args[_X], gelu, gate):
+            graph.erase_node(node)
+        found += 1
+    return found
