@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from tests.kernels.test_small_batch_gemm import GLOBAL_SCALE, dequantized, weight
 from tests.support import engine as _engine  # sets the environment
 from tests.support.configs import GEMMA4, LLAMA
-from vllm_gemma4_spec.kernels import gated_input, packing, small_batch_gemm
+from vllm_gemma4_spec.kernels import chosen_rows, gated_input, packing, small_batch_gemm
 from vllm_gemma4_spec.kernels.small_batch_gemm import Form
 from vllm_gemma4_spec.quantization import small_batch_layers
 
@@ -178,35 +178,87 @@ def test_a_value_that_something_else_reads_stays() -> None:
     assert gated_input.fuse(traced(forward, torch.randn(3, 512), torch.randn(3, 256)).graph) == 0
 
 
-@pytest.mark.parametrize(
-    ("rows", "wanted"), [(1, ["gate", "projection"]), (8, ["gate", "projection"]), (9, ["one"]), (128, ["one"])]
-)
-def test_few_rows_are_two_kernels_and_more_are_one(
-    monkeypatch: pytest.MonkeyPatch, rows: int, wanted: list[str]
-) -> None:
-    called: list[str] = []
-    x, by, weight, empty = torch.zeros(rows, 512), torch.zeros(rows, 2, 256)[:, 1], torch.empty(1), torch.empty(0)
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A card whose times are given, by the kernels that ran and the rows; and the kernels of the last call."""
+    found: dict[str, Any] = {"us": {}, "called": []}
+    called: list[str] = found["called"]
 
-    def gemm(*_: Any, **given: Any) -> Tensor:
-        called.append("gate")
-        assert given["by"] is by
-        return x[:, :256]
+    def gemm(x: Tensor, *_: Any, **given: Any) -> Tensor:
+        called.append("gate and product")
+        return given["by"]
 
-    def projection(*_: Any) -> Tensor:
-        called.append("projection")
-        return x
+    def linear(x: Tensor, *given: Any) -> Tensor:
+        called.append("GEMM")
+        return x.new_empty(len(x), given[-2])
 
-    def one(*_: Any) -> Tensor:
+    def one(x: Tensor, *_: Any) -> Tensor:
         called.append("one")
         return x
 
+    def us(call: Any) -> float:
+        called.clear()
+        call()
+        kernels, rows = tuple(called[: len(called) // gated_input._IN_A_ROW]), len(call.args[0])
+        return float(found["us"].get((kernels, rows), 40.0))
+
+    def fastest(shape: str, maker: str, measure: Any) -> dict[int, str]:
+        return {rows: chosen_rows._fastest(times) for rows, times in reversed(measure().items())}
+
     monkeypatch.setattr(gated_input, "available", lambda: True)
     monkeypatch.setattr(gated_input, "gated", one)
+    monkeypatch.setattr(gated_input, "_maker", lambda: "")
+    monkeypatch.setattr(gated_input, "_chosen", {})
     monkeypatch.setattr(small_batch_gemm, "gemm", gemm)
-    monkeypatch.setattr(small_batch_gemm, "linear", projection)
-    layer = [weight] * 3 + [empty] * 4
-    gated_input.per_layer_input(x, by, *layer, 0, 256, *layer, 0, 512)
-    assert called == wanted
+    monkeypatch.setattr(small_batch_gemm, "linear", linear)
+    monkeypatch.setattr(chosen_rows, "clock", lambda _: us)
+    monkeypatch.setattr(chosen_rows, "fastest", fastest)
+    return found
+
+
+ONE, TWO, THREE = ("one",), ("gate and product", "GEMM"), ("GEMM", "GEMM")
+
+
+def kernels_of(card: dict[str, Any], rows: int, by: Tensor | None = None) -> tuple[str, ...]:
+    card["called"].clear()
+    x, weights = torch.zeros(rows, 512), [torch.empty(0)] * 7
+    by = torch.zeros(rows, 2, 256)[:, 1] if by is None else by
+    assert gated_input.per_layer_input(x, by, *weights, 0, 256, *weights, 0, 512).shape == (rows, 512)
+    return tuple(card["called"])
+
+
+def test_each_batch_gets_what_was_fastest(card: dict[str, Any]) -> None:
+    card["us"] |= {(TWO, 8): 30.0, (ONE, 8): 30.5, (TWO, 16): 30.0, (ONE, 16): 20.0, (ONE, 128): 39.5}
+    gated_input.choose(layer(256, 512), layer(512, 256))
+    got = {rows: kernels_of(card, rows) for rows in (1, 8, 9, 16, 17, 128, 129)}
+    assert got == dict.fromkeys(got, THREE) | {1: TWO, 8: TWO, 9: ONE, 16: ONE}
+    assert kernels_of(card, 16, torch.zeros(256, 16).T) == THREE  # values that are apart
+
+
+def test_layers_of_one_size_are_measured_once(card: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    card["us"] |= {(ONE, 8): 5.0}
+    gated_input.choose(layer(256, 512), layer(512, 256))
+    card["us"].clear()
+    gated_input.choose(layer(256, 512), layer(512, 256))
+    gated_input.choose(layer(512, 384), layer(384, 512))  # which it is not for
+    assert kernels_of(card, 8) == ONE
+    assert list(gated_input._chosen) == [512]
+
+
+def test_a_card_without_room_for_a_cluster_keeps_three_kernels(
+    card: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Tensor:
+        raise RuntimeError("cuLaunchKernelEx: CUDA_ERROR_INVALID_CLUSTER_SIZE")
+
+    said: list[str] = []
+    monkeypatch.setattr(gated_input, "gated", fails)
+    monkeypatch.setattr(gated_input.logger, "info", lambda text, *values: said.append(text % values))
+    gated_input.choose(layer(256, 512), layer(512, 256))
+    assert [kernels_of(card, rows) for rows in (1, 128)] == [THREE, THREE]
+    assert said == [
+        "NVFP4 GEMM 512x256, per-layer input was not measured: cuLaunchKernelEx: CUDA_ERROR_INVALID_CLUSTER_SIZE"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -243,11 +295,14 @@ def test_the_operator_exists_once_such_a_layer_is_loaded(
     monkeypatch: pytest.MonkeyPatch, codes: bool, clusters: bool, wanted: int
 ) -> None:
     registered: list[int] = []
+    chosen: list[tuple[Any, Any]] = []
     monkeypatch.setattr(gated_input, "available", lambda: clusters)
     monkeypatch.setattr(gated_input, "register_operator", lambda: registered.append(1))
+    monkeypatch.setattr(gated_input, "choose", lambda gate, projection: chosen.append((gate, projection)))
     one = SimpleNamespace(rows_codes=torch.empty(1) if codes else None)
     made: Any = SimpleNamespace(per_layer_input_gate=one, per_layer_projection=one)
     small_batch_layers._prepare_per_layer_input(made)
     none: Any = SimpleNamespace(per_layer_input_gate=None, per_layer_projection=None)
     small_batch_layers._prepare_per_layer_input(none)
     assert len(registered) == wanted
+    assert chosen == [(one, one)] * wanted

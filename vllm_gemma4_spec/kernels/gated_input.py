@@ -1,7 +1,8 @@
-"""A layer's per-layer input of a few rows as one kernel, ``nvfp4_gated.cu``: gate, activation, product, projection.
+"""A layer's per-layer input of a few rows: gate, activation, product and projection as one operator.
 
-Three kernels otherwise, each of which waits for the one before: some 7 us a layer of E4B on an H200, for weights that
-are read in 0.2. :func:`fuse` puts the operator into the graph of a draft model before it is compiled.
+Three kernels otherwise, each of which waits for the one before: 5 to 9 us a layer of E4B on an H200, for weights that
+are read in 0.4. As one kernel, ``nvfp4_gated.cu``, or the activation in the gate's GEMM, as measured when the first
+layer is loaded. :func:`fuse` puts the operator into the graph of a draft model before it is compiled.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch.nn import Module
 
-from vllm_gemma4_spec.kernels import cuda, small_batch_gemm
+from vllm_gemma4_spec.kernels import chosen_rows, cuda, small_batch_gemm
 from vllm_gemma4_spec.kernels.packing import COLUMNS
 from vllm_gemma4_spec.kernels.small_batch_gemm import Form
 
@@ -25,10 +27,10 @@ logger = logging.getLogger("vllm.plugins.gemma4_spec")
 OPERATOR = "gemma4_spec_per_layer_input"
 WIDE = 256  # values of a token that are gated
 MOST_K = 12 * COLUMNS  # two warps for each 256 inputs
-MOST_ROWS = 128
+ONE, TWO = "one kernel", "two kernels"
 _BLOCKS = 8  # of a cluster
-MOST_APART = 8  # rows up to which gate and projection are two kernels: each has the whole card then
-_FORM = Form(1)  # what a cluster takes at once
+_IN_A_ROW = 8
+_FORM = Form(1)  # what a cluster, or a warp of the gate's GEMM, takes at once
 
 
 def suits(k: Any, wide: Any) -> bool:
@@ -73,7 +75,7 @@ def gated(
     projection: tuple[Tensor, Tensor, Tensor],
     form: Form | None = None,
 ) -> Tensor:
-    """``(gelu_tanh(x @ gate.T) * by) @ projection.T`` for at most :data:`MOST_ROWS` rows, on the current stream.
+    """``(gelu_tanh(x @ gate.T) * by) @ projection.T`` for a few rows, on the current stream.
 
     Args:
         x: ``[rows, K]`` bfloat16, contiguous.
@@ -116,12 +118,17 @@ def per_layer_input(
     streamed: int,
     n: int,
 ) -> Tensor:
-    """:func:`gated`, or for a larger batch the same by :func:`small_batch_gemm.linear`, whose arguments these are."""
+    """``(gelu_tanh(x @ gate.T) * by) @ projection.T`` by what suits the number of rows.
+
+    Args:
+        x, by: of :func:`gated`.
+        gate_codes, ...: of both layers, what :func:`small_batch_gemm.linear` takes.
+    """
+    kernel = kernel_for(n, len(x)) if by.stride(1) == 1 and available() else chosen_rows.OTHER
     first, last = (gate_codes, gate_scales, gate_global_scale), (codes, scales, global_scale)
-    ours = len(x) <= MOST_ROWS and by.stride(1) == 1 and available()
-    if ours and len(x) > MOST_APART:
+    if kernel == ONE:
         return gated(x.contiguous(), by, first, last)
-    if ours:
+    if kernel == TWO:
         values = small_batch_gemm.gemm(x.contiguous(), *first, form=_FORM, by=by)
     else:
         marlin = (gate_marlin_weight, gate_marlin_scale, gate_marlin_global_scale, gate_workspace)
@@ -129,6 +136,69 @@ def per_layer_input(
         values = F.gelu(gate, approximate="tanh") * by
     marlin = (marlin_weight, marlin_scale, marlin_global_scale, workspace)
     return small_batch_gemm.linear(values, None, *last, *marlin, streamed, n, False)
+
+
+_chosen: dict[int, dict[int, str]] = {}  # K -> kernel by the largest number of rows that it is for
+
+
+def kernel_for(k: int, rows: int) -> str:
+    """What takes a batch, as :func:`choose` found: one kernel, two, or those of larger batches."""
+    return next((kernel for most, kernel in _chosen.get(k, {}).items() if rows <= most), chosen_rows.OTHER)
+
+
+def choose(gate: Module, projection: Module) -> None:
+    """Find out which batches of layers of this size take one kernel, and which two; before any CUDA graph."""
+    k = projection.output_size_per_partition
+    if k in _chosen or not suits(k, gate.output_size_per_partition):
+        return
+    shape = f"{k}x{WIDE}, per-layer input"
+    try:
+        _chosen[k] = {}
+        found = chosen_rows.fastest(shape, _maker(), lambda: _times(k, _weights(gate), _weights(projection)))
+    except RuntimeError as error:  # no memory for it, or the card has no room for a cluster
+        logger.info("NVFP4 GEMM %s was not measured: %s", shape, str(error).partition("\n")[0])
+        found = {}
+    _chosen[k] = {rows: found[rows] for rows in sorted(found)}
+
+
+def _weights(layer: Module) -> tuple[Any, ...]:
+    """Of a layer, what :func:`per_layer_input` takes."""
+    return (
+        layer.rows_codes,
+        layer.rows_scales,
+        layer.rows_global_scale,
+        layer.weight,
+        layer.weight_scale,
+        layer.weight_global_scale,
+        layer.workspace,
+        layer.streamed,
+        layer.output_size_per_partition,
+    )
+
+
+def _times(k: int, gate: tuple[Any, ...], projection: tuple[Any, ...]) -> chosen_rows.Kernels:
+    """Of one of several in a row, as what counts is when the next kernel can go on."""
+    device, known = gate[0].device, _chosen[k]
+    us = chosen_rows.clock(device)
+
+    def several(x: Tensor, by: Tensor) -> None:
+        for _ in range(_IN_A_ROW):
+            x = per_layer_input(x, by, *gate, *projection)
+
+    found: chosen_rows.Kernels = {}
+    for rows in small_batch_gemm.CANDIDATES:
+        x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
+        by = torch.randn(rows, WIDE, device=device, dtype=torch.bfloat16)
+        here = found[rows] = {}
+        for kernel in (chosen_rows.OTHER, TWO, ONE):
+            known[small_batch_gemm.MOST_ROWS] = kernel
+            here[kernel] = us(functools.partial(several, x, by)) / _IN_A_ROW
+    return found
+
+
+@functools.cache
+def _maker() -> str:
+    return chosen_rows.made_by(source(_FORM), small_batch_gemm._maker())
 
 
 def _output_shape(x: Tensor, *_: Any) -> Tensor:

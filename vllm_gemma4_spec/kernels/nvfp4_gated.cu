@@ -38,13 +38,12 @@ extern "C" __global__ void __launch_bounds__(NT == 1 ? 768 : 512) nvfp4_gated(
     const float scale = *gate_scale * 256.0f;
     cluster_arrive();
     wait_for_previous_grid();
-    let_next_grid_start();  // not before: what it reads may come from kernels before the one ahead
+    let_next_grid_start();  // not before: what waits behind it would be in its way
     tokens -= first;
     x += (long)first * K;
     by += (long)first * apart;
-    float acc[CHAINS][NT][MT][4];
-#pragma unroll
-    for (int c = 0; c < CHAINS; c++) EACH_SUM(acc[c][n][m][i] = 0.0f)
+    float acc[NT][MT][4];
+    EACH_SUM(acc[n][m][i] = 0.0f)
     // Thread by thread one of the block's values: its place among a warp's sums says token and column.
     auto token_of = [&](int which) { return which / 4 % MT * 8 + t * 2 + which % 2; };
     auto column_of = [&](int which) { return (block * 2 + which / 4 / MT) * 16 + g + which / 2 % 2 * 8; };
@@ -53,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(NT == 1 ? 768 : 512) nvfp4_gated(
     };
     const u16 early = warp < 8 * MT ? factor_of(warp) : u16(0);
     multiply(gate, x + (long)g * K + t * 16 + inputs * 256, x, g, tokens, (long)8 * K, nullptr, nullptr, none, acc);
-    EACH_SUM(sums[warp][(n * MT + m) * 4 + i][lane] = acc[0][n][m][i] + (CHAINS > 1 ? acc[CHAINS - 1][n][m][i] : 0.0f))
+    EACH_SUM(sums[warp][(n * MT + m) * 4 + i][lane] = acc[n][m][i])
     __syncthreads();
     cluster_wait();  // all blocks have started
     for (int which = warp; which < 8 * MT; which += warps) {
@@ -69,11 +68,9 @@ extern "C" __global__ void __launch_bounds__(NT == 1 ? 768 : 512) nvfp4_gated(
     __syncwarp();
     cluster_arrive();
     cluster_wait();
-#pragma unroll
-    for (int c = 0; c < CHAINS; c++) EACH_SUM(acc[c][n][m][i] = 0.0f)
+    EACH_SUM(acc[n][m][i] = 0.0f)
     multiply<true>(up, gated[g] + t * 16, x, g, tokens, 8 * PADDED, nullptr, nullptr, none, acc);
     const float scale_up = *up_scale * 256.0f;
     EACH_SUM(const int token = m * 8 + t * 2 + i % 2, row = tiles[n] * 16 + g + i / 2 * 8;
-             const float sum = acc[0][n][m][i] + (CHAINS > 1 ? acc[CHAINS - 1][n][m][i] : 0.0f);
-             if (token < tokens) y[(long)(first + token) * K + row] = to_bf16(sum * scale_up))
+             if (token < tokens) y[(long)(first + token) * K + row] = to_bf16(acc[n][m][i] * scale_up))
 }

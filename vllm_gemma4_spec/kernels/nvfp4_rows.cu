@@ -5,9 +5,10 @@
 // four fragments, decoded by shifts and masks. W is exact in bfloat16 (two significand bits times four).
 //
 // Compiled by NVRTC with MT (tiles of 8 tokens that a warp takes at once), NT (tiles of 16 outputs, 1 or 2), ROLL (1: the
-// next weights come into registers whose weights have been used), FIT (blocks of four warps that the registers of a
-// multiprocessor are to hold; 0: no matter), GELU (1: gelu(first half) * second half; 2: gelu(y) * by) and SCALED (1: x is multiplied by pre_quant_scale first, each
-// product rounded to bfloat16). Launched with
+// next weights come into registers whose weights have been used), WHOLE (1: x of 64 inputs is loaded at once, 0: of 32),
+// FIT (blocks of four warps that the registers of a multiprocessor are to hold; 0: no matter), GELU (0; 1: gelu(first
+// half) * second half; 2: gelu(y) * by) and SCALED (1: x is multiplied by pre_quant_scale first, each product rounded to
+// bfloat16). Launched with
 //
 //   grid (chunks * N / 16 / NT / (warps / split), parts), block 32 * warps, shared memory warps * NT * MT * 512 bytes:
 //
@@ -126,7 +127,7 @@ __device__ __forceinline__ uint4 load_x(const uint4* at) {
 template <bool SHARED_X = false>
 __device__ __forceinline__ void multiply(Block (&b)[NT], const u16* x, const u16* pre, int token, int tokens, long stride,
                                          const uint4* codes, const uint2* scales, const int (&next)[NT],
-                                         float (&acc)[CHAINS][NT][MT][4]) {
+                                         float (&acc)[NT][MT][4]) {
     const int lane = threadIdx.x % 32;
     uint2 next_scales[NT];
     if (ROLL && next[0] >= 0)
@@ -172,7 +173,7 @@ __device__ __forceinline__ void multiply(Block (&b)[NT], const u16* x, const u16
                     a[2] = times(a[2], top);
                     a[3] = times(a[3], bottom);
 #pragma unroll
-                    for (int m = 0; m < MT; m++) mma(acc[j % CHAINS][n][m], a, j ? in[m].z : in[m].x, j ? in[m].w : in[m].y);
+                    for (int m = 0; m < MT; m++) mma(acc[n][m], a, j ? in[m].z : in[m].x, j ? in[m].w : in[m].y);
                 }
             }
         }
@@ -227,9 +228,8 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
     by += (long)chunk * 8 * MT * apart;
     tokens -= chunk * 8 * MT;
 
-    float chains[CHAINS][NT][MT][4];
-    auto& acc = chains[0];
-    EACH_SUM(acc[n][m][i] = chains[CHAINS - 1][n][m][i] = 0.0f)
+    float acc[NT][MT][4];
+    EACH_SUM(acc[n][m][i] = 0.0f)
 
     const u16 *my_x = x + (long)g * K + t * 16, *my_pre = pre + t * 16;
     const int step = split * parts;
@@ -245,7 +245,7 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
         for (int n = 0; n < NT; n++) fetch(now[n], codes, scales, tiles[n] * blocks + index, lane);
     }
     wait_for_previous_grid();
-    if (GELU == 2) let_next_grid_start();  // not before: what it reads may come from kernels before the one ahead
+    if (GELU == 2) let_next_grid_start();  // a small GEMM: what waits behind it would be in its way
     u16 factors[NT][MT][4];
     if (GELU == 2 && share == 0)
         EACH_SUM(const int token = m * 8 + t * 2 + i % 2;
@@ -257,19 +257,18 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
             for (int n = 0; n < NT; n++) following[n] = tiles[n] * blocks + index + step;
             const u16 *here = my_x + index * 256, *scale_here = my_pre + index * 256;
             if (ROLL) {
-                multiply(now, here, scale_here, g, tokens, (long)8 * K, codes, scales, following, chains);
+                multiply(now, here, scale_here, g, tokens, (long)8 * K, codes, scales, following, acc);
             } else {
                 Block next[NT];
 #pragma unroll
                 for (int n = 0; n < NT; n++) fetch(next[n], codes, scales, following[n], lane);
-                multiply(now, here, scale_here, g, tokens, (long)8 * K, codes, scales, none, chains);
+                multiply(now, here, scale_here, g, tokens, (long)8 * K, codes, scales, none, acc);
 #pragma unroll
                 for (int n = 0; n < NT; n++) now[n] = next[n];
             }
         }
-        multiply(now, my_x + index * 256, my_pre + index * 256, g, tokens, (long)8 * K, codes, scales, none, chains);
+        multiply(now, my_x + index * 256, my_pre + index * 256, g, tokens, (long)8 * K, codes, scales, none, acc);
     }
-    if (CHAINS > 1) EACH_SUM(acc[n][m][i] += chains[CHAINS - 1][n][m][i])
 
     if (split > 1 || (GELU == 1 && NT == 1) || parts > 1) {
         EACH_SUM(sums[warp][(n * MT + m) * 4 + i][lane] = acc[n][m][i])
@@ -321,17 +320,14 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
         }
         if (share) return;
 #pragma unroll
-        for (int n = 0; n < NT; n += 2)
+        for (int m = 0; m < MT; m++)
 #pragma unroll
-            for (int m = 0; m < MT; m++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float up = NT == 1 ? sums[warp + split][m * 4 + i][lane] : acc[n + (NT > 1)][m][i];
-                    const int token = m * 8 + t * 2 + i % 2, row = tiles[n] * 16 + g + i / 2 * 8;
-                    if (token < tokens)
-                        y[(long)token * (N / 2) + row] =
-                            to_bf16(gelu_tanh(rounded(acc[n][m][i] * scale)) * rounded(up * scale));
-                }
+            for (int i = 0; i < 4; i++) {
+                const float up = NT == 1 ? sums[warp + split][m * 4 + i][lane] : acc[NT - 1][m][i];
+                const int token = m * 8 + t * 2 + i % 2, row = tiles[0] * 16 + g + i / 2 * 8;
+                if (token < tokens)
+                    y[(long)token * (N / 2) + row] = to_bf16(gelu_tanh(rounded(acc[0][m][i] * scale)) * rounded(up * scale));
+            }
         return;
     }
     if (share) return;

@@ -37,7 +37,6 @@ class Form:
     pair: int = 1  # tiles of 16 outputs
     roll: bool = False  # the next weights come into registers whose weights have been used
     fit: int = 0  # blocks of four warps that a multiprocessor's registers are to hold; 0: no matter
-    chains: int = 1  # sums by turns, added up at the end
     whole: bool = False  # x of 64 inputs at once
 
     @property
@@ -52,7 +51,7 @@ class Form:
         return -(-rows // self.rows)
 
     def __str__(self) -> str:
-        return f"{self.rows}x{16 * self.pair}" + "c" * (self.chains > 1) + "w" * self.whole
+        return f"{self.rows}x{16 * self.pair}" + "w" * self.whole
 
 
 _WIDE, _40, _32 = Form(1, 2, roll=True), Form(5, 2, roll=True, fit=3), Form(4, 2, roll=True, fit=3)
@@ -112,7 +111,11 @@ def plan(n: int, k: int, form: Form, chunks: int, gelu: bool, multiprocessors: i
 
 
 def macros(form: Form, gelu: int, scaled: bool) -> dict[str, int]:
-    """What the kernel is compiled with; ``gelu`` 1: gelu(first half) * second half, 2: gelu(y) * another tensor."""
+    """What the kernel is compiled with.
+
+    Args:
+        gelu: 1: ``gelu(first half) * second half`` of the outputs; 2: ``gelu(outputs) * by``.
+    """
     return {
         "MT": form.tiles,
         "NT": form.pair,
@@ -120,7 +123,6 @@ def macros(form: Form, gelu: int, scaled: bool) -> dict[str, int]:
         "FIT": form.fit,
         "GELU": int(gelu),
         "SCALED": int(scaled),
-        "CHAINS": form.chains,
         "WHOLE": int(form.whole),
     }
 
@@ -188,9 +190,8 @@ def gemm(
     y = torch.empty(rows, n // 2 if gelu else n, dtype=x.dtype, device=x.device)
     how = how or _launch(n, k, form, chunks, gelu, x.device.index)
     partial, arrivals = SCRATCH.on(x.device)
-    pre = x if pre_quant_scale is None else pre_quant_scale  # not read where there is none
+    pre, factor = (x if given is None else given for given in (pre_quant_scale, by))  # not read where there is none
     blocks = n // ROWS // form.pair // (how.warps // how.split)
-    factor = x if by is None else by
     _kernel(form, int(gelu) if by is None else 2, pre_quant_scale is not None)(
         grid=(chunks * blocks, how.parts, 1),
         block=how.warps * _LANES,
@@ -348,7 +349,8 @@ def _times(layer: Module, gelu: bool) -> chosen_rows.Kernels:
         here = found[rows] = {
             chosen_rows.OTHER: us(functools.partial(_other, x, None, marlin, n, layer.streamed, gelu))
         }
-        for form in forms:
+        # Of forms that are as fast alone the one with fewer chunks: others read the weights once more each.
+        for form in sorted(forms, key=lambda form: form.chunks(rows)):
             _make_room(n, k, {rows: form}, gelu, device)
             here[str(form)] = us(functools.partial(gemm, x, *rows_of, gelu, None, form))
     return found

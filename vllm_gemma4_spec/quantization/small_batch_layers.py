@@ -77,12 +77,14 @@ def compiled(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _prepare_per_layer_input(layer: Module) -> None:
-    """Its operator exists before a compiled graph that calls it is loaded, and its kernel before CUDA graphs."""
+    """Its operator exists before a compiled graph that calls it is loaded, and its kernels before CUDA graphs."""
     from vllm_gemma4_spec.kernels import gated_input
 
-    pair = [getattr(layer, name, None) for name in ("per_layer_input_gate", "per_layer_projection")]
-    if all(getattr(one, "rows_codes", None) is not None for one in pair) and gated_input.available():
-        gated_input.register_operator()
+    gate, projection = (getattr(layer, name, None) for name in ("per_layer_input_gate", "per_layer_projection"))
+    if any(getattr(one, "rows_codes", None) is None for one in (gate, projection)) or not gated_input.available():
+        return
+    gated_input.register_operator()
+    gated_input.choose(gate, projection)
 
 
 def _fuse_per_layer_input(graph: fx.GraphModule) -> None:
