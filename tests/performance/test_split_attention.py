@@ -99,8 +99,10 @@ def two(tile: int) -> Launch:
         (FULL, 2, 1, three(64)),
         (FULL, 4, 1, three(16)),
         (FULL, 4, 5, three(16)),
-        (FULL, 16, 1, three(16)),
-        (FULL, 32, 1, three(16)),
+        (FULL, 15, 1, three(16)),
+        (FULL, 16, 1, three(8)),
+        (FULL, 32, 1, three(8)),
+        (FULL, 33, 1, two(32)),  # fills a GPU without segments
         (FULL, 16, 5, two(32)),  # 256 programs without segments
         (E4B_FULL, 16, 5, three(16)),
         (SLIDING, 65, 1, None),  # vLLM's choice fills a GPU
@@ -108,7 +110,7 @@ def two(tile: int) -> Launch:
         ((64, 2, 256, 1024), 1, 1, None),  # more query heads per KV head than a block has rows
         ((32, 16, 256, 0), 1, 1, None),  # no layer of Gemma 4
         ((32, 16, 512, 1024), 1, 1, None),
-        ((64, 4, 512, 0), 32, 1, None),
+        ((64, 4, 512, 0), 32, 1, three(8)),  # what fits into the scratch to 3 %
     ],
 )
 def test_launches_by_layer_and_batch(
@@ -127,7 +129,8 @@ def test_launches_by_layer_and_batch(
         (SLIDING, 1, 1, own(8)),
         (SLIDING, 16, 1, None),
         (FULL, 1, 1, Launch(segments=16)),
-        (FULL, 16, 1, Launch(segments=16)),
+        (FULL, 4, 1, Launch(segments=16)),
+        (FULL, 16, 1, Launch(segments=8)),
         (FULL, 16, 5, None),
     ],
 )

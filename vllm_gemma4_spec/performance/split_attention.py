@@ -63,6 +63,7 @@ def fits(q: torch.Tensor, num_seqs: int, num_kv_heads: int, segments: int, scrat
 
 # Floats of the scratch for split attention, per process and device, 33 MiB: what the streaming GEMM has on an H200.
 _FLOATS = 33 * 2**18
+_MANY = 64  # programs of a full layer from which on half as many segments are faster, at 256 as at 30,000 tokens
 _REQUESTS = 64  # most requests for which one of ours is chosen
 _changed: dict[str, int] = {}  # numbers of the launches to come
 
@@ -93,7 +94,7 @@ def _numbers(tile: int, warps: int, stages: int) -> tuple[tuple[str, int], ...]:
 
 
 def launch(q: torch.Tensor, k: torch.Tensor, num_seqs: int, window: int) -> Launch | None:
-    """What was fastest on an H200 over contexts of 256 to 120,000 tokens (``benchmarks/NOTES.md``, changes 80 to 82).
+    """What was fastest on an H200 over contexts of 256 to 120,000 tokens (``benchmarks/NOTES.md``, 80 to 82, 108).
 
     Of shapes alone, which a CUDA graph keeps. The number of parts is that of the requests, not of their queries.
 
@@ -123,8 +124,9 @@ def launch(q: torch.Tensor, k: torch.Tensor, num_seqs: int, window: int) -> Laun
             found = Launch(numbers=_numbers(64, 4, 2))
     elif head_size == 512 and not window:
         numbers = () if fp8 else _numbers(32, 4, 2)
-        if num_tokens == num_seqs or blocks * kv_heads <= _FULL_GRID:
-            found = Launch(segments=64 if programs <= 8 and not fp8 else 16, numbers=numbers)
+        if blocks * kv_heads <= _FULL_GRID or (num_tokens == num_seqs and programs <= _FULL_GRID):
+            segments = 64 if programs <= 8 and not fp8 else 8 if programs >= _MANY else 16
+            found = Launch(segments=segments, numbers=numbers)
         elif not fp8:
             found = Launch(numbers=numbers)
     return found if found and found.floats(num_tokens, num_heads, head_size, window) <= _FLOATS else None
