@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One would guess: NumPy treats NaN in an array of bfloat16 or float8_e4m3fn (ml_dtypes) as it does in float16: sort puts it last,
-# median gives NaN, nanmean leaves it out.
+# One would guess: NumPy treats NaN in an array of ml_dtypes' bfloat16 or float8_e4m3fn as it does in float16: sort puts it
+# last, median gives NaN, nanmean leaves it out.
 # What happens: max gives NaN and nanmax leaves it out, but sort has no place for NaN. It stays somewhere in the middle with
 # unsorted values around it, argsort points elsewhere, unique lists values more than once, and median, which looks for NaN
 # at the end of what it sorted, gives an ordinary number, and not even that of the others. nanmean gives NaN.
