@@ -68,6 +68,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ap.add_argument("--repeats", type=int, default=3)
     ap.add_argument("--target-layers", type=int, help="cut the target, for a quick run of the drafter")
     ap.add_argument("--compile", type=int, default=3, choices=(0, 3), help="vLLM's compilation mode")
+    ap.add_argument("--inductor", type=json.loads, default={}, help="JSON: vLLM's inductor_compile_config")
     ap.add_argument("--kv-gib", type=float, default=6.0, help="KV cache of every engine, in GiB")
     ap.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks, one card each")
     ap.add_argument("--together", action="store_true", help="start all engines at once; they are measured in turn")
@@ -148,6 +149,7 @@ def make_llm(args: argparse.Namespace) -> Any:
         seed=0,
         compilation_config={
             "mode": args.compile,
+            "inductor_compile_config": args.inductor,
             "cudagraph_mode": "FULL_AND_PIECEWISE" if args.compile else "FULL_DECODE_ONLY",
             "cudagraph_capture_sizes": sorted({n * query for n in sizes}),
         },
