@@ -271,7 +271,7 @@ def _most_queries(vllm_config: Any) -> int:
 def _shared(own: torch.Tensor) -> torch.Tensor:
     """In place of a builder's scratch: all layers run one after the other, and :data:`PARTS` serves them, too.
 
-    Before any CUDA graph is captured. vLLM's builders of 31B have 8 MiB each, six of them.
+    Before any CUDA graph is captured. vLLM's builders of 31B have 4 MiB each, six of them.
     """
     PARTS.reserve(own.device, max(own.numel(), _FLOATS if _suits(own.device) else 0), 1)
     return PARTS.on(own.device)[0][: own.numel()].view(own.shape)
