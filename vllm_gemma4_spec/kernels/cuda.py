@@ -157,20 +157,35 @@ class Kernel:
         limit = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(self._driver.cuFuncSetAttribute(self._function, limit, size), "cuFuncSetAttribute")
 
-    def __call__(self, grid: tuple[int, int, int], block: int, args: Sequence[Any], shared_bytes: int = 0) -> None:
+    def __call__(
+        self, grid: tuple[int, int, int], block: int, args: Sequence[Any], shared_bytes: int = 0, cluster: int = 1
+    ) -> None:
         """Launch on the current stream; tensors are passed as pointers, whole numbers as C ints, others (of
-        :func:`matrix_map`) by value."""
-        self._launch(torch.cuda.current_stream().cuda_stream, grid, block, args, shared_bytes)
+        :func:`matrix_map`) by value; so many blocks along z are a cluster."""
+        self._launch(torch.cuda.current_stream().cuda_stream, grid, block, args, shared_bytes, cluster)
 
     def _launch(
-        self, stream: int, grid: tuple[int, int, int], block: int, args: Sequence[Any], shared_bytes: int
+        self,
+        stream: int,
+        grid: tuple[int, int, int],
+        block: int,
+        args: Sequence[Any],
+        shared_bytes: int,
+        cluster: int = 1,
     ) -> None:
         config = self._driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
         config.sharedMemBytes = shared_bytes
         config.hStream = stream
-        config.attrs, config.numAttrs = self._attributes, len(self._attributes)
+        attributes = self._attributes
+        if cluster > 1:
+            attribute = self._driver.CUlaunchAttribute()
+            attribute.id = self._driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            size = attribute.value.clusterDim
+            size.x, size.y, size.z = 1, 1, cluster
+            attributes = [*attributes, attribute]
+        config.attrs, config.numAttrs = attributes, len(attributes)
         values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
         types = tuple(
             ctypes.c_void_p if isinstance(a, Tensor) else ctypes.c_int if isinstance(a, int) else None for a in args

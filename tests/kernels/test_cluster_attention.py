@@ -1,0 +1,166 @@
+"""Attention of a few queries over a cluster: compiled for the cards it is for, and run on a CPU beside float64."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_gemma4_spec.kernels import cluster_attention, cuda
+from vllm_gemma4_spec.kernels.cluster_attention import Form
+
+COMPILER = shutil.which("g++")
+PAGE = 16
+
+Run = Callable[[Form, "Batch"], Tensor]
+
+
+def form(size: int, window: int, queries: int, group: int = 4, programs: int = 2) -> Form:
+    found = cluster_attention.form(size, group, window, PAGE, queries, programs)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize(("size", "window", "queries", "programs"), [(256, 512, 1, 2), (512, 0, 5, 32)])
+def test_the_kernel_compiles(capability: int, size: int, window: int, queries: int, programs: int) -> None:
+    try:
+        architecture = cuda.architecture(capability)
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"this PyTorch brings no NVRTC: {error}")
+    code = cuda.compiled(cluster_attention.source(form(size, window, queries, programs=programs)), architecture)
+    assert b"cluster_attention" in code
+
+
+@dataclass
+class Batch:
+    """Requests over one cache, whose pages lie in no order; nothing is written where nobody has been."""
+
+    lengths: list[int]
+    queries: list[int]
+    heads: int
+    kv_heads: int
+    size: int
+    window: int
+    clusters: int = 1
+    shared: int = 0  # first tokens of the last request that are the first request's pages
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(sum(self.lengths))
+        pages = [-(-max(n, 1) // PAGE) for n in self.lengths]
+        order = (torch.randperm(sum(pages)) + 1).int().split(pages)
+        self.table = torch.zeros(len(pages), max(pages), dtype=torch.int32)
+        self.k, self.v = torch.full((2, sum(pages) + 1, PAGE, self.kv_heads, self.size), torch.nan).bfloat16()
+        self.k_before, self.v_before = self.k.clone(), self.v.clone()
+        for request, (length, queries) in enumerate(zip(self.lengths, self.queries, strict=True)):
+            self.table[request, : pages[request]] = order[request]
+            for cache, before in ((self.k, self.k_before), (self.v, self.v_before)):
+                rows = torch.randn(length, self.kv_heads, self.size).bfloat16()
+                at = torch.arange(length)
+                page, within = order[request][at // PAGE].long(), at % PAGE
+                cache[page, within] = rows
+                old = max(length - queries, 0)  # the pass itself writes the rest
+                before[page[:old], within[:old]] = rows[:old]
+        if self.shared:
+            self.table[-1, : self.shared // PAGE] = self.table[0, : self.shared // PAGE]
+        if self.window:  # the scheduler has freed what no query sees any more
+            for request, (length, queries) in enumerate(zip(self.lengths, self.queries, strict=True)):
+                self.table[request, : max(0, length - queries - self.window + 1) // PAGE] = 0
+        self.starts = torch.tensor([0, *self.queries]).cumsum(0).int()
+        self.q = (torch.randn(sum(self.queries), self.heads, self.size) / 4).bfloat16()
+
+    def alone(self, request: int) -> Batch:
+        """The same, of one request."""
+        mine = replace(self, shared=0)
+        mine.__dict__.update(self.__dict__)
+        first, behind = self.starts[request : request + 2].tolist()
+        mine.lengths, mine.queries = [self.lengths[request]], [self.queries[request]]
+        mine.table, mine.q = self.table[request : request + 1], self.q[first:behind].contiguous()
+        mine.starts = torch.tensor([0, behind - first]).int()
+        return mine
+
+    def wanted(self) -> Tensor:
+        out, group = torch.zeros(self.q.shape, dtype=torch.float64), self.heads // self.kv_heads
+        token = 0
+        for request, (length, queries) in enumerate(zip(self.lengths, self.queries, strict=True)):
+            for last in range(length - queries, length):
+                first = max(0, last - self.window + 1) if self.window else 0
+                if last >= 0:
+                    at = torch.arange(first, last + 1)
+                    page, within = self.table[request].long()[at // PAGE], at % PAGE
+                    keys, values = (x[page, within].double().repeat_interleave(group, 1) for x in (self.k, self.v))
+                    scores = torch.einsum("hd,thd->ht", self.q[token].double(), keys)
+                    out[token] = torch.einsum("ht,thd->hd", scores.softmax(-1), values)
+                token += 1
+        return out
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    if COMPILER is None:
+        pytest.skip("needs a C++ compiler")
+    folder = tmp_path_factory.mktemp("cluster-attention")
+    libraries: dict[Form, Any] = {}
+
+    def compiled(how: Form) -> Any:
+        if how not in libraries:
+            kernel, library = folder / f"{len(libraries)}.cu", folder / f"{len(libraries)}.so"
+            kernel.write_text(cluster_attention.source(how))
+            host = str(Path(__file__).with_name("cluster_on_host.cpp"))
+            defines = [f'-DKERNEL="{kernel}"', f"-DSHARED={how.shared_bytes}"]
+            build = [str(COMPILER), "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-U_FORTIFY_SOURCE"]
+            subprocess.run([*build, *defines, host, "-o", str(library)], check=True)
+            libraries[how] = ctypes.CDLL(str(library)).run
+        return libraries[how]
+
+    def attention(how: Form, batch: Batch) -> Tensor:
+        q, k, v = (torch.full_like(x, torch.nan) for x in (batch.q, batch.k, batch.v))
+        out = torch.full_like(q, torch.nan)
+        requests = len(batch.lengths)
+        scratch = torch.full((how.scratch(requests, batch.kv_heads, batch.clusters),), torch.nan)
+        arrivals = torch.zeros(requests * batch.kv_heads * 8, dtype=torch.int32)
+        lengths = torch.tensor(batch.lengths).int()
+        *tensors, bits, count, _, s0, s1, s2, s3, s4, s5, s6, clusters = cluster_attention.arguments(
+            out, q, k, v, batch.table, lengths, batch.starts, 1.0, scratch, arrivals, batch.clusters
+        )
+        numbers = torch.tensor([bits, count, batch.table.stride(0), s0, s1, s2, s3, s4, s5, s6, clusters]).int()
+        before = torch.full_like(q, torch.nan), batch.k_before, batch.v_before
+        pointers = [*tensors, numbers, *before, batch.q, batch.k, batch.v]
+        sizes = [ctypes.c_long(x.nbytes) for x in (q, k)]
+        stuck = compiled(how)(*(ctypes.c_void_p(x.data_ptr()) for x in pointers), *sizes, batch.kv_heads)
+        assert not stuck
+        assert not arrivals.any()
+        return out
+
+    return attention
+
+
+def check(run: Run, how: Form, batch: Batch) -> None:
+    got = run(how, batch)
+    torch.testing.assert_close(got.double(), batch.wanted(), rtol=0.02, atol=0.02)
+
+
+SLIDING = form(256, 64, 5)
+FULL = form(512, 0, 5)
+
+
+@pytest.mark.parametrize(
+    ("how", "batch"),
+    [
+        (form(256, 512, 1), Batch([0, 1, 511, 512, 513, 1000], [1] * 6, 4, 1, 256, 512)),
+        (form(256, 512, 5), Batch([5, 518], [5, 5], 4, 1, 256, 512)),
+        (SLIDING, Batch([3, 700, 15, 0], [3, 5, 1, 1], 8, 2, 256, 64)),
+        (FULL, Batch([5, 600, 40], [5, 4, 1], 4, 1, 512, 0)),
+    ],
+    ids=["window", "queries", "small-window", "full"],
+)
+def test_attention_is_right(run: Run, how: Form, batch: Batch) -> None:
+    check(run, how, batch)
