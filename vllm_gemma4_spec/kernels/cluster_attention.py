@@ -3,9 +3,9 @@
 The keys that a request's queries see are divided among the eight blocks of a cluster, which add up through each other's
 shared memory: no second kernel. Of contexts too long for one cluster the last of several adds up the rest.
 
-The kernel asks for keys of earlier passes before the kernel ahead has ended. It may, because such a pass is over: between
-two passes there are kernels without programmatic launch, which start when all before has ended. Pages that this pass
-writes, of whatever request, it reads behind its wait alone. ``ahead=False`` reads nothing before.
+The kernel asks for keys of earlier passes before the kernel ahead has ended. It may, because such a pass is over:
+between two passes there are kernels without programmatic launch, which start when all before has ended. Pages that this
+pass writes, of whatever request, it reads behind its wait alone. ``ahead=False`` reads nothing before.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Form:
         tiles: of eight rows.
         chunk: keys that are in shared memory at a time.
         stages: chunks that are asked for at a time.
-        receive: where the other blocks' sums come to: memory of their own (0), over the keys (1), over keys and values (2).
+        receive: where the other blocks' sums come to: memory of their own (0), over the keys (1), over all (2).
         alone: keys up to which one cluster takes a request.
         ahead: keys of earlier passes are asked for before the kernel ahead has ended.
     """
