@@ -4,10 +4,10 @@
 
 Needs a Hopper card and vLLM 0.19.1. First the kernel over clusters beside float64, by itself. Then one CUDA graph holds
 several layers of E4B with weights and caches of their own: norm, qkv's GEMM, the heads' norm, the cache write,
-attention, o's GEMM; ``none`` leaves attention out. After each pass kernels without programmatic launch make the contexts
-one token longer, as between the passes of a draft, and a request's prefix has a page that another one writes. What reads
-keys before the kernel ahead has ended (``cluster``) must give the bits of what does not (``late``). What is ready is
-written as it comes.
+attention, o's GEMM; ``none`` leaves attention out. After each pass kernels without programmatic launch make the
+contexts one token longer, as between the passes of a draft, and a request's prefix has a page that another one writes.
+What reads keys before the kernel ahead has ended (``cluster``) must give the bits of what does not (``late``). What is
+ready is written as it comes.
 """
 
 from __future__ import annotations

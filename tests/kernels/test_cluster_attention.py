@@ -149,18 +149,72 @@ def check(run: Run, how: Form, batch: Batch) -> None:
 
 
 SLIDING = form(256, 64, 5)
-FULL = form(512, 0, 5)
+FULL, MANY = form(512, 0, 5), form(512, 0, 5, programs=32)
+ONE = form(512, 0, 1, programs=32)
 
 
 @pytest.mark.parametrize(
     ("how", "batch"),
     [
         (form(256, 512, 1), Batch([0, 1, 511, 512, 513, 1000], [1] * 6, 4, 1, 256, 512)),
-        (form(256, 512, 5), Batch([5, 518], [5, 5], 4, 1, 256, 512)),
+        (form(256, 512, 5), Batch([5, 518, 5000], [5, 2, 5], 4, 1, 256, 512)),
         (SLIDING, Batch([3, 700, 15, 0], [3, 5, 1, 1], 8, 2, 256, 64)),
+        (form(256, 1024, 5, group=2), Batch([1100, 2], [5, 2], 4, 2, 256, 1024)),
         (FULL, Batch([5, 600, 40], [5, 4, 1], 4, 1, 512, 0)),
+        (MANY, Batch([300, 17], [5, 5], 8, 2, 512, 0)),
+        (ONE, Batch([1000, 16, 1], [1, 1, 1], 4, 1, 512, 0)),
+        (form(512, 0, 1, group=8), Batch([200], [1], 8, 1, 512, 0)),
     ],
-    ids=["window", "queries", "small-window", "full"],
+    ids=["window", "queries", "small-window", "two-heads", "full", "narrow", "many-chunks", "eight-heads"],
 )
 def test_attention_is_right(run: Run, how: Form, batch: Batch) -> None:
     check(run, how, batch)
+
+
+@pytest.mark.parametrize("length", [5000, 300, 40])  # three clusters, two, one
+def test_several_clusters_share_a_long_context(run: Run, length: int) -> None:
+    check(run, replace(MANY, alone=200), Batch([length], [5], 4, 1, 512, 0, clusters=3))
+
+
+def test_a_request_has_the_same_bits_alone(run: Run) -> None:
+    batch = Batch([700, 15, 90], [5, 1, 4], 8, 2, 256, 64)
+    together = run(SLIDING, batch)
+    apart = [run(SLIDING, batch.alone(request)) for request in range(3)]
+    assert torch.equal(together, torch.cat(apart))
+
+
+@pytest.mark.parametrize("how", [SLIDING, replace(SLIDING, ahead=False)], ids=["ahead", "late"])
+def test_a_prefix_that_another_request_writes_now_is_read_when_it_is_there(run: Run, how: Form) -> None:
+    batch = Batch([80, 83], [5, 3], 4, 1, 256, 64, shared=80)
+    assert batch.table[0, 4] == batch.table[1, 4]
+    check(run, how, batch)
+
+
+def test_forms_fit_a_multiprocessor() -> None:
+    for group, window, queries, programs in ((4, 512, 1, 32), (4, 512, 5, 32), (4, 0, 1, 32), (4, 0, 5, 32)):
+        how = cluster_attention.form(512 if not window else 256, group, window, PAGE, queries, programs)
+        assert how is not None
+        assert 2 * (how.shared_bytes + 1024) <= 228 * 1024  # two blocks: sixteen requests have 256
+    assert cluster_attention.form(256, 4, 512, PAGE, 7, 2) is None  # 28 rows
+    assert cluster_attention.form(128, 4, 512, PAGE, 1, 2) is None
+    assert cluster_attention.form(256, 4, 512, 24, 1, 2) is None
+
+
+def test_longer_contexts_get_clusters_until_the_card_is_full() -> None:
+    assert [cluster_attention.clusters(0, programs) for programs in (2, 8, 32)] == [8, 2, 1]
+    assert cluster_attention.clusters(512, 2) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({}, True),
+        ({"q": torch.empty(4, 8, 256)}, False),
+        ({"k": torch.empty(9, 16, 2, 256).bfloat16().transpose(0, 1)}, False),  # not as the values
+        ({"out": torch.empty(4, 8, 257).bfloat16()[..., :256]}, False),  # rows not at 16 bytes
+    ],
+)
+def test_what_the_kernel_takes(change: dict[str, Tensor], taken: bool) -> None:
+    tensors = {"q": torch.empty(4, 8, 256).bfloat16(), "k": torch.empty(9, 16, 2, 256).bfloat16()}
+    tensors |= {"v": tensors["k"].clone(), "out": tensors["q"].clone()}
+    assert cluster_attention.takes(**(tensors | change)) is taken
