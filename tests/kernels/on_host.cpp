@@ -24,12 +24,15 @@ static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static thread_local dim threadIdx, blockIdx;
 static dim blockDim, gridDim;
-static std::unique_ptr<std::barrier<>> block_barrier;
+static std::vector<std::unique_ptr<std::barrier<>>> block_barriers;  // of the blocks that run at once
 static std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
 static std::vector<uint32_t> exchange;  // per warp: 32 lanes x 6 registers of an mma
-static float shared[16 * 16 * 4 * 32];
+static float all_shared[8][24 * 16 * 4 * 32];  // of a cluster's blocks
+static int in_cluster() { return block_barriers.size() > 1 ? blockIdx.z : 0; }
+#define shared (all_shared[in_cluster()])
 
-static void __syncthreads() { block_barrier->arrive_and_wait(); }
+static void __syncthreads() { block_barriers[in_cluster()]->arrive_and_wait(); }
+static void __syncwarp() {}
 static void __threadfence() {}
 static unsigned atomicAdd(unsigned* at, unsigned value) { unsigned old = *at; *at += value; return old; }
 static uint4 __ldg(const uint4* at) { return *at; }
@@ -56,7 +59,7 @@ template <class T> static T load_once(const T* at) { return *at; }
 
 // mma.m16n8k16 as the PTX manual lays it out over the lanes of a warp.
 static void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int warp = in_cluster() * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     uint32_t* all = exchange.data() + warp * 192;
     const unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
     std::memcpy(all + lane * 6, mine, 24);
@@ -73,17 +76,28 @@ static void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)
     warp_barriers[warp]->arrive_and_wait();
 }
 
+// A cluster's barrier: all of its threads arrive, and wait apart from that.
+static std::unique_ptr<std::barrier<>> cluster_barrier;
+static thread_local std::unique_ptr<std::barrier<>::arrival_token> arrived;
+static void cluster_arrive() { arrived = std::make_unique<std::barrier<>::arrival_token>(cluster_barrier->arrive()); }
+static void cluster_wait() { cluster_barrier->wait(std::move(*arrived)); }
+static void store_in_block(uint16_t* here, uint16_t value, int block) {
+    *(uint16_t*)((char*)all_shared[block] + ((char*)here - (char*)all_shared[in_cluster()])) = value;
+}
+
 #include NVFP4_ROWS_SOURCE
 
 extern "C" void run(const void* codes, const void* scales, const void* x, const void* pre, void* y, const float* global_scale,
-                    float* partial, unsigned* arrivals, int tokens, int N, int K, int warps, int split, int parts) {
+                    float* partial, unsigned* arrivals, int tokens, int N, int K, int warps, int split, int parts, const void* by_,
+                    int apart) {
     const int chunks = (tokens + 8 * MT - 1) / (8 * MT);
     gridDim = {chunks * (N / 16 / NT / (warps / split)), parts, 1};
     blockDim = {warps * 32, 1, 1};
     exchange.resize(warps * 192);
     for (int by = 0; by < gridDim.y; by++)
         for (int bx = 0; bx < gridDim.x; bx++) {
-            block_barrier = std::make_unique<std::barrier<>>(warps * 32);
+            block_barriers.clear();
+            block_barriers.push_back(std::make_unique<std::barrier<>>(warps * 32));
             warp_barriers.clear();
             for (int w = 0; w < warps; w++) warp_barriers.push_back(std::make_unique<std::barrier<>>(32));
             std::vector<std::thread> threads;
@@ -92,9 +106,37 @@ extern "C" void run(const void* codes, const void* scales, const void* x, const 
                     threadIdx = {i, 0, 0};
                     blockIdx = {bx, by, 0};
                     nvfp4_rows((const uint4*)codes, (const uint2*)scales, (const u16*)x, (const u16*)pre, (u16*)y,
-                               global_scale, partial, arrivals, tokens, N, K, split, chunks);
-                    block_barrier->arrive_and_drop();
+                               global_scale, partial, arrivals, tokens, N, K, split, chunks, (const u16*)by_, apart);
+                    block_barriers[0]->arrive_and_drop();
                 });
             for (auto& thread : threads) thread.join();
         }
 }
+
+#ifdef NVFP4_GATED_SOURCE
+#include NVFP4_GATED_SOURCE
+
+extern "C" void run_gated(const void* gate_codes, const void* gate_scales, const float* gate_scale, const void* codes,
+                          const void* scales, const float* scale, const void* x, const void* by, void* y, int tokens, int K,
+                          int apart) {
+    const int warps = K / 256 * 2 / NT;
+    gridDim = {(tokens + 8 * MT - 1) / (8 * MT), 1, 8};
+    blockDim = {warps * 32, 1, 1};
+    exchange.resize(8 * warps * 192);
+    for (int bx = 0; bx < gridDim.x; bx++) {
+        block_barriers.clear(), warp_barriers.clear();
+        for (int b = 0; b < 8; b++) block_barriers.push_back(std::make_unique<std::barrier<>>(warps * 32));
+        for (int w = 0; w < 8 * warps; w++) warp_barriers.push_back(std::make_unique<std::barrier<>>(32));
+        cluster_barrier = std::make_unique<std::barrier<>>(8 * warps * 32);
+        std::vector<std::thread> threads;
+        for (int i = 0; i < 8 * warps * 32; i++)
+            threads.emplace_back([=] {
+                threadIdx = {i % (warps * 32), 0, 0};
+                blockIdx = {bx, 0, i / (warps * 32)};
+                nvfp4_gated((const uint4*)gate_codes, (const uint2*)gate_scales, gate_scale, (const uint4*)codes,
+                            (const uint2*)scales, scale, (const u16*)x, (const u16*)by, (u16*)y, tokens, K, apart);
+            });
+        for (auto& thread : threads) thread.join();
+    }
+}
+#endif

@@ -124,3 +124,36 @@ def test_times_of_another_kind_are_measured_anew(file: Path, us: Any) -> None:
     file.parent.mkdir()
     file.write_text(json.dumps({"Card, 3 multiprocessors": {"8x8": {"made_by": "a", "us": us}}}))
     assert chosen_rows.fastest("8x8", "a", lambda: KERNELS) == {8: "8x16", 64: "other"}
+
+
+def test_times_while_the_card_waited_for_the_host_are_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy host that needs 0.3 ms to launch what the card runs in 20 us; each filling of memory takes the card 40."""
+    now = {"host": 0.0, "card": 0.0}
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            now["card"] = self.at = max(now.values())
+
+        def query(self) -> bool:
+            return self.at <= now["host"]
+
+        def synchronize(self) -> None:
+            now["host"] = max(now.values())
+
+        def elapsed_time(self, other: Event) -> float:
+            return (other.at - self.at) / 1000
+
+    class Memory:
+        def zero_(self) -> None:
+            now["card"] = max(now.values()) + 40
+
+    def call() -> None:
+        now["host"] += 300
+        now["card"] = max(now.values()) + 20
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: Memory())
+    assert chosen_rows.clock("cuda")(call) == pytest.approx(20)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vllm_gemma4_spec.kernels import cuda, small_batch_gemm, stream_gemm
+from vllm_gemma4_spec.kernels import cuda, gated_input, small_batch_gemm, stream_gemm
 from vllm_gemma4_spec.kernels.small_batch_gemm import Form
 
 
@@ -25,10 +25,11 @@ def nvrtc() -> None:
         (90, Form(1), True, False),
         (90, Form(2), False, True),
         (90, Form(5, 2, roll=True, fit=3), True, False),
+        (90, Form(1), 2, False),
         (120, Form(8), False, False),
     ],
 )
-def test_the_kernel_compiles(capability: int, form: Form, gelu: bool, scaled: bool) -> None:
+def test_the_kernel_compiles(capability: int, form: Form, gelu: int, scaled: bool) -> None:
     code = cuda.compiled(small_batch_gemm.source(form, gelu, scaled), cuda.architecture(capability))
     assert code.startswith(b"\x7fELF")
     assert b"nvfp4_rows" in code
@@ -42,6 +43,11 @@ def test_the_kernel_compiles(capability: int, form: Form, gelu: bool, scaled: bo
 def test_the_streaming_kernel_compiles(architecture: str, form: stream_gemm.Form) -> None:
     code = cuda.compiled(stream_gemm.source(2, True, form), architecture)
     assert b"nvfp4_stream" in code
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "sm_120"])
+def test_the_kernel_of_a_cluster_compiles(architecture: str) -> None:
+    assert b"nvfp4_gated" in cuda.compiled(gated_input.source(Form(1)), architecture)
 
 
 def test_a_card_newer_than_nvrtc_gets_its_generation() -> None:

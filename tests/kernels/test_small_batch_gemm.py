@@ -43,9 +43,9 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pytest.skip("no g++ to build the kernel for the CPU with")
     folder = tmp_path_factory.mktemp("rows")
     source = Path(str(resources.files("vllm_gemma4_spec.kernels").joinpath("nvfp4_rows.cu")))
-    built: dict[tuple[Form, bool, bool], ctypes.CDLL] = {}
+    built: dict[tuple[Form, int, bool], ctypes.CDLL] = {}
 
-    def get(form: Form, gelu: bool, scaled: bool = False) -> ctypes.CDLL:
+    def get(form: Form, gelu: int, scaled: bool = False) -> ctypes.CDLL:
         if (form, gelu, scaled) not in built:
             out = folder / f"rows-{form}-{int(form.roll)}-{int(gelu)}-{int(scaled)}.so"
             flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
@@ -67,6 +67,7 @@ def run(
     how: Launch,
     gelu: bool = False,
     pre: torch.Tensor | None = None,
+    by: torch.Tensor | None = None,
 ) -> torch.Tensor:
     y = torch.full((len(x), n // 2 if gelu else n), torch.nan, dtype=torch.bfloat16)
     scale, chunks = torch.tensor([GLOBAL_SCALE]), form.chunks(len(x))
@@ -75,8 +76,10 @@ def run(
     pointers = [
         ctypes.c_void_p(t.data_ptr()) for t in (*packed, x, x if pre is None else pre, y, scale, partial, arrivals)
     ]
-    library = libraries(form, gelu, pre is not None)
-    library.run(*pointers, len(x), n, x.shape[1], how.warps, how.split, how.parts)
+    library = libraries(form, int(gelu) if by is None else 2, pre is not None)
+    factor = x if by is None else by
+    shape = (len(x), n, x.shape[1], how.warps, how.split, how.parts)
+    library.run(*pointers, *shape, ctypes.c_void_p(factor.data_ptr()), factor.stride(0))
     assert not arrivals.any()  # ready for the next GEMM
     return y
 
@@ -121,6 +124,18 @@ def test_the_kernel_gives_the_gemm(
     got = run(libraries, form, x, n, packing.pack(codes, scale), how, gelu).double()
     error = (got - wanted).norm() / wanted.norm()
     assert error < 4e-3, f"{error:.1e}"  # bfloat16's own rounding of the result
+
+
+@pytest.mark.parametrize(("tokens", "form"), [(5, Form(1)), (19, Form(2))])
+def test_the_kernel_multiplies_the_activation(libraries: Any, tokens: int, form: Form) -> None:
+    torch.manual_seed(tokens)
+    codes, scale = weight(64, 512)
+    x, by = torch.randn(tokens, 512).bfloat16(), torch.randn(tokens, 3, 64).bfloat16()[:, 1]
+    wanted = (x.double() @ dequantized(codes, scale).T * GLOBAL_SCALE).bfloat16().float()
+    wanted = F.gelu(wanted, approximate="tanh") * by.float()
+    got = run(libraries, form, x, 64, packing.pack(codes, scale), Launch(4, 2, 1), by=by)
+    error = (got.float() - wanted).norm() / wanted.norm()
+    assert error < 4e-3, f"{error:.1e}"
 
 
 @pytest.mark.parametrize(("tokens", "how"), [(3, Launch(2, 2, 2)), (17, Launch(2, 1, 1))])
@@ -226,6 +241,14 @@ def test_each_batch_gets_the_form_that_was_fastest(card: dict[str, Any]) -> None
     assert {(small, False, False), (other, False, False)} <= card["compiled"]
     assert small_batch_gemm.form_for(3072, 2560, True, 80) is None  # another kernel: as measured on an H200
     assert small_batch_gemm.form_for(3072, 2560, True, 20) == small_batch_gemm.untried(20)
+
+
+def test_of_forms_as_fast_alone_the_one_that_reads_the_weights_least(card: dict[str, Any]) -> None:
+    chunked, whole = small_batch_gemm.CANDIDATES[24][-2:]
+    assert chunked.chunks(24) == 3 > whole.chunks(24)
+    card["us"] |= {(chunked, 24): 10.0, (whole, 24): 10.2}
+    small_batch_gemm.choose(layer(3072, 2560))
+    assert small_batch_gemm.form_for(3072, 2560, False, 24) == whole
 
 
 def test_room_for_the_sums_of_every_batch(card: dict[str, Any]) -> None:

@@ -6,8 +6,9 @@
 //
 // Compiled by NVRTC with MT (tiles of 8 tokens that a warp takes at once), NT (tiles of 16 outputs, 1 or 2), ROLL (1: the
 // next weights come into registers whose weights have been used), WHOLE (1: x of 64 inputs is loaded at once, 0: of 32),
-// FIT (blocks of four warps that the registers of a multiprocessor are to hold; 0: no matter), GELU (0 or 1) and SCALED
-// (1: x is multiplied by pre_quant_scale first, each product rounded to bfloat16). Launched with
+// FIT (blocks of four warps that the registers of a multiprocessor are to hold; 0: no matter), GELU (0; 1: gelu(first
+// half) * second half; 2: gelu(y) * by) and SCALED (1: x is multiplied by pre_quant_scale first, each product rounded to
+// bfloat16). Launched with
 //
 //   grid (chunks * N / 16 / NT / (warps / split), parts), block 32 * warps, shared memory warps * NT * MT * 512 bytes:
 //
@@ -66,6 +67,20 @@ __device__ __forceinline__ uint2 load_once(const uint2* at) {
     return v;
 }
 
+#ifdef GATED
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void store_in_block(u16* here, u16 value, int block) {
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %2;\nst.shared::cluster.u16 [there], %1;\n}" ::"r"(
+            (u32)__cvta_generic_to_shared(here)),
+        "h"(value), "r"(block)
+        : "memory");
+}
+#endif
+
 // Programmatic dependent launch: where the launch allows it, this grid starts while the one before it still runs.
 __device__ __forceinline__ void let_next_grid_start() {
 #if __CUDA_ARCH__ >= 900
@@ -102,8 +117,14 @@ __device__ __forceinline__ void scale_by(uint4& v, const uint4& by) {
     v.x = times(v.x, by.x), v.y = times(v.y, by.y), v.z = times(v.z, by.z), v.w = times(v.w, by.w);
 }
 
+template <bool SHARED_X>
+__device__ __forceinline__ uint4 load_x(const uint4* at) {
+    return SHARED_X ? *at : __ldg(at);
+}
+
 // x, pre: this lane's token and inputs of the block; stride in elements between tiles of 8 tokens. Codes and scales of
 // the block at `next` of each tile (none if negative) come into b, register by register as they have been used.
+template <bool SHARED_X = false>
 __device__ __forceinline__ void multiply(Block (&b)[NT], const u16* x, const u16* pre, int token, int tokens, long stride,
                                          const uint4* codes, const uint2* scales, const int (&next)[NT],
                                          float (&acc)[NT][MT][4]) {
@@ -119,7 +140,7 @@ __device__ __forceinline__ void multiply(Block (&b)[NT], const u16* x, const u16
 #pragma unroll
             for (int m = 0; m < MT; m++) {
                 const uint4* at = reinterpret_cast<const uint4*>(x + m * stride + q * 64);
-                other_half[m] = token + m * 8 < tokens ? __ldg(at + 1) : make_uint4(0, 0, 0, 0);
+                other_half[m] = token + m * 8 < tokens ? load_x<SHARED_X>(at + 1) : make_uint4(0, 0, 0, 0);
             }
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -130,7 +151,7 @@ __device__ __forceinline__ void multiply(Block (&b)[NT], const u16* x, const u16
                 if (WHOLE && half)
                     in[m] = other_half[m];
                 else
-                    in[m] = token + m * 8 < tokens ? __ldg(at + half) : make_uint4(0, 0, 0, 0);
+                    in[m] = token + m * 8 < tokens ? load_x<SHARED_X>(at + half) : make_uint4(0, 0, 0, 0);
             }
             if (SCALED) {
                 const uint4 by = __ldg(reinterpret_cast<const uint4*>(pre + q * 64) + half);
@@ -185,23 +206,26 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
     const float* global_scale,  // [1]
     float* partial,             // [chunks, parts, N / 16, 32, MT * 4], where parts > 1
     u32* arrivals,              // [gridDim.x], zero before and after, where parts > 1
-    int tokens, int N, int K, int split, int chunks) {
+    int tokens, int N, int K, int split, int chunks,
+    const u16* by,              // [tokens, N] bfloat16, rows `apart` elements apart, where GELU is 2
+    int apart) {
     float(*sums)[NT * MT * 4][32] = reinterpret_cast<float(*)[NT * MT * 4][32]>(shared);  // [warps]
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int group = chunks == 1 ? blockIdx.x : blockIdx.x / chunks, chunk = blockIdx.x - group * chunks;
     const int part = blockIdx.y, parts = gridDim.y;
     const int blocks = K / 256, share = warp % split;
     const int slot = group * (blockDim.x / 32 / split) + warp / split;
-    // With GELU a tile of the gate and the tile of the up projection that goes with it are neighbours: two tiles of a
+    // With GELU 1 a tile of the gate and the tile of the up projection that goes with it are neighbours: two tiles of a
     // warp, or those of two slots.
     int tiles[NT];
 #pragma unroll
     for (int n = 0; n < NT; n++) {
         const int at = slot * NT + n;
-        tiles[n] = GELU ? at / 2 + (at % 2) * (N / 32) : at;
+        tiles[n] = GELU == 1 ? at / 2 + (at % 2) * (N / 32) : at;
     }
     x += (long)chunk * 8 * MT * K;
-    y += (long)chunk * 8 * MT * (GELU ? N / 2 : N);
+    y += (long)chunk * 8 * MT * (GELU == 1 ? N / 2 : N);
+    by += (long)chunk * 8 * MT * apart;
     tokens -= chunk * 8 * MT;
 
     float acc[NT][MT][4];
@@ -215,12 +239,17 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
 #pragma unroll
     for (int n = 0; n < NT; n++) none[n] = -1;
     // Weights do not depend on the grid before this one: fetch them while it finishes, and touch x only then.
-    let_next_grid_start();
+    if (GELU != 2) let_next_grid_start();
     if (index < blocks) {
 #pragma unroll
         for (int n = 0; n < NT; n++) fetch(now[n], codes, scales, tiles[n] * blocks + index, lane);
     }
     wait_for_previous_grid();
+    if (GELU == 2) let_next_grid_start();  // a small GEMM: what waits behind it would be in its way
+    u16 factors[NT][MT][4];
+    if (GELU == 2 && share == 0)
+        EACH_SUM(const int token = m * 8 + t * 2 + i % 2;
+                 factors[n][m][i] = token < tokens ? by[(long)token * apart + tiles[n] * 16 + g + i / 2 * 8] : u16(0))
     if (index < blocks) {
         for (; index + step < blocks; index += step) {
             int following[NT];
@@ -241,7 +270,7 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
         multiply(now, my_x + index * 256, my_pre + index * 256, g, tokens, (long)8 * K, codes, scales, none, acc);
     }
 
-    if (split > 1 || (GELU && NT == 1) || parts > 1) {
+    if (split > 1 || (GELU == 1 && NT == 1) || parts > 1) {
         EACH_SUM(sums[warp][(n * MT + m) * 4 + i][lane] = acc[n][m][i])
         __syncthreads();
         if (share == 0) {
@@ -282,7 +311,7 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
         }
     }
     const float scale = *global_scale * 256.0f;
-    if (GELU) {
+    if (GELU == 1) {
         if (NT == 1) {  // exchange the finished sums of the two tiles
             __syncthreads();
             if (share == 0) EACH_SUM(sums[warp][(n * MT + m) * 4 + i][lane] = acc[n][m][i])
@@ -303,5 +332,7 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
     }
     if (share) return;
     EACH_SUM(const int token = m * 8 + t * 2 + i % 2, row = tiles[n] * 16 + g + i / 2 * 8;
-             if (token < tokens) y[(long)token * N + row] = to_bf16(acc[n][m][i] * scale))
+             float v = acc[n][m][i] * scale;
+             if (GELU == 2) v = gelu_tanh(rounded(v)) * __uint_as_float((u32)factors[n][m][i] << 16);
+             if (token < tokens) y[(long)token * N + row] = to_bf16(v))
 }

@@ -110,8 +110,12 @@ def plan(n: int, k: int, form: Form, chunks: int, gelu: bool, multiprocessors: i
     return Launch(split * slots, split, 1)
 
 
-def macros(form: Form, gelu: bool, scaled: bool) -> dict[str, int]:
-    """What the kernel is compiled with."""
+def macros(form: Form, gelu: int, scaled: bool) -> dict[str, int]:
+    """What the kernel is compiled with.
+
+    Args:
+        gelu: 1: ``gelu(first half) * second half`` of the outputs; 2: ``gelu(outputs) * by``.
+    """
     return {
         "MT": form.tiles,
         "NT": form.pair,
@@ -123,14 +127,14 @@ def macros(form: Form, gelu: bool, scaled: bool) -> dict[str, int]:
     }
 
 
-def source(form: Form, gelu: bool, scaled: bool) -> str:
+def source(form: Form, gelu: int, scaled: bool) -> str:
     """The kernel's CUDA C++."""
     text = resources.files(__package__).joinpath("nvfp4_rows.cu").read_text()
     return "".join(f"#define {name} {value}\n" for name, value in macros(form, gelu, scaled).items()) + text
 
 
 @functools.cache
-def _kernel(form: Form, gelu: bool, scaled: bool) -> Any:
+def _kernel(form: Form, gelu: int, scaled: bool) -> Any:
     return cuda.Kernel(source(form, gelu, scaled), "nvfp4_rows")
 
 
@@ -164,6 +168,7 @@ def gemm(
     pre_quant_scale: Tensor | None = None,
     form: Form | None = None,
     how: Launch | None = None,
+    by: Tensor | None = None,
 ) -> Tensor:
     """``(x * pre_quant_scale) @ W.T`` for at most :data:`MOST_ROWS` rows, on the current stream.
 
@@ -174,6 +179,7 @@ def gemm(
         gelu: give ``gelu_tanh(first half) * second half`` of the outputs.
         pre_quant_scale: ``[K]`` bfloat16, or None for ones.
         form, how: None for what suits such a batch.
+        by: ``[rows, N]`` bfloat16, whose rows may be apart: give ``gelu_tanh(outputs) * by``.
 
     Returns:
         ``[rows, N]`` bfloat16, or ``[rows, N / 2]`` with ``gelu``.
@@ -184,9 +190,9 @@ def gemm(
     y = torch.empty(rows, n // 2 if gelu else n, dtype=x.dtype, device=x.device)
     how = how or _launch(n, k, form, chunks, gelu, x.device.index)
     partial, arrivals = SCRATCH.on(x.device)
-    pre = x if pre_quant_scale is None else pre_quant_scale  # not read where there is none
+    pre, factor = (x if given is None else given for given in (pre_quant_scale, by))  # not read where there is none
     blocks = n // ROWS // form.pair // (how.warps // how.split)
-    _kernel(form, gelu, pre_quant_scale is not None)(
+    _kernel(form, int(gelu) if by is None else 2, pre_quant_scale is not None)(
         grid=(chunks * blocks, how.parts, 1),
         block=how.warps * _LANES,
         args=[
@@ -203,6 +209,8 @@ def gemm(
             k,
             how.split,
             chunks,
+            factor,
+            factor.stride(0),
         ],
         shared_bytes=how.warps * form.pair * form.tiles * 4 * _LANES * 4,
     )
@@ -341,7 +349,8 @@ def _times(layer: Module, gelu: bool) -> chosen_rows.Kernels:
         here = found[rows] = {
             chosen_rows.OTHER: us(functools.partial(_other, x, None, marlin, n, layer.streamed, gelu))
         }
-        for form in forms:
+        # Of forms that are as fast alone the one with fewer chunks: others read the weights once more each.
+        for form in sorted(forms, key=lambda form: form.chunks(rows)):
             _make_room(n, k, {rows: form}, gelu, device)
             here[str(form)] = us(functools.partial(gemm, x, *rows_of, gelu, None, form))
     return found

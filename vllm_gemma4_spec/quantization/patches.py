@@ -76,14 +76,18 @@ DRAFT_PRODUCTS = Patch(
     why="Marlin's NVFP4 GEMMs take several times as long for one to a few rows as reading their weights takes: 77 of "
     "the 105 us of an E4B layer on an H200 (the per-layer-input gate alone 23).",
     how="NVFP4 layers of a draft model get a second copy of their weight, in the order of a CUDA kernel for up to 128 "
-    "rows, compiled by NVRTC; gelu(gate) * up is part of it. Larger batches stay on "
-    "Marlin. Of a target's layers only an o_proj with a pre_quant_scale takes the kernel "
-    "(VLLM_GEMMA4_SPEC_SCALE_IN_PRODUCT).",
+    "rows, compiled by NVRTC; gelu(gate) * up is part of it, and from Hopper on a layer's per-layer input is one "
+    "kernel or two, as measured. Larger batches stay on Marlin. Of a target's layers only an o_proj with a "
+    "pre_quant_scale takes the kernel (VLLM_GEMMA4_SPEC_SCALE_IN_PRODUCT).",
     retire="A vLLM kernel for small-batch NVFP4 GEMMs.",
     scope="Draft models that are a Gemma 4; o_proj layers with a pre_quant_scale of a Gemma 4 target.",
     related="none found",
-    edits=(Edit(f"{_DRAFT_MODEL}._get_model", small_batch_layers.get_model),),
+    edits=(
+        Edit(f"{_DRAFT_MODEL}._get_model", small_batch_layers.get_model),
+        Edit("vllm.compilation.backends:VllmBackend.__call__", small_batch_layers.compiled),
+    ),
     watches=(
+        "vllm.model_executor.models.gemma4:Gemma4DecoderLayer.forward",
         "vllm.model_executor.models.gemma4:Gemma4MLP",
         "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4:apply_fp4_marlin_linear",
         "vllm.model_executor.layers.quantization.utils.marlin_utils_fp4:prepare_fp4_layer_for_marlin",

@@ -12,16 +12,17 @@ result to agree with.)
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import Module, Parameter
 
 from vllm_gemma4_spec import scope, settings
 
+TAG = "draft_model"  # vLLM's name for the graphs of a draft model
 _NAMES = ("rows_codes", "rows_scales", "rows_global_scale")
 _loading_drafter = False
 
@@ -52,9 +53,46 @@ def get_model(original: Callable[..., Module]) -> Callable[..., Module]:
         for module in model.modules():
             if type(module).__name__ == "Gemma4MLP":
                 _fuse_activation(module)
+            elif type(module).__name__ == "Gemma4DecoderLayer":
+                _prepare_per_layer_input(module)
         return model
 
     return wrapper
+
+
+def compiled(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``VllmBackend.__call__``: the per-layer inputs of a draft model's graph as one operator each, before it is split.
+
+    Patch: ``draft-products``. Evidence: ``tests/kernels/test_patches.py::test_stock_loads_a_drafter_as_any_model``.
+    Related upstream change: none found.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        if self.prefix == TAG and scope.gemma4_model(self.vllm_config.model_config):
+            _fuse_per_layer_input(graph)
+        return original(self, graph, example_inputs)
+
+    return wrapper
+
+
+def _prepare_per_layer_input(layer: Module) -> None:
+    """Its operator exists before a compiled graph that calls it is loaded, and its kernels before CUDA graphs."""
+    from vllm_gemma4_spec.kernels import gated_input
+
+    gate, projection = (getattr(layer, name, None) for name in ("per_layer_input_gate", "per_layer_projection"))
+    if any(getattr(one, "rows_codes", None) is None for one in (gate, projection)) or not gated_input.available():
+        return
+    gated_input.register_operator()
+    gated_input.choose(gate, projection)
+
+
+def _fuse_per_layer_input(graph: fx.GraphModule) -> None:
+    """Two kernels less per layer."""
+    from vllm_gemma4_spec.kernels import gated_input
+
+    if hasattr(torch.ops.vllm, gated_input.OPERATOR) and gated_input.fuse(graph.graph):
+        graph.recompile()
 
 
 def _fuse_activation(mlp: Module) -> None:
