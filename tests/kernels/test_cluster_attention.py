@@ -148,32 +148,32 @@ def check(run: Run, how: Form, batch: Batch) -> None:
     torch.testing.assert_close(got.double(), batch.wanted(), rtol=0.02, atol=0.02)
 
 
-SLIDING = form(256, 64, 5)
-FULL, MANY = form(512, 0, 5), form(512, 0, 5, programs=32)
-ONE = form(512, 0, 1, programs=32)
+SLIDING, FULL = form(256, 64, 5), form(512, 0, 5)
+MANY = replace(form(512, 0, 5, programs=32), alone=200)
+slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
     ("how", "batch"),
     [
         (form(256, 512, 1), Batch([0, 1, 511, 512, 513, 1000], [1] * 6, 4, 1, 256, 512)),
-        (form(256, 512, 5), Batch([5, 518, 5000], [5, 2, 5], 4, 1, 256, 512)),
         (SLIDING, Batch([3, 700, 15, 0], [3, 5, 1, 1], 8, 2, 256, 64)),
-        (form(256, 1024, 5, group=2), Batch([1100, 2], [5, 2], 4, 2, 256, 1024)),
-        (FULL, Batch([5, 600, 40], [5, 4, 1], 4, 1, 512, 0)),
-        (MANY, Batch([300, 17], [5, 5], 8, 2, 512, 0)),
-        (ONE, Batch([1000, 16, 1], [1, 1, 1], 4, 1, 512, 0)),
-        (form(512, 0, 1, group=8), Batch([200], [1], 8, 1, 512, 0)),
+        (MANY, Batch([300, 17, 1], [5, 5, 1], 8, 2, 512, 0)),
+        pytest.param(form(256, 512, 5), Batch([5, 518, 5000], [5, 2, 5], 4, 1, 256, 512), marks=slow),
+        pytest.param(form(256, 1024, 5, group=2), Batch([1100, 2], [5, 2], 4, 2, 256, 1024), marks=slow),
+        pytest.param(FULL, Batch([5, 600, 40], [5, 4, 1], 4, 1, 512, 0), marks=slow),
+        pytest.param(form(512, 0, 1, programs=32), Batch([1000, 16, 1], [1] * 3, 4, 1, 512, 0), marks=slow),
+        pytest.param(form(512, 0, 1, group=8), Batch([200], [1], 8, 1, 512, 0), marks=slow),
     ],
-    ids=["window", "queries", "small-window", "two-heads", "full", "narrow", "many-chunks", "eight-heads"],
+    ids=["window", "small-window", "narrow", "queries", "two-heads", "full", "many-chunks", "eight-heads"],
 )
 def test_attention_is_right(run: Run, how: Form, batch: Batch) -> None:
     check(run, how, batch)
 
 
-@pytest.mark.parametrize("length", [5000, 300, 40])  # three clusters, two, one
-def test_several_clusters_share_a_long_context(run: Run, length: int) -> None:
-    check(run, replace(MANY, alone=200), Batch([length], [5], 4, 1, 512, 0, clusters=3))
+@pytest.mark.parametrize(("length", "clusters"), [(700, 3), (300, 3), (40, 3), pytest.param(5000, 8, marks=slow)])
+def test_several_clusters_share_a_long_context(run: Run, length: int, clusters: int) -> None:
+    check(run, MANY, Batch([length], [5], 4, 1, 512, 0, clusters=clusters))
 
 
 def test_a_request_has_the_same_bits_alone(run: Run) -> None:
