@@ -4,10 +4,10 @@
 
 Needs a Hopper card and vLLM 0.19.1. First the kernel over clusters beside float64, by itself. Then one CUDA graph holds
 several layers of E4B with weights and caches of their own: norm, qkv's GEMM, the heads' norm, the cache write,
-attention, o's GEMM; ``none`` leaves attention out. After each pass kernels without programmatic launch make the
-contexts one token longer, as between the passes of a draft, and a request's prefix has a page that another one writes.
-What reads keys before the kernel ahead has ended (``cluster``) must give the bits of what does not (``late``). What is
-ready is written as it comes.
+attention, o's GEMM; ``none`` leaves attention out, ``shared`` layers write no cache. After each pass kernels without
+programmatic launch make the contexts one token longer, as between the passes of a draft, and a request's prefix has a
+page that another one writes. What reads keys before the kernel ahead has ended (``cluster``) must give the bits of what
+does not (``late``). What is ready is written as it comes.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from vllm_gemma4_spec.kernels import cluster_attention, cuda, packing, small_bat
 from vllm_gemma4_spec.kernels.cluster_attention import Form
 from vllm_gemma4_spec.performance import split_attention
 
-HIDDEN, HEADS, KV_HEADS, PAGE, SCALE = 2560, 8, 2, 16, 1 / 16
-KINDS = {"sliding": (256, 512), "full": (512, 0)}
+HIDDEN, PAGE, SCALE = 2560, 16, 1 / 16
+# Query heads, KV heads, head size, window (0: none); E4B's and, of the same hidden size, 31B's sliding layers.
+KINDS = {"sliding": (8, 2, 256, 512), "full": (8, 2, 512, 0), "31B sliding": (32, 16, 256, 1024)}
 Change = Callable[[Form], Form | None]
 VARIANTS: dict[str, Change | None] = {
     "now": None,
@@ -41,6 +42,7 @@ VARIANTS: dict[str, Change | None] = {
 }
 MORE: dict[str, dict[str, Change]] = {
     "sliding": {"own": lambda form: replace(form, receive=0) if form.tiles == 1 else None},
+    "31B sliding": {},
     "full": {
         "narrow": lambda form: replace(form, chunk=16, receive=2 if form.tiles > 1 else 0) if form.chunk > 16 else None,
         "alone 512": lambda form: replace(form, alone=512),
@@ -51,11 +53,13 @@ MORE: dict[str, dict[str, Change]] = {
 
 def forms() -> dict[str, list[Form]]:
     found: dict[str, list[Form]] = {}
-    for kind, (size, window) in KINDS.items():
-        for queries in (1, 5):
-            for programs in (2, 8, 32):
-                form = cluster_attention.form(size, HEADS // KV_HEADS, window, PAGE, queries, programs)
-                assert form is not None
+    for kind, (heads, kv_heads, size, window) in KINDS.items():
+        for queries in (1, 5) if kv_heads == 2 else (1, 4):
+            for requests in (1, 4, 16):
+                programs = requests * kv_heads
+                form = cluster_attention.form(size, heads // kv_heads, window, PAGE, queries, programs)
+                if form is None:
+                    continue
                 changes = [c for c in (*VARIANTS.values(), *MORE[kind].values()) if c]
                 found.setdefault(kind, []).extend(f for f in (c(form) for c in changes) if f)
     return {kind: list(dict.fromkeys(of)) for kind, of in found.items()}
@@ -82,21 +86,22 @@ def load_all(workers: int) -> float:
 class Cache:
     """Paged keys and values of one layer and a batch's requests, pages in no order."""
 
-    def __init__(self, size: int, lengths: list[int], queries: int, more: int = 0) -> None:
+    def __init__(self, kind: str, lengths: list[int], queries: int, more: int = 0) -> None:
+        _, kv_heads, size, _ = KINDS[kind]
         pages = [-(-(n + more) // PAGE) + 1 for n in lengths]
         order = (torch.randperm(sum(pages)) + 1).int().split(pages)
         self.table = torch.zeros(len(pages), max(pages), dtype=torch.int32)
         for request, mine in enumerate(order):
             self.table[request, : len(mine)] = mine
         self.table = self.table.cuda()
-        self.cache = torch.randn(sum(pages) + 1, 2, PAGE, KV_HEADS, size, device="cuda").bfloat16()
+        self.cache = torch.randn(sum(pages) + 1, 2, PAGE, kv_heads, size, device="cuda").bfloat16()
         self.k, self.v = self.cache.unbind(1)
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device="cuda")
         self.starts = torch.arange(0, len(lengths) * queries + 1, queries, dtype=torch.int32, device="cuda")
 
 
 def wanted(q: Any, of: Cache, queries: int, window: int) -> Any:
-    out, group = torch.zeros_like(q, dtype=torch.float64), HEADS // KV_HEADS
+    out, group = torch.zeros_like(q, dtype=torch.float64), q.shape[1] // of.k.shape[2]
     for request, length in enumerate(of.lengths.tolist()):
         for i in range(queries):
             last = length - queries + i
@@ -114,21 +119,21 @@ def check(until: float) -> list[str]:
     """What is not right of the kernel by itself."""
     wrong, cases = [], 0
     for kind, of in forms().items():
-        size, window = KINDS[kind]
+        heads, kv_heads, size, window = KINDS[kind]
         for form in of:
-            queries = 1 if form.tiles == 1 else 5
+            queries = 5 if form.tiles > 1 else 8 // form.group if kind == "31B sliding" else 1
             batches = [[1], [0, 16, 17], [511, 512, 513, 1000], [300] * 16]
             batches += [[5000, 129]] if window else [[3000], [5000, 40, 2049, 1023]]
             for lengths in batches:
                 if time.time() > until:
                     return [*wrong, f"no time after {cases} checks"]
                 torch.manual_seed(cases)
-                cache = Cache(size, lengths, queries)
-                q = torch.randn(len(lengths) * queries, HEADS, size, device="cuda").bfloat16()
+                cache = Cache(kind, lengths, queries)
+                q = torch.randn(len(lengths) * queries, heads, size, device="cuda").bfloat16()
                 out = torch.full_like(q, torch.nan)
-                programs = len(lengths) * KV_HEADS
+                programs = len(lengths) * kv_heads
                 count = cluster_attention.clusters(window, programs)
-                scratch = torch.full((max(1, form.scratch(len(lengths), KV_HEADS, count)),), torch.nan, device="cuda")
+                scratch = torch.full((max(1, form.scratch(len(lengths), kv_heads, count)),), torch.nan, device="cuda")
                 arrivals = torch.zeros(programs * 8, dtype=torch.int32, device="cuda")
                 batch = cache.table, cache.lengths, cache.starts, SCALE, scratch, arrivals
                 for _ in range(2):
@@ -147,12 +152,14 @@ class Chain:
     """Layers of one kind and a batch of requests."""
 
     def __init__(self, kind: str, requests: int, queries: int, context: int, layers: int, ops: Any) -> None:
+        kind, _, shared = kind.partition(", ")
+        self.writes = not shared
         self.kind, self.queries, self.ops = kind, queries, ops
-        self.size, self.window = KINDS[kind]
+        self.heads, self.kv_heads, self.size, self.window = KINDS[kind]
         torch.manual_seed(requests + queries)
         lengths = [context + queries + i % 3 for i in range(requests)]
         self.first = torch.tensor(lengths, dtype=torch.int32, device="cuda")
-        self.layers = [Cache(self.size, lengths, queries, 64) for _ in range(layers)]
+        self.layers = [Cache(kind, lengths, queries, 64) for _ in range(layers)]
         one = self.layers[0]
         if requests > 1:  # the last one's prefix has the page that the first one writes
             last = (lengths[0] - 1) // PAGE
@@ -166,12 +173,12 @@ class Chain:
         self.norm = torch.ones(2, HIDDEN, device="cuda").bfloat16()
         self.one = torch.ones(1, device="cuda")
         self.global_scale = torch.tensor([3e-5], device="cuda")
-        q, kv = HEADS * self.size, KV_HEADS * self.size
+        q, kv = self.heads * self.size, self.kv_heads * self.size
         self.weights = [
             [self.packed(q + 2 * kv, HIDDEN), self.packed(HIDDEN, q)] for _ in range(min(layers, 24))
         ]  # more than the L2 holds
-        self.scratch = torch.empty(64, HEADS, 16, 512, device="cuda")
-        self.outputs = torch.empty(layers, requests * queries, HEADS, self.size, device="cuda").bfloat16()
+        self.scratch = torch.empty(64, self.heads, 16, 512, device="cuda")
+        self.outputs = torch.empty(layers, requests * queries, self.heads, self.size, device="cuda").bfloat16()
 
     @staticmethod
     def packed(n: int, k: int) -> Any:
@@ -219,7 +226,7 @@ class Chain:
         positions = (one.lengths[:, None] - self.queries + within).long()
         self.slots.copy_((one.table.gather(1, positions // PAGE).long() * PAGE + positions % PAGE).flatten())
         x = x.clone()
-        q_size, kv_size = HEADS * self.size, KV_HEADS * self.size
+        q_size, kv_size = self.heads * self.size, self.kv_heads * self.size
         for i, layer in enumerate(self.layers):
             qkv_weights, o_weights = self.weights[i % len(self.weights)]
             normed, after = torch.empty_like(x), torch.empty_like(x)
@@ -227,12 +234,13 @@ class Chain:
                 x, x, *self.norm, normed, after, HIDDEN, BLOCK=4096, EARLY=False, num_warps=8, launch_pdl=True
             )
             qkv = small_batch_gemm.gemm(normed, *qkv_weights, self.global_scale)
-            q = qkv.new_empty(rows, HEADS, self.size)
-            grid = rows, HEADS
+            q = qkv.new_empty(rows, self.heads, self.size)
+            grid = rows, self.heads
             wide = q_size + 2 * kv_size
             head_norm[grid](qkv, q, wide, q_size, HEAD=self.size, EARLY=False, num_warps=2, launch_pdl=True)
-            k, v = (t.view(rows, KV_HEADS, self.size) for t in qkv[:, q_size:].split(kv_size, 1))
-            triton_reshape_and_cache_flash(k, v, layer.k, layer.v, self.slots, "auto", self.one, self.one)
+            k, v = (t.view(rows, self.kv_heads, self.size) for t in qkv[:, q_size:].split(kv_size, 1))
+            if self.writes:
+                triton_reshape_and_cache_flash(k, v, layer.k, layer.v, self.slots, "auto", self.one, self.one)
             out = self.outputs[i]
             if few is not None and not few(self.ops.unified_attention, self.given(layer, q, out)):
                 raise RuntimeError("left to vLLM")
@@ -322,13 +330,14 @@ def alone(chain: Chain, change: Change | None) -> float:
         split_attention.cluster = choose
 
 
-def cases(full: bool) -> list[tuple[str, int, int, int, int]]:
+def cases() -> list[tuple[str, int, int, int, int]]:
     """Kind, requests, queries, context, layers."""
-    found = [(kind, r, q, 256, 16) for r in (1, 4, 16) for q in (1, 5) for kind in KINDS]
+    found = [(kind, r, q, 256, 16) for r in (1, 4, 16) for q in (1, 5) for kind in ("sliding", "full")]
     found += [("sliding", r, q, 2048, 16) for r in (1, 4, 16) for q in (1, 5)]
     found += [("full", r, q, 2048, 8) for r in (1, 4, 16) for q in (1, 5)]
-    if full:
-        found += [("full", r, q, 30000, 3) for r in (1, 4) for q in (1, 5)] + [("full", 1, 1, 120000, 2)]
+    found += [("sliding, shared", r, 1, c, 16) for c in (256, 2048) for r in (1, 4, 16)]
+    found += [("31B sliding", 1, q, c, 8) for c in (256, 2048) for q in (1, 4)]
+    found += [("full", r, q, 30000, 3) for r in (1, 4) for q in (1, 5)] + [("full", 1, 1, 120000, 2)]
     return found
 
 
@@ -353,13 +362,13 @@ def main() -> None:
     ops.reduce_segments = split_attention.reduce_kernel(ops.reduce_segments)
     gc.collect()
     gc.freeze()  # capturing a graph collects garbage, which takes longer than what is measured
-    for kind, requests, queries, context, layers in cases(True):
+    for kind, requests, queries, context, layers in cases():
         if time.time() > begun + asked.seconds:
             print("no time for the rest", flush=True)
             break
         key = f"{kind} {requests}x{queries} at {context}"
         chain = Chain(kind, requests, queries, context, layers, ops)
-        times, wrong = measured(chain, VARIANTS | MORE[kind], 10)
+        times, wrong = measured(chain, VARIANTS | MORE[chain.kind], 10)
         report["us"][key] = times
         report["alone"][key] = {
             name: alone(chain, change) for name, change in VARIANTS.items() if name in times and name != "late"

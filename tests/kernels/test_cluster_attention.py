@@ -191,10 +191,11 @@ def test_a_prefix_that_another_request_writes_now_is_read_when_it_is_there(run: 
 
 
 def test_forms_fit_a_multiprocessor() -> None:
-    for group, window, queries, programs in ((4, 512, 1, 32), (4, 512, 5, 32), (4, 0, 1, 32), (4, 0, 5, 32)):
-        how = cluster_attention.form(512 if not window else 256, group, window, PAGE, queries, programs)
-        assert how is not None
+    for size, window, queries in ((256, 512, 1), (256, 512, 5), (512, 0, 1), (512, 0, 5)):
+        how = form(size, window, queries, programs=32)
         assert 2 * (how.shared_bytes + 1024) <= 228 * 1024  # two blocks: sixteen requests have 256
+    assert cluster_attention.form(256, 2, 1024, PAGE, 4, 16) is not None
+    assert cluster_attention.form(256, 2, 1024, PAGE, 4, 32) is None  # 256 blocks, and room for one
     assert cluster_attention.form(256, 4, 512, PAGE, 7, 2) is None  # 28 rows
     assert cluster_attention.form(128, 4, 512, PAGE, 1, 2) is None
     assert cluster_attention.form(256, 4, 512, 24, 1, 2) is None

@@ -25,11 +25,10 @@ from vllm_gemma4_spec.kernels import cuda
 BLOCKS = 8  # of a cluster
 MOST_TILES = 3  # of eight rows, which are a request's queries times their heads
 MOST_REQUESTS = 64
-_SIZES = (256, 512)
 _FULL_GRID = 132  # blocks of which each may have a multiprocessor to itself
 _CLUSTERS = 8  # of a request and KV head, at most
 _ALONE = 1024  # keys up to which one cluster takes them: eight blocks bring 128 KiB of keys each in some 3 us
-_MOST_SHARED = 227 * 1024
+_MULTIPROCESSOR = 228 * 1024  # bytes of shared memory, of which each block takes 1 KiB more than it asks for
 
 
 @dataclass(frozen=True)
@@ -82,16 +81,17 @@ class Form:
 
 
 def form(size: int, group: int, window: int, page: int, queries: int, programs: int) -> Form | None:
-    """The form for requests of at most ``queries`` tokens; None if there is none.
+    """The form for requests of at most ``queries`` tokens; None if there is none whose blocks all run at once.
 
     Args:
         programs: requests times KV heads.
     """
-    tiles = -(-queries * group // 8)
-    if size not in _SIZES or not 0 < tiles <= MOST_TILES or page & (page - 1) or page < 16:
+    tiles, one = -(-queries * group // 8), queries == 1
+    if size != (256 if window else 512) or not 0 < tiles <= MOST_TILES or page & (page - 1) or page < 16:
         return None
     if queries > 1:  # few variants to compile
-        tiles, queries = MOST_TILES, MOST_TILES * 8 // group
+        tiles = 1 if tiles == 1 else MOST_TILES
+        queries = tiles * 8 // group
     if window:  # all of a block's keys at once
         chunk = -(-(window + queries - 1) // (BLOCKS * 16)) * 16
         found = Form(size, group, window, page, tiles, chunk, 1, 1)
@@ -99,8 +99,9 @@ def form(size: int, group: int, window: int, page: int, queries: int, programs: 
             found = replace(found, receive=0)
     else:
         wide = programs * BLOCKS <= _FULL_GRID
-        found = Form(size, group, window, page, tiles, 32 if wide else 16, 2, 0 if wide or queries == 1 else 2)
-    return found if found.shared_bytes <= _MOST_SHARED and found.chunk <= 256 else None
+        found = Form(size, group, window, page, tiles, 32 if wide else 16, 2, 0 if wide or one else 2)
+    at_once = _FULL_GRID * (_MULTIPROCESSOR // (found.shared_bytes + 1024))
+    return found if found.chunk <= 256 and programs * BLOCKS <= at_once else None
 
 
 def clusters(window: int, programs: int) -> int:
