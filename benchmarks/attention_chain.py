@@ -163,8 +163,7 @@ class Chain:
         one = self.layers[0]
         if requests > 1:  # the last one's prefix has the page that the first one writes
             last = (lengths[0] - 1) // PAGE
-            if lengths[-1] - queries > lengths[0] + 16 or context > 64:
-                one.table[-1, last - 2] = one.table[0, last]
+            one.table[-1, last - 2] = one.table[0, last]
         for layer in self.layers[1:]:
             layer.table, layer.lengths, layer.starts = one.table, one.lengths, one.starts
         self.before = [layer.cache.clone() for layer in self.layers]

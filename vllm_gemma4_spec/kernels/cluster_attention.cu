@@ -231,7 +231,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cluster_attention(
     int upcoming = page_of(STAGES);
 
     const float scale = __int_as_float(scale_bits);
-    float largest[NT], total[NT], acc[MT][NT][4];  // a warp has rows warp, warp + 8, ... to itself
+    // A warp has rows warp, warp + 8, ... to itself, and each lane a part of their sums of weights.
+    float largest[NT], total[NT], acc[MT][NT][4];
 #pragma unroll
     for (int n = 0; n < NT; n++) {
         largest[n] = minus_infinity(), total[n] = 0.0f;
@@ -303,8 +304,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cluster_attention(
                 sum += weight;
                 if (i * 32 + lane < CHUNK) weights[row * WEIGHTS + i * 32 + lane] = to_bf16(weight);
             }
-#pragma unroll
-            for (int mask = 16; mask; mask >>= 1) sum += __shfl_xor_sync(ALL, sum, mask);
             total[n] = total[n] * fade + sum, largest[n] = highest;
             if (lane == 0) fades[row] = fade;
         }
@@ -342,6 +341,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cluster_attention(
         end_of_copies();
     }
 
+#pragma unroll
+    for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int mask = 16; mask; mask >>= 1) total[n] += __shfl_xor_sync(ALL, total[n], mask);
     // Each row's largest score and sum to all blocks, an eighth of the dimensions to each.
     if (RECEIVE == 2) {
         if (single)
