@@ -6,8 +6,8 @@ Needs a Hopper card and vLLM 0.19.1. First the kernel over clusters beside float
 several layers of E4B with weights and caches of their own: norm, qkv's GEMM, the heads' norm, the cache write,
 attention, o's GEMM; ``none`` leaves attention out, ``shared`` layers write no cache. After each pass kernels without
 programmatic launch make the contexts one token longer, as between the passes of a draft, and a request's prefix has a
-page that another one writes. What reads keys before the kernel ahead has ended (``cluster``) must give the bits of what
-does not (``late``). What is ready is written as it comes.
+page that another one writes. What reads lengths before the kernel ahead has ended (``cluster``), or brings keys into
+the L2 (``l2``), must give the bits of what does not (``late``). What is ready is written as it comes.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ KINDS = {"sliding": (8, 2, 256, 512), "full": (8, 2, 512, 0), "31B sliding": (32
 Change = Callable[[Form], Form | None]
 VARIANTS: dict[str, Change | None] = {
     "now": None,
-    "cluster": lambda form: form,
-    "late": lambda form: replace(form, ahead=False),
+    "late": lambda form: replace(form, early=0),
+    "cluster": lambda form: replace(form, early=1),
+    "l2": lambda form: replace(form, early=2),
 }
 MORE: dict[str, dict[str, Change]] = {
-    "sliding": {"own": lambda form: replace(form, receive=0) if form.tiles == 1 else None},
+    "sliding": {},
     "31B sliding": {},
     "full": {
-        "narrow": lambda form: replace(form, chunk=16, receive=2 if form.tiles > 1 else 0) if form.chunk > 16 else None,
+        "two stages": lambda form: replace(form, stages=2),
         "alone 512": lambda form: replace(form, alone=512),
         "alone 2048": lambda form: replace(form, alone=2048),
     },
@@ -54,14 +55,11 @@ MORE: dict[str, dict[str, Change]] = {
 def forms() -> dict[str, list[Form]]:
     found: dict[str, list[Form]] = {}
     for kind, (heads, kv_heads, size, window) in KINDS.items():
-        for queries in (1, 5) if kv_heads == 2 else (1, 4):
-            for requests in (1, 4, 16):
-                programs = requests * kv_heads
-                form = cluster_attention.form(size, heads // kv_heads, window, PAGE, queries, programs)
-                if form is None:
-                    continue
-                changes = [c for c in (*VARIANTS.values(), *MORE[kind].values()) if c]
-                found.setdefault(kind, []).extend(f for f in (c(form) for c in changes) if f)
+        for queries in (1, 4):
+            form = cluster_attention.form(size, heads // kv_heads, window, PAGE, queries)
+            assert form is not None
+            changes = [c for c in (*VARIANTS.values(), *MORE[kind].values()) if c]
+            found.setdefault(kind, []).extend(f for f in (c(form) for c in changes) if f)
     return {kind: list(dict.fromkeys(of)) for kind, of in found.items()}
 
 
@@ -121,21 +119,20 @@ def check(until: float) -> list[str]:
     for kind, of in forms().items():
         heads, kv_heads, size, window = KINDS[kind]
         for form in of:
-            queries = 5 if form.tiles > 1 else 8 // form.group if kind == "31B sliding" else 1
-            batches = [[1], [0, 16, 17], [511, 512, 513, 1000], [300] * 16]
-            batches += [[5000, 129]] if window else [[3000], [5000, 40, 2049, 1023]]
-            for lengths in batches:
+            batches = [([1], 1), ([0, 16, 17], 1), ([511, 512, 513, 1000], 5), ([300] * 16, 1)]
+            batches += [([5000, 129], 5)] if window else [([3000], 3), ([5000, 40, 2049, 1023], 1)]
+            for lengths, queries in batches:
                 if time.time() > until:
                     return [*wrong, f"no time after {cases} checks"]
                 torch.manual_seed(cases)
                 cache = Cache(kind, lengths, queries)
                 q = torch.randn(len(lengths) * queries, heads, size, device="cuda").bfloat16()
                 out = torch.full_like(q, torch.nan)
-                programs = len(lengths) * kv_heads
-                count = cluster_attention.clusters(window, programs)
-                scratch = torch.full((max(1, form.scratch(len(lengths), kv_heads, count)),), torch.nan, device="cuda")
-                arrivals = torch.zeros(programs * 8, dtype=torch.int32, device="cuda")
-                batch = cache.table, cache.lengths, cache.starts, SCALE, scratch, arrivals
+                units = len(lengths) * kv_heads * form.tiles(queries)
+                count = cluster_attention.clusters(window, units)
+                scratch = torch.full((max(1, form.scratch(units, count)),), torch.nan, device="cuda")
+                arrivals = torch.zeros(units * 8, dtype=torch.int32, device="cuda")
+                batch = cache.table, cache.lengths, cache.starts, SCALE, scratch, arrivals, queries
                 for _ in range(2):
                     cluster_attention.attention(form, out, q, cache.k, cache.v, *batch)
                 torch.cuda.synchronize()
@@ -247,6 +244,14 @@ class Chain:
         one.lengths.add_(1)
 
 
+def usual(q: Any, k: Any, requests: int, window: int, queries: int) -> Form:
+    """In place of ``split_attention.cluster``: wherever there is a form."""
+    form = cluster_attention.form(q.shape[2], q.shape[1] // k.shape[2], window, PAGE, queries)
+    if form is None or form.tiles(queries) * requests * k.shape[2] > split_attention._UNITS:
+        raise ValueError("no room for arrivals")
+    return form
+
+
 def with_form(change: Change | None) -> split_attention.FewQueries:
     few = split_attention.FewQueries()
     few.clusters = change is not None
@@ -261,14 +266,9 @@ def measured(chain: Chain, variants: dict[str, Change | None], replays: int) -> 
     for name, change in {**variants, "none": None}.items():
         chain.start()
         few = None if name == "none" else with_form(change)
-        one, q = chain.layers[0], chain.outputs[0]
-        usual = choose(q, one.k, len(one.lengths), chain.window, chain.queries)
-        if change and (usual is None or change(usual) is None):
-            continue
 
         def changed(*given: Any, change: Change | None = change) -> Form | None:
-            form = choose(*given)
-            return change(form) if form and change else None
+            return change(usual(*given)) if change else None
 
         split_attention.cluster = changed  # type: ignore[assignment]
         try:
@@ -302,9 +302,9 @@ def measured(chain: Chain, variants: dict[str, Change | None], replays: int) -> 
     for name, got in results.items():
         if name in ("late", "none") or "late" not in results:
             continue
-        if name == "cluster" and not torch.equal(got, results["late"]):
+        if name in ("cluster", "l2") and not torch.equal(got, results["late"]):
             count = int((got != results["late"]).any(-1).any(-1).any(-1).sum())
-            wrong.append(f"cluster: {count} of {got.shape[0] * got.shape[1]} layers have not the bits of late")
+            wrong.append(f"{name}: {count} of {got.shape[0] * got.shape[1]} layers have not the bits of late")
         first, want = got[0, 0].float(), results["late"][0, 0].float()
         error = float((first - want).norm() / want.norm())
         if not error < 0.01:
@@ -315,7 +315,7 @@ def measured(chain: Chain, variants: dict[str, Change | None], replays: int) -> 
 def alone(chain: Chain, change: Change | None) -> float:
     """Microseconds of attention by itself, layer after layer."""
     few, choose = with_form(change), split_attention.cluster
-    split_attention.cluster = lambda *given: change(choose(*given)) if change else None  # type: ignore
+    split_attention.cluster = lambda *given: change(usual(*given)) if change else None  # type: ignore
     chain.start()
     queries = [torch.randn_like(chain.outputs[0]) for _ in chain.layers]
 
@@ -331,12 +331,14 @@ def alone(chain: Chain, change: Change | None) -> float:
 
 def cases() -> list[tuple[str, int, int, int, int]]:
     """Kind, requests, queries, context, layers."""
-    found = [(kind, r, q, 256, 16) for r in (1, 4, 16) for q in (1, 5) for kind in ("sliding", "full")]
-    found += [("sliding", r, q, 2048, 16) for r in (1, 4, 16) for q in (1, 5)]
-    found += [("full", r, q, 2048, 8) for r in (1, 4, 16) for q in (1, 5)]
-    found += [("sliding, shared", r, 1, c, 16) for c in (256, 2048) for r in (1, 4, 16)]
+    found = [("sliding", r, q, 256, 16) for q in (1, 5) for r in (1, 4)] + [("sliding", 16, 1, 256, 16)]
+    found += [("full", r, 1, c, n) for r in (1, 4, 16) for c, n in ((256, 8), (2048, 8), (700, 8))]
+    found += [
+        ("full", r, 1, c, n) for r, c, n in ((1, 30000, 3), (4, 30000, 3), (16, 8000, 3), (1, 120000, 2), (8, 2048, 8))
+    ]
     found += [("31B sliding", 1, q, c, 8) for c in (256, 2048) for q in (1, 4)]
-    found += [("full", r, q, 30000, 3) for r in (1, 4) for q in (1, 5)] + [("full", 1, 1, 120000, 2)]
+    found += [("sliding", r, q, 2048, 16) for r, q in ((1, 1), (4, 1), (16, 1), (1, 5), (4, 5), (8, 1), (5, 5))]
+    found += [("sliding, shared", r, 1, c, 16) for c in (256, 2048) for r in (1, 4, 16)]
     return found
 
 

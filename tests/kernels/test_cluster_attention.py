@@ -23,20 +23,20 @@ PAGE = 16
 Run = Callable[[Form, "Batch"], Tensor]
 
 
-def form(size: int, window: int, queries: int, group: int = 4, programs: int = 2) -> Form:
-    found = cluster_attention.form(size, group, window, PAGE, queries, programs)
+def form(size: int, window: int, queries: int, group: int = 4) -> Form:
+    found = cluster_attention.form(size, group, window, PAGE, queries)
     assert found is not None
     return found
 
 
 @pytest.mark.parametrize("capability", [90, 100])
-@pytest.mark.parametrize(("size", "window", "queries", "programs"), [(256, 512, 1, 2), (512, 0, 5, 32)])
-def test_the_kernel_compiles(capability: int, size: int, window: int, queries: int, programs: int) -> None:
+@pytest.mark.parametrize(("size", "window"), [(256, 512), (512, 0)])
+def test_the_kernel_compiles(capability: int, size: int, window: int) -> None:
     try:
         architecture = cuda.architecture(capability)
     except (ImportError, RuntimeError) as error:
         pytest.skip(f"this PyTorch brings no NVRTC: {error}")
-    code = cuda.compiled(cluster_attention.source(form(size, window, queries, programs=programs)), architecture)
+    code = cuda.compiled(cluster_attention.source(form(size, window, 1)), architecture)
     assert b"cluster_attention" in code
 
 
@@ -51,7 +51,6 @@ class Batch:
     size: int
     window: int
     clusters: int = 1
-    shared: int = 0  # first tokens of the last request that are the first request's pages
 
     def __post_init__(self) -> None:
         torch.manual_seed(sum(self.lengths))
@@ -69,8 +68,6 @@ class Batch:
                 cache[page, within] = rows
                 old = max(length - queries, 0)  # the pass itself writes the rest
                 before[page[:old], within[:old]] = rows[:old]
-        if self.shared:
-            self.table[-1, : self.shared // PAGE] = self.table[0, : self.shared // PAGE]
         if self.window:  # the scheduler has freed what no query sees any more
             for request, (length, queries) in enumerate(zip(self.lengths, self.queries, strict=True)):
                 self.table[request, : max(0, length - queries - self.window + 1) // PAGE] = 0
@@ -79,7 +76,7 @@ class Batch:
 
     def alone(self, request: int) -> Batch:
         """The same, of one request."""
-        mine = replace(self, shared=0)
+        mine = replace(self)
         mine.__dict__.update(self.__dict__)
         first, behind = self.starts[request : request + 2].tolist()
         mine.lengths, mine.queries = [self.lengths[request]], [self.queries[request]]
@@ -124,18 +121,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     def attention(how: Form, batch: Batch) -> Tensor:
         q, k, v = (torch.full_like(x, torch.nan) for x in (batch.q, batch.k, batch.v))
         out = torch.full_like(q, torch.nan)
-        requests = len(batch.lengths)
-        scratch = torch.full((how.scratch(requests, batch.kv_heads, batch.clusters),), torch.nan)
-        arrivals = torch.zeros(requests * batch.kv_heads * 8, dtype=torch.int32)
+        requests, tiles = len(batch.lengths), how.tiles(max(batch.queries))
+        units = requests * batch.kv_heads * tiles
+        scratch = torch.full((how.scratch(units, batch.clusters),), torch.nan)
+        arrivals = torch.zeros(units * 8, dtype=torch.int32)
         lengths = torch.tensor(batch.lengths).int()
-        *tensors, bits, count, _, s0, s1, s2, s3, s4, s5, s6, clusters = cluster_attention.arguments(
-            out, q, k, v, batch.table, lengths, batch.starts, 1.0, scratch, arrivals, batch.clusters
-        )
-        numbers = torch.tensor([bits, count, batch.table.stride(0), s0, s1, s2, s3, s4, s5, s6, clusters]).int()
+        shared = batch.table, lengths, batch.starts, 1.0, scratch, arrivals, tiles, batch.clusters
+        given = cluster_attention.arguments(out, q, k, v, *shared)
+        tensors, numbers = given[:9], torch.tensor(given[9:]).int()
         before = torch.full_like(q, torch.nan), batch.k_before, batch.v_before
         pointers = [*tensors, numbers, *before, batch.q, batch.k, batch.v]
         sizes = [ctypes.c_long(x.nbytes) for x in (q, k)]
-        stuck = compiled(how)(*(ctypes.c_void_p(x.data_ptr()) for x in pointers), *sizes, batch.kv_heads)
+        addresses = [ctypes.c_void_p(x.data_ptr()) for x in pointers]
+        stuck = compiled(how)(*addresses, *sizes, requests, batch.kv_heads)
         assert not stuck
         assert not arrivals.any()
         return out
@@ -148,8 +146,7 @@ def check(run: Run, how: Form, batch: Batch) -> None:
     torch.testing.assert_close(got.double(), batch.wanted(), rtol=0.02, atol=0.02)
 
 
-SLIDING, FULL = form(256, 64, 5), form(512, 0, 5)
-MANY = replace(form(512, 0, 5, programs=32), alone=200)
+SLIDING, FULL = form(256, 64, 5), replace(form(512, 0, 1), alone=200)
 slow = pytest.mark.slow
 
 
@@ -158,14 +155,15 @@ slow = pytest.mark.slow
     [
         (form(256, 512, 1), Batch([0, 1, 511, 512, 513, 1000], [1] * 6, 4, 1, 256, 512)),
         (SLIDING, Batch([3, 700, 15, 0], [3, 5, 1, 1], 8, 2, 256, 64)),
-        (MANY, Batch([300, 17, 1], [5, 5, 1], 8, 2, 512, 0)),
+        (FULL, Batch([1000, 17, 1], [1, 5, 1], 8, 2, 512, 0)),
         pytest.param(form(256, 512, 5), Batch([5, 518, 5000], [5, 2, 5], 4, 1, 256, 512), marks=slow),
-        pytest.param(form(256, 1024, 5, group=2), Batch([1100, 2], [5, 2], 4, 2, 256, 1024), marks=slow),
-        pytest.param(FULL, Batch([5, 600, 40], [5, 4, 1], 4, 1, 512, 0), marks=slow),
-        pytest.param(form(512, 0, 1, programs=32), Batch([1000, 16, 1], [1] * 3, 4, 1, 512, 0), marks=slow),
-        pytest.param(form(512, 0, 1, group=8), Batch([200], [1], 8, 1, 512, 0), marks=slow),
+        pytest.param(form(256, 1024, 4, group=2), Batch([1100, 2], [5, 2], 4, 2, 256, 1024), marks=slow),
+        pytest.param(replace(SLIDING, early=0), Batch([90], [3], 4, 1, 256, 64), marks=slow),
+        pytest.param(replace(SLIDING, early=2, receive=0), Batch([90], [3], 4, 1, 256, 64), marks=slow),
+        pytest.param(form(512, 0, 1, group=8), Batch([200], [2], 8, 1, 512, 0), marks=slow),
+        pytest.param(form(512, 0, 1, group=3), Batch([50], [3], 6, 2, 512, 0), marks=slow),
     ],
-    ids=["window", "small-window", "narrow", "queries", "two-heads", "full", "many-chunks", "eight-heads"],
+    ids=["window", "queries", "full", "518", "two-heads", "late", "l2", "eight-heads", "three-heads"],
 )
 def test_attention_is_right(run: Run, how: Form, batch: Batch) -> None:
     check(run, how, batch)
@@ -173,7 +171,7 @@ def test_attention_is_right(run: Run, how: Form, batch: Batch) -> None:
 
 @pytest.mark.parametrize(("length", "clusters"), [(700, 3), (300, 3), (40, 3), pytest.param(5000, 8, marks=slow)])
 def test_several_clusters_share_a_long_context(run: Run, length: int, clusters: int) -> None:
-    check(run, MANY, Batch([length], [5], 4, 1, 512, 0, clusters=clusters))
+    check(run, FULL, Batch([length], [3], 4, 1, 512, 0, clusters=clusters))
 
 
 def test_a_request_has_the_same_bits_alone(run: Run) -> None:
@@ -183,26 +181,26 @@ def test_a_request_has_the_same_bits_alone(run: Run) -> None:
     assert torch.equal(together, torch.cat(apart))
 
 
-@pytest.mark.parametrize("how", [SLIDING, replace(SLIDING, ahead=False)], ids=["ahead", "late"])
-def test_a_prefix_that_another_request_writes_now_is_read_when_it_is_there(run: Run, how: Form) -> None:
-    batch = Batch([80, 83], [5, 3], 4, 1, 256, 64, shared=80)
-    assert batch.table[0, 4] == batch.table[1, 4]
-    check(run, how, batch)
+def test_forms_fit_a_multiprocessor_twice() -> None:
+    for size, window, queries in ((256, 512, 1), (256, 512, 5), (512, 0, 1)):
+        how = form(size, window, queries)
+        assert cluster_attention.at_once(how, 32)
+        assert not cluster_attention.at_once(how, 33)
+    assert not cluster_attention.at_once(form(256, 1024, 4, group=2), 1)  # a block to a multiprocessor
+    assert form(256, 512, 1).chunk == 64
+    assert cluster_attention.form(128, 4, 512, PAGE, 1) is None
+    assert cluster_attention.form(256, 16, 512, PAGE, 1) is None
+    assert cluster_attention.form(256, 4, 512, 24, 1) is None
+    assert cluster_attention.form(256, 4, 4096, PAGE, 1) is None
 
 
-def test_forms_fit_a_multiprocessor() -> None:
-    for size, window, queries in ((256, 512, 1), (256, 512, 5), (512, 0, 1), (512, 0, 5)):
-        how = form(size, window, queries, programs=32)
-        assert 2 * (how.shared_bytes + 1024) <= 228 * 1024  # two blocks: sixteen requests have 256
-    assert cluster_attention.form(256, 2, 1024, PAGE, 4, 16) is not None
-    assert cluster_attention.form(256, 2, 1024, PAGE, 4, 32) is None  # 256 blocks, and room for one
-    assert cluster_attention.form(256, 4, 512, PAGE, 7, 2) is None  # 28 rows
-    assert cluster_attention.form(128, 4, 512, PAGE, 1, 2) is None
-    assert cluster_attention.form(256, 4, 512, 24, 1, 2) is None
+def test_tiles_hold_whole_queries() -> None:
+    assert [form(256, 512, 5).tiles(queries) for queries in (1, 2, 3, 5)] == [1, 1, 2, 3]
+    assert form(256, 512, 5, group=3).tiles(5) == 3
 
 
 def test_longer_contexts_get_clusters_until_the_card_is_full() -> None:
-    assert [cluster_attention.clusters(0, programs) for programs in (2, 8, 32)] == [8, 2, 1]
+    assert [cluster_attention.clusters(0, units) for units in (1, 2, 8, 32, 64)] == [16, 16, 4, 1, 1]
     assert cluster_attention.clusters(512, 2) == 1
 
 

@@ -342,11 +342,12 @@ def test_few_queries_of_a_small_drafter_run_over_clusters(clusters: list[Any], l
     assert not ran_vllms(given)
     assert not ran_vllms(given)
     compiled, (form, *first), (same, *_) = clusters
-    assert compiled == form == same == cluster_attention.form(256, 4, 512, 16, 1, 8)
+    assert compiled == form == same == cluster_attention.form(256, 4, 512, 16, 1)
     names = ("out", "q", "k", "v", "block_table", "seqused_k", "cu_seqlens_q", "softmax_scale")
     assert all(arg is given[name] for arg, name in zip(first, names, strict=False))
-    scratch, arrivals = first[8:]
+    scratch, arrivals, queries = first[8:]
     assert (scratch.dtype, arrivals.dtype, arrivals.numel()) == (torch.float32, torch.int32, 256)
+    assert queries == 1
     assert not launches
 
 
@@ -357,8 +358,9 @@ def test_few_queries_of_a_small_drafter_run_over_clusters(clusters: list[Any], l
         {name: torch.empty(9, 16, 2, 256, dtype=torch.float8_e4m3fn, device="meta") for name in ("k", "v")},
         {"v": torch.empty(9, 16, 4, 256, dtype=torch.bfloat16, device="meta")[:, :, :2]},  # not as the keys lie
         {"seqused_k": torch.empty(17, device="meta")},
+        {"max_seqlen_q": 4, "seqused_k": torch.empty(9, device="meta")},  # 36 tiles of rows
     ],
-    ids=["float16", "fp8", "strides", "requests"],
+    ids=["float16", "fp8", "strides", "requests", "queries"],
 )
 def test_other_batches_do_not_run_over_clusters(clusters: list[Any], changed: dict[str, Any]) -> None:
     ran_vllms(drafter_call() | changed)

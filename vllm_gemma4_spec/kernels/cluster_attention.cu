@@ -1,41 +1,38 @@
-// Attention of a few queries per request over a paged KV cache in bfloat16, one cluster of eight blocks per request and KV
-// head (sm_90 and newer): what two kernels did, one for parts of the keys and one for their sum.
+// Attention of a few queries per request over a paged KV cache in bfloat16, by a cluster of eight blocks for eight rows of a
+// request and KV head, a row being a query and one of its heads (sm_90 and newer): what two kernels did, one for parts of
+// the keys and one for their sum.
 //
-// A block has an equal part of the keys that its request's queries see. Keys are the rows of the scores' mma.m16n8k16 and
-// dimensions those of the output's, so that queries fill columns in eights: four rows of one query cost one tile, not a
-// quarter of a larger one. Each warp ends with the sums of an eighth of the dimensions, and gives them to the block of
-// the cluster that adds up just these.
+// A block has an equal part of the keys that the rows see. Keys are the rows of the scores' mma.m16n8k16 and dimensions
+// those of the output's, so that the rows are columns, of which a tile has eight. Each warp ends with the sums of an eighth
+// of the dimensions, and gives them to the block of the cluster that adds up just these.
 //
-// Compiled by NVRTC with SIZE (of a head: 256 or 512), GROUP (query heads of a KV head), WINDOW (keys that a query sees at
-// most; 0: all), PAGE (tokens of a cache block), NT (tiles of eight rows, a row being a query and one of its heads), CHUNK
-// (keys that are in shared memory at a time, a multiple of 16), STAGES (how many chunks), RECEIVE (where the other blocks'
-// sums come to: 0 memory of their own, 1 over the keys, 2 over keys and values), ALONE (keys up to which one cluster takes
-// a request) and EARLY (1: keys are asked for before the kernel ahead has ended, see below). Launched with
+// Compiled by NVRTC with SIZE (of a head: 256 or 512), GROUP (query heads of a KV head, at most 8), WINDOW (keys that a
+// query sees at most; 0: all), PAGE (tokens of a cache block), CHUNK (keys that are in shared memory at a time, a multiple
+// of 16), STAGES (how many chunks), RECEIVE (where the other blocks' sums come to: 0 memory of their own, 1 over the keys,
+// 2 over keys and values), ALONE (keys up to which one cluster takes a tile of rows) and EARLY (see below). Launched with
 //
-//   grid (requests, KV heads * clusters, 8), clusters of 8 along z, block 256, SHARED bytes of shared memory.
+//   grid (requests, KV heads * tiles * clusters, 8), clusters of 8 along z, block 256, SHARED bytes of shared memory.
 //
-// EARLY. Launched programmatically, this kernel starts while kernels of its own pass still run. Up to its wait it reads
-// what no kernel of the pass writes: lengths, block table and keys of earlier passes. Those are complete, as between two
-// passes there are kernels without programmatic launch (new lengths and slots, inputs), which start when all before has
-// ended. What the pass writes are the tokens behind each request's context; they may also lie in the prefix of
-// another request that was scheduled at the same time. So a key is read early if it lies before its own request's queries
-// and in no page that this pass writes for any request. All else, and every write, comes behind the wait.
+// EARLY: 1: lengths and the block table are read before the kernel ahead has ended. No kernel of a pass writes them; between
+// two passes they are written by kernels without programmatic launch, with others behind, which start when all before has
+// ended. 2: keys and values are brought into the L2 meanwhile, too, where what is written later counts. 0: all comes behind
+// the wait. Queries, keys and values are read and results are written behind it always.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
 
 constexpr int BLOCKS = 8, WARPS = 8;  // one warp's dimensions are what one block adds up
-constexpr int ROWS = NT * 8, SLICE = SIZE / BLOCKS, TILES = CHUNK / 16, EACH = CHUNK / WARPS, MT = SLICE / 16;
+constexpr int ROWS = 8, QUERIES = ROWS / GROUP;       // of a tile
+constexpr int SLICE = SIZE / BLOCKS, TILES = CHUNK / 16, EACH = CHUNK / WARPS, MT = SLICE / 16;
 constexpr int SPLIT = TILES > 4 ? 1 : 8 / TILES;  // parts of a score's sum
 constexpr int SCORES = CHUNK + 4, WEIGHTS = CHUNK + 8, SUMS = SLICE + 4;  // apart, so that lanes meet in no bank
-constexpr bool READS_AHEAD = EARLY && ROWS / GROUP <= PAGE + 1;  // a request writes two pages at most
 
 constexpr int K_AT = 0, V_AT = K_AT + STAGES * CHUNK * SIZE * 2, Q_AT = V_AT + STAGES * CHUNK * SIZE * 2;
 constexpr int SCORES_AT = Q_AT + ROWS * SIZE * 2, WEIGHTS_AT = SCORES_AT + SPLIT * ROWS * SCORES * 4;
 constexpr int FADES_AT = WEIGHTS_AT + ROWS * WEIGHTS * 2, TOTALS_AT = FADES_AT + ROWS * 4;
 constexpr int OWN_AT = TOTALS_AT + BLOCKS * ROWS * 8, RECEIVED = BLOCKS * ROWS * SUMS * 4;
 constexpr int RECEIVED_AT = RECEIVE ? K_AT : OWN_AT, NEEDED = OWN_AT + (RECEIVE ? 0 : RECEIVED);
-static_assert(SIZE % 256 == 0 && CHUNK % 16 == 0 && CHUNK <= 256, "sizes");
+static_assert(SIZE % 256 == 0 && CHUNK % 16 == 0 && CHUNK <= 256 && GROUP <= ROWS, "sizes");
 static_assert(NEEDED <= SHARED, "shared memory");
 static_assert(RECEIVE != 1 || (STAGES == 1 && RECEIVED <= V_AT), "the other blocks' sums fit over the keys");
 static_assert(RECEIVE != 2 || RECEIVED <= Q_AT, "the other blocks' sums fit over keys and values");
@@ -62,6 +59,10 @@ __device__ __forceinline__ void load_transposed(u32 (&a)[4], const u16* row) {
 
 __device__ __forceinline__ void copy_16(u16* to, const u16* from) {  // past the L1, which may hold what was there before
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address(to)), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void into_l2(const u16* row) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(row), "n"(SIZE * 2) : "memory");
 }
 
 __device__ __forceinline__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -115,7 +116,7 @@ __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xFF80
 
 __device__ __forceinline__ float finite(float largest) { return largest > minus_infinity() ? largest : 0.0f; }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32) cluster_attention(
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) cluster_attention(
     u16* out,            // [tokens, heads, SIZE]
     const u16* q,        // [tokens, heads, SIZE]
     const u16* k,        // [blocks, PAGE, KV heads, SIZE]
@@ -123,14 +124,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cluster_attention(
     const int* table,    // [requests, pages]
     const int* lengths,  // [requests]: keys of a request, its queries' among them
     const int* starts,   // [requests + 1]: first token
-    float* partial,      // [requests * KV heads * 8, clusters, ROWS, SLICE + 2], where clusters > 1
-    u32* arrivals,       // [requests * KV heads * 8], zero before and after, where clusters > 1
+    float* partial,      // [requests * KV heads * tiles * 8, clusters, ROWS, SLICE + 2], where clusters > 1
+    u32* arrivals,       // [requests * KV heads * tiles * 8], zero before and after, where clusters > 1
     int scale_bits,      // of a score, times log2(e), as a float
-    int requests, int table_stride, int q_stride, int q_head_stride, int out_stride, int out_head_stride, int page_stride,
-    int token_stride, int head_stride, int clusters) {
+    int table_stride, int q_stride, int q_head_stride, int out_stride, int out_head_stride, int page_stride, int token_stride,
+    int head_stride, int tiles_of_rows, int clusters) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int request = blockIdx.x, rank = blockIdx.z;
-    const int kv_head = clusters == 1 ? blockIdx.y : blockIdx.y / clusters, cluster = blockIdx.y - kv_head * clusters;
+    const int unit = clusters == 1 ? blockIdx.y : blockIdx.y / clusters, cluster = blockIdx.y - unit * clusters;
+    const int kv_head = tiles_of_rows == 1 ? unit : unit / tiles_of_rows, skipped = (unit - kv_head * tiles_of_rows) * QUERIES;
     u16 *keys = reinterpret_cast<u16*>(shared + K_AT), *values = reinterpret_cast<u16*>(shared + V_AT);
     u16 *queries_at = reinterpret_cast<u16*>(shared + Q_AT), *weights = reinterpret_cast<u16*>(shared + WEIGHTS_AT);
     float *scores = reinterpret_cast<float*>(shared + SCORES_AT), *fades = reinterpret_cast<float*>(shared + FADES_AT);
@@ -138,18 +140,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cluster_attention(
     float* received = reinterpret_cast<float*>(shared + RECEIVED_AT);  // [BLOCKS][ROWS][SUMS]
 
     let_next_grid_start();
-    if (!READS_AHEAD) wait_for_previous_grid();
-    const int start = __ldcg(starts + request), queries = __ldcg(starts + request + 1) - start;
-    const int length = __ldcg(lengths + request), context = length - queries;
+    if (!EARLY) wait_for_previous_grid();
+    const int first_token = __ldcg(starts + request), all = __ldcg(starts + request + 1) - first_token;
+    const int start = first_token + skipped, queries = min(all - skipped, QUERIES), rows = queries * GROUP;
+    const int context = __ldcg(lengths + request) - all + skipped, length = context + queries;
     const int first = WINDOW ? max(context - WINDOW + 1, 0) : 0;
-    const int tiles = (max(length - first, 0) + 15) / 16, rows = min(queries * GROUP, ROWS);
+    const int tiles = (max(length - first, 0) + 15) / 16;
     // Parts follow from the request alone: a row has the same bits whatever is beside it.
     int live = min(clusters, max((length - first + ALONE - 1) / ALONE, 1));
     const int each = max((tiles + live * BLOCKS - 1) / (live * BLOCKS), 1);
     live = max((tiles + each * BLOCKS - 1) / (each * BLOCKS), 1);
     const bool single = tiles <= 1;  // one block has all
     if (queries <= 0 || cluster >= live || (single && rank)) {
-        if (READS_AHEAD) wait_for_previous_grid();  // a grid that ends before the one ahead would let the next one read too early
+        if (EARLY) wait_for_previous_grid();  // a grid that ends before the one ahead lets the next one read too early
         return;
     }
     if (RECEIVE == 0 && !single) cluster_arrive();
@@ -163,10 +166,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cluster_attention(
         const int key = key_of(chunk, lane);
         return lane < EACH && key < end ? __ldcg(pages_of + key / PAGE) : -1;
     };
-    auto bring = [&](int chunk, int pages, u32 which) {
+    auto bring = [&](int chunk, int pages) {
 #pragma unroll 2
         for (int i = 0; i < EACH; i++) {
-            if (!(which >> i & 1)) continue;
             const int key = key_of(chunk, i), page = __shfl_sync(ALL, pages, i);
             const int row = chunk % STAGES * CHUNK + warp + i * WARPS;
             const long from = (long)page * page_stride + key % PAGE * token_stride + kv_head * head_stride;
@@ -184,102 +186,75 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cluster_attention(
     };
 
     int pages[STAGES];
-    u32 ahead[STAGES];
 #pragma unroll
-    for (int s = 0; s < STAGES; s++) pages[s] = page_of(s), ahead[s] = 0;
-    if (READS_AHEAD) {
-        int written[4] = {-2, -2, -2, -2};  // pages that this pass writes, each lane's
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int other = lane + i * 32;
-            if (other < requests) {
-                const int all = __ldcg(lengths + other);
-                const int before = max(all - __ldcg(starts + other + 1) + __ldcg(starts + other), 0);
-                if (all > before) {
-                    const int* of = table + (long)other * table_stride;
-                    written[i * 2] = __ldcg(of + before / PAGE), written[i * 2 + 1] = __ldcg(of + (all - 1) / PAGE);
-                }
-            }
+    for (int c = 0; c < STAGES; c++) pages[c] = page_of(c);
+    if (EARLY == 2)
+        for (int i = threadIdx.x; i < STAGES * CHUNK * 2; i += WARPS * 32) {
+            const int key = begin + i / 2;
+            if (key < end)
+                into_l2((i % 2 ? v : k) + (long)__ldcg(pages_of + key / PAGE) * page_stride + key % PAGE * token_stride +
+                        kv_head * head_stride);
         }
-#pragma unroll
-        for (int s = 0; s < STAGES; s++) {
-#pragma unroll 2
-            for (int i = 0; i < EACH; i++) {
-                const int page = __shfl_sync(ALL, pages[s], i);
-                const bool hit = page == written[0] || page == written[1] || page == written[2] || page == written[3];
-                const bool is_written = __any_sync(ALL, hit);
-                if (page >= 0 && key_of(s, i) < context && !is_written && requests <= 64) ahead[s] |= 1u << i;
-            }
-            bring(s, pages[s], ahead[s]);
-            end_of_copies();
-        }
-        wait_for_previous_grid();
-    }
-    for (int row = warp; row < rows; row += WARPS) {
-        const u16* from = q + (long)(start + row / GROUP) * q_stride + (kv_head * GROUP + row % GROUP) * q_head_stride;
+    if (EARLY) wait_for_previous_grid();
+    if (warp < rows) {
+        const u16* from = q + (long)(start + warp / GROUP) * q_stride + (kv_head * GROUP + warp % GROUP) * q_head_stride;
 #pragma unroll
         for (int j = 0; j < SIZE / 256; j++) {
             const int piece = j * 32 + lane;
-            copy_16(queries_at + place(row, piece), from + piece * 8);
+            copy_16(queries_at + place(warp, piece), from + piece * 8);
         }
     }
 #pragma unroll
-    for (int s = 0; s < STAGES; s++) {
-        bring(s, pages[s], ~ahead[s]);
+    for (int c = 0; c < STAGES; c++) {
+        bring(c, pages[c]);
         end_of_copies();
     }
     int upcoming = page_of(STAGES);
 
     const float scale = __int_as_float(scale_bits);
-    // A warp has rows warp, warp + 8, ... to itself, and each lane a part of their sums of weights.
-    float largest[NT], total[NT], acc[MT][NT][4];
+    // A warp has a row to itself, and each lane a part of its sum of weights.
+    float largest = minus_infinity(), total = 0.0f, acc[MT][4];
 #pragma unroll
-    for (int n = 0; n < NT; n++) {
-        largest[n] = minus_infinity(), total[n] = 0.0f;
-#pragma unroll
-        for (int m = 0; m < MT; m++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) acc[m][n][i] = 0.0f;
-    }
+    for (int m = 0; m < MT; m++) acc[m][0] = acc[m][1] = acc[m][2] = acc[m][3] = 0.0f;
     if (RECEIVE == 1 && !single && !chunks) cluster_arrive();
     for (int c = 0; c < chunks; c++) {
         const int from = begin + c * CHUNK, here = min((end - from + 15) / 16, TILES);
         const u16 *chunk_keys = keys + c % STAGES * CHUNK * SIZE, *chunk_values = values + c % STAGES * CHUNK * SIZE;
-        wait_for_copies<STAGES - 1>();
+        if (STAGES == 1 || !c)
+            wait_for_copies<STAGES - 1>();
+        else
+            wait_for_copies<(STAGES + 6) % 8>();  // all but STAGES - 2
         __syncthreads();
+        if (STAGES > 1 && c) {  // nobody needs the chunk before any more
+            if (c + STAGES - 1 < chunks) {
+                bring(c + STAGES - 1, upcoming);
+                upcoming = page_of(c + STAGES);
+            }
+            end_of_copies();
+        }
         // Sixteen keys by eight rows, a share of the dimensions: a lane's 16 bytes are two fragments of either side.
-        for (int unit = warp; unit < TILES * SPLIT; unit += WARPS) {
-            const int tile = unit % TILES, share = unit / TILES;
+        for (int at = warp; at < TILES * SPLIT; at += WARPS) {
+            const int tile = at % TILES, share = at / TILES;
             if (tile >= here) continue;
-            float sums[NT][4];
-#pragma unroll
-            for (int n = 0; n < NT; n++) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
+            float sums[2][4] = {};
 #pragma unroll
             for (int j = 0; j < SIZE / SPLIT / 32; j++) {
                 const int piece = share * (SIZE / SPLIT / 8) + j * 4 + t;
                 const uint4 low = *reinterpret_cast<const uint4*>(chunk_keys + place(tile * 16 + g, piece));
                 const uint4 high = *reinterpret_cast<const uint4*>(chunk_keys + place(tile * 16 + g + 8, piece));
+                const uint4 row = *reinterpret_cast<const uint4*>(queries_at + place(g, piece));
                 const u32 a[4] = {low.x, high.x, low.y, high.y}, b[4] = {low.z, high.z, low.w, high.w};
-#pragma unroll
-                for (int n = 0; n < NT; n++) {
-                    const uint4 row = *reinterpret_cast<const uint4*>(queries_at + place(n * 8 + g, piece));
-                    mma(sums[n], a, row.x, row.y);
-                    mma(sums[n], b, row.z, row.w);
-                }
+                mma(sums[0], a, row.x, row.y);
+                mma(sums[1], b, row.z, row.w);
             }
 #pragma unroll
-            for (int n = 0; n < NT; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    scores[(share * ROWS + n * 8 + t * 2 + i % 2) * SCORES + tile * 16 + g + i / 2 * 8] = sums[n][i];
+            for (int i = 0; i < 4; i++)
+                scores[(share * ROWS + t * 2 + i % 2) * SCORES + tile * 16 + g + i / 2 * 8] = sums[0][i] + sums[1][i];
         }
         __syncthreads();
         if (RECEIVE == 1 && !single && c + 1 == chunks) cluster_arrive();  // keys have been used
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-            const int row = n * 8 + warp;
-            if (row >= rows) break;
-            const int position = context + row / GROUP;
+        if (warp < rows) {
+            const int position = context + warp / GROUP;
             constexpr int MINE = (CHUNK + 31) / 32;
             float x[MINE], highest = minus_infinity(), sum = 0.0f;
 #pragma unroll
@@ -289,62 +264,51 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cluster_attention(
                 if (at < CHUNK && key < end && key <= position && (!WINDOW || position - key < WINDOW)) {
                     float score = 0.0f;
 #pragma unroll
-                    for (int share = 0; share < SPLIT; share++) score += scores[(share * ROWS + row) * SCORES + at];
+                    for (int share = 0; share < SPLIT; share++) score += scores[(share * ROWS + warp) * SCORES + at];
                     x[i] = score * scale;
                 }
                 highest = fmaxf(highest, x[i]);
             }
 #pragma unroll
             for (int mask = 16; mask; mask >>= 1) highest = fmaxf(highest, __shfl_xor_sync(ALL, highest, mask));
-            highest = fmaxf(highest, largest[n]);
-            const float base = finite(highest), fade = exp2f(largest[n] - base);
+            highest = fmaxf(highest, largest);
+            const float base = finite(highest), fade = exp2f(largest - base);
 #pragma unroll
             for (int i = 0; i < MINE; i++) {
                 const float weight = exp2f(x[i] - base);
                 sum += weight;
-                if (i * 32 + lane < CHUNK) weights[row * WEIGHTS + i * 32 + lane] = to_bf16(weight);
+                if (i * 32 + lane < CHUNK) weights[warp * WEIGHTS + i * 32 + lane] = to_bf16(weight);
             }
-            total[n] = total[n] * fade + sum, largest[n] = highest;
-            if (lane == 0) fades[row] = fade;
+            total = total * fade + sum, largest = highest;
+            if (lane == 0) fades[warp] = fade;
         }
         __syncthreads();
-        if (c)
+        if (c) {
+            const float even = fades[t * 2], odd = fades[t * 2 + 1];
 #pragma unroll
-            for (int n = 0; n < NT; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float fade = fades[n * 8 + t * 2 + i % 2];
-#pragma unroll
-                    for (int m = 0; m < MT; m++) acc[m][n][i] *= fade;
-                }
+            for (int m = 0; m < MT; m++) acc[m][0] *= even, acc[m][1] *= odd, acc[m][2] *= even, acc[m][3] *= odd;
+        }
         for (int tile = 0; tile < here; tile++) {
-            u32 b[NT][2];
-#pragma unroll
-            for (int n = 0; n < NT; n++) {
-                const u32* pair = reinterpret_cast<const u32*>(weights + (n * 8 + g) * WEIGHTS + tile * 16 + t * 2);
-                b[n][0] = pair[0], b[n][1] = pair[4];
-            }
+            const u32* pair = reinterpret_cast<const u32*>(weights + g * WEIGHTS + tile * 16 + t * 2);
+            const u32 b0 = pair[0], b1 = pair[4];
+            const int key = tile * 16 + lane / 16 * 8 + lane % 8;
 #pragma unroll
             for (int m = 0; m < MT; m++) {
                 u32 a[4];
-                const int key = tile * 16 + lane / 16 * 8 + lane % 8;
                 load_transposed(a, chunk_values + place(key, (warp * MT + m) * 2 + lane / 8 % 2));
-#pragma unroll
-                for (int n = 0; n < NT; n++) mma(acc[m][n], a, b[n][0], b[n][1]);
+                mma(acc[m], a, b0, b1);
             }
         }
-        if (c + STAGES < chunks) {
+        if (STAGES == 1 && c + 1 < chunks) {
             __syncthreads();
-            bring(c + STAGES, upcoming, ALL);
-            upcoming = page_of(c + STAGES + 1);
+            bring(c + 1, upcoming);
+            end_of_copies();
+            upcoming = page_of(c + 2);
         }
-        end_of_copies();
     }
 
 #pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-        for (int mask = 16; mask; mask >>= 1) total[n] += __shfl_xor_sync(ALL, total[n], mask);
+    for (int mask = 16; mask; mask >>= 1) total += __shfl_xor_sync(ALL, total, mask);
     // Each row's largest score and sum to all blocks, an eighth of the dimensions to each.
     if (RECEIVE == 2) {
         if (single)
@@ -353,26 +317,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cluster_attention(
             cluster_arrive();
     }
     if (!single) cluster_wait();
-    if (lane < (single ? 1 : BLOCKS)) {
-        const u32 there = in_block(totals + rank * ROWS * 2, single ? rank : lane);
-#pragma unroll
-        for (int n = 0; n < NT; n++) {
-            const int row = n * 8 + warp;
-            if (row < rows) store_there(there, row * 2, largest[n]), store_there(there, row * 2 + 1, total[n]);
-        }
+    if (warp < rows && lane < (single ? 1 : BLOCKS)) {
+        const u32 there = in_block(totals + (rank * ROWS + warp) * 2, single ? rank : lane);
+        store_there(there, 0, largest), store_there(there, 1, total);
     }
     {
         // Alone a block keeps all, each warp's where another block's would be.
         const u32 there = in_block(received + (single ? warp : rank) * ROWS * SUMS, single ? rank : warp);
 #pragma unroll
-        for (int n = 0; n < NT; n++)
+        for (int i = 0; i < 4; i++) {
+            const int row = t * 2 + i % 2;
+            if (row < rows)
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int row = n * 8 + t * 2 + i % 2;
-                if (row < rows)
-#pragma unroll
-                    for (int m = 0; m < MT; m++) store_there(there, row * SUMS + m * 16 + g + i / 2 * 8, acc[m][n][i]);
-            }
+                for (int m = 0; m < MT; m++) store_there(there, row * SUMS + m * 16 + g + i / 2 * 8, acc[m][i]);
+        }
     }
     auto write = [&](int row, int dim, float low, float high, float sum) {
         const float share = 1.0f / (sum > 0.0f ? sum : 1.0f);
@@ -390,7 +348,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) cluster_attention(
     }
     cluster_arrive();
     cluster_wait();
-    const int line = ((request * (gridDim.y / clusters) + kv_head) * BLOCKS + rank) * clusters;
+    const int line = ((request * (gridDim.y / clusters) + unit) * BLOCKS + rank) * clusters;
     for (int at = threadIdx.x; at < rows * (SLICE / 2); at += WARPS * 32) {
         const int row = at / (SLICE / 2), dim = at % (SLICE / 2) * 2;
         float highest = minus_infinity(), sum = 0.0f, low = 0.0f, high = 0.0f;

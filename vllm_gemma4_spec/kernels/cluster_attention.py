@@ -2,10 +2,6 @@
 
 The keys that a request's queries see are divided among the eight blocks of a cluster, which add up through each other's
 shared memory: no second kernel. Of contexts too long for one cluster the last of several adds up the rest.
-
-The kernel asks for keys of earlier passes before the kernel ahead has ended. It may, because such a pass is over:
-between two passes there are kernels without programmatic launch, which start when all before has ended. Pages that this
-pass writes, of whatever request, it reads behind its wait alone. ``ahead=False`` reads nothing before.
 """
 
 from __future__ import annotations
@@ -13,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -23,12 +19,17 @@ from torch import Tensor
 from vllm_gemma4_spec.kernels import cuda
 
 BLOCKS = 8  # of a cluster
-MOST_TILES = 3  # of eight rows, which are a request's queries times their heads
+ROWS = 8  # of a tile: queries times their heads
 MOST_REQUESTS = 64
-_FULL_GRID = 132  # blocks of which each may have a multiprocessor to itself
-_CLUSTERS = 8  # of a request and KV head, at most
-_ALONE = 1024  # keys up to which one cluster takes them: eight blocks bring 128 KiB of keys each in some 3 us
+_AT_ONCE = 256  # blocks of two to a multiprocessor, in clusters, that run side by side on an H200
+_ALONE = 1024  # keys up to which one cluster takes them
+_MOST_CLUSTERS = 16
 _MULTIPROCESSOR = 228 * 1024  # bytes of shared memory, of which each block takes 1 KiB more than it asks for
+
+
+def _received(size: int) -> int:
+    """Bytes of the other blocks' sums."""
+    return 4 * BLOCKS * ROWS * (size // BLOCKS + 4)
 
 
 @dataclass(frozen=True)
@@ -40,73 +41,71 @@ class Form:
         group: query heads of a KV head.
         window: keys that a query sees at most; 0: all.
         page: tokens of a cache block.
-        tiles: of eight rows.
         chunk: keys that are in shared memory at a time.
         stages: chunks that are asked for at a time.
         receive: where the other blocks' sums come to: memory of their own (0), over the keys (1), over all (2).
-        alone: keys up to which one cluster takes a request.
-        ahead: keys of earlier passes are asked for before the kernel ahead has ended.
+        alone: keys up to which one cluster takes a tile of rows.
+        early: before the kernel ahead has ended nothing is read (0), lengths and block table are (1), and keys and
+            values are brought into the L2 (2).
     """
 
     size: int
     group: int
     window: int
     page: int
-    tiles: int
     chunk: int
     stages: int
     receive: int
     alone: int = _ALONE
-    ahead: bool = True
+    early: int = 1
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block."""
-        rows, tiles = self.tiles * 8, self.chunk // 16
+        tiles = self.chunk // 16
         split = 1 if tiles > 4 else 8 // tiles
-        kept = 4 * self.stages * self.chunk * self.size + 2 * rows * self.size
-        kept += split * rows * (self.chunk + 4) * 4 + rows * (self.chunk + 8) * 2 + rows * 4 + BLOCKS * rows * 8
-        return kept + (0 if self.receive else self.received)
+        kept = 4 * self.stages * self.chunk * self.size + 2 * ROWS * self.size
+        kept += split * ROWS * (self.chunk + 4) * 4 + ROWS * (self.chunk + 8) * 2 + ROWS * 4 + BLOCKS * ROWS * 8
+        return kept + (0 if self.receive else _received(self.size))
 
     @property
-    def received(self) -> int:
-        """Bytes of the other blocks' sums."""
-        return 4 * BLOCKS * self.tiles * 8 * (self.size // BLOCKS + 4)
+    def queries(self) -> int:
+        """Of a tile of rows."""
+        return ROWS // self.group
 
-    def scratch(self, requests: int, kv_heads: int, clusters: int) -> int:
-        """Floats that a launch needs."""
-        if clusters == 1:
-            return 0
-        return requests * kv_heads * BLOCKS * clusters * self.tiles * 8 * (self.size // BLOCKS + 2)
+    def tiles(self, queries: int) -> int:
+        """Of rows, for requests of at most so many queries."""
+        return -(-queries // self.queries)
+
+    def scratch(self, units: int, clusters: int) -> int:
+        """Floats that a launch needs.
+
+        Args:
+            units: tiles of rows, of all requests and KV heads.
+        """
+        return units * BLOCKS * clusters * ROWS * (self.size // BLOCKS + 2) if clusters > 1 else 0
 
 
-def form(size: int, group: int, window: int, page: int, queries: int, programs: int) -> Form | None:
-    """The form for requests of at most ``queries`` tokens; None if there is none whose blocks all run at once.
-
-    Args:
-        programs: requests times KV heads.
-    """
-    tiles, one = -(-queries * group // 8), queries == 1
-    if size != (256 if window else 512) or not 0 < tiles <= MOST_TILES or page & (page - 1) or page < 16:
+def form(size: int, group: int, window: int, page: int, queries: int) -> Form | None:
+    """The form for requests of at most ``queries`` tokens; None if there is none."""
+    if size != (256 if window else 512) or group > ROWS or page & (page - 1) or page < 16:
         return None
-    if queries > 1:  # few variants to compile
-        tiles = 1 if tiles == 1 else MOST_TILES
-        queries = tiles * 8 // group
-    if window:  # all of a block's keys at once
-        chunk = -(-(window + queries - 1) // (BLOCKS * 16)) * 16
-        found = Form(size, group, window, page, tiles, chunk, 1, 1)
-        if found.received > 2 * chunk * size:
-            found = replace(found, receive=0)
-    else:
-        wide = programs * BLOCKS <= _FULL_GRID
-        found = Form(size, group, window, page, tiles, 32 if wide else 16, 2, 0 if wide or one else 2)
-    at_once = _FULL_GRID * (_MULTIPROCESSOR // (found.shared_bytes + 1024))
-    return found if found.chunk <= 256 and programs * BLOCKS <= at_once else None
+    if not window:
+        return Form(size, group, window, page, 16, 3, 2)
+    seen = window + min(queries, ROWS // group) - 1  # all of a block's keys at once
+    chunk = -(-seen // (BLOCKS * 16)) * 16
+    over_keys = 2 * chunk * size >= _received(size)
+    return Form(size, group, window, page, chunk, 1, int(over_keys)) if chunk <= 256 else None
 
 
-def clusters(window: int, programs: int) -> int:
-    """Clusters of a request and KV head: a window's keys are one's, of longer contexts as many as fill the card."""
-    return 1 if window else max(1, min(_CLUSTERS, _FULL_GRID // (programs * BLOCKS)))
+def at_once(how: Form, units: int) -> bool:
+    """Whether all blocks run side by side, two on a multiprocessor."""
+    return units * BLOCKS <= _AT_ONCE and 2 * (how.shared_bytes + 1024) <= _MULTIPROCESSOR
+
+
+def clusters(window: int, units: int) -> int:
+    """Clusters of a tile of rows: a window's keys are one's, of longer contexts as many as fill the card."""
+    return 1 if window else max(1, min(_MOST_CLUSTERS, _AT_ONCE // (units * BLOCKS)))
 
 
 def source(how: Form) -> str:
@@ -117,12 +116,11 @@ def source(how: Form) -> str:
         "GROUP": how.group,
         "WINDOW": how.window,
         "PAGE": how.page,
-        "NT": how.tiles,
         "CHUNK": how.chunk,
         "STAGES": how.stages,
         "RECEIVE": how.receive,
         "ALONE": how.alone,
-        "EARLY": int(how.ahead),
+        "EARLY": how.early,
         "SHARED": how.shared_bytes,
     }
     return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + text
@@ -159,6 +157,7 @@ def attention(
     scale: float,
     scratch: Tensor,
     arrivals: Tensor,
+    queries: int,
     count: int | None = None,
 ) -> None:
     """Fill ``out`` with the attention of ``q`` over the keys of its request up to each query's own.
@@ -168,15 +167,17 @@ def attention(
         lengths: keys of each request, those of its queries among them; 0: its rows are zeros.
         starts: first token of each request, and behind the last.
         scratch: at least :meth:`Form.scratch` of float32.
-        arrivals: eight int32 zeros per request and KV head, which the kernel leaves as zeros.
-        count: clusters of a request and KV head; None: :func:`clusters`.
+        arrivals: eight int32 zeros per tile of rows, which the kernel leaves as zeros.
+        queries: most of a request.
+        count: clusters of a tile of rows; None: :func:`clusters`.
     """
-    requests, kv_heads = len(lengths), k.shape[2]
-    count = clusters(how.window, requests * kv_heads) if count is None else count
+    tiles = how.tiles(queries)
+    units = k.shape[2] * tiles
+    count = clusters(how.window, len(lengths) * units) if count is None else count
     kernel(how)(
-        grid=(requests, kv_heads * count, BLOCKS),
+        grid=(len(lengths), units * count, BLOCKS),
         block=256,
-        args=arguments(out, q, k, v, table, lengths, starts, scale, scratch, arrivals, count),
+        args=arguments(out, q, k, v, table, lengths, starts, scale, scratch, arrivals, tiles, count),
         shared_bytes=how.shared_bytes,
         cluster=BLOCKS,
     )
@@ -193,9 +194,10 @@ def arguments(
     scale: float,
     scratch: Tensor,
     arrivals: Tensor,
+    tiles: int,
     count: int,
 ) -> list[Any]:
     """The kernel's."""
     (bits,) = struct.unpack("i", struct.pack("f", scale * math.log2(math.e)))
     strides = [table.stride(0), *q.stride()[:2], *out.stride()[:2], *k.stride()[:3]]
-    return [out, q, k, v, table, lengths, starts, scratch, arrivals, bits, len(lengths), *strides, count]
+    return [out, q, k, v, table, lengths, starts, scratch, arrivals, bits, *strides, tiles, count]

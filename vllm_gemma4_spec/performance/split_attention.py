@@ -131,7 +131,7 @@ def launch(q: torch.Tensor, k: torch.Tensor, num_seqs: int, window: int) -> Laun
     return found if found and found.floats(num_tokens, num_heads, head_size, window) <= _FLOATS else None
 
 
-_PROGRAMS = 32  # requests times KV heads for which a cluster each is faster
+_UNITS = 32  # tiles of eight rows, of all requests and KV heads, for which a cluster each is faster
 
 
 def cluster(q: torch.Tensor, k: torch.Tensor, num_seqs: int, window: int, queries: int) -> ClusterForm | None:
@@ -142,13 +142,15 @@ def cluster(q: torch.Tensor, k: torch.Tensor, num_seqs: int, window: int, querie
     from vllm_gemma4_spec.kernels import cluster_attention
 
     num_heads, head_size = q.shape[1:]
-    programs = num_seqs * k.shape[2]
-    if programs > _PROGRAMS or num_seqs > _REQUESTS or q.dtype != torch.bfloat16 or k.dtype != q.dtype:
+    if num_seqs > _REQUESTS or q.dtype != torch.bfloat16 or k.dtype != q.dtype or (queries > 1 and not window):
         return None
-    form = cluster_attention.form(head_size, num_heads // k.shape[2], window, k.shape[1], queries, programs)
-    if form is None or form.scratch(num_seqs, k.shape[2], cluster_attention.clusters(window, programs)) > _FLOATS:
+    form = cluster_attention.form(head_size, num_heads // k.shape[2], window, k.shape[1], queries)
+    if form is None:
         return None
-    return form
+    units = num_seqs * k.shape[2] * form.tiles(queries)
+    if units > _UNITS or not cluster_attention.at_once(form, units):
+        return None
+    return form if form.scratch(units, cluster_attention.clusters(window, units)) <= _FLOATS else None
 
 
 @functools.cache
@@ -219,7 +221,7 @@ class FewQueries:
             if device.type != "cpu" and torch.cuda.is_current_stream_capturing():
                 return None
             self._scratch[device] = torch.empty(_FLOATS, dtype=torch.float32, device=device)
-            self._arrivals[device] = torch.zeros(_PROGRAMS * 8, dtype=torch.int32, device=device)
+            self._arrivals[device] = torch.zeros(_UNITS * 8, dtype=torch.int32, device=device)
         return self._scratch[device]
 
     def __call__(self, original: Callable[..., None], given: dict[str, Any]) -> bool:
@@ -272,7 +274,9 @@ class FewQueries:
                 return False
             self._compiled.add(form)
         batch = given["block_table"], given["seqused_k"], given["cu_seqlens_q"], given["softmax_scale"]
-        cluster_attention.attention(form, out, q, k, v, *batch, scratch, self._arrivals[q.device])
+        cluster_attention.attention(
+            form, out, q, k, v, *batch, scratch, self._arrivals[q.device], given["max_seqlen_q"]
+        )
         return True
 
     def _own(self, how: Form, given: dict[str, Any], window: int, scratch: torch.Tensor) -> bool:
