@@ -138,6 +138,41 @@ def test_the_small_batch_gemm_equals_marlin(cuda: None, measured: Any) -> None:
     assert worst < 0.005
 
 
+def test_a_per_layer_input_is_what_three_kernels_give(cuda: None, measured: Any) -> None:
+    """As one kernel, as two, and as larger batches have it; and which of them each batch gets."""
+    from vllm_gemma4_spec.kernels import chosen_rows, gated_input
+
+    wide, hidden, pair = gated_input.WIDE, 2560, []
+    for seed, (name, columns, outputs) in enumerate((("gate", hidden, wide), ("projection", wide, hidden))):
+        members = [nvfp4.tensors(outputs, columns, seed, 0)]
+        layer = nvfp4.linear(f"per_layer_{name}", "merged", columns, [outputs], members, drafter=True)
+        pair.append((layer, weights(members).T))
+    (gate, gate_weight), (projection, up_weight) = pair
+    assert gated_input.available()
+    gated_input.register_operator()
+    gated_input.choose(gate, projection)
+    chosen = gated_input._chosen[hidden].copy()
+    worst: dict[str, float] = {}
+    try:
+        for rows in (1, 5, 8, 9, 16, 20, 80, 128):
+            generator = torch.Generator(device=DEVICE).manual_seed(rows)
+            x = torch.randn(rows, hidden, generator=generator, device=DEVICE).bfloat16()
+            by = torch.randn(rows, 3, wide, generator=generator, device=DEVICE).bfloat16()[:, 1]
+            gated = torch.nn.functional.gelu((x.float() @ gate_weight).bfloat16().float(), approximate="tanh")
+            truth = (gated * by.float()).bfloat16().float() @ up_weight
+            for kernel in (chosen_rows.OTHER, gated_input.TWO, gated_input.ONE):
+                gated_input._chosen[hidden] = {128: kernel}
+                with torch.inference_mode():
+                    y = torch.ops.vllm.gemma4_spec_per_layer_input(
+                        x, by, *gated_input._weights(gate), *gated_input._weights(projection)
+                    )
+                worst[kernel] = max(worst.get(kernel, 0.0), relative(y, truth))
+    finally:
+        gated_input._chosen[hidden] = chosen
+    measured(**{kernel.replace(" ", "_"): round(error, 5) for kernel, error in worst.items()}, chosen=str(chosen))
+    assert max(worst.values()) < 0.02, worst
+
+
 def test_experts(measured: Any) -> None:
     """A layer of 26B-A4B's 128 experts, as later ModelOpt versions export them, with NaN block scales."""
     from vllm.model_executor.layers.fused_moe import FusedMoE

@@ -79,7 +79,6 @@ static void bring_tile(unsigned at, const Map& codes, const Map& scales, int col
                        unsigned long long);
 static void bring_x(unsigned at, const Map& x, int k, unsigned barrier);
 static uint4 load(const void* from) { return *(const uint4*)from; }
-static void publish_to_wgmma() {}
 static void reread(float&) {}
 static unsigned shift_right_8(unsigned value) { return value >> 8; }
 template <int COUNT> static void give_registers() {}

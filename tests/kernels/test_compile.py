@@ -36,18 +36,22 @@ def test_the_kernel_compiles(capability: int, form: Form, gelu: int, scaled: boo
 
 
 @pytest.mark.parametrize(
-    ("architecture", "form"),
-    [("sm_90a", stream_gemm.WGMMA_FORMS[2]), ("sm_120", stream_gemm.MMA_FORMS[2])],
+    ("architecture", "form", "scaled"),
+    [("sm_90a", stream_gemm.WGMMA_FORMS[2], False), ("sm_120", stream_gemm.MMA_FORMS[2], True)],
     ids=["hopper", "later"],
 )
-def test_the_streaming_kernel_compiles(architecture: str, form: stream_gemm.Form) -> None:
-    code = cuda.compiled(stream_gemm.source(2, True, form), architecture)
+def test_the_streaming_kernel_compiles(architecture: str, form: stream_gemm.Form, scaled: bool) -> None:
+    code = cuda.compiled(stream_gemm.source(2, scaled, form), architecture)
     assert b"nvfp4_stream" in code
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_120"])
 def test_the_kernel_of_a_cluster_compiles(architecture: str) -> None:
     assert b"nvfp4_gated" in cuda.compiled(gated_input.source(Form(1)), architecture)
+
+
+def test_the_kernel_that_multiplies_before_a_gemm_compiles() -> None:
+    assert b"scaled_rows" in cuda.compiled(stream_gemm.scaled_rows_source(), "sm_90")
 
 
 def test_a_card_newer_than_nvrtc_gets_its_generation() -> None:

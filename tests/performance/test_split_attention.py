@@ -13,6 +13,7 @@ from tests.support.configs import GEMMA4, LLAMA, vllm_config
 from tests.support.fresh import interpreted
 from vllm_gemma4_spec.kernels import cluster_attention, few_query_attention
 from vllm_gemma4_spec.kernels.few_query_attention import Form
+from vllm_gemma4_spec.kernels.scratch import Scratch
 from vllm_gemma4_spec.performance import split_attention
 from vllm_gemma4_spec.performance.split_attention import IN_SCOPE, QUERIES, Launch
 
@@ -98,8 +99,10 @@ def two(tile: int) -> Launch:
         (FULL, 2, 1, three(64)),
         (FULL, 4, 1, three(16)),
         (FULL, 4, 5, three(16)),
-        (FULL, 16, 1, three(16)),
-        (FULL, 32, 1, three(16)),
+        (FULL, 15, 1, three(16)),
+        (FULL, 16, 1, three(8)),
+        (FULL, 32, 1, three(8)),
+        (FULL, 33, 1, two(32)),  # fills a GPU without segments
         (FULL, 16, 5, two(32)),  # 256 programs without segments
         (E4B_FULL, 16, 5, three(16)),
         (SLIDING, 65, 1, None),  # vLLM's choice fills a GPU
@@ -107,7 +110,7 @@ def two(tile: int) -> Launch:
         ((64, 2, 256, 1024), 1, 1, None),  # more query heads per KV head than a block has rows
         ((32, 16, 256, 0), 1, 1, None),  # no layer of Gemma 4
         ((32, 16, 512, 1024), 1, 1, None),
-        ((64, 4, 512, 0), 32, 1, None),
+        ((64, 4, 512, 0), 32, 1, three(8)),  # what fits into the scratch to 3 %
     ],
 )
 def test_launches_by_layer_and_batch(
@@ -126,7 +129,8 @@ def test_launches_by_layer_and_batch(
         (SLIDING, 1, 1, own(8)),
         (SLIDING, 16, 1, None),
         (FULL, 1, 1, Launch(segments=16)),
-        (FULL, 16, 1, Launch(segments=16)),
+        (FULL, 4, 1, Launch(segments=16)),
+        (FULL, 16, 1, Launch(segments=8)),
         (FULL, 16, 5, None),
     ],
 )
@@ -199,7 +203,7 @@ def test_few_queries_run_this_packages_kernel(launches: list[Any]) -> None:
     assert all(arg is given[name] for arg, name in zip(args, names, strict=False))
     window, scratch, scales = args[8:]
     assert (window, scales, more, others) == (1024, None, {"one": True}, {"one": False})
-    assert (scratch.numel(), scratch.dtype) == (9 * 2**20, torch.float32)
+    assert (scratch.numel(), scratch.dtype) == (33 * 2**18, torch.float32)
     assert other[9] is scratch
 
 
@@ -422,12 +426,48 @@ def one_stream(halves: bool = False) -> dict[str, Any]:
         ({}, 0),
     ],
 )
-def test_a_builder_in_scope_marks_its_scratch(more: dict[str, Any], queries: int) -> None:
+def test_a_builder_in_scope_marks_its_scratch(
+    monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], queries: int
+) -> None:
     def init(self: Any, config: Any) -> None:
         self.vllm_config, self.softmax_segm_output = config, torch.empty(1, device="meta")
 
+    monkeypatch.setattr(split_attention, "PARTS", Scratch())
     for target, in_scope in ((GEMMA4, True), (LLAMA, False)):
         builder = SimpleNamespace()
         split_attention.builder_init(init)(builder, vllm_config(target, LLAMA, **more))
         assert getattr(builder.softmax_segm_output, IN_SCOPE, False) is in_scope
         assert getattr(builder.softmax_segm_output, QUERIES, 0) == (queries if in_scope else 0)
+
+
+@pytest.mark.parametrize(
+    ("halves", "suits", "floats"), [(False, True, 33 * 2**18), (False, False, 80), (True, True, 0)]
+)
+def test_builders_have_one_scratch_and_it_is_the_gemms(
+    monkeypatch: pytest.MonkeyPatch, halves: bool, suits: bool, floats: int
+) -> None:
+    """Not where two halves of a batch run at once."""
+    device, parts = torch.device("cpu"), Scratch()
+    made = [torch.empty(2, 4, 5), torch.empty(2, 8, 5)]
+    monkeypatch.setattr(split_attention, "PARTS", parts)
+    monkeypatch.setattr(split_attention, "_suits", lambda _: suits)
+    builders = [SimpleNamespace(), SimpleNamespace()]
+    for builder, its_own in zip(builders, made, strict=True):
+
+        def init(self: Any, config: Any, its_own: torch.Tensor = its_own) -> None:
+            self.vllm_config, self.softmax_segm_output = config, its_own
+
+        more = one_stream(halves) | {"speculative_config": None}
+        split_attention.builder_init(init)(builder, vllm_config(GEMMA4, LLAMA, **more))
+        assert builder.softmax_segm_output.shape == its_own.shape
+        assert (builder.softmax_segm_output is its_own) is halves
+    assert (parts.floats(device, 1) is not None) is (floats > 0)
+    if floats:
+        held = parts.on(device)[0]
+        assert held.numel() == floats
+        starts = {b.softmax_segm_output.data_ptr() for b in builders} | {held.data_ptr()}
+        assert len(starts) == (1 if suits else 2)  # the second is larger: the first one's stays what it was
+        few = split_attention.FewQueries().scratch(device)
+        assert few is not None
+        assert (few is held) is suits
+        assert few.numel() == 33 * 2**18

@@ -19,8 +19,8 @@
 // of other blocks: all blocks of the grid run at once, or will without them, as there are no more blocks than
 // multiprocessors and the next grid's start after them. The block that begins a tile adds t up^T to its part of it.
 //
-// Compiled by NVRTC with the macros of stream_gemm.macros: MT (tiles of 8 rows), SCALED (1: x is multiplied by
-// pre_quant_scale first, each product rounded to bfloat16), RANK (of the branch, a multiple of 32; 0: none), WGMMA (1 on
+// Compiled by NVRTC with the macros of stream_gemm.macros: MT (tiles of 8 rows), SCALED (1, without WGMMA: x is multiplied
+// by pre_quant_scale first, each product rounded to bfloat16), RANK (of the branch, a multiple of 32; 0: none), WGMMA (1 on
 // Hopper: needs mma_async, see stream_gemm.py) and a Form's fields.
 
 typedef unsigned int u32;
@@ -34,10 +34,9 @@ typedef unsigned long long u64;
 #define COPIERS (WGMMA ? 128 : RANK ? 96 : 64)  // a warp asks for weights, another for x; wgmma has fours of warps
 #define BRANCH_WARPS (COPIERS / 32 - 2)  // what is left of them
 #define CHUNK 2  // steps whose operands are in registers before they are needed
-#define X_AHEAD (MT <= 2 ? 4 : MT <= 4 ? 3 : 1)  // stages whose x is in registers, where threads multiply it
 #define HANDOVER (WGMMA && MT >= 6)  // of registers; what each warp starts with goes by THREADS
-#define COPIER_REGISTERS (SCALED || RANK ? (GROUPS == 1 ? 104 : 64) : 32)
-#define OTHER_REGISTERS (GROUPS == 2 ? (SCALED || RANK ? 104 : 112) : SCALED || RANK ? 200 : 232)
+#define COPIER_REGISTERS (RANK ? (GROUPS == 1 ? 104 : 64) : 32)
+#define OTHER_REGISTERS (GROUPS == 2 ? (RANK ? 104 : 112) : RANK ? 200 : 232)
 #define FEW_PARTS (GROUPS == 1 ? 8 : MT == 1 ? 2 : 4), 4  // items and parts of them that the last block loads at a time
 #define MANY_PARTS (MT == 1 ? 2 : 4), (GROUPS == 1 || MT == 1 ? 8 : 4)
 #define THREADS (WARPS * 32 + COPIERS)
@@ -45,16 +44,16 @@ typedef unsigned long long u64;
 #define SCALES_AT (STEPS * COLUMNS * 8)
 #define X_AT (SCALES_AT + STEPS * COLUMNS)
 #define X_PART (MT * 1024)  // bytes of 64 inputs of all rows: 128 a row, their 16-byte pieces swapped about by row
-#define PRE_AT (X_AT + DEPTH / 64 * X_PART)  // pre_quant_scale, where x is not multiplied on the way
-#define STAGE_BYTES (PRE_AT + (SCALED && !WGMMA ? DEPTH * 2 : 0))
+#define PRE_AT (X_AT + DEPTH / 64 * X_PART)  // pre_quant_scale
+#define STAGE_BYTES (PRE_AT + (SCALED ? DEPTH * 2 : 0))
 #define SUMS_AT (STAGES * STAGE_BYTES)
 #define SUMS 2048  // floats that the warps of one group hand to the other's, per tile of 8 rows
 #define BARRIERS_AT (SUMS_AT + (GROUPS - 1) * 2 * SUMS * 4)
-#define THERE_AT (BARRIERS_AT + 16 * STAGES)  // the barrier that t is there, or that x is where threads multiply it
-#if RANK
-#if SCALED
-#error "the branch reads the x that the other warps do"
+#define THERE_AT (BARRIERS_AT + 16 * STAGES)  // the barrier that t is there
+#if SCALED && (WGMMA || RANK)
+#error "wgmma and the branch read x as it lies in memory"
 #endif
+#if RANK
 #define T_AT (THERE_AT + 16)              // [8 * MT, RANK] bfloat16
 #define UP_AT (T_AT + MT * 8 * RANK * 2)  // of the tile that this block has begun: as each lane needs it
 #define SLICES 64                         // of the inputs at most: as many as 32 lanes add up in two rounds
@@ -96,9 +95,6 @@ __device__ __forceinline__ uint4 load(const void* from) {
     asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
     return v;
 }
-
-// What this thread has stored in shared memory becomes visible to wgmma, for those that wait for its next arrival.
-__device__ __forceinline__ void publish_to_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // 16 bytes, or as many zeros where `there` is not.
 __device__ __forceinline__ void copy_x(u32 to, const void* from, bool there) {
@@ -501,7 +497,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
 
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
-            init_barrier(full + 8 * s, 1 + (!SCALED ? 1 : WGMMA ? COPIERS / 32 : 32));  // weights; x
+            init_barrier(full + 8 * s, 1 + (SCALED ? 32 : 1));  // weights; x
             init_barrier(empty + 8 * s, WARPS / GROUPS);
         }
         init_barrier(base + THERE_AT, 1);
@@ -535,7 +531,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
         };
         if (p == 0) prepare(codes), prepare(scales);
         // No kernel before this one writes weights: the first are on their way while it ends.
-#if !SCALED || !WGMMA
         if (p < 32) {
             u32 last = 0;
             for (int i = 0; i < count; i++) {
@@ -574,68 +569,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
 #endif
             next();
         }
-#else  // wgmma reads x from shared memory, so it is multiplied on the way there
-        int x_block = block;
-        const uint4 none = make_uint4(0, 0, 0, 0);
-        const int piece = p % 16;
-        struct Held {  // of a stage
-            uint4 x[MT], by;
-        } held[X_AHEAD];
-        const auto load_x = [&](Held& to) {
-            const int k = x_block * DEPTH + piece * 8;
-#pragma unroll
-            for (int m = 0; m < MT; m++)
-                to.x[m] = k < K && m * 8 + p / 16 < rows ? load(x + (long)(m * 8 + p / 16) * K + k) : none;
-            to.by = k < K ? load(pre + k) : none;
-            if (++x_block == per_tile) x_block = 0;
-        };
-        int ahead = 0;
-        for (; ahead < count && ahead < FIRST; ahead++) bring_weights(), next();
-        if (p >= 32) {
-            wait_for_previous_grid();
-            if (p == COPIERS - 1) arrive(base + THERE_AT);
-        } else {  // little by little until x is there, as above
-            u32 last = cycles();
-            for (; PACE && ahead < count && ahead < STAGES; ahead++) {
-                while (cycles() - last < PACE && !is_full(base + THERE_AT, 0)) rest();
-                last = cycles();
-                bring_weights();
-                next();
-            }
-            wait_for_previous_grid();
-        }
-#pragma unroll
-        for (int a = 0; a < X_AHEAD; a++)
-            if (a < count) load_x(held[a]);
-        for (; ahead < count && ahead < STAGES; ahead++) bring_weights(), next();
-        stage = 0, parity = 1;
-#pragma unroll 1
-        for (int first = 0; first < count; first += X_AHEAD) {
-#pragma unroll
-            for (int a = 0; a < X_AHEAD; a++) {
-                const int i = first + a, here = stage;
-                if (i >= count) break;
-                if (i >= STAGES) {
-                    wait(empty + 8 * here, parity);
-                    bring_weights();
-                    next();
-                } else if (++stage == STAGES)
-                    stage = 0, parity ^= 1;
-                const uint4 by = held[a].by;
-#pragma unroll
-                for (int m = 0; m < MT; m++) {
-                    if (m * 8 + p / 16 >= rows) continue;
-                    const uint4 v = held[a].x[m];
-                    *reinterpret_cast<uint4*>(shared + here * STAGE_BYTES + x_piece(m * 8 + p / 16, piece)) =
-                        make_uint4(times(v.x, by.x), times(v.y, by.y), times(v.z, by.z), times(v.w, by.w));
-                }
-                publish_to_wgmma();
-                __syncwarp();
-                if (p % 32 == 0) arrive(full + 8 * here);
-                if (i + X_AHEAD < count) load_x(held[a]);
-            }
-        }
-#endif
         return;
     }
 

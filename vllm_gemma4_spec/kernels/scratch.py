@@ -27,3 +27,13 @@ class Scratch:
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         return self._buffers[device]
+
+    def floats(self, device: torch.device, count: int) -> Tensor | None:
+        """The partial sums' memory, if there is that much of it."""
+        partial, _ = self._buffers.get(device, (None, None))
+        return partial if partial is not None and partial.numel() >= count else None
+
+
+# Of kernels that run one after the other and write it behind their wait for the one before: the streaming GEMM's parts
+# of tiles, attention's parts of contexts.
+PARTS = Scratch()

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from vllm_gemma4_spec.kernels import chosen_rows, cuda
-from vllm_gemma4_spec.kernels.scratch import Scratch
+from vllm_gemma4_spec.kernels.scratch import PARTS, Scratch
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
@@ -138,7 +138,7 @@ def units(n: int, k: int) -> int:
     return -(-n // COLUMNS) * -(-k // DEPTH)
 
 
-SCRATCH = Scratch()
+SCRATCH = PARTS
 BRANCH_SCRATCH = Scratch()  # parts of the branch, behind them its t; how many of each are there
 
 
@@ -180,6 +180,8 @@ def launch(
 ) -> Tensor:
     """The kernel of this form for up to ``8 * tiles`` rows; the rest as in :func:`stream_gemm`."""
     rows, k = x.shape
+    if pre_quant_scale is not None and form.wgmma:
+        x, pre_quant_scale = scaled_rows(x, pre_quant_scale), None
     y = torch.empty(rows, n, dtype=x.dtype, device=x.device)
     partial, arrivals = SCRATCH.on(x.device)
     box, shape = (DEPTH // 16, COLUMNS), (k // 16, n)
@@ -207,6 +209,27 @@ def launch(
         shared_bytes=shared_bytes(tiles, form, rank),
     )
     return y
+
+
+def scaled_rows(x: Tensor, by: Tensor) -> Tensor:
+    """``x * by``, on the current stream: wgmma reads x from shared memory, to which tensor copies bring it as it is.
+
+    A kernel of its own that the GEMM need not wait for with its weights. Threads of the GEMM that multiplied on the way
+    took 2 us more (``benchmarks/NOTES.md``, changes 92, 94, 106).
+    """
+    y, pieces = torch.empty_like(x), x.numel() // 8
+    args = [x, by, y, pieces, x.shape[1] // 8]
+    _scaled_rows()(grid=(-(-pieces // 256), 1, 1), block=256, args=args)
+    return y
+
+
+def scaled_rows_source() -> str:
+    return resources.files(__package__).joinpath("scaled_rows.cu").read_text()
+
+
+@functools.cache
+def _scaled_rows() -> Any:
+    return cuda.Kernel(scaled_rows_source(), "scaled_rows")
 
 
 @functools.cache
@@ -320,7 +343,7 @@ def register_operator() -> None:
 
 def compile_forms(*wanted: tuple[bool, int]) -> None:
     """All forms for this card, for each ``(scaled, rank)``; side by side, as NVRTC takes some seconds for each."""
-    of = [(tiles, scaled, form, rank) for tiles, form in forms().items() for scaled, rank in wanted]
+    of = [(t, scaled, f, rank) for t, f in forms().items() for scaled, rank in wanted if not (scaled and f.wgmma)]
     card = cuda.this_card()
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda what: cuda.compiled(source(*what), card + "a" * what[2].wgmma), of))
@@ -335,6 +358,7 @@ def available() -> bool:
         return False
     try:
         compile_forms((False, 0), (True, 0))
+        _scaled_rows()
     except (ImportError, RuntimeError) as error:
         logger.info("NVFP4 GEMMs of small batches stay on Marlin: %s", str(error).splitlines()[0])
         return False

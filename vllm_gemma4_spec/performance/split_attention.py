@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_gemma4_spec import scope
+from vllm_gemma4_spec.kernels.scratch import PARTS
 
 if TYPE_CHECKING:
     from vllm_gemma4_spec.kernels.cluster_attention import Form as ClusterForm
@@ -62,8 +63,9 @@ def fits(q: torch.Tensor, num_seqs: int, num_kv_heads: int, segments: int, scrat
     )
 
 
-# Floats of the scratch for split attention, per process and device: 36 MiB.
-_FLOATS = 9 * 2**20
+# Floats of the scratch for split attention, per process and device, 33 MiB: what the streaming GEMM has on an H200.
+_FLOATS = 33 * 2**18
+_MANY = 64  # programs of a full layer from which on half as many segments are faster, at 256 as at 30,000 tokens
 _REQUESTS = 64  # most requests for which one of ours is chosen
 _changed: dict[str, int] = {}  # numbers of the launches to come
 
@@ -94,7 +96,7 @@ def _numbers(tile: int, warps: int, stages: int) -> tuple[tuple[str, int], ...]:
 
 
 def launch(q: torch.Tensor, k: torch.Tensor, num_seqs: int, window: int) -> Launch | None:
-    """What was fastest on an H200 over contexts of 256 to 120,000 tokens (``benchmarks/NOTES.md``, changes 80 to 82).
+    """What was fastest on an H200 over contexts of 256 to 120,000 tokens (``benchmarks/NOTES.md``, 80 to 82, 108).
 
     Of shapes alone, which a CUDA graph keeps. The number of parts is that of the requests, not of their queries.
 
@@ -124,8 +126,9 @@ def launch(q: torch.Tensor, k: torch.Tensor, num_seqs: int, window: int) -> Laun
             found = Launch(numbers=_numbers(64, 4, 2))
     elif head_size == 512 and not window:
         numbers = () if fp8 else _numbers(32, 4, 2)
-        if num_tokens == num_seqs or blocks * kv_heads <= _FULL_GRID:
-            found = Launch(segments=64 if programs <= 8 and not fp8 else 16, numbers=numbers)
+        if blocks * kv_heads <= _FULL_GRID or (num_tokens == num_seqs and programs <= _FULL_GRID):
+            segments = 64 if programs <= 8 and not fp8 else 8 if programs >= _MANY else 16
+            found = Launch(segments=segments, numbers=numbers)
         elif not fp8:
             found = Launch(numbers=numbers)
     return found if found and found.floats(num_tokens, num_heads, head_size, window) <= _FLOATS else None
@@ -220,7 +223,8 @@ class FewQueries:
         if device not in self._scratch:
             if device.type != "cpu" and torch.cuda.is_current_stream_capturing():
                 return None
-            self._scratch[device] = torch.empty(_FLOATS, dtype=torch.float32, device=device)
+            held = PARTS.floats(device, _FLOATS)
+            self._scratch[device] = torch.empty(_FLOATS, device=device) if held is None else held
             self._arrivals[device] = torch.zeros(_UNITS * 8, dtype=torch.int32, device=device)
         return self._scratch[device]
 
@@ -317,8 +321,17 @@ def _most_queries(vllm_config: Any) -> int:
     return 1 if spec is None else 2 + int(getattr(spec, "num_speculative_tokens", 0))
 
 
+def _shared(own: torch.Tensor) -> torch.Tensor:
+    """In place of a builder's scratch: all layers run one after the other, and :data:`PARTS` serves them, too.
+
+    Before any CUDA graph is captured. vLLM's builders of 31B have 8 MiB each, six of them.
+    """
+    PARTS.reserve(own.device, max(own.numel(), _FLOATS if _suits(own.device) else 0), 1)
+    return PARTS.on(own.device)[0][: own.numel()].view(own.shape)
+
+
 def builder_init(original: Callable[..., None]) -> Callable[..., None]:
-    """``TritonAttentionMetadataBuilder.__init__``: marks the scratch of an engine in scope.
+    """``TritonAttentionMetadataBuilder.__init__``: the scratch of an engine in scope is one for all, and marked.
 
     Patch: ``split-attention``. Evidence: ``tests/kernels/test_patches.py::test_stock_walks_the_context_in_one_piece``.
     Related upstream change: none found for the choice of kernel; #43257, open, tunes it for head size 512.
@@ -328,8 +341,11 @@ def builder_init(original: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if scope.gemma4_engine(self.vllm_config):
+            queries = _most_queries(self.vllm_config)
+            if queries:
+                self.softmax_segm_output = _shared(self.softmax_segm_output)
             setattr(self.softmax_segm_output, IN_SCOPE, True)
-            setattr(self.softmax_segm_output, QUERIES, _most_queries(self.vllm_config))
+            setattr(self.softmax_segm_output, QUERIES, queries)
 
     return __init__
 
