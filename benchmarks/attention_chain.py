@@ -336,6 +336,8 @@ def cases() -> list[tuple[str, int, int, int, int]]:
     found += [
         ("full", r, 1, c, n) for r, c, n in ((1, 30000, 3), (4, 30000, 3), (16, 8000, 3), (1, 120000, 2), (8, 2048, 8))
     ]
+    several = (1, 256, 8), (1, 2048, 8), (1, 30000, 3), (4, 256, 8), (4, 2048, 8)
+    found += [("full", r, 5, c, n) for r, c, n in several]
     found += [("31B sliding", 1, q, c, 8) for c in (256, 2048) for q in (1, 4)]
     found += [("sliding", r, q, 2048, 16) for r, q in ((1, 1), (4, 1), (16, 1), (1, 5), (4, 5), (8, 1), (5, 5))]
     found += [("sliding, shared", r, 1, c, 16) for c in (256, 2048) for r in (1, 4, 16)]
