@@ -55,7 +55,8 @@ for bounds, accepted, refused in (
     assert [value for value, answers in seen.items() if answers[1]] == [value for value in seen if value]
     for value in (value for value in seen if value):
         number = json.loads(value)
-        assert bounds.get("minimum", 0) <= number <= bounds.get("maximum", 2) and number >= bounds.get("exclusiveMinimum", 0)
+        assert bounds.get("minimum", 0) <= number <= bounds.get("maximum", 99) and number >= bounds.get("exclusiveMinimum", 0)
+assert by_xgrammar({"type": "number"}, "1e-7") and not by_xgrammar({"type": "number", "minimum": 0, "maximum": 1}, "1e-7")
 PY
 env/bin/python -W ignore digits.py 2>errors || { cat errors >&2; exit 1; }
 ! grep Warning errors
