@@ -45,9 +45,8 @@ MORE: dict[str, dict[str, Change]] = {
     "sliding": {},
     "31B sliding": {},
     "full": {
-        "two stages": lambda form: replace(form, stages=2),
-        "alone 512": lambda form: replace(form, alone=512),
-        "alone 2048": lambda form: replace(form, alone=2048),
+        "three stages": lambda form: replace(form, stages=3),
+        "alone 1024": lambda form: replace(form, alone=1024),
     },
 }
 
@@ -331,16 +330,15 @@ def alone(chain: Chain, change: Change | None) -> float:
 
 def cases() -> list[tuple[str, int, int, int, int]]:
     """Kind, requests, queries, context, layers."""
-    found = [("sliding", r, q, 256, 16) for q in (1, 5) for r in (1, 4)] + [("sliding", 16, 1, 256, 16)]
-    found += [("full", r, 1, c, n) for r in (1, 4, 16) for c, n in ((256, 8), (2048, 8), (700, 8))]
-    found += [
-        ("full", r, 1, c, n) for r, c, n in ((1, 30000, 3), (4, 30000, 3), (16, 8000, 3), (1, 120000, 2), (8, 2048, 8))
+    found = [
+        ("sliding", r, q, c, 16) for c in (256, 2048) for r, q in ((16, 1), (1, 1), (4, 1), (8, 1), (1, 5), (4, 5))
     ]
-    several = (1, 256, 8), (1, 2048, 8), (1, 30000, 3), (4, 256, 8), (4, 2048, 8)
-    found += [("full", r, 5, c, n) for r, c, n in several]
-    found += [("31B sliding", 1, q, c, 8) for c in (256, 2048) for q in (1, 4)]
-    found += [("sliding", r, q, 2048, 16) for r, q in ((1, 1), (4, 1), (16, 1), (1, 5), (4, 5), (8, 1), (5, 5))]
+    found += [("full", r, 1, c, 8) for r in (1, 4, 16) for c in (256, 700, 2048)]
+    longer = (1, 30000, 3), (4, 30000, 3), (16, 8000, 3), (1, 120000, 2), (8, 256, 8), (8, 2048, 8), (2, 30000, 3)
+    found += [("full", r, 1, c, n) for r, c, n in longer]
     found += [("sliding, shared", r, 1, c, 16) for c in (256, 2048) for r in (1, 4, 16)]
+    found += [("sliding", 5, 5, 2048, 16), ("full", 1, 5, 256, 8), ("full", 1, 5, 30000, 3), ("full", 4, 5, 256, 8)]
+    found += [("31B sliding", 1, q, c, 8) for c in (256, 2048) for q in (1, 4)]
     return found
 
 

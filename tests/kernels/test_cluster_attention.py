@@ -146,7 +146,7 @@ def check(run: Run, how: Form, batch: Batch) -> None:
     torch.testing.assert_close(got.double(), batch.wanted(), rtol=0.02, atol=0.02)
 
 
-SLIDING, FULL = form(256, 64, 5), replace(form(512, 0, 1), alone=200)
+SLIDING, FULL = form(256, 64, 5), replace(form(512, 0, 5), alone=200)
 slow = pytest.mark.slow
 
 
@@ -160,10 +160,12 @@ slow = pytest.mark.slow
         pytest.param(form(256, 1024, 4, group=2), Batch([1100, 2], [5, 2], 4, 2, 256, 1024), marks=slow),
         pytest.param(replace(SLIDING, early=0), Batch([90], [3], 4, 1, 256, 64), marks=slow),
         pytest.param(replace(SLIDING, early=2, receive=0), Batch([90], [3], 4, 1, 256, 64), marks=slow),
+        pytest.param(form(512, 0, 1), Batch([200, 16, 600], [1] * 3, 8, 2, 512, 0), marks=slow),
         pytest.param(form(512, 0, 1, group=8), Batch([200], [2], 8, 1, 512, 0), marks=slow),
-        pytest.param(form(512, 0, 1, group=3), Batch([50], [3], 6, 2, 512, 0), marks=slow),
+        pytest.param(form(512, 0, 3, group=3), Batch([50], [3], 6, 2, 512, 0), marks=slow),
+        pytest.param(replace(FULL, stages=3), Batch([1000, 17], [1, 5], 4, 1, 512, 0), marks=slow),
     ],
-    ids=["window", "queries", "full", "518", "two-heads", "late", "l2", "eight-heads", "three-heads"],
+    ids=["window", "queries", "full", "518", "two-heads", "late", "l2", "one", "eight-heads", "three-heads", "stages"],
 )
 def test_attention_is_right(run: Run, how: Form, batch: Batch) -> None:
     check(run, how, batch)
@@ -181,13 +183,15 @@ def test_a_request_has_the_same_bits_alone(run: Run) -> None:
     assert torch.equal(together, torch.cat(apart))
 
 
-def test_forms_fit_a_multiprocessor_twice() -> None:
-    for size, window, queries in ((256, 512, 1), (256, 512, 5), (512, 0, 1)):
-        how = form(size, window, queries)
-        assert cluster_attention.at_once(how, 32)
-        assert not cluster_attention.at_once(how, 33)
+def test_clusters_run_side_by_side() -> None:
+    one, several, full = form(256, 512, 1), form(256, 512, 5), form(512, 0, 1)
+    assert [how.fit for how in (one, several, full)] == [3, 2, 3]
+    assert [cluster_attention.at_once(one, units) for units in (32, 33)] == [True, False]
+    assert [cluster_attention.at_once(several, units) for units in (30, 31)] == [True, False]
+    assert all(cluster_attention.at_once(full, units) for units in (1, 2, 8, 32))
     assert not cluster_attention.at_once(form(256, 1024, 4, group=2), 1)  # a block to a multiprocessor
-    assert form(256, 512, 1).chunk == 64
+    assert not cluster_attention.at_once(form(512, 0, 1, group=8), 4)
+    assert one.chunk == 64
     assert cluster_attention.form(128, 4, 512, PAGE, 1) is None
     assert cluster_attention.form(256, 16, 512, PAGE, 1) is None
     assert cluster_attention.form(256, 4, 512, 24, 1) is None

@@ -332,6 +332,13 @@ def drafter_call(**changed: Any) -> dict[str, Any]:
     return marked(call(window_size=(511, 0), **tensors) | changed, IN_SCOPE, QUERIES)
 
 
+def full_layer(requests: int) -> dict[str, Any]:
+    """What is other in a full layer."""
+    tensors = {name: torch.empty(requests, 8, 512, dtype=torch.bfloat16, device="meta") for name in ("q", "out")}
+    tensors |= {name: torch.empty(9, 16, 2, 512, dtype=torch.bfloat16, device="meta") for name in ("k", "v")}
+    return tensors | {"window_size": (-1, -1), "seqused_k": torch.empty(requests, device="meta")}
+
+
 @pytest.fixture
 def clusters(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What the kernel over clusters is launched with."""
@@ -355,6 +362,11 @@ def test_few_queries_of_a_small_drafter_run_over_clusters(clusters: list[Any], l
     assert not launches
 
 
+def test_a_full_layer_of_one_request_runs_over_clusters(clusters: list[Any]) -> None:
+    assert not ran_vllms(drafter_call() | full_layer(1))
+    assert clusters[0] == cluster_attention.form(512, 4, 0, 16, 1)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -363,8 +375,10 @@ def test_few_queries_of_a_small_drafter_run_over_clusters(clusters: list[Any], l
         {"v": torch.empty(9, 16, 4, 256, dtype=torch.bfloat16, device="meta")[:, :, :2]},  # not as the keys lie
         {"seqused_k": torch.empty(17, device="meta")},
         {"max_seqlen_q": 4, "seqused_k": torch.empty(9, device="meta")},  # 36 tiles of rows
+        full_layer(4),
+        full_layer(1) | {"max_seqlen_q": 2},
     ],
-    ids=["float16", "fp8", "strides", "requests", "queries"],
+    ids=["float16", "fp8", "strides", "requests", "queries", "full", "full-queries"],
 )
 def test_other_batches_do_not_run_over_clusters(clusters: list[Any], changed: dict[str, Any]) -> None:
     ran_vllms(drafter_call() | changed)

@@ -9,7 +9,9 @@
 // Compiled by NVRTC with SIZE (of a head: 256 or 512), GROUP (query heads of a KV head, at most 8), WINDOW (keys that a
 // query sees at most; 0: all), PAGE (tokens of a cache block), CHUNK (keys that are in shared memory at a time, a multiple
 // of 16), STAGES (how many chunks), RECEIVE (where the other blocks' sums come to: 0 memory of their own, 1 over the keys,
-// 2 over keys and values), ALONE (keys up to which one cluster takes a tile of rows) and EARLY (see below). Launched with
+// 2 over keys and values), ALONE (keys up to which one cluster takes a tile of rows), Q_ROWS (rows of a tile that are queries;
+// the others are whatever lies behind, in columns that nobody reads), FIT (blocks that the registers of a multiprocessor are
+// to hold) and EARLY (see below). Launched with
 //
 //   grid (requests, KV heads * tiles * clusters, 8), clusters of 8 along z, block 256, SHARED bytes of shared memory.
 //
@@ -22,17 +24,17 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 
 constexpr int BLOCKS = 8, WARPS = 8;  // one warp's dimensions are what one block adds up
-constexpr int ROWS = 8, QUERIES = ROWS / GROUP;       // of a tile
+constexpr int ROWS = 8, QUERIES = Q_ROWS / GROUP;     // of a tile
 constexpr int SLICE = SIZE / BLOCKS, TILES = CHUNK / 16, EACH = CHUNK / WARPS, MT = SLICE / 16;
 constexpr int SPLIT = TILES > 4 ? 1 : 8 / TILES;  // parts of a score's sum
 constexpr int SCORES = CHUNK + 4, WEIGHTS = CHUNK + 8, SUMS = SLICE + 4;  // apart, so that lanes meet in no bank
 
 constexpr int K_AT = 0, V_AT = K_AT + STAGES * CHUNK * SIZE * 2, Q_AT = V_AT + STAGES * CHUNK * SIZE * 2;
-constexpr int SCORES_AT = Q_AT + ROWS * SIZE * 2, WEIGHTS_AT = SCORES_AT + SPLIT * ROWS * SCORES * 4;
+constexpr int SCORES_AT = Q_AT + Q_ROWS * SIZE * 2, WEIGHTS_AT = SCORES_AT + SPLIT * ROWS * SCORES * 4;
 constexpr int FADES_AT = WEIGHTS_AT + ROWS * WEIGHTS * 2, TOTALS_AT = FADES_AT + ROWS * 4;
 constexpr int OWN_AT = TOTALS_AT + BLOCKS * ROWS * 8, RECEIVED = BLOCKS * ROWS * SUMS * 4;
 constexpr int RECEIVED_AT = RECEIVE ? K_AT : OWN_AT, NEEDED = OWN_AT + (RECEIVE ? 0 : RECEIVED);
-static_assert(SIZE % 256 == 0 && CHUNK % 16 == 0 && CHUNK <= 256 && GROUP <= ROWS, "sizes");
+static_assert(SIZE % 256 == 0 && CHUNK % 16 == 0 && CHUNK <= 256 && GROUP <= Q_ROWS && Q_ROWS <= ROWS, "sizes");
 static_assert(NEEDED <= SHARED, "shared memory");
 static_assert(RECEIVE != 1 || (STAGES == 1 && RECEIVED <= V_AT), "the other blocks' sums fit over the keys");
 static_assert(RECEIVE != 2 || RECEIVED <= Q_AT, "the other blocks' sums fit over keys and values");
@@ -116,7 +118,7 @@ __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xFF80
 
 __device__ __forceinline__ float finite(float largest) { return largest > minus_infinity() ? largest : 0.0f; }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) cluster_attention(
+extern "C" __global__ void __launch_bounds__(WARPS * 32, FIT) cluster_attention(
     u16* out,            // [tokens, heads, SIZE]
     const u16* q,        // [tokens, heads, SIZE]
     const u16* k,        // [blocks, PAGE, KV heads, SIZE]

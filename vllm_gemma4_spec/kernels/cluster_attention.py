@@ -20,9 +20,10 @@ from vllm_gemma4_spec.kernels import cuda
 
 BLOCKS = 8  # of a cluster
 ROWS = 8  # of a tile: queries times their heads
-MOST_REQUESTS = 64
-_AT_ONCE = 256  # blocks of two to a multiprocessor, in clusters, that run side by side on an H200
-_ALONE = 1024  # keys up to which one cluster takes them
+# Clusters that run side by side on an H200, by blocks that a multiprocessor holds: all lie within one GPC, which has
+# 16 or 18. One that waits for others doubles the time.
+_SIDE_BY_SIDE = {1: 0, 2: 30, 3: 32}
+_ALONE = 512  # keys up to which one cluster takes them
 _MOST_CLUSTERS = 16
 _MULTIPROCESSOR = 228 * 1024  # bytes of shared memory, of which each block takes 1 KiB more than it asks for
 
@@ -44,6 +45,7 @@ class Form:
         chunk: keys that are in shared memory at a time.
         stages: chunks that are asked for at a time.
         receive: where the other blocks' sums come to: memory of their own (0), over the keys (1), over all (2).
+        rows: of a tile that are queries.
         alone: keys up to which one cluster takes a tile of rows.
         early: before the kernel ahead has ended nothing is read (0), lengths and block table are (1), and keys and
             values are brought into the L2 (2).
@@ -56,6 +58,7 @@ class Form:
     chunk: int
     stages: int
     receive: int
+    rows: int = ROWS
     alone: int = _ALONE
     early: int = 1
 
@@ -64,14 +67,19 @@ class Form:
         """Shared memory of a block."""
         tiles = self.chunk // 16
         split = 1 if tiles > 4 else 8 // tiles
-        kept = 4 * self.stages * self.chunk * self.size + 2 * ROWS * self.size
+        kept = 4 * self.stages * self.chunk * self.size + 2 * self.rows * self.size
         kept += split * ROWS * (self.chunk + 4) * 4 + ROWS * (self.chunk + 8) * 2 + ROWS * 4 + BLOCKS * ROWS * 8
         return kept + (0 if self.receive else _received(self.size))
 
     @property
+    def fit(self) -> int:
+        """Blocks that a multiprocessor holds, three at most."""
+        return min(3, _MULTIPROCESSOR // (self.shared_bytes + 1024))
+
+    @property
     def queries(self) -> int:
         """Of a tile of rows."""
-        return ROWS // self.group
+        return self.rows // self.group
 
     def tiles(self, queries: int) -> int:
         """Of rows, for requests of at most so many queries."""
@@ -90,22 +98,23 @@ def form(size: int, group: int, window: int, page: int, queries: int) -> Form | 
     """The form for requests of at most ``queries`` tokens; None if there is none."""
     if size != (256 if window else 512) or group > ROWS or page & (page - 1) or page < 16:
         return None
+    rows = group * min(queries, ROWS // group)
     if not window:
-        return Form(size, group, window, page, 16, 3, 2)
-    seen = window + min(queries, ROWS // group) - 1  # all of a block's keys at once
+        return Form(size, group, window, page, 16, 2, 2, rows)
+    seen = window + rows // group - 1  # all of a block's keys at once
     chunk = -(-seen // (BLOCKS * 16)) * 16
     over_keys = 2 * chunk * size >= _received(size)
-    return Form(size, group, window, page, chunk, 1, int(over_keys)) if chunk <= 256 else None
+    return Form(size, group, window, page, chunk, 1, int(over_keys), rows) if chunk <= 256 else None
 
 
 def at_once(how: Form, units: int) -> bool:
-    """Whether all blocks run side by side, two on a multiprocessor."""
-    return units * BLOCKS <= _AT_ONCE and 2 * (how.shared_bytes + 1024) <= _MULTIPROCESSOR
+    """Whether all clusters run side by side."""
+    return units * clusters(how.window, units) <= _SIDE_BY_SIDE.get(how.fit, 0)
 
 
 def clusters(window: int, units: int) -> int:
     """Clusters of a tile of rows: a window's keys are one's, of longer contexts as many as fill the card."""
-    return 1 if window else max(1, min(_MOST_CLUSTERS, _AT_ONCE // (units * BLOCKS)))
+    return 1 if window else max(1, min(_MOST_CLUSTERS, _SIDE_BY_SIDE[3] // units))
 
 
 def source(how: Form) -> str:
@@ -120,6 +129,8 @@ def source(how: Form) -> str:
         "STAGES": how.stages,
         "RECEIVE": how.receive,
         "ALONE": how.alone,
+        "Q_ROWS": how.rows,
+        "FIT": how.fit,
         "EARLY": how.early,
         "SHARED": how.shared_bytes,
     }

@@ -134,6 +134,7 @@ def launch(q: torch.Tensor, k: torch.Tensor, num_seqs: int, window: int) -> Laun
     return found if found and found.floats(num_tokens, num_heads, head_size, window) <= _FLOATS else None
 
 
+_LONG = 1  # requests whose long contexts, too, are no slower in full layers
 _UNITS = 32  # tiles of eight rows, of all requests and KV heads, for which a cluster each is faster
 
 
@@ -145,7 +146,9 @@ def cluster(q: torch.Tensor, k: torch.Tensor, num_seqs: int, window: int, querie
     from vllm_gemma4_spec.kernels import cluster_attention
 
     num_heads, head_size = q.shape[1:]
-    if num_seqs > _REQUESTS or q.dtype != torch.bfloat16 or k.dtype != q.dtype or (queries > 1 and not window):
+    if num_seqs > _REQUESTS or q.dtype != torch.bfloat16 or k.dtype != q.dtype:
+        return None
+    if not window and (queries > 1 or num_seqs > _LONG):
         return None
     form = cluster_attention.form(head_size, num_heads // k.shape[2], window, k.shape[1], queries)
     if form is None:
