@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -46,13 +47,100 @@ def missed_case() -> dict[str, torch.Tensor]:
     return {"weight": weight, "hidden": torch.ones(1, SIZE).bfloat16(), "rough": rough}
 
 
+def scores_cases() -> list[tuple[torch.Tensor, int, int]]:
+    """Rough scores, how many blocks are chosen of them, and their size."""
+    torch.manual_seed(1)
+    wide = torch.randn(2, 40, 128).bfloat16()  # as many blocks as fill no program
+    wide[1] -= 10  # none above 0
+    equal = torch.zeros(1, 16, 16)
+    equal[0, 3, 5] = equal[0, 11, 0] = 7
+    equal[0, 9] = -0.0
+    lost = torch.full((1, 24, 16), torch.nan)
+    lost[0, :8] = -torch.inf
+    padded = torch.randn(2, 16 * 16 + 3)[:, : 16 * 16]  # rows of a wider tensor
+    single = torch.randn(2, 2048).bfloat16()  # a score a block, as centroids have
+    single[1, 77] = single[1, 1900] = single[1].max()
+    return [
+        (single, 32, 1),
+        (wide.flatten(1), 8, 128),
+        (equal.flatten(1), 4, 16),
+        (lost.flatten(1), 8, 16),
+        (padded, 8, 16),
+    ]
+
+
+def logits_cases() -> list[tuple[torch.Tensor, torch.Tensor, int, int, torch.Tensor | None]]:
+    """Arguments of ``largest``."""
+    torch.manual_seed(2)
+    blocks = torch.tensor([[5, 0, 3], [2, 7, 1]])
+    logits = torch.randn(2, 3, 16)
+    tied = logits.clone()
+    tied[0, 0, 2] = tied[0, 2, 9] = tied[1, 0, 15] = tied[1, 2, 0] = 9
+    lost = torch.full((2, 3, 16), torch.nan)
+    lost[1] = -torch.inf
+    names = torch.randperm(128)
+    return [
+        (t.flatten(1), blocks, 16, 128, n) for t, n in ((logits, None), (logits, names), (tied, None), (lost, names))
+    ]
+
+
+def given_cases() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]]:
+    """Arguments of ``block_logits``."""
+    torch.manual_seed(3)
+    return [(torch.randn(2, 256).bfloat16(), torch.randn(128, 256).bfloat16(), torch.tensor([[5, 0], [3, 7]]), 16)]
+
+
 @pytest.fixture(scope="module")
-def by_triton(tmp_path_factory: pytest.TempPathFactory) -> list[torch.Tensor]:
-    """What the kernel finds in ``[*exact_cases(), missed_case()]``; one process for all, as its start costs most."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What the kernels find; one process for all, as its start costs most."""
     folder = tmp_path_factory.mktemp("head")
-    torch.save([*exact_cases(), missed_case()], folder / "cases.pt")
+    parts = {"scores": scores_cases(), "logits": logits_cases(), "given": given_cases()}
+    torch.save(([*exact_cases(), missed_case()], parts), folder / "cases.pt")
     interpreted("tests.kernels.head_by_triton", folder / "cases.pt", folder / "results.pt")
     return torch.load(folder / "results.pt")
+
+
+@pytest.fixture
+def by_triton(results: Any) -> list[torch.Tensor]:
+    """What is found for ``[*exact_cases(), missed_case()]``."""
+    found: list[torch.Tensor] = results[0]
+    return found
+
+
+def test_the_blocks_with_the_largest_scores_are_chosen(results: Any) -> None:
+    """Largest first, the first of equal ones; blocks of the vocabulary whatever the scores are."""
+    for (scores, candidates, block), chosen in zip(scores_cases(), results[1]["chosen"], strict=True):
+        maxima = scores.unflatten(-1, (-1, block)).float().amax(-1)
+        assert chosen.min() >= 0
+        assert chosen.max() < maxima.shape[1]
+        assert all(len(set(row)) == candidates for row in chosen.tolist())
+        if not maxima.isnan().any():
+            # A float32 score counts with its upper 16 bits.
+            upper = (maxima.view(torch.int32) & -65536).view(torch.float32)
+            wanted = upper.sort(dim=-1, descending=True, stable=True)
+            assert torch.equal(chosen, wanted.indices[:, :candidates])
+    assert results[1]["chosen"][2].tolist() == [[3, 11, 0, 1]]
+
+
+def test_the_largest_logit_has_the_first_of_its_tokens(results: Any) -> None:
+    (plain, named, tied, lost) = results[1]["best"]
+    logits, blocks, block, _, _ = logits_cases()[0]
+    best, at = logits.max(-1)
+    rows = blocks.gather(1, at.unsqueeze(-1) // block).squeeze(-1) * block + at % block
+    assert torch.equal(plain[0], best)
+    assert torch.equal(plain[1], rows)
+    names = logits_cases()[1][4]
+    assert names is not None
+    assert torch.equal(named[1], names[rows])
+    assert tied[1].tolist() == [3 * 16 + 9, 1 * 16]
+    assert (lost[1] >= 0).all()
+    assert (lost[1] < 128).all()
+
+
+def test_logits_of_given_blocks_are_exact(results: Any) -> None:
+    (hidden, weight, blocks, block), got = given_cases()[0], results[1]["given"][0]
+    rows = weight.double().unflatten(0, (-1, block))[blocks].flatten(1, 2)
+    torch.testing.assert_close(got.double(), torch.einsum("nrd,nd->nr", rows, hidden.double()), rtol=1e-5, atol=1e-4)
 
 
 def test_the_argmax_is_that_of_the_exact_logits(by_triton: list[torch.Tensor]) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.support.fresh import interpreted
+from vllm_gemma4_spec.kernels import slot_mapping
 from vllm_gemma4_spec.spec_decode.slot_mapping import PADDING_SLOT_ID, group_slot_mappings
 
 BLOCK_SIZES = [16, 32, 64, 128, 16, 48]
@@ -63,17 +64,67 @@ CASES = {
 }
 
 
+def first_pass(seed: int, query_lens: list[int], added: int, longest: int) -> dict[str, Any]:
+    """Of a draft's first pass: what the target verified, so many tokens a request more, a third of them rejected."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
+    places = [n + added for n in query_lens]
+    return {
+        "table": torch.randint(1, 5000, (len(places), MAX_LEN // 16), generator=generator, dtype=torch.int32),
+        "starts": starts,
+        "positions": torch.cat(
+            [torch.arange(n) + int(torch.randint(0, MAX_LEN - n + 1, (1,), generator=generator)) for n in places]
+        ),
+        "rejected": torch.rand(sum(places), generator=generator) < 0.33,
+        "added": added,
+        "block_size": 16,
+        "longest": longest,
+    }
+
+
+FIRST_PASSES = [
+    first_pass(6, [4], 1, MAX_LEN),
+    first_pass(7, [4] * 8, 1, MAX_LEN // 2),  # some past the maximum length
+    first_pass(8, [200, 5, 1, 64], 3, MAX_LEN),
+]
+
+
 @pytest.fixture(scope="module")
-def by_triton(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+def by_triton(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     folder = tmp_path_factory.mktemp("slots")
-    torch.save(list(CASES.values()), folder / "cases.pt")
+    torch.save([*CASES.values(), *FIRST_PASSES], folder / "cases.pt")
     interpreted("tests.kernels.slot_mapping_by_triton", folder / "cases.pt", folder / "results.pt")
-    return dict(zip(CASES, torch.load(folder / "results.pt"), strict=True))
+    return dict(zip([*CASES, *range(len(FIRST_PASSES))], torch.load(folder / "results.pt"), strict=True))
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_kernel_writes_what_pytorch_writes(name: str, by_triton: dict[str, torch.Tensor]) -> None:
+def test_kernel_writes_what_pytorch_writes(name: str, by_triton: dict[Any, Any]) -> None:
     wanted = expected(CASES[name])
     assert torch.equal(by_triton[name], wanted)
     live = CASES[name]["live"]
     assert bool((wanted[:, : len(CASES[name]["positions"])] >= 0).any()) == (live != 0)
+
+
+@pytest.mark.parametrize("number", range(len(FIRST_PASSES)))
+def test_a_first_passs_slots_are_vllms(number: int, by_triton: dict[Any, Any]) -> None:
+    theirs, ours = by_triton[number]
+    assert theirs.dtype == ours.dtype
+    assert torch.equal(theirs, ours)
+    assert bool((ours >= 0).any())
+    assert bool((ours < 0).any())
+
+
+def test_attention_may_read_metadata_before_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last kernel of the metadata's update starts when all before has ended: it is not launched early."""
+    launched: list[dict[str, Any]] = []
+
+    class Kernel:
+        def __getitem__(self, _: Any) -> Any:
+            return lambda *_, **more: launched.append(more)
+
+    monkeypatch.setattr(slot_mapping, "_group_slot_mapping_kernel", Kernel())
+    out = torch.empty(1, 4, dtype=torch.int64)
+    kernel = slot_mapping.GroupSlotKernel([16], out)
+    kernel.bind([torch.zeros(1, 4, dtype=torch.int32)])
+    kernel(torch.tensor([0, 1], dtype=torch.int32), 1, torch.zeros(1, dtype=torch.int64), out[0])
+    assert launched == [{"pad": -1, "block": slot_mapping.BLOCK}]  # no launch_pdl

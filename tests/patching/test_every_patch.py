@@ -224,6 +224,16 @@ SHOWN = {
         f"{_KERNELS}::test_a_verification_splits_the_context",
         r"kernel_unified_attention_2d",
     ),
+    "cache-write": Shown(
+        "performance/test_cache_write::test_stock_waits_for_all_before",
+        "performance/test_cache_write::test_a_layer_in_scope_writes_early",
+        r"stock",
+    ),
+    "first-pass-slots": Shown(
+        "performance/test_first_pass_slots::test_stock_finds_slots_with_pytorchs_functions",
+        "performance/test_first_pass_slots::test_one_kernel_finds_a_first_passs_slots",
+        r"assert False|\[\]",
+    ),
     "expert-routing": Shown(
         "performance/test_expert_routing::test_stock_chooses_with_pytorchs_functions",
         "performance/test_expert_routing::test_one_kernel_chooses_on_a_gpu",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.kernels import small_batch_gemm
-from vllm_gemma4_spec.kernels.block_logits import block_logits
+from vllm_gemma4_spec.kernels.block_logits import block_maxima, chosen_logits, largest
 from vllm_gemma4_spec.kernels.packing import COLUMNS, pack
 
 BLOCK = 128  # token ids that are candidates together
@@ -48,11 +48,10 @@ class DraftHead:
     def argmax(self, hidden: Tensor) -> Tensor:
         """``[num_reqs, hidden_size]`` bfloat16 -> ``[num_reqs]`` int64 token ids, without a host sync."""
         hidden = hidden.contiguous()
-        scores = self._coarse(hidden).unflatten(-1, (-1, BLOCK)).amax(-1)
-        blocks = scores.topk(CANDIDATES, dim=-1, sorted=False).indices
-        logits, best = block_logits(hidden, self.weight, blocks, BLOCK).max(-1, keepdim=True)
-        token = blocks.gather(-1, best // BLOCK) * BLOCK + best % BLOCK
-        return token.squeeze(-1) if self._group is None else self._of_all_ranks(logits, token)
+        keys = block_maxima(self._coarse(hidden), BLOCK)
+        logits, blocks = chosen_logits(hidden, self.weight, keys, CANDIDATES, BLOCK)
+        best, token = largest(logits, blocks, BLOCK, len(self.weight))
+        return token if self._group is None else self._of_all_ranks(best.unsqueeze(-1), token.unsqueeze(-1))
 
     def _of_all_ranks(self, logits: Tensor, token: Tensor) -> Tensor:
         """The token of the rank with the largest logit; both are ``[num_reqs, 1]``.

@@ -1,6 +1,7 @@
-"""One Triton kernel that maps the slots of every KV cache group.
+"""Slots of a draft's tokens: of a first pass in the primary KV cache group, and of every pass in all groups.
 
-The PyTorch form, which the CPU runs and the tests compare with, is ``spec_decode.slot_mapping.group_slot_mappings``.
+For the latter the PyTorch form, which the CPU runs and the tests compare with, is
+``spec_decode.slot_mapping.group_slot_mappings``.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ def _group_slot_mapping_kernel(  # type: ignore[no-untyped-def]
 class GroupSlotKernel:
     """Launches the kernel for a fixed set of groups; nothing is allocated per call.
 
+    It is not launched early, and must not be: attention of a pass may read the metadata before it waits for the kernel
+    ahead, as what updates it has ended when this kernel starts.
+
     Args:
         block_sizes: per group, tokens in a kernel block.
         out: ``[num_groups, max_tokens]`` int64, written in place.
@@ -89,3 +93,67 @@ class GroupSlotKernel:
             pad=-1,
             block=BLOCK,
         )
+
+
+@triton.jit
+def _first_pass_slots(  # type: ignore[no-untyped-def]
+    table,  # [num_reqs, max_blocks] int32
+    table_stride,
+    query_start_loc,  # [num_reqs + 1] int32, without the tokens that are added
+    positions,  # [num_tokens] int64
+    rejected,  # [num_tokens] uint8
+    out,  # [num_tokens] int64
+    added,
+    block_size,
+    longest,
+    pad: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Grid ``(num_reqs,)``."""
+    request = tl.program_id(0)
+    start = tl.load(query_start_loc + request) + request * added
+    end = tl.load(query_start_loc + request + 1) + (request + 1) * added
+    row = table + request.to(tl.int64) * table_stride
+    for first in range(start, end, block):
+        token = first + tl.arange(0, block)
+        mask = token < end
+        position = tl.load(positions + token, mask=mask, other=0)
+        written = mask & (position < longest) & (tl.load(rejected + token, mask=mask, other=1) == 0)
+        number = tl.load(row + position // block_size, mask=written, other=0).to(tl.int64)
+        tl.store(out + token, tl.where(written, number * block_size + position % block_size, pad), mask=mask)
+
+
+def first_pass_slots(
+    table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    positions: torch.Tensor,
+    rejected: torch.Tensor,
+    added: int,
+    block_size: int,
+    longest: int,
+) -> torch.Tensor:
+    """``[num_tokens]`` int64: where each token of a first pass is written, -1: nowhere.
+
+    Args:
+        table: ``[num_reqs, max_blocks]`` int32.
+        query_start_loc: ``[num_reqs + 1]`` int32, of the target's step.
+        positions: ``[num_tokens]`` int64.
+        rejected: ``[num_tokens]`` bool.
+        added: tokens that each request has more of than in the target's step.
+        longest: positions from here on are written nowhere.
+    """
+    out = torch.empty_like(positions)
+    _first_pass_slots[(len(table),)](
+        table,
+        table.stride(0),
+        query_start_loc,
+        positions,
+        rejected.view(torch.uint8),
+        out,
+        added,
+        block_size,
+        longest,
+        pad=-1,
+        block=BLOCK,
+    )
+    return out

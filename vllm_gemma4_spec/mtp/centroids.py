@@ -30,15 +30,19 @@ class CentroidHead(nn.Module):
     def _candidates(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the chosen clusters' tokens and the clusters: ``[n, top_k * cluster]``, ``[n, top_k]``."""
         hidden = hidden.contiguous()
-        chosen = (hidden @ self.centroids.T).topk(self.top_k, dim=-1, sorted=False).indices
+        scores = hidden @ self.centroids.T
         if block_logits.suits(hidden, self.cluster):
-            return block_logits.block_logits(hidden, self.weight, chosen, self.cluster), chosen
+            keys = block_logits.block_maxima(scores, 1)
+            return block_logits.chosen_logits(hidden, self.weight, keys, self.top_k, self.cluster)
+        chosen = scores.topk(self.top_k, dim=-1, sorted=False).indices
         rows = self.weight.unflatten(0, (-1, self.cluster))[chosen].flatten(1, 2)
         return torch.einsum("nrd,nd->nr", rows, hidden), chosen
 
     def argmax(self, hidden: Tensor) -> Tensor:
         """``[n, hidden_size]`` -> ``[n]`` int64 token ids, without a host sync."""
         logits, chosen = self._candidates(hidden)
+        if block_logits.suits(hidden, self.cluster):
+            return block_logits.largest(logits, chosen, self.cluster, len(self.weight), self.token_ordering)[1]
         best = logits.argmax(-1, keepdim=True)
         place = chosen.gather(-1, best // self.cluster) * self.cluster + best % self.cluster
         return self.token_ordering[place].squeeze(-1)
