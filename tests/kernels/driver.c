@@ -30,8 +30,12 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **v
            c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ, c->sharedMemBytes, (void *)c->hStream,
            (void *)extra);
     for (unsigned i = 0; i < c->numAttrs; i++)
-        printf("overlap %d %d\n", c->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-               c->attrs[i].value.programmaticStreamSerializationAllowed);
+        if (c->attrs[i].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
+            printf("cluster %u %u %u\n", c->attrs[i].value.clusterDim.x, c->attrs[i].value.clusterDim.y,
+                   c->attrs[i].value.clusterDim.z);
+        else
+            printf("overlap %d %d\n", c->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                   c->attrs[i].value.programmaticStreamSerializationAllowed);
     printf("values %g %d %g\n", **(float **)values[0], *(int *)values[1], **(float **)values[2]);
     fflush(stdout);
     return CUDA_SUCCESS;

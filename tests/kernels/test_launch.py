@@ -26,7 +26,7 @@ for overlaps in (True, False):
     kernel._load(b"code", "name", overlaps)
     kernel.allow_shared(50_000)
     last = torch.tensor([2.5]) if overlaps else CUdeviceptr(elsewhere.data_ptr())
-    kernel._launch(0x33, (4, 5, 6), 128, [torch.tensor([1.5]), 7, last], 1000)
+    kernel._launch(0x33, (4, 5, 6), 128, [torch.tensor([1.5]), 7, last], 1000, *([3] if overlaps else []))
 try:
     Kernel.__new__(Kernel)._load(b"refuse", "name", True)
 except RuntimeError as error:
@@ -57,6 +57,7 @@ def test_the_driver_is_given_the_launch(tmp_path: Path) -> None:
         *LOADED,
         LAUNCHED,
         "overlap 1 1",
+        "cluster 1 1 3",
         VALUES,
         *LOADED,
         LAUNCHED,

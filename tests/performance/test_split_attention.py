@@ -11,7 +11,7 @@ import torch
 
 from tests.support.configs import GEMMA4, LLAMA, vllm_config
 from tests.support.fresh import interpreted
-from vllm_gemma4_spec.kernels import few_query_attention
+from vllm_gemma4_spec.kernels import cluster_attention, few_query_attention
 from vllm_gemma4_spec.kernels.few_query_attention import Form
 from vllm_gemma4_spec.kernels.scratch import Scratch
 from vllm_gemma4_spec.performance import split_attention
@@ -323,6 +323,80 @@ def test_a_kernel_that_does_not_compile_is_one_line(
     monkeypatch.setattr(few_query_attention, "attention", fails)
     with pytest.raises(RuntimeError):  # it had worked: that is no compiler's error
         ran_vllms(given)
+
+
+def drafter_call(**changed: Any) -> dict[str, Any]:
+    """Arguments of ``unified_attention`` for a sliding layer of E4B, four requests of one token."""
+    tensors = {name: torch.empty(4, 8, 256, dtype=torch.bfloat16, device="meta") for name in ("q", "out")}
+    tensors |= {name: torch.empty(9, 16, 2, 256, dtype=torch.bfloat16, device="meta") for name in ("k", "v")}
+    return marked(call(window_size=(511, 0), **tensors) | changed, IN_SCOPE, QUERIES)
+
+
+@pytest.fixture
+def clusters(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the kernel over clusters is launched with."""
+    seen: list[Any] = []
+    monkeypatch.setattr(cluster_attention, "kernel", lambda form: seen.append(form))
+    monkeypatch.setattr(cluster_attention, "attention", lambda *args: seen.append(args))
+    return seen
+
+
+def test_few_queries_of_a_small_drafter_run_over_clusters(clusters: list[Any], launches: list[Any]) -> None:
+    given = drafter_call()
+    assert not ran_vllms(given)
+    assert not ran_vllms(given)
+    compiled, (form, *first), (same, *_) = clusters
+    assert compiled == form == same == cluster_attention.form(256, 4, 512, 16, 1)
+    names = ("out", "q", "k", "v", "block_table", "seqused_k", "cu_seqlens_q", "softmax_scale")
+    assert all(arg is given[name] for arg, name in zip(first, names, strict=False))
+    scratch, arrivals, queries = first[8:]
+    assert (scratch.dtype, arrivals.dtype, arrivals.numel()) == (torch.float32, torch.int32, 256)
+    assert queries == 1
+    assert not launches
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"q": torch.empty(4, 8, 256, dtype=torch.float16, device="meta")},
+        {name: torch.empty(9, 16, 2, 256, dtype=torch.float8_e4m3fn, device="meta") for name in ("k", "v")},
+        {"v": torch.empty(9, 16, 4, 256, dtype=torch.bfloat16, device="meta")[:, :, :2]},  # not as the keys lie
+        {"seqused_k": torch.empty(17, device="meta")},
+        {"max_seqlen_q": 4, "seqused_k": torch.empty(9, device="meta")},  # 36 tiles of rows
+    ],
+    ids=["float16", "fp8", "strides", "requests", "queries"],
+)
+def test_other_batches_do_not_run_over_clusters(clusters: list[Any], changed: dict[str, Any]) -> None:
+    ran_vllms(drafter_call() | changed)
+    assert not clusters
+
+
+def test_a_kernel_over_clusters_is_not_loaded_within_a_graph(
+    clusters: list[Any], launches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split_attention.few_queries.scratch(torch.device("meta"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not ran_vllms(drafter_call())
+    assert (len(clusters), len(launches)) == (0, 1)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("NVRTC, for sm_90: no\nmore"), ImportError("NVRTC, for sm_90: no")])
+def test_without_the_kernel_over_clusters_two_stay_and_the_log_says_so(
+    error: Exception,
+    launches: list[Any],
+    clusters: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuses(_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cluster_attention, "kernel", refuses)
+    with caplog.at_level("INFO", logger="vllm.plugins.gemma4_spec"):
+        assert not ran_vllms(drafter_call())
+        assert not ran_vllms(drafter_call())
+    assert caplog.messages == ["Attention of few queries stays two kernels: NVRTC, for sm_90: no"]
+    assert (len(clusters), len(launches)) == (0, 2)
 
 
 @pytest.mark.parametrize(

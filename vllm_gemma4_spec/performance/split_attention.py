@@ -9,7 +9,8 @@ its choice is not.
 On Hopper and Blackwell :func:`launch` chooses among three by the batch's shape: both kernels with tiles, stages and
 segments that were measured on an H200, and for sliding layers one of this package (``kernels/few_query_attention.py``),
 which cuts up what a query sees: of a long context a sliding layer sees 1,024 keys, which lie in one or two of the 16
-segments. Elsewhere short queries run vLLM's 3D kernel as it is.
+segments. Elsewhere short queries run vLLM's 3D kernel as it is. Where few KV heads leave most of a card idle, as in
+small drafters, :func:`cluster` comes first: both steps as one kernel (``kernels/cluster_attention.py``).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from vllm_gemma4_spec import scope
 from vllm_gemma4_spec.kernels.scratch import PARTS
 
 if TYPE_CHECKING:
+    from vllm_gemma4_spec.kernels.cluster_attention import Form as ClusterForm
     from vllm_gemma4_spec.kernels.few_query_attention import Form
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
@@ -132,6 +134,28 @@ def launch(q: torch.Tensor, k: torch.Tensor, num_seqs: int, window: int) -> Laun
     return found if found and found.floats(num_tokens, num_heads, head_size, window) <= _FLOATS else None
 
 
+_UNITS = 32  # tiles of eight rows, of all requests and KV heads, for which a cluster each is faster
+
+
+def cluster(q: torch.Tensor, k: torch.Tensor, num_seqs: int, window: int, queries: int) -> ClusterForm | None:
+    """The kernel over clusters for requests of at most ``queries`` tokens, where it is the fastest; else None.
+
+    Of shapes alone, as :func:`launch`, whose arguments these are.
+    """
+    from vllm_gemma4_spec.kernels import cluster_attention
+
+    num_heads, head_size = q.shape[1:]
+    if num_seqs > _REQUESTS or q.dtype != torch.bfloat16 or k.dtype != q.dtype or (queries > 1 and not window):
+        return None
+    form = cluster_attention.form(head_size, num_heads // k.shape[2], window, k.shape[1], queries)
+    if form is None:
+        return None
+    units = num_seqs * k.shape[2] * form.tiles(queries)
+    if units > _UNITS or not cluster_attention.at_once(form, units):
+        return None
+    return form if form.scratch(units, cluster_attention.clusters(window, units)) <= _FLOATS else None
+
+
 @functools.cache
 def _suits(device: torch.device) -> bool:
     """A card that launches kernels early, unless a batch's size must not change the order of sums."""
@@ -189,7 +213,10 @@ class FewQueries:
 
     def __init__(self) -> None:
         self.works: bool | None = None  # this package's kernel; not tried yet
+        self.clusters = True  # the kernel over clusters has not failed to compile
+        self._compiled: set[ClusterForm] = set()
         self._scratch: dict[torch.device, torch.Tensor] = {}
+        self._arrivals: dict[torch.device, torch.Tensor] = {}
 
     def scratch(self, device: torch.device) -> torch.Tensor | None:
         """Made by the first call, a warm-up: not within a CUDA graph, where it would be that graph's."""
@@ -198,6 +225,7 @@ class FewQueries:
                 return None
             held = PARTS.floats(device, _FLOATS)
             self._scratch[device] = torch.empty(_FLOATS, device=device) if held is None else held
+            self._arrivals[device] = torch.zeros(_UNITS * 8, dtype=torch.int32, device=device)
         return self._scratch[device]
 
     def __call__(self, original: Callable[..., None], given: dict[str, Any]) -> bool:
@@ -205,11 +233,14 @@ class FewQueries:
         q, k, window = given["q"], given["k"], given["window_size"][0] + 1
         if not _suits(q.device) or given["softcap"] or any(given.get(other) is not None for other in _OTHERS):
             return False
-        how = launch(q, k, len(given["seqused_k"]), window)
-        if how is None:
-            return False
         scratch = self.scratch(q.device)
         if scratch is None:
+            return False
+        form = cluster(q, k, len(given["seqused_k"]), window, given["max_seqlen_q"])
+        if form and self._cluster(form, given, scratch):
+            return True
+        how = launch(q, k, len(given["seqused_k"]), window)
+        if how is None:
             return False
         if how.own:
             return self._own(how.own, given, window, scratch)
@@ -228,6 +259,28 @@ class FewQueries:
             original(**changed)
         finally:
             _changed.clear()
+        return True
+
+    def _cluster(self, form: ClusterForm, given: dict[str, Any], scratch: torch.Tensor) -> bool:
+        from vllm_gemma4_spec.kernels import cluster_attention
+
+        q, k, v, out = given["q"], given["k"], given["v"], given["out"]
+        if not self.clusters or not cluster_attention.takes(q, k, v, out):
+            return False
+        if form not in self._compiled:
+            if torch.cuda.is_current_stream_capturing():  # nothing may be loaded then
+                return False
+            try:
+                cluster_attention.kernel(form)
+            except (ImportError, RuntimeError) as error:
+                logger.info("Attention of few queries stays two kernels: %s", f"{error}".partition("\n")[0])
+                self.clusters = False
+                return False
+            self._compiled.add(form)
+        batch = given["block_table"], given["seqused_k"], given["cu_seqlens_q"], given["softmax_scale"]
+        cluster_attention.attention(
+            form, out, q, k, v, *batch, scratch, self._arrivals[q.device], given["max_seqlen_q"]
+        )
         return True
 
     def _own(self, how: Form, given: dict[str, Any], window: int, scratch: torch.Tensor) -> bool:
