@@ -362,8 +362,9 @@ def test_few_queries_of_a_small_drafter_run_over_clusters(clusters: list[Any], l
     assert not launches
 
 
-def test_a_full_layer_of_one_request_runs_over_clusters(clusters: list[Any]) -> None:
-    assert not ran_vllms(drafter_call() | full_layer(1))
+@pytest.mark.parametrize("requests", [1, 4, 8, 16])
+def test_a_full_layer_of_one_query_a_request_runs_over_clusters(clusters: list[Any], requests: int) -> None:
+    assert not ran_vllms(drafter_call() | full_layer(requests))
     assert clusters[0] == cluster_attention.form(512, 4, 0, 16, 1)
 
 
@@ -375,10 +376,11 @@ def test_a_full_layer_of_one_request_runs_over_clusters(clusters: list[Any]) -> 
         {"v": torch.empty(9, 16, 4, 256, dtype=torch.bfloat16, device="meta")[:, :, :2]},  # not as the keys lie
         {"seqused_k": torch.empty(17, device="meta")},
         {"max_seqlen_q": 4, "seqused_k": torch.empty(9, device="meta")},  # 36 tiles of rows
-        full_layer(4),
+        full_layer(6),  # 24 clusters
+        full_layer(17),
         full_layer(1) | {"max_seqlen_q": 2},
     ],
-    ids=["float16", "fp8", "strides", "requests", "queries", "full", "full-queries"],
+    ids=["float16", "fp8", "strides", "requests", "queries", "few-clusters", "full-requests", "full-queries"],
 )
 def test_other_batches_do_not_run_over_clusters(clusters: list[Any], changed: dict[str, Any]) -> None:
     ran_vllms(drafter_call() | changed)

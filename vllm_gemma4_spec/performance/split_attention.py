@@ -134,7 +134,7 @@ def launch(q: torch.Tensor, k: torch.Tensor, num_seqs: int, window: int) -> Laun
     return found if found and found.floats(num_tokens, num_heads, head_size, window) <= _FLOATS else None
 
 
-_LONG = 1  # requests whose long contexts, too, are no slower in full layers
+_FILLED = 28  # clusters with which a full layer's long contexts are read as fast as by vLLM's kernel
 _UNITS = 32  # tiles of eight rows, of all requests and KV heads, for which a cluster each is faster
 
 
@@ -148,7 +148,7 @@ def cluster(q: torch.Tensor, k: torch.Tensor, num_seqs: int, window: int, querie
     num_heads, head_size = q.shape[1:]
     if num_seqs > _REQUESTS or q.dtype != torch.bfloat16 or k.dtype != q.dtype:
         return None
-    if not window and (queries > 1 or num_seqs > _LONG):
+    if not window and queries > 1:  # each tile of rows would read all keys again
         return None
     form = cluster_attention.form(head_size, num_heads // k.shape[2], window, k.shape[1], queries)
     if form is None:
@@ -156,7 +156,10 @@ def cluster(q: torch.Tensor, k: torch.Tensor, num_seqs: int, window: int, querie
     units = num_seqs * k.shape[2] * form.tiles(queries)
     if units > _UNITS or not cluster_attention.at_once(form, units):
         return None
-    return form if form.scratch(units, cluster_attention.clusters(window, units)) <= _FLOATS else None
+    count = cluster_attention.clusters(window, units)
+    if not window and units * count < _FILLED:
+        return None
+    return form if form.scratch(units, count) <= _FLOATS else None
 
 
 @functools.cache
