@@ -99,10 +99,12 @@ class Slowest:
     """Measured times over floors, the largest of any pair: of a pass of the target and of the drafter.
 
     A mixture of experts reads little and launches much, so its ratio is its own (31B 2.3, 26B-A4B 6 on an H200).
+    ``overhead``: the most seconds that a step with drafts took beside its passes.
     """
 
     target: float
     draft: float
+    overhead: float
 
 
 @cache
@@ -111,15 +113,16 @@ def slowest(requests: int, experts: bool) -> Slowest:
 
     At the measured number of requests that is next above ``requests``; at the most that were measured, beyond it.
     """
-    target, draft = 1.0, 1.0
+    target, draft, overhead = 1.0, 1.0, 0.0
     for row in _rows():
         counts = sorted(map(int, row["ms"]))
         n = counts[min(bisect_left(counts, requests), len(counts) - 1)]
         ms, card = row["ms"][str(n)], hardware()[row["card"]]
         load = Workload(n, row["context"], 2.0)
         floors = Steps.floors(_target(row), _drafter(row), load, card.bandwidth)
+        overhead = max(overhead, ms["rest"] / 1e3)
         draft = max(draft, ms["first_draft"] / 1e3 / floors.drafts[1], ms["further_draft"] / 1e3 / floors.drafts[1])
         if bool(_target(row).experts) == experts:
             over = (value / 1e3 / floors.target[k] for k, value in _verified(ms).items())
             target = max(target, ms["step"] / 1e3 / floors.target[0], *over)
-    return Slowest(target, draft)
+    return Slowest(target, draft, overhead)

@@ -244,7 +244,7 @@ def make(
         shown = steps or floors
         ks = range(timing.MAX_K + 1 if drafter else 1)
         slow = measured.slowest(requests, bool(target.experts))
-        least = floors.slower(slow.target, slow.draft)
+        least = floors.slower(slow.target, slow.draft, slow.overhead)
 
         def speeds(of: timing.Steps, rates: tuple[float, ...], ks: range = ks) -> list[float]:
             return [round(timing.speed(of, rates, k, requests), 2) for k in ks]

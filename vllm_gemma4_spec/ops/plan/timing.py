@@ -111,9 +111,9 @@ class Steps:
         passes = tuple(load.pass_bytes(target, k + 1) / bandwidth for k in range(MAX_K + 1))
         return cls(tuple(k * draft for k in range(MAX_K + 1)), passes)
 
-    def slower(self, target: float, draft: float) -> Steps:
-        """Every pass takes so many times as long."""
-        return Steps(tuple(draft * s for s in self.drafts), tuple(target * s for s in self.target), self.overhead)
+    def slower(self, target: float, draft: float, overhead: float) -> Steps:
+        """Every pass takes so many times as long, and a step with drafts so many seconds beside them."""
+        return Steps(tuple(draft * s for s in self.drafts), tuple(target * s for s in self.target), overhead)
 
     def seconds(self, k: int) -> float:
         return self.drafts[k] + self.target[k] + (self.overhead if k else 0.0)
