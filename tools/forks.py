@@ -22,13 +22,14 @@ _held: dict[str, socket.socket] = {}
 def preload() -> None:
     """To be called once, before the first fork."""
     os.environ[_RUN_ID] = f"forks{os.getpid()}"
-    import torch  # noqa: F401
+    import tests.support.engine  # noqa: F401, I001 - sets the environment, which OpenMP reads when torch is imported
+    import torch
     import vllm.entrypoints.openai.api_server
     import vllm.v1.engine.llm_engine
     import vllm.v1.worker.gpu_model_runner  # noqa: F401
 
-    import tests.support.engine  # noqa: F401 - sets the environment
-
+    # Two processes of two threads each wait for each other's cores, spinning: a step took twenty times as long.
+    assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])
     assert not any(name.partition(".")[0] == PACKAGE for name in sys.modules)
     gc.collect()
     gc.freeze()  # pages of what was imported stay shared
