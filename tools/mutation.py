@@ -56,6 +56,7 @@ MODULES: dict[str, list[str]] = {
         "performance/test_split_attention.py::test_few_queries_of_a_small_drafter_run_over_clusters",
         "performance/test_split_attention.py::test_a_full_layer_of_one_query_a_request_runs_over_clusters",
         "performance/test_split_attention.py::test_other_batches_do_not_run_over_clusters",
+        "performance/test_split_attention.py::test_several_queries_of_a_full_layer_do_not_run_over_clusters",
         "performance/test_split_attention.py::test_a_kernel_over_clusters_is_not_loaded_within_a_graph",
         "performance/test_split_attention.py::test_without_the_kernel_over_clusters_two_stay_and_the_log_says_so",
         "performance/test_split_attention.py::test_a_builder_in_scope_marks_its_scratch",

@@ -374,16 +374,27 @@ def test_a_full_layer_of_one_query_a_request_runs_over_clusters(clusters: list[A
         {"q": torch.empty(4, 8, 256, dtype=torch.float16, device="meta")},
         {name: torch.empty(9, 16, 2, 256, dtype=torch.float8_e4m3fn, device="meta") for name in ("k", "v")},
         {"v": torch.empty(9, 16, 4, 256, dtype=torch.bfloat16, device="meta")[:, :, :2]},  # not as the keys lie
+        {
+            name: torch.empty(9, 24, 2, 256, dtype=torch.bfloat16, device="meta") for name in ("k", "v")
+        },  # no power of two
         {"seqused_k": torch.empty(17, device="meta")},
         {"max_seqlen_q": 4, "seqused_k": torch.empty(9, device="meta")},  # 36 tiles of rows
         full_layer(6),  # 24 clusters
         full_layer(17),
         full_layer(1) | {"max_seqlen_q": 2},
     ],
-    ids=["float16", "fp8", "strides", "requests", "queries", "few-clusters", "full-requests", "full-queries"],
+    ids=["float16", "fp8", "strides", "page", "requests", "queries", "few-clusters", "full-requests", "full-queries"],
 )
 def test_other_batches_do_not_run_over_clusters(clusters: list[Any], changed: dict[str, Any]) -> None:
     ran_vllms(drafter_call() | changed)
+    assert not clusters
+
+
+def test_several_queries_of_a_full_layer_do_not_run_over_clusters(
+    clusters: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_attention, "at_once", lambda *_: True)
+    ran_vllms(drafter_call() | full_layer(1) | {"max_seqlen_q": 2})
     assert not clusters
 
 

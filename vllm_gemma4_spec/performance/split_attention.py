@@ -141,13 +141,11 @@ _UNITS = 32  # tiles of eight rows, of all requests and KV heads, for which a cl
 def cluster(q: torch.Tensor, k: torch.Tensor, num_seqs: int, window: int, queries: int) -> ClusterForm | None:
     """The kernel over clusters for requests of at most ``queries`` tokens, where it is the fastest; else None.
 
-    Of shapes alone, as :func:`launch`, whose arguments these are.
+    Of shapes alone, as :func:`launch`, whose arguments these are; ``cluster_attention.takes`` looks at dtypes.
     """
     from vllm_gemma4_spec.kernels import cluster_attention
 
     num_heads, head_size = q.shape[1:]
-    if num_seqs > _REQUESTS or q.dtype != torch.bfloat16 or k.dtype != q.dtype:
-        return None
     if not window and queries > 1:  # each tile of rows would read all keys again
         return None
     form = cluster_attention.form(head_size, num_heads // k.shape[2], window, k.shape[1], queries)
