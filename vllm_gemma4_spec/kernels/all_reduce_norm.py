@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from importlib import resources
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ _SLOTS = 3
 
 def source(width: int, eps: float, exchange: bool, scale: bool, following: bool) -> str:
     """The kernel's CUDA C++."""
-    text = resources.files(__package__).joinpath("all_reduce_norm.cu").read_text()
     macros = {
         "WIDTH": width,
         "ROWS": MOST_ROWS,
@@ -35,7 +33,7 @@ def source(width: int, eps: float, exchange: bool, scale: bool, following: bool)
         "SCALE": int(scale),
         "NEXT": int(following),
     }
-    return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + text
+    return cuda.source("all_reduce_norm.cu", macros)
 
 
 @functools.cache

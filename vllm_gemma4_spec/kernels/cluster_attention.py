@@ -10,7 +10,6 @@ import functools
 import math
 import struct
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import torch
@@ -119,7 +118,6 @@ def clusters(window: int, units: int) -> int:
 
 def source(how: Form) -> str:
     """The kernel's CUDA C++."""
-    text = resources.files(__package__).joinpath("cluster_attention.cu").read_text()
     macros = {
         "SIZE": how.size,
         "GROUP": how.group,
@@ -134,7 +132,7 @@ def source(how: Form) -> str:
         "EARLY": how.early,
         "SHARED": how.shared_bytes,
     }
-    return "".join(f"#define {name} {value}\n" for name, value in macros.items()) + text
+    return cuda.source("cluster_attention.cu", macros)
 
 
 @functools.cache

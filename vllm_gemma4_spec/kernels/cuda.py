@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib import resources
 from typing import Any
 
 import torch
@@ -25,6 +26,17 @@ def _checked(result: tuple[Any, ...], what: str) -> Any:
     if status.value:
         raise RuntimeError(f"{what}: {status.name}")
     return values[0] if len(values) == 1 else values
+
+
+def source(file: str, macros: Mapping[str, Any] | None = None, before: str = "") -> str:
+    """CUDA C++ of a file of this package, behind its macros and what else is to stand before it."""
+    defined = "".join(f"#define {name} {value}\n" for name, value in (macros or {}).items())
+    return defined + before + resources.files(__package__).joinpath(file).read_text()
+
+
+def starts_early(device: torch.device) -> bool:
+    """A card on which this package launches small kernels before the one ahead has ended: Hopper, Blackwell."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 @functools.cache

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import logging
 import operator
-from importlib import resources
 from typing import Any
 
 import torch
@@ -40,8 +39,7 @@ def suits(k: Any, wide: Any) -> bool:
 
 def source(form: Form) -> str:
     """The kernel's CUDA C++."""
-    text = resources.files(__package__).joinpath("nvfp4_gated.cu").read_text()
-    return "#define GATED\n" + small_batch_gemm.source(form, False, False) + text
+    return cuda.source("nvfp4_gated.cu", before="#define GATED\n" + small_batch_gemm.source(form, False, False))
 
 
 @functools.cache

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import torch
@@ -129,8 +128,7 @@ def macros(form: Form, gelu: int, scaled: bool) -> dict[str, int]:
 
 def source(form: Form, gelu: int, scaled: bool) -> str:
     """The kernel's CUDA C++."""
-    text = resources.files(__package__).joinpath("nvfp4_rows.cu").read_text()
-    return "".join(f"#define {name} {value}\n" for name, value in macros(form, gelu, scaled).items()) + text
+    return cuda.source("nvfp4_rows.cu", macros(form, gelu, scaled))
 
 
 @functools.cache

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import torch
@@ -114,9 +113,7 @@ def macros(tiles: int, scaled: bool, form: Form, rank: int = 0) -> dict[str, int
 
 def source(tiles: int, scaled: bool, form: Form, rank: int = 0) -> str:
     """The kernel's CUDA C++ for inputs of up to ``8 * tiles`` rows."""
-    text = resources.files(__package__).joinpath("nvfp4_stream.cu").read_text()
-    defined = "".join(f"#define {k} {v}\n" for k, v in macros(tiles, scaled, form, rank).items())
-    return defined + mma_async(tiles) * form.wgmma + text
+    return cuda.source("nvfp4_stream.cu", macros(tiles, scaled, form, rank), mma_async(tiles) * form.wgmma)
 
 
 def shared_bytes(tiles: int, form: Form, rank: int = 0) -> int:
@@ -224,7 +221,7 @@ def scaled_rows(x: Tensor, by: Tensor) -> Tensor:
 
 
 def scaled_rows_source() -> str:
-    return resources.files(__package__).joinpath("scaled_rows.cu").read_text()
+    return cuda.source("scaled_rows.cu")
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from vllm_gemma4_spec import scope
+from vllm_gemma4_spec.kernels import cuda
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
@@ -18,10 +19,7 @@ IN_SCOPE = "_gemma4_spec_early_write"
 _TOKENS = 320  # most tokens of a batch: 64 requests with k = 4; of more the launch is little
 
 
-@functools.cache
-def _suits(device: torch.device) -> bool:
-    """A card on which kernels are launched early."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+_suits = functools.cache(cuda.starts_early)
 
 
 def fits(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> bool:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_gemma4_spec import scope
+from vllm_gemma4_spec.kernels import cuda
 from vllm_gemma4_spec.kernels.scratch import PARTS
 
 if TYPE_CHECKING:
@@ -165,9 +166,7 @@ def _suits(device: torch.device) -> bool:
     """A card that launches kernels early, unless a batch's size must not change the order of sums."""
     import vllm.envs as envs
 
-    if device.type != "cuda" or envs.VLLM_BATCH_INVARIANT:
-        return False
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return not envs.VLLM_BATCH_INVARIANT and cuda.starts_early(device)
 
 
 class Kernel:
