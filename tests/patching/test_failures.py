@@ -191,6 +191,7 @@ def test_what_someone_else_put_on_top_stays_and_is_named() -> None:
 
 
 def test_nothing_is_undone_where_something_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    importlib.import_module("vllm.v1.core.sched.scheduler")  # patches are applied to what has been imported
     vllm_gemma4_spec.apply()
     first = PATCHER._applied[0]  # the last one to be undone
     places = [(a.owner, a.attribute) for a in PATCHER._applied]
