@@ -194,4 +194,5 @@ def test_quantize_with_the_newest_modelopt(case: str, tmp_path: Path) -> None:
         wanted = sizing.predict(Checkpoint(parent), "awq-full", towers=False)
         assert sum(info.bytes for info in tensors.values()) == pytest.approx(wanted, rel=0.01)
     ours, truth = engine_logprobs(made, **text_only(made)), reference.logprobs(made, TOKENS, double=True)
-    assert float((ours - truth).abs().max()) < TOLERANCE
+    off, theirs = (float((each - truth).abs().max()) for each in (ours, reference.logprobs(made, TOKENS)))
+    assert off < max(TOLERANCE, 2 * theirs)  # a larger model's float32 is 1.2e-4 off by itself

@@ -34,12 +34,12 @@ def pair() -> Pair:
 
 
 def long_requests() -> list[Asked]:
-    """Answers that take a while: six of 90 tokens, whatever the model would say.
+    """Answers that take a while: six of 300 tokens, whatever the model would say.
 
     Without tools: a call that an abort cuts is given back as content, which the whole answer has not.
     """
     plain = [a for a in pool(20) if "tools" not in a.body][:6]
-    return [Asked(a.key, {**a.body, "max_tokens": 90, "ignore_eos": True, "stop": None}) for a in plain]
+    return [Asked(a.key, {**a.body, "max_tokens": 300, "ignore_eos": True, "stop": None}) for a in plain]
 
 
 def say(name: str, outcomes: dict[bool, Any]) -> None:
