@@ -66,6 +66,7 @@ MODULES: dict[str, list[str]] = {
     ],
     "performance.cache_write": ["performance/test_cache_write.py"],
     "performance.first_pass_slots": ["performance/test_first_pass_slots.py"],
+    "performance.step_slots": ["performance/test_step_slots.py"],
     "performance.compile_settings": [
         "performance/test_launch_early.py",
         "performance/test_draft_compile.py",

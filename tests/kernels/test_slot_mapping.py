@@ -89,12 +89,26 @@ FIRST_PASSES = [
 ]
 
 
+def step(seed: int, query_lens: list[int], longest: int) -> dict[str, Any]:
+    """A step of the target: requests at random places, every token with a slot."""
+    made = case(seed, query_lens)
+    made["positions"] %= MAX_LEN
+    return {key: made[key] for key in ("tables", "block_sizes", "query_start_loc", "positions")} | {
+        "longest": longest,
+        "length": MAX_LEN,
+    }
+
+
+STEPS = [step(9, [4], 64), step(10, [1] * 8, 2500), step(11, [200, 5, 1, 65, 64], 335)]  # the last leaves nothing over
+
+
 @pytest.fixture(scope="module")
 def by_triton(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     folder = tmp_path_factory.mktemp("slots")
-    torch.save([*CASES.values(), *FIRST_PASSES], folder / "cases.pt")
+    torch.save([*CASES.values(), *FIRST_PASSES, *STEPS], folder / "cases.pt")
     interpreted("tests.kernels.slot_mapping_by_triton", folder / "cases.pt", folder / "results.pt")
-    return dict(zip([*CASES, *range(len(FIRST_PASSES))], torch.load(folder / "results.pt"), strict=True))
+    names = [*CASES, *range(len(FIRST_PASSES)), *(f"step {i}" for i in range(len(STEPS)))]
+    return dict(zip(names, torch.load(folder / "results.pt"), strict=True))
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -112,6 +126,15 @@ def test_a_first_passs_slots_are_vllms(number: int, by_triton: dict[Any, Any]) -
     assert torch.equal(theirs, ours)
     assert bool((ours >= 0).any())
     assert bool((ours < 0).any())
+
+
+@pytest.mark.parametrize("number", range(len(STEPS)))
+def test_a_steps_slots_are_vllms(number: int, by_triton: dict[Any, Any]) -> None:
+    theirs, ours = by_triton[f"step {number}"]
+    assert torch.equal(theirs, ours)
+    num_tokens = len(STEPS[number]["positions"])
+    assert bool((ours[:, :num_tokens] > 0).all())
+    assert bool((ours[:, num_tokens:] == PADDING_SLOT_ID).all())
 
 
 def test_attention_may_read_metadata_before_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:

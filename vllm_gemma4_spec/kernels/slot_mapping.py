@@ -1,12 +1,13 @@
-"""Slots of a draft's tokens: of a first pass in the primary KV cache group, and of every pass in all groups.
+"""Slots of tokens in all KV cache groups: of a step, of a draft's first pass in the primary one, of each of its passes.
 
-For the latter the PyTorch form, which the CPU runs and the tests compare with, is
+For the last the PyTorch form, which the CPU runs and the tests compare with, is
 ``spec_decode.slot_mapping.group_slot_mappings``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from vllm.triton_utils import tl, triton
@@ -157,3 +158,65 @@ def first_pass_slots(
         block=BLOCK,
     )
     return out
+
+
+@triton.jit
+def _step_slots(  # type: ignore[no-untyped-def]
+    table_ptrs,  # [num_groups] int64: addresses of int32 block tables
+    table_strides,  # [num_groups] int64: entries per row
+    block_sizes,  # [num_groups] int64
+    out_ptrs,  # [num_groups] int64: addresses of [longest] int64 slots
+    query_start_loc,  # [num_reqs + 1] int32
+    positions,  # [num_tokens] int64
+    num_tokens,
+    longest,
+    pad: tl.constexpr,
+    block: tl.constexpr,
+):
+    """Grid ``(num_reqs + 1, num_groups)``; the last program of a group fills the rest of its slots."""
+    request = tl.program_id(0)
+    group = tl.program_id(1)
+    out = tl.load(out_ptrs + group).to(tl.pointer_type(tl.int64))
+    if request == tl.num_programs(0) - 1:
+        for first in range(num_tokens, longest, 1024):
+            token = first + tl.arange(0, 1024)
+            tl.store(out + token, pad, mask=token < longest)
+    else:
+        start = tl.load(query_start_loc + request)
+        end = tl.load(query_start_loc + request + 1)
+        block_size = tl.load(block_sizes + group)
+        row = tl.load(table_ptrs + group).to(tl.pointer_type(tl.int32)) + request * tl.load(table_strides + group)
+        for first in range(start, end, block):
+            token = first + tl.arange(0, block)
+            mask = token < end
+            position = tl.load(positions + token, mask=mask, other=0)
+            number = tl.load(row + position // block_size, mask=mask, other=0).to(tl.int64)
+            tl.store(out + token, number * block_size + position % block_size, mask=mask)
+
+
+class StepSlots:
+    """Where a step's tokens are written in every KV cache group, by one launch for all groups.
+
+    Not launched early, as :class:`GroupSlotKernel`.
+
+    Args:
+        tables: vLLM's ``BlockTable`` of each group, whose buffers stay where they are.
+    """
+
+    def __init__(self, tables: Sequence[Any]) -> None:
+        device = tables[0].slot_mapping.gpu.device
+        self._longest = tables[0].max_num_batched_tokens
+        block_tables = [t.block_table.gpu for t in tables]
+        values = (
+            [t.data_ptr() for t in block_tables],
+            [t.stride(0) for t in block_tables],
+            [t.block_size for t in tables],
+            [t.slot_mapping.gpu.data_ptr() for t in tables],
+        )
+        self._groups = [torch.tensor(of, dtype=torch.int64, device=device) for of in values]
+
+    def __call__(self, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor) -> None:
+        """As ``BlockTable.compute_slot_mapping`` of each: ``[>= num_reqs + 1]`` int32, ``[num_tokens]`` int64."""
+        _step_slots[(num_reqs + 1, len(self._groups[0]))](
+            *self._groups, query_start_loc, positions, len(positions), self._longest, pad=-1, block=BLOCK
+        )

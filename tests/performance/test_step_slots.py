@@ -1,0 +1,87 @@
+"""One kernel finds the slots of a step in all KV cache groups on a GPU, vLLM's a group each elsewhere."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import vllm_gemma4_spec
+from tests.support import engine as _engine  # sets the environment
+from tests.support.configs import GEMMA4, LLAMA, vllm_config
+from tests.support.stock import without
+from vllm_gemma4_spec.kernels import slot_mapping
+from vllm_gemma4_spec.performance import step_slots
+from vllm_gemma4_spec.performance.patches import STEP_SLOTS
+
+assert _engine
+
+STARTS, POSITIONS = torch.tensor([0, 2], dtype=torch.int32), torch.arange(2)
+
+
+@pytest.fixture(autouse=True)
+def patched() -> None:
+    vllm_gemma4_spec.apply()
+
+
+def launched(
+    monkeypatch: pytest.MonkeyPatch, device: str = "cuda", target: Any = GEMMA4, groups: int = 2, ranks: int = 1
+) -> tuple[int, int]:
+    """How often vLLM's kernel and ours are launched for a step of an engine with so many groups."""
+    from vllm.v1.worker import block_table
+
+    counts = {"theirs": 0, "ours": 0}
+
+    class Kernel:
+        def __init__(self, whose: str) -> None:
+            self.whose = whose
+
+        def __getitem__(self, _: Any) -> Any:
+            def launch(*_: Any, **__: Any) -> None:
+                counts[self.whose] += 1
+
+            return launch
+
+    monkeypatch.setattr(block_table, "_compute_slot_mapping_kernel", Kernel("theirs"))
+    monkeypatch.setattr(slot_mapping, "_step_slots", Kernel("ours"))
+    sizes = [16] * groups
+    together = block_table.MultiGroupBlockTable(2, 64, 8, False, torch.device("cpu"), sizes, sizes)
+    for table in together.block_tables:
+        table.dcp_world_size = ranks
+    runner = SimpleNamespace(
+        device=torch.device(device),
+        vllm_config=vllm_config(target, target),
+        input_batch=SimpleNamespace(block_table=together),
+    )
+    step_slots.may_reinitialize_input_batch(lambda self: None)(runner)
+    together.compute_slot_mapping(1, STARTS, POSITIONS)
+    return counts["theirs"], counts["ours"]
+
+
+def test_one_launch_finds_the_slots_of_all_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launched(monkeypatch) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "engine", [{"device": "cpu"}, {"target": LLAMA}, {"groups": 1}, {"ranks": 2}], ids=lambda e: str(*e)
+)
+def test_elsewhere_vllms_kernel_finds_them(monkeypatch: pytest.MonkeyPatch, engine: dict[str, Any]) -> None:
+    assert launched(monkeypatch, **engine) == (engine.get("groups", 2), 0)
+
+
+def test_stock_launches_a_kernel_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    with without(STEP_SLOTS):
+        assert launched(monkeypatch, groups=22) == (22, 0)
+
+
+def test_the_runners_method_is_wrapped() -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    wrapper: Any = GPUModelRunner.may_reinitialize_input_batch
+    names = []
+    while wrapper is not None:
+        names.append(wrapper.__globals__["__name__"])
+        wrapper = getattr(wrapper, "__wrapped__", None)
+    assert "vllm_gemma4_spec.performance.step_slots" in names
