@@ -50,12 +50,12 @@ def launched(
     together = block_table.MultiGroupBlockTable(2, 64, 8, False, torch.device("cpu"), sizes, sizes)
     for table in together.block_tables:
         table.dcp_world_size = ranks
-    runner = SimpleNamespace(
-        device=torch.device(device),
-        vllm_config=vllm_config(target, target),
-        input_batch=SimpleNamespace(block_table=together),
-    )
-    step_slots.may_reinitialize_input_batch(lambda self: None)(runner)
+    runner = SimpleNamespace(device=torch.device(device), vllm_config=vllm_config(target, target))
+
+    def original(self: Any) -> None:
+        self.input_batch = SimpleNamespace(block_table=together)
+
+    step_slots.may_reinitialize_input_batch(original)(runner)
     together.compute_slot_mapping(1, STARTS, POSITIONS)
     return counts["theirs"], counts["ours"]
 
