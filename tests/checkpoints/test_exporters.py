@@ -116,13 +116,19 @@ def _release(name: str) -> str:
     return f"{package} {found}"
 
 
+def off_float64(folder: Path, ours: torch.Tensor) -> tuple[float, float]:
+    """By how much the engine's log-probabilities, and transformers' in float32, miss those in float64 at most."""
+    truth = reference.logprobs(folder, TOKENS, double=True)
+    off, theirs = (float((each - truth).abs().max()) for each in (ours, reference.logprobs(folder, TOKENS)))
+    return off, theirs
+
+
 @pytest.mark.parametrize(("exporter", "name"), [(e, n) for e, x in EXPORTERS.items() for n in x.names])
 def test_logprobs_equal_the_reference(exporter: str, name: str, out: Path) -> None:
     folder = _exports(exporter, out) / name
     layers: dict[str, float] = {}
     ours = engine_logprobs(folder, layers, **text_only(folder))
-    truth = reference.logprobs(folder, TOKENS, double=True)
-    off, theirs = (float((each - truth).abs().max()) for each in (ours, reference.logprobs(folder, TOKENS)))
+    off, theirs = off_float64(folder, ours)
     _rows.append((exporter, _release(exporter), name, f"{off:.0e}", f"{theirs:.0e}"))
     assert off < TOLERANCE
     assert name.endswith("bf16") or layers
@@ -193,6 +199,5 @@ def test_quantize_with_the_newest_modelopt(case: str, tmp_path: Path) -> None:
     if "larger" in more:
         wanted = sizing.predict(Checkpoint(parent), "awq-full", towers=False)
         assert sum(info.bytes for info in tensors.values()) == pytest.approx(wanted, rel=0.01)
-    ours, truth = engine_logprobs(made, **text_only(made)), reference.logprobs(made, TOKENS, double=True)
-    off, theirs = (float((each - truth).abs().max()) for each in (ours, reference.logprobs(made, TOKENS)))
+    off, theirs = off_float64(made, engine_logprobs(made, **text_only(made)))
     assert off < max(TOLERANCE, 2 * theirs)  # a larger model's float32 is 1.2e-4 off by itself

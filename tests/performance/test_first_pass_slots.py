@@ -11,7 +11,7 @@ import torch
 import vllm_gemma4_spec
 from tests.support import engine as _engine  # sets the environment
 from tests.support.configs import GEMMA4, LLAMA, vllm_config
-from tests.support.stock import without
+from tests.support.stock import modules_around, without
 from vllm_gemma4_spec.kernels import slot_mapping
 from vllm_gemma4_spec.performance import first_pass_slots
 from vllm_gemma4_spec.performance.patches import FIRST_PASS_SLOTS
@@ -95,9 +95,5 @@ def test_stock_finds_slots_with_pytorchs_functions(monkeypatch: pytest.MonkeyPat
 def test_the_proposers_method_is_wrapped() -> None:
     from vllm.v1.spec_decode.eagle import SpecDecodeBaseProposer
 
-    wrapper: Any = SpecDecodeBaseProposer.set_inputs_first_pass
-    names = []
-    while wrapper is not None:
-        names.append(wrapper.__globals__["__name__"])
-        wrapper = getattr(wrapper, "__wrapped__", None)
-    assert "vllm_gemma4_spec.performance.first_pass_slots" in names
+    around = modules_around(SpecDecodeBaseProposer.set_inputs_first_pass)
+    assert "vllm_gemma4_spec.performance.first_pass_slots" in around

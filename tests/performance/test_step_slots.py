@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 import vllm_gemma4_spec
 from tests.support import engine as _engine  # sets the environment
 from tests.support.configs import GEMMA4, LLAMA, vllm_config
-from tests.support.stock import without
+from tests.support.stock import modules_around, without
 from vllm_gemma4_spec.kernels import slot_mapping
 from vllm_gemma4_spec.performance import step_slots
 from vllm_gemma4_spec.performance.patches import STEP_SLOTS
@@ -32,20 +33,9 @@ def launched(
     """How often vLLM's kernel and ours are launched for a step of an engine with so many groups."""
     from vllm.v1.worker import block_table
 
-    counts = {"theirs": 0, "ours": 0}
-
-    class Kernel:
-        def __init__(self, whose: str) -> None:
-            self.whose = whose
-
-        def __getitem__(self, _: Any) -> Any:
-            def launch(*_: Any, **__: Any) -> None:
-                counts[self.whose] += 1
-
-            return launch
-
-    monkeypatch.setattr(block_table, "_compute_slot_mapping_kernel", Kernel("theirs"))
-    monkeypatch.setattr(slot_mapping, "_step_slots", Kernel("ours"))
+    theirs, ours = MagicMock(), MagicMock()
+    monkeypatch.setattr(block_table, "_compute_slot_mapping_kernel", theirs)
+    monkeypatch.setattr(slot_mapping, "_step_slots", ours)
     sizes = [16] * groups
     together = block_table.MultiGroupBlockTable(2, 64, 8, False, torch.device("cpu"), sizes, sizes)
     for table in together.block_tables:
@@ -57,7 +47,7 @@ def launched(
 
     step_slots.may_reinitialize_input_batch(original)(runner)
     together.compute_slot_mapping(1, STARTS, POSITIONS)
-    return counts["theirs"], counts["ours"]
+    return theirs.__getitem__.return_value.call_count, ours.__getitem__.return_value.call_count
 
 
 def test_one_launch_finds_the_slots_of_all_groups(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,9 +69,4 @@ def test_stock_launches_a_kernel_a_group(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_runners_method_is_wrapped() -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    wrapper: Any = GPUModelRunner.may_reinitialize_input_batch
-    names = []
-    while wrapper is not None:
-        names.append(wrapper.__globals__["__name__"])
-        wrapper = getattr(wrapper, "__wrapped__", None)
-    assert "vllm_gemma4_spec.performance.step_slots" in names
+    assert "vllm_gemma4_spec.performance.step_slots" in modules_around(GPUModelRunner.may_reinitialize_input_batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import vllm_gemma4_spec
 from vllm_gemma4_spec import settings
@@ -29,6 +30,15 @@ def without(patch: Patch) -> Iterator[None]:
         PATCHER.passed_over.discard(patch.name)
         cleanup_dist_env_and_memory()  # of an engine that never came up
         vllm_gemma4_spec.apply()
+
+
+def modules_around(function: Any) -> list[str]:
+    """Of a patched function and all that it wraps, the outermost first."""
+    names = []
+    while function is not None:
+        names.append(function.__globals__["__name__"])
+        function = getattr(function, "__wrapped__", None)
+    return names
 
 
 def pytest_configure() -> None:

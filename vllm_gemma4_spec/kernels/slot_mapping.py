@@ -50,6 +50,13 @@ def _group_slot_mapping_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + group * out_stride + token, tl.where(written, slot, pad), mask=mask)
 
 
+def _where_rows_are(tables: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Addresses and entries per row of block tables, ``[num_groups]`` int64 each, where the tables are."""
+    values = [t.data_ptr() for t in tables], [t.stride(0) for t in tables]
+    pointers, strides = (torch.tensor(of, dtype=torch.int64, device=tables[0].device) for of in values)
+    return pointers, strides
+
+
 class GroupSlotKernel:
     """Launches the kernel for a fixed set of groups; nothing is allocated per call.
 
@@ -73,9 +80,7 @@ class GroupSlotKernel:
         addresses = [t.data_ptr() for t in tables]
         if addresses != self._bound:
             self._bound = addresses
-            strides = [t.stride(0) for t in tables]
-            self._pointers = torch.tensor(addresses, dtype=torch.int64, device=self._out.device)
-            self._strides = torch.tensor(strides, dtype=torch.int64, device=self._out.device)
+            self._pointers, self._strides = _where_rows_are(tables)
 
     def __call__(
         self, query_start_loc: torch.Tensor, num_reqs: int, positions: torch.Tensor, primary_slots: torch.Tensor
@@ -204,16 +209,11 @@ class StepSlots:
     """
 
     def __init__(self, tables: Sequence[Any]) -> None:
-        device = tables[0].slot_mapping.gpu.device
         self._longest = tables[0].max_num_batched_tokens
-        block_tables = [t.block_table.gpu for t in tables]
-        values = (
-            [t.data_ptr() for t in block_tables],
-            [t.stride(0) for t in block_tables],
-            [t.block_size for t in tables],
-            [t.slot_mapping.gpu.data_ptr() for t in tables],
-        )
-        self._groups = [torch.tensor(of, dtype=torch.int64, device=device) for of in values]
+        outs = [t.slot_mapping.gpu for t in tables]
+        sizes = torch.tensor([t.block_size for t in tables], dtype=torch.int64, device=outs[0].device)
+        addresses = torch.tensor([out.data_ptr() for out in outs], dtype=torch.int64, device=outs[0].device)
+        self._groups = (*_where_rows_are([t.block_table.gpu for t in tables]), sizes, addresses)
 
     def __call__(self, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor) -> None:
         """As ``BlockTable.compute_slot_mapping`` of each: ``[>= num_reqs + 1]`` int32, ``[num_tokens]`` int64."""
