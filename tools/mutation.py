@@ -67,6 +67,10 @@ MODULES: dict[str, list[str]] = {
     "performance.cache_write": ["performance/test_cache_write.py"],
     "performance.first_pass_slots": ["performance/test_first_pass_slots.py"],
     "performance.step_slots": ["performance/test_step_slots.py"],
+    "performance.table_copies": ["performance/test_table_copies.py"],
+    "performance.greedy_sampling": ["performance/test_greedy_sampling.py"],
+    "performance.step_indices": ["performance/test_step_indices.py"],
+    "performance.soft_cap": ["performance/test_soft_cap.py"],
     "performance.compile_settings": [
         "performance/test_launch_early.py",
         "performance/test_draft_compile.py",

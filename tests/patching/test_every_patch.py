@@ -239,6 +239,26 @@ SHOWN = {
         "performance/test_step_slots::test_one_launch_finds_the_slots_of_all_groups",
         r"assert \(2, 0\) == \(0, 1\)",
     ),
+    "table-copies": Shown(
+        "performance/test_table_copies::test_stock_copies_each_table",
+        "performance/test_table_copies::test_one_launch_copies_the_tables_of_all_groups",
+        r"assert \(2, \[\]\) == \(0, \[False\]\)",
+    ),
+    "greedy-sampling": Shown(
+        "performance/test_greedy_sampling::test_stock_copies_the_logits_first",
+        "performance/test_greedy_sampling::test_two_kernels_sample_greedily",
+        r"assert \[\] == \['tokens', 'verdict'\]",
+    ),
+    "step-indices": Shown(
+        "performance/test_step_indices::test_stock_copies_indices_each_step",
+        "performance/test_step_indices::test_a_step_like_the_last_has_its_indices",
+        r"assert \[False, False",
+    ),
+    "soft-cap": Shown(
+        "performance/test_soft_cap::test_stock_caps_with_three_kernels",
+        "performance/test_soft_cap::test_one_kernel_caps_logits",
+        r"assert 0 == 1",
+    ),
     "expert-routing": Shown(
         "performance/test_expert_routing::test_stock_chooses_with_pytorchs_functions",
         "performance/test_expert_routing::test_one_kernel_chooses_on_a_gpu",

@@ -141,6 +141,12 @@ def test_padding_stands_in_the_null_block_and_the_batch_where_it_was() -> None:
     assert graphs._inputs.num_rejected[:3].tolist() == rejected.tolist()
     drafts.zero_()  # the next replay
     assert made.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    graphs._graphs[1, K] = graphs._graphs[4, K]
+    alone: Any = SimpleNamespace(num_reqs=1, seq_lens=lengths[:1])
+    for given, live in ((alone, 1), (alone, 1), (cad, 3)):  # live requests are counted anew where they change
+        n = given.num_reqs * (K + 1)
+        graphs.replay(tokens[:n], tokens[:n].long(), last[: given.num_reqs], given, rejected[: given.num_reqs])
+        assert graphs._num_live.tolist() == [graphs._live] == [live]
 
 
 def test_a_capture_runs_the_original_on_inputs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +193,9 @@ def test_a_capture_runs_the_original_on_inputs_of_its_own(monkeypatch: pytest.Mo
         proposer, SimpleNamespace(slot_kernel=kernel), lambda rows: table[:rows], propose, [1, 4], [K, 2]
     )
     graphs._num_live.fill_(3)  # of a step before
+    graphs._live = 3
     graphs.capture(None)
+    assert graphs._num_live.tolist() == [graphs._live] == [0]
     wanted = [(4, K), (4, K), (4, K), (1, K), (1, K), (4, 2), (4, 2), (4, 2), (1, 2), (1, 2)]
     captures = [2, 4, 7, 9]
     assert ran == [(*one, at in captures) for at, one in enumerate(wanted)]

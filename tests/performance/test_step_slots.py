@@ -28,7 +28,12 @@ def patched() -> None:
 
 
 def launched(
-    monkeypatch: pytest.MonkeyPatch, device: str = "cuda", target: Any = GEMMA4, groups: int = 2, ranks: int = 1
+    monkeypatch: pytest.MonkeyPatch,
+    device: str = "cuda",
+    target: Any = GEMMA4,
+    groups: int = 2,
+    ranks: int = 1,
+    hip: str | None = None,
 ) -> tuple[int, int]:
     """How often vLLM's kernel and ours are launched for a step of an engine with so many groups."""
     from vllm.v1.worker import block_table
@@ -36,6 +41,7 @@ def launched(
     theirs, ours = MagicMock(), MagicMock()
     monkeypatch.setattr(block_table, "_compute_slot_mapping_kernel", theirs)
     monkeypatch.setattr(slot_mapping, "_step_slots", ours)
+    monkeypatch.setattr(torch.version, "hip", hip)
     sizes = [16] * groups
     together = block_table.MultiGroupBlockTable(2, 64, 8, False, torch.device("cpu"), sizes, sizes)
     for table in together.block_tables:
@@ -55,7 +61,7 @@ def test_one_launch_finds_the_slots_of_all_groups(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    "engine", [{"device": "cpu"}, {"target": LLAMA}, {"groups": 1}, {"ranks": 2}], ids=lambda e: str(*e)
+    "engine", [{"device": "cpu"}, {"target": LLAMA}, {"groups": 1}, {"ranks": 2}, {"hip": "7.0"}], ids=lambda e: str(*e)
 )
 def test_elsewhere_vllms_kernel_finds_them(monkeypatch: pytest.MonkeyPatch, engine: dict[str, Any]) -> None:
     assert launched(monkeypatch, **engine) == (engine.get("groups", 2), 0)
@@ -70,3 +76,12 @@ def test_the_runners_method_is_wrapped() -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     assert "vllm_gemma4_spec.performance.step_slots" in modules_around(GPUModelRunner.may_reinitialize_input_batch)
+
+
+def test_nothing_is_kept_in_memory_that_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM makes the tables, and has the method called, in the KV cache's pool, which loses its contents."""
+    from vllm.v1.worker.block_table import MultiGroupBlockTable
+
+    together = MultiGroupBlockTable(2, 64, 8, False, torch.device("cpu"), [16, 16], [16, 16])
+    slots = slot_mapping.StepSlots(together.block_tables)
+    assert not any(isinstance(value, torch.Tensor | tuple) for value in vars(slots).values())

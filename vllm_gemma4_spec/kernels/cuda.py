@@ -34,6 +34,12 @@ def source(file: str, macros: Mapping[str, Any] | None = None, before: str = "")
     return defined + before + resources.files(__package__).joinpath(file).read_text()
 
 
+def nvidia(where: torch.device | Tensor) -> bool:
+    """Whether that is, or lies on, a GPU of NVIDIA's: PyTorch calls AMD's ``cuda``, too."""
+    gpu = where.is_cuda if isinstance(where, Tensor) else where.type == "cuda"
+    return gpu and torch.version.hip is None
+
+
 def starts_early(device: torch.device) -> bool:
     """A card on which this package launches small kernels before the one ahead has ended: Hopper, Blackwell."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)

@@ -6,6 +6,7 @@ For the last the PyTorch form, which the CPU runs and the tests compare with, is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ def _group_slot_mapping_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + group * out_stride + token, tl.where(written, slot, pad), mask=mask)
 
 
-def _where_rows_are(tables: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def where_rows_are(tables: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Addresses and entries per row of block tables, ``[num_groups]`` int64 each, where the tables are."""
     values = [t.data_ptr() for t in tables], [t.stride(0) for t in tables]
     pointers, strides = (torch.tensor(of, dtype=torch.int64, device=tables[0].device) for of in values)
@@ -80,7 +81,7 @@ class GroupSlotKernel:
         addresses = [t.data_ptr() for t in tables]
         if addresses != self._bound:
             self._bound = addresses
-            self._pointers, self._strides = _where_rows_are(tables)
+            self._pointers, self._strides = where_rows_are(tables)
 
     def __call__(
         self, query_start_loc: torch.Tensor, num_reqs: int, positions: torch.Tensor, primary_slots: torch.Tensor
@@ -165,7 +166,7 @@ def first_pass_slots(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _step_slots(  # type: ignore[no-untyped-def]
     table_ptrs,  # [num_groups] int64: addresses of int32 block tables
     table_strides,  # [num_groups] int64: entries per row
@@ -209,11 +210,15 @@ class StepSlots:
     """
 
     def __init__(self, tables: Sequence[Any]) -> None:
-        self._longest = tables[0].max_num_batched_tokens
-        outs = [t.slot_mapping.gpu for t in tables]
-        sizes = torch.tensor([t.block_size for t in tables], dtype=torch.int64, device=outs[0].device)
+        self._tables, self._longest = tables, tables[0].max_num_batched_tokens
+
+    @functools.cached_property
+    def _groups(self) -> tuple[torch.Tensor, ...]:
+        """What the kernel knows of the groups. Made when first used, as ``DraftGroups.slot_kernel``, for sleep mode."""
+        outs = [t.slot_mapping.gpu for t in self._tables]
+        sizes = torch.tensor([t.block_size for t in self._tables], dtype=torch.int64, device=outs[0].device)
         addresses = torch.tensor([out.data_ptr() for out in outs], dtype=torch.int64, device=outs[0].device)
-        self._groups = (*_where_rows_are([t.block_table.gpu for t in tables]), sizes, addresses)
+        return (*where_rows_are([t.block_table.gpu for t in self._tables]), sizes, addresses)
 
     def __call__(self, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor) -> None:
         """As ``BlockTable.compute_slot_mapping`` of each: ``[>= num_reqs + 1]`` int32, ``[num_tokens]`` int64."""

@@ -128,6 +128,7 @@ class DraftGraphs:
         most = self.batch_sizes[-1]
         self._inputs = DraftInputs.allocate(most, self.query_len, proposer.device)
         self._num_live = torch.zeros(1, dtype=torch.int32, device=proposer.device)
+        self._live = 0  # what that holds
         self._graphs: dict[tuple[int, int], _Graph] = {}
         # Batch size -> the captured one it is padded to.
         self._padded = [min(b for b in self.batch_sizes if b >= n) for n in range(most + 1)]
@@ -168,6 +169,7 @@ class DraftGraphs:
         While nothing is live no slot is written, so the warm-up runs leave the KV cache as it is.
         """
         self._num_live.fill_(0)
+        self._live = 0
         with self._as_captured():
             for draft_length, num_reqs in itertools.product(self.draft_lengths, reversed(self.batch_sizes)):
                 with with_draft_length(self._proposer, draft_length):
@@ -204,18 +206,21 @@ class DraftGraphs:
         num_reqs = cad.num_reqs
         padded = self._padded[num_reqs]
         inputs, tokens = self._inputs, num_reqs * self.query_len
-        inputs.token_ids[:tokens].copy_(token_ids)
         inputs.positions[:tokens].copy_(positions)
-        inputs.next_token_ids[:num_reqs].copy_(next_token_ids)
-        inputs.num_rejected[:num_reqs].copy_(num_rejected)
-        inputs.seq_lens[:num_reqs].copy_(cad.seq_lens)
+        of_requests = inputs.next_token_ids, inputs.num_rejected, inputs.seq_lens
+        torch._foreach_copy_(  # one kernel: all are int32
+            [inputs.token_ids[:tokens], *(of[:num_reqs] for of in of_requests)],
+            [token_ids, next_token_ids, num_rejected, cad.seq_lens],
+        )
         if padded > num_reqs:
             # Padding reads the null block and writes nowhere. Rows past the batch belong to nobody: the
             # runner refills them before a request uses them.
             inputs.seq_lens[num_reqs:padded].fill_(self.query_len)
             for table in (self._primary_table(padded), *self._groups.block_tables(padded)):
                 table[num_reqs:].zero_()
-        self._num_live.fill_(num_reqs)
+        if num_reqs != self._live:
+            self._live = num_reqs
+            self._num_live.fill_(num_reqs)
         graph = self._graphs[padded, self._proposer.num_speculative_tokens]
         graph.cuda_graph.replay()
         # The next graph that shares the pool may overwrite it.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vllm_gemma4_spec import scope
+from vllm_gemma4_spec.kernels import cuda
 
 # Attribute of a ``MultiGroupBlockTable`` with its :class:`StepSlots`.
 SLOTS = "_gemma4_spec_step_slots"
@@ -29,7 +30,7 @@ def may_reinitialize_input_batch(original: Callable[..., None]) -> Callable[...,
         together = self.input_batch.block_table
         tables = together.block_tables
         whole = all(t.pcp_world_size * t.dcp_world_size == 1 for t in tables)
-        if self.device.type == "cuda" and len(tables) > 1 and whole and scope.gemma4_engine(self.vllm_config):
+        if cuda.nvidia(self.device) and len(tables) > 1 and whole and scope.gemma4_engine(self.vllm_config):
             from vllm_gemma4_spec.kernels.slot_mapping import StepSlots
 
             setattr(together, SLOTS, StepSlots(tables))

@@ -1,8 +1,8 @@
 """A draft model that is whole on every tensor-parallel rank: no all-reduce in a draft pass.
 
-Two all-reduces a layer cost a small drafter what the second card saves it. With ``draft_tensor_parallel_size: 1`` in
-the speculative config each rank builds, loads and runs all of it, as vLLM's ``patch_tensor_parallel_group`` is for: the
-drafter sees a tensor-parallel group of one.
+Without the fused all-reduce two all-reduces a layer cost a small drafter what the second card saves it. With
+``draft_tensor_parallel_size: 1`` in the speculative config each rank builds, loads and runs all of it, as vLLM's
+``patch_tensor_parallel_group`` is for: the drafter sees a tensor-parallel group of one.
 
 Ranks must agree on every draft, since each embeds its own. Their kernels may have been tuned apart, so rank 0's drafts
 go to all: one broadcast of ``[num_reqs, k]`` token ids a step, inside the graph where there is one.

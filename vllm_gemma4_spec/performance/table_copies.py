@@ -1,0 +1,55 @@
+"""Block tables of all KV cache groups to a GPU by one kernel."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from vllm_gemma4_spec import scope
+from vllm_gemma4_spec.kernels import cuda
+from vllm_gemma4_spec.spec_decode.block_tables import CLEAN
+
+# Attribute of a ``MultiGroupBlockTable`` with its :class:`TableCopies`.
+COPIES = "_gemma4_spec_table_copies"
+
+
+def may_reinitialize_input_batch(original: Callable[..., None]) -> Callable[..., None]:
+    """``GPUModelRunner.may_reinitialize_input_batch``: the tables that a Gemma 4's engine will use know their kernel.
+
+    Patch: ``table-copies``. Evidence: ``tests/performance/test_table_copies.py::test_stock_copies_each_table``. Related
+    upstream change: none found.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        together = self.input_batch.block_table
+        tables = together.block_tables
+        if not cuda.nvidia(self.device) or len(tables) < 2 or not scope.gemma4_engine(self.vllm_config):
+            return
+        from vllm_gemma4_spec.kernels import table_copies
+
+        if table_copies.reachable(tables):
+            clean = all(getattr(t, CLEAN, False) for t in tables)
+            setattr(together, COPIES, table_copies.TableCopies(tables, clean=clean))
+
+    return wrapper
+
+
+def commit_block_table(original: Callable[..., None]) -> Callable[..., None]:
+    """``MultiGroupBlockTable.commit_block_table``: one launch where the tables have a kernel.
+
+    Patch: ``table-copies``. Evidence: ``tests/performance/test_table_copies.py::test_stock_copies_each_table``. Related
+    upstream change: none found.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, num_reqs: int) -> None:
+        copies = self.__dict__.get(COPIES)
+        if copies is None:
+            original(self, num_reqs)
+        else:
+            copies(num_reqs)
+
+    return wrapper
