@@ -35,13 +35,14 @@ def best_k(step: dict[str, float], rate: float, most: int = MOST) -> tuple[int, 
 
 
 def from_results(path: Path) -> dict[int, dict[str, float]]:
-    """Concurrency -> times in ms, of the engines ``stock`` (or ``plain``) and ``spec``."""
+    """Concurrency -> times in ms, of the engines ``stock`` (or ``plain``) and the first ``spec…``."""
     engines = json.loads(path.read_text())["engines"]
+    spec = next(of for name, of in engines.items() if name.startswith("spec"))
     plain = {r["concurrency"]: r["step"] for r in engines.get("stock", engines.get("plain"))["runs"]}
     out = {}
-    for run in engines["spec"]["runs"]:
+    for run in spec["runs"]:
         n = run["concurrency"]
-        parts = engines["spec"]["draft_parts"][str(n)]
+        parts = spec["draft_parts"][str(n)]
         times = {"verify": run["verify"], "other": run["sampling"] + run["gap"], "plain": plain[n]}
         out.setdefault(n, times | {"first": parts["first"], "further": parts["further"]})
     return out

@@ -33,31 +33,45 @@ def force_acceptance(worker: Any, probabilities: list[float] | None) -> None:
     """From now on a draft position is accepted with such a chance (None: by the model again).
 
     Of several chances each request has one, in turn: a mixed workload. A draft that adaptive k left out (token 0)
-    is rejected. The sampler does its work first, so its cost stays in the figures; then its verdict is replaced.
+    is rejected. The sampler does its work first, so its cost stays in the figures; then its verdict is replaced, by one
+    kernel.
     """
+    from vllm.triton_utils import tl, triton
+
+    @triton.jit
+    def verdict(drafts, draws, chances, out, k, most: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Grid ``(num_reqs,)``: accepted drafts, then any valid token: the draft or a constant."""
+        request, at = tl.program_id(0), tl.arange(0, most)
+        draft = tl.load(drafts + request * k + at, mask=at < k, other=0)
+        draw = tl.load(draws + request * k + at, mask=at < k, other=0.0)
+        differs = ((draft == 0) | (draw >= tl.load(chances + request))).to(tl.int32)
+        kept = tl.cumsum(differs, axis=0) - differs == 0
+        tl.store(out + request * (k + 1) + at, tl.where(kept, tl.where(draft == 0, 1000, draft), -1), mask=at <= k)
+
     runner = worker.model_runner
     sampler = runner.rejection_sampler
     original = type(sampler).forward
     seen: dict[str, int] = {}  # request -> its number
+    last: list[Any] = [None, None]  # chances of the last batch, here and on the card
+    drawn: list[Any] = [None, 0]  # random numbers for many steps, and how many are used
     # Every tensor-parallel rank must accept the same drafts: they draw from the same seed, in the same order.
     generator = torch.Generator(device=runner.device).manual_seed(0)
 
     def forward(metadata: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(sampler, metadata, *args, **kwargs)
-        tokens = output.sampled_token_ids  # [batch, k + 1], -1 where rejected
         counts, k = metadata.num_draft_tokens, metadata.max_spec_len
         if probabilities is None or set(counts) != {k}:
             return output
-        drafts = metadata.draft_token_ids.view(len(counts), k)
         numbers = [seen.setdefault(request, len(seen)) for request in runner.input_batch.req_ids]
-        chances = torch.tensor([probabilities[number % len(probabilities)] for number in numbers], pin_memory=True)
-        chance = chances.to(drafts.device, non_blocking=True)[:, None]
-        made = drafts != 0
-        accepted = ((torch.rand(drafts.shape, device=drafts.device, generator=generator) < chance) & made).cumprod(1)
-        # The token after the last accepted one: any valid id, here the draft before it or a constant.
-        kept = torch.cat([torch.ones_like(accepted[:, :1]), accepted], dim=1).bool()
-        values = torch.cat([torch.where(made, drafts, 1000), torch.full_like(drafts[:, :1], 1000)], dim=1)
-        output.sampled_token_ids = torch.where(kept, values, -1).to(tokens.dtype)
+        chances = [probabilities[number % len(probabilities)] for number in numbers]
+        if chances != last[0]:
+            last[:] = chances, torch.tensor(chances).to(runner.device)
+        drafts, out = metadata.draft_token_ids, output.sampled_token_ids  # [batch * k], [batch, k + 1]
+        if drawn[0] is None or drawn[1] + drafts.numel() > drawn[0].numel():
+            drawn[:] = torch.rand(2**18, device=drafts.device, generator=generator), 0
+        draws = drawn[0][drawn[1] : drawn[1] + drafts.numel()]
+        drawn[1] += -(-drafts.numel() // 4) * 4  # aligned, or the kernel would be compiled again
+        verdict[(len(counts),)](drafts, draws, last[1], out, k, most=triton.next_power_of_2(k + 1))
         return output
 
     sampler.forward = forward
@@ -153,6 +167,7 @@ def draft_parts(worker: Any, sizes: list[int], context: int) -> dict[str, dict[s
             (torch.arange(k + 1, device=runner.device) + context - k - 1).repeat(graph.batch_sizes[-1])
         )
         graph._num_live.fill_(0)
+        graph._live = 0
     for n in sizes:
         whole = _median_ms(graphs._graphs[n, k].cuda_graph.replay)
         once = _median_ms(first._graphs[n, 1].cuda_graph.replay)

@@ -59,6 +59,7 @@ _ALL = (
     Part("images", 200),
     Part("mtp", 300),
     Part("nvfp4_layers", 200),
+    Part("kernels", 90),
     Part("checkpoints", 240),
     Part("reload", 120),
     Part("structured_output", 150),
