@@ -15,6 +15,13 @@ from vllm_gemma4_spec.kernels import cuda
 SLOTS = "_gemma4_spec_step_slots"
 
 
+def groups_of(runner: Any) -> Any:
+    """A runner's ``MultiGroupBlockTable``, if it is a Gemma 4 engine's on CUDA and has several groups; else None."""
+    together = runner.input_batch.block_table
+    several = cuda.nvidia(runner.device) and len(together.block_tables) > 1
+    return together if several and scope.gemma4_engine(runner.vllm_config) else None
+
+
 def may_reinitialize_input_batch(original: Callable[..., None]) -> Callable[..., None]:
     """``GPUModelRunner.may_reinitialize_input_batch``: the tables that a Gemma 4's engine will use know their kernel.
 
@@ -27,13 +34,11 @@ def may_reinitialize_input_batch(original: Callable[..., None]) -> Callable[...,
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        together = self.input_batch.block_table
-        tables = together.block_tables
-        whole = all(t.pcp_world_size * t.dcp_world_size == 1 for t in tables)
-        if cuda.nvidia(self.device) and len(tables) > 1 and whole and scope.gemma4_engine(self.vllm_config):
+        together = groups_of(self)
+        if together and all(t.pcp_world_size * t.dcp_world_size == 1 for t in together.block_tables):
             from vllm_gemma4_spec.kernels.slot_mapping import StepSlots
 
-            setattr(together, SLOTS, StepSlots(tables))
+            setattr(together, SLOTS, StepSlots(together.block_tables))
 
     return wrapper
 

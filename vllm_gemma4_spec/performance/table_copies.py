@@ -6,8 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm_gemma4_spec import scope
-from vllm_gemma4_spec.kernels import cuda
+from vllm_gemma4_spec.performance.step_slots import groups_of
 from vllm_gemma4_spec.spec_decode.block_tables import CLEAN
 
 # Attribute of a ``MultiGroupBlockTable`` with its :class:`TableCopies`.
@@ -24,12 +23,12 @@ def may_reinitialize_input_batch(original: Callable[..., None]) -> Callable[...,
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        together = self.input_batch.block_table
-        tables = together.block_tables
-        if not cuda.nvidia(self.device) or len(tables) < 2 or not scope.gemma4_engine(self.vllm_config):
+        together = groups_of(self)
+        if together is None:
             return
         from vllm_gemma4_spec.kernels import table_copies
 
+        tables = together.block_tables
         if table_copies.reachable(tables):
             clean = all(getattr(t, CLEAN, False) for t in tables)
             setattr(together, COPIES, table_copies.TableCopies(tables, clean=clean))
