@@ -166,8 +166,7 @@ def draft_parts(worker: Any, sizes: list[int], context: int) -> dict[str, dict[s
         graph._inputs.positions.copy_(
             (torch.arange(k + 1, device=runner.device) + context - k - 1).repeat(graph.batch_sizes[-1])
         )
-        graph._num_live.fill_(0)
-        graph._live = 0
+        graph.mark_live(0)
     for n in sizes:
         whole = _median_ms(graphs._graphs[n, k].cuda_graph.replay)
         once = _median_ms(first._graphs[n, 1].cuda_graph.replay)

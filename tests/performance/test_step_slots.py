@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -11,7 +10,8 @@ import torch
 
 import vllm_gemma4_spec
 from tests.support import engine as _engine  # sets the environment
-from tests.support.configs import GEMMA4, LLAMA, vllm_config
+from tests.support.configs import GEMMA4, LLAMA
+from tests.support.step_cases import reinitialize, tables
 from tests.support.stock import modules_around, without
 from vllm_gemma4_spec.kernels import slot_mapping
 from vllm_gemma4_spec.performance import step_slots
@@ -42,16 +42,10 @@ def launched(
     monkeypatch.setattr(block_table, "_compute_slot_mapping_kernel", theirs)
     monkeypatch.setattr(slot_mapping, "_step_slots", ours)
     monkeypatch.setattr(torch.version, "hip", hip)
-    sizes = [16] * groups
-    together = block_table.MultiGroupBlockTable(2, 64, 8, False, torch.device("cpu"), sizes, sizes)
+    together = tables(groups)
     for table in together.block_tables:
         table.dcp_world_size = ranks
-    runner = SimpleNamespace(device=torch.device(device), vllm_config=vllm_config(target, target))
-
-    def original(self: Any) -> None:
-        self.input_batch = SimpleNamespace(block_table=together)
-
-    step_slots.may_reinitialize_input_batch(original)(runner)
+    reinitialize(step_slots.may_reinitialize_input_batch, together, device, target)
     together.compute_slot_mapping(1, STARTS, POSITIONS)
     return theirs.__getitem__.return_value.call_count, ours.__getitem__.return_value.call_count
 
@@ -80,8 +74,6 @@ def test_the_runners_method_is_wrapped() -> None:
 
 def test_nothing_is_kept_in_memory_that_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM makes the tables, and has the method called, in the KV cache's pool, which loses its contents."""
-    from vllm.v1.worker.block_table import MultiGroupBlockTable
-
-    together = MultiGroupBlockTable(2, 64, 8, False, torch.device("cpu"), [16, 16], [16, 16])
+    together = tables()
     slots = slot_mapping.StepSlots(together.block_tables)
     assert not any(isinstance(value, torch.Tensor | tuple) for value in vars(slots).values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -11,7 +10,8 @@ import torch
 
 import vllm_gemma4_spec
 from tests.support import engine as _engine  # sets the environment
-from tests.support.configs import GEMMA4, LLAMA, vllm_config
+from tests.support.configs import GEMMA4, LLAMA
+from tests.support.step_cases import reinitialize, tables
 from tests.support.stock import modules_around, without
 from vllm_gemma4_spec.kernels import table_copies as kernels
 from vllm_gemma4_spec.performance import table_copies
@@ -45,16 +45,10 @@ def copied(
     real = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *args, pin_memory=False, **kwargs: real(*args, **kwargs))
     monkeypatch.setattr(torch.version, "hip", hip)
-    sizes = [16] * groups
-    together = block_table.MultiGroupBlockTable(2, 64, 8, False, torch.device("cpu"), sizes, sizes)
+    together = tables(groups)
     for table, of in zip(together.block_tables, clean, strict=False):
         setattr(table, CLEAN, of)
-    runner = SimpleNamespace(device=torch.device(device), vllm_config=vllm_config(target, target))
-
-    def original(self: Any) -> None:
-        self.input_batch = SimpleNamespace(block_table=together)
-
-    table_copies.may_reinitialize_input_batch(original)(runner)
+    reinitialize(table_copies.may_reinitialize_input_batch, together, device, target)
     together.commit_block_table(1)
     return theirs.call_count, [c.kwargs["whole"] for c in ours.__getitem__.return_value.call_args_list]
 
@@ -85,9 +79,7 @@ def test_stock_copies_each_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_table_counts_on_where_the_kernel_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.v1.worker.block_table import MultiGroupBlockTable
-
-    together = MultiGroupBlockTable(2, 64, 8, False, torch.device("cpu"), [16, 16], [16, 16])
+    together = tables()
     together.add_row(([3], [4, 5]), 1)
     copies = kernels.TableCopies(together.block_tables, clean=True)
     together.append_row(([6], [7]), 1)
@@ -96,9 +88,7 @@ def test_a_table_counts_on_where_the_kernel_reads(monkeypatch: pytest.MonkeyPatc
 
 def test_nothing_is_kept_in_memory_that_sleeps() -> None:
     """As of step-slots: only the counts, on the host."""
-    from vllm.v1.worker.block_table import MultiGroupBlockTable
-
-    together = MultiGroupBlockTable(2, 64, 8, False, torch.device("cpu"), [16, 16], [16, 16])
+    together = tables()
     copies = kernels.TableCopies(together.block_tables, clean=True)
     assert [n for n, value in vars(copies).items() if isinstance(value, torch.Tensor | tuple)] == ["_counts"]
 

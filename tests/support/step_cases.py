@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from tests.support.configs import vllm_config
+
 MOST = 6  # requests of a batch of block tables
 MOST_DRAFTS = 17
+
+
+def tables(groups: int = 2) -> Any:
+    """A ``MultiGroupBlockTable`` of two requests, on the host."""
+    from vllm.v1.worker.block_table import MultiGroupBlockTable
+
+    sizes = [16] * groups
+    return MultiGroupBlockTable(2, 64, 8, False, torch.device("cpu"), sizes, sizes)
+
+
+def reinitialize(wrapper: Callable[[Any], Any], together: Any, device: str, target: Any) -> None:
+    """Calls ``GPUModelRunner.may_reinitialize_input_batch`` in a wrapper, of a runner that gets such tables."""
+    runner = SimpleNamespace(device=torch.device(device), vllm_config=vllm_config(target, target))
+
+    def original(self: Any) -> None:
+        self.input_batch = SimpleNamespace(block_table=together)
+
+    wrapper(original)(runner)
 
 
 def greedy(**changed: Any) -> Any:
@@ -86,9 +107,8 @@ def greedy_steps(vocab: int, device: str = "cpu", seeds: int = 6) -> Iterator[tu
             others = [draw.randrange(-1, vocab) for _ in range(count)]
             drafts.append([largest[row + i] if draw.random() < 0.7 else others[i] for i in range(count)])
             row += count + 1
-        padded = torch.zeros(
-            rows, vocab + 16, dtype=logits.dtype, device=device
-        )  # vLLM cuts off a vocabulary's padding
+        # vLLM cuts off a vocabulary's padding.
+        padded = torch.zeros(rows, vocab + 16, dtype=logits.dtype, device=device)
         padded[:, :vocab].copy_(logits)
         yield drafted(drafts, device), padded[:, :vocab]
 

@@ -149,6 +149,12 @@ class DraftGraphs:
             num_rejected_tokens_gpu=inputs.num_rejected[:num_reqs],
         )
 
+    def mark_live(self, num_reqs: int) -> None:
+        """From here on the graphs' requests are padding."""
+        if num_reqs != self._live:
+            self._live = num_reqs
+            self._num_live.fill_(num_reqs)
+
     @contextmanager
     def _as_captured(self) -> Iterator[None]:
         """Padding decided by this object's live count, and no graph replayed inside the one being captured."""
@@ -168,8 +174,7 @@ class DraftGraphs:
 
         While nothing is live no slot is written, so the warm-up runs leave the KV cache as it is.
         """
-        self._num_live.fill_(0)
-        self._live = 0
+        self.mark_live(0)
         with self._as_captured():
             for draft_length, num_reqs in itertools.product(self.draft_lengths, reversed(self.batch_sizes)):
                 with with_draft_length(self._proposer, draft_length):
@@ -218,9 +223,7 @@ class DraftGraphs:
             inputs.seq_lens[num_reqs:padded].fill_(self.query_len)
             for table in (self._primary_table(padded), *self._groups.block_tables(padded)):
                 table[num_reqs:].zero_()
-        if num_reqs != self._live:
-            self._live = num_reqs
-            self._num_live.fill_(num_reqs)
+        self.mark_live(num_reqs)
         graph = self._graphs[padded, self._proposer.num_speculative_tokens]
         graph.cuda_graph.replay()
         # The next graph that shares the pool may overwrite it.

@@ -17,21 +17,26 @@ OURS = "_gemma4_spec_greedy"
 WARM = "_gemma4_spec_greedy_warm"
 
 
-def _idle(processor: Any) -> bool:
-    """Whether a processor that may change the largest logit has nothing to do; False for one that is not known here."""
+@functools.cache
+def _where_requests_are() -> dict[type, str]:
+    """Processors that may change the largest logit, and the attribute that is false while one has nothing to do."""
     from vllm.v1.sample.logits_processor import builtin
 
     from vllm_gemma4_spec.requests.min_tokens import MinTokens
     from vllm_gemma4_spec.requests.thinking_budget import ThinkingBudget
 
-    requests = {
+    return {
         builtin.LogitBiasLogitsProcessor: "biases",
         builtin.MinTokensLogitsProcessor: "min_toks",
+        builtin.ThinkingTokenBudgetLogitsProcessor: "is_enabled",
         MinTokens: "min_toks",
         ThinkingBudget: "requests",
-    }.get(type(processor))
-    if type(processor) is builtin.ThinkingTokenBudgetLogitsProcessor:
-        return not processor.is_enabled
+    }
+
+
+def _idle(processor: Any) -> bool:
+    """Whether a processor that may change the largest logit has nothing to do; False for one that is not known here."""
+    requests = _where_requests_are().get(type(processor))
     return requests is not None and not getattr(processor, requests)
 
 
@@ -51,12 +56,25 @@ def only_largest(metadata: Any) -> bool:
     )
 
 
-def _takes(sampler: Any, logits: torch.Tensor) -> bool:
+def _sampled(
+    sampler: Any, logits: torch.Tensor, sampling_metadata: Any, sample: Callable[[], torch.Tensor]
+) -> torch.Tensor | None:
+    """What ``sample`` gives, or None where vLLM has to sample; the first time that it has to the kernels are compiled.
+
+    vLLM's start samples like that, so no request waits for it.
+    """
     if not cuda.nvidia(logits) or not hasattr(sampler, OURS):
-        return False
+        return None
     from vllm_gemma4_spec.kernels import greedy
 
-    return greedy.suits(logits)
+    if not greedy.suits(logits):
+        return None
+    if only_largest(sampling_metadata):
+        return sample()
+    if not getattr(sampler, WARM, False):
+        setattr(sampler, WARM, True)
+        sample()
+    return None
 
 
 def sampler_init(original: Callable[..., None]) -> Callable[..., None]:
@@ -87,18 +105,14 @@ def sampler_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def wrapper(self: Any, logits: torch.Tensor, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _takes(self, logits):
-            return original(self, logits, sampling_metadata, *args, **kwargs)
         from vllm.v1.outputs import SamplerOutput
 
         from vllm_gemma4_spec.kernels import greedy
 
-        if only_largest(sampling_metadata):
-            return SamplerOutput(sampled_token_ids=greedy.tokens(logits).unsqueeze(-1), logprobs_tensors=None)
-        if not getattr(self, WARM, False):  # vLLM's start samples like this: compile now, not for the first request
-            setattr(self, WARM, True)
-            greedy.tokens(logits[:1])
-        return original(self, logits, sampling_metadata, *args, **kwargs)
+        tokens = _sampled(self, logits, sampling_metadata, lambda: greedy.tokens(logits).unsqueeze(-1))
+        if tokens is None:
+            return original(self, logits, sampling_metadata, *args, **kwargs)
+        return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=None)
 
     return wrapper
 
@@ -113,19 +127,16 @@ def rejection_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def wrapper(self: Any, metadata: Any, draft_probs: Any, logits: torch.Tensor, sampling_metadata: Any) -> Any:
-        if not _takes(self, logits):
-            return original(self, metadata, draft_probs, logits, sampling_metadata)
         from vllm.v1.outputs import SamplerOutput
 
         from vllm_gemma4_spec.kernels import greedy
 
-        if only_largest(sampling_metadata):
-            return SamplerOutput(
-                sampled_token_ids=greedy.verdict(metadata, logits, getattr(self, OURS)), logprobs_tensors=None
-            )
-        if not getattr(self, WARM, False):
-            setattr(self, WARM, True)
-            greedy.verdict(metadata, logits, getattr(self, OURS))
-        return original(self, metadata, draft_probs, logits, sampling_metadata)
+        def sample() -> torch.Tensor:
+            return greedy.verdict(metadata, logits, getattr(self, OURS))
+
+        tokens = _sampled(self, logits, sampling_metadata, sample)
+        if tokens is None:
+            return original(self, metadata, draft_probs, logits, sampling_metadata)
+        return SamplerOutput(sampled_token_ids=tokens, logprobs_tensors=None)
 
     return wrapper

@@ -40,9 +40,8 @@ def forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(self: Any, lm_head: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         cap = self.soft_cap
         # Logits that are its input are the caller's; a scale comes behind the cap.
-        if cap is None or not getattr(self, OURS, False) or self.logits_as_input or self.scale != 1.0:
-            return original(self, lm_head, hidden_states, *args, **kwargs)
-        if not cuda.nvidia(hidden_states):
+        plain = cap is None or self.logits_as_input or self.scale != 1.0
+        if plain or not getattr(self, OURS, False) or not cuda.nvidia(hidden_states):
             return original(self, lm_head, hidden_states, *args, **kwargs)
         from vllm_gemma4_spec.kernels import soft_cap as kernel
 
