@@ -149,9 +149,20 @@ PARTS: dict[str, dict[str, Variant]] = {
             "now": Variant(NOW, (1, 16, 32, 48, 64, 65, 80)),
         }.items()
     },
-    "out": {
-        f"without {' '.join(w)}" if w else "all": early(NOW, (1, 16, 64), without=w)
-        for w in ((), ("copies",), ("multiplication",), ("decoding",), ("x",), ("last",), ("copies", "decoding"))
+    **{
+        part: {
+            f"without {' '.join(w)}" if w else "all": early(NOW, rows, without=w, model=part.removeprefix("out "))
+            for w in (
+                (),
+                ("copies",),
+                ("multiplication",),
+                ("decoding",),
+                ("x",),
+                ("last",),
+                ("copies", "x", "decoding"),
+            )
+        }
+        for part, rows in (("out 31B", (1, 16, 64, 80)), ("out E4B", (64, 80)))
     },
     "branch": {
         "no branch": early(NOW, (1, 4, 16, 64)),
@@ -163,7 +174,8 @@ PARTS: dict[str, dict[str, Variant]] = {
         },
     },
     # Not measured but told: where a GEMM's time goes.
-    "told": {"now": early(NOW, (1, 16, 32, 64), told=True)},
+    "told": {"now": early(NOW, (1, 16, 64, 80), told=True)},
+    "told E4B": {"now": early(NOW, (64, 80), told=True, model="E4B")},
 }
 
 LEFT_OUT = {
@@ -191,7 +203,11 @@ LEFT_OUT = {
         ("wait(base + THERE_AT, 0);", ""),
     ],
     "up": [("copy_x(base + up_at(eight, r), up", "if (K < 0) copy_x(base + up_at(eight, r), up")],
-    "last": [("if (count > 1 && !part_k) {", "if (count > 1 && !part_k && K < 0) {")],
+    "last": [
+        ("if (count > 1 && !part_k) {", "if (count > 1 && !part_k && K < 0) {"),
+        ("if (one <= (tail > head)) {", "if (K < 0 && one <= (tail > head)) {"),
+        ("if (count > 1) add_tile(again", "if (count > 1 && K < 0) add_tile(again"),
+    ],
 }
 MIX = """
 __device__ void mix(float& sum, const unsigned (&a)[4]) {
@@ -206,6 +222,7 @@ TOLD = (
     ("first stage", "threadIdx.x == 0 && !seen++", "            wait(full + 8 * stage, parity);\n"),
     ("last stage multiplied", "threadIdx.x == 0", "<        // The tile ends here"),
     ("parts written", "threadIdx.x == 0", "        block = 0, tile++;\n"),
+    ("all parts there", "threadIdx.x == 0", "<#pragma unroll 1\n    for (int of = head"),
 )
 
 
@@ -224,7 +241,7 @@ def told(source: str) -> str:
     """The kernel's text; each block says the time into one argument more, in front of ``y``."""
 
     def say(i: int, when: str) -> str:
-        return f"if ({when}) told[blockIdx.x * 8 + {i}] = now();\n"
+        return f"if ({when}) told[blockIdx.x * 16 + {i}] = now();\n"
 
     head, kernel = source.split('extern "C" __global__')
     kernel = kernel.replace("    u16* y,", "    u64* told, u16* y,")
@@ -233,12 +250,13 @@ def told(source: str) -> str:
     head += head.splitlines()[-1].replace("now()", "ticks()").replace("globaltimer", "clock64") + "\n"
     for i, (_, when, text) in enumerate(TOLD):
         said = text.removeprefix("<")
+        assert said in kernel, text
         kernel = kernel.replace(said, say(i, when) + said if text != said else said + say(i, when))
     kernel = kernel.replace("buffer = 0;", "buffer = 0, seen = 0;")
     first = TOLD[0][2]
     kernel = kernel.replace(first, f"{first}const u64 began = ticks();\n")
     end = kernel.rindex("}")
-    last = say(len(TOLD), "threadIdx.x == 0") + say(7, "threadIdx.x == 0").replace("now()", "ticks() - began")
+    last = say(len(TOLD), "threadIdx.x == 0") + say(15, "threadIdx.x == 0").replace("now()", "ticks() - began")
     return f'{head}extern "C" __global__{kernel[:end]}{last}}}\n'
 
 
@@ -249,7 +267,7 @@ class Chain:
         self.shapes = SHAPES[model]
         self.made = [{n: layer(*s, "cuda", rank)[0] for n, s in self.shapes.items()} for _ in range(layers)]
         self.hidden = self.shapes["o"][0]
-        self.told = torch.zeros(4 * layers, 256, 8, dtype=torch.int64, device="cuda")
+        self.told = torch.zeros(4 * layers, 256, 16, dtype=torch.int64, device="cuda")
         self.says = self.told[0]  # where the next GEMM says its times
         self.weights = torch.rand(2, self.hidden, device="cuda").bfloat16() + 0.5
 
@@ -336,8 +354,8 @@ def where(chain: Chain, variant: Variant, rows: int) -> dict[str, dict[str, list
                 found.setdefault(name, {}).setdefault(what, []).append(
                     [us[0].item(), us.median().item(), us[-1].item()]
                 )
-            clock = mine[:, 7] / (mine[:, len(TOLD)] - mine[:, 0]).clamp(min=1) * 1000
-            found[name].setdefault("MHz", []).append([clock[mine[:, 7] > 0].median().item()])
+            clock = mine[:, 15] / (mine[:, len(TOLD)] - mine[:, 0]).clamp(min=1) * 1000
+            found[name].setdefault("MHz", []).append([clock[mine[:, 15] > 0].median().item()])
     return {
         name: {what: [round(sorted(v)[len(v) // 2], 1) for v in zip(*times, strict=True)] for what, times in by.items()}
         for name, by in found.items()

@@ -1,4 +1,4 @@
-// Runs nvfp4_stream.cu on a CPU: a thread per CUDA thread, one block after the other (all at once with a low-rank branch,
+// Runs nvfp4_stream.cu on a CPU: a thread per CUDA thread, one block after the other (all at once with a low-rank branch or SPREAD,
 // whose blocks wait for each other), copies that are done at once.
 // Every device function that the kernel takes from the hardware is given here in plain C++.
 #include <atomic>
@@ -80,6 +80,7 @@ static void bring_tile(unsigned at, const Map& codes, const Map& scales, int col
 static void bring_x(unsigned at, const Map& x, int k, unsigned barrier);
 static uint4 load(const void* from) { return *(const uint4*)from; }
 static void reread(float&) {}
+static unsigned this_thread() { return threadIdx.x; }
 static unsigned shift_right_8(unsigned value) { return value >> 8; }
 template <int COUNT> static void give_registers() {}
 template <int COUNT> static void take_registers() {}
@@ -91,6 +92,10 @@ static void wait_for_previous_grid() {}
 static void publish_barriers() {}
 static unsigned long long leaves_first() { return 0; }
 static unsigned count_arrival(unsigned* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL); }
+static void announce(unsigned* counter, unsigned last) {
+    unsigned before = __atomic_load_n(counter, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(counter, &before, before >= last ? 0 : before + 1, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {}
+}
 static unsigned arrivals_at(const unsigned* counter) { return __atomic_load_n(counter, __ATOMIC_ACQUIRE); }
 static unsigned hidden(unsigned constant, unsigned zero) { return constant | zero; }
 static float4 __ldcg(const float4* at) { return *at; }
@@ -224,7 +229,7 @@ extern "C" void run(const void* codes, const void* scales, const void* x, const 
 #endif
                              (u16*)y, global_scale, partial, arrivals, rows, N, K);
             });
-        if (RANK && block + 1 < blocks) continue;
+        if ((RANK || SPREAD) && block + 1 < blocks) continue;
         for (auto& thread : threads) thread.join();
         threads.clear(), states.clear();
     }

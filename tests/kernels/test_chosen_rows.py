@@ -120,6 +120,11 @@ def test_the_fastest_kernel_is_kept_beside_the_streamed_batches(file: Path, monk
     assert said["512x256"].startswith("streams 1 to 8")
 
 
+def test_other_makers_times_do_not_count_in_one_process_either(file: Path) -> None:
+    assert chosen_rows.fastest("8x8", "a", lambda: KERNELS) == {8: "8x16", 64: "other"}
+    assert chosen_rows.fastest("8x8", "b", lambda: {8: {"8x16": 4.0, "other": 4.0}}) == {8: "other"}
+
+
 @pytest.mark.parametrize("us", [{"8": {"8x16": 4.0}}, {"8": [4.0, 9.0]}, {"8": {"other": "fast"}}])
 def test_times_of_another_kind_are_measured_anew(file: Path, us: Any) -> None:
     file.parent.mkdir()

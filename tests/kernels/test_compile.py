@@ -45,6 +45,34 @@ def test_the_streaming_kernel_compiles(architecture: str, form: stream_gemm.Form
     assert b"nvfp4_stream" in code
 
 
+def _compiler_says(source: str) -> str:
+    """NVRTC's log for Hopper, with what the assembler in it says about registers."""
+    from cuda.bindings import nvrtc
+
+    _, program = nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, None, None)
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, 2, [b"--gpu-architecture=sm_90a", b"--ptxas-options=-v"])
+        _, size = nvrtc.nvrtcGetProgramLogSize(program)
+        log = b" " * size
+        nvrtc.nvrtcGetProgramLog(program, log)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    said = log.decode().rstrip("\0")
+    assert not status.value, said
+    return said
+
+
+@pytest.mark.parametrize("tiles", stream_gemm.WGMMA_FORMS)
+def test_registers_suffice_on_hopper(tiles: int) -> None:
+    """Else the kernel compiles all the same, but waits for each wgmma before the next one, or spills.
+
+    Without a low-rank branch: with one, the form of 8 tiles is known to do both.
+    """
+    said = _compiler_says(stream_gemm.source(tiles, False, stream_gemm.WGMMA_FORMS[tiles]))
+    assert "serialized" not in said
+    assert ", 0 bytes spill stores, 0 bytes spill loads" in said
+
+
 @pytest.mark.parametrize("architecture", ["sm_90", "sm_120"])
 def test_the_kernel_of_a_cluster_compiles(architecture: str) -> None:
     assert b"nvfp4_gated" in cuda.compiled(gated_input.source(Form(1)), architecture)

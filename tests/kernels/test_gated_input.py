@@ -181,7 +181,7 @@ def test_a_value_that_something_else_reads_stays() -> None:
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A card whose times are given, by the kernels that ran and the rows; and the kernels of the last call."""
-    found: dict[str, Any] = {"us": {}, "called": []}
+    found: dict[str, Any] = {"us": {}, "called": [], "makers": []}
     called: list[str] = found["called"]
 
     def gemm(x: Tensor, *_: Any, **given: Any) -> Tensor:
@@ -207,7 +207,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(gated_input, "available", lambda: True)
     monkeypatch.setattr(gated_input, "gated", one)
-    monkeypatch.setattr(gated_input, "_maker", lambda: "")
+    monkeypatch.setattr(gated_input, "_maker", lambda *streamed: found["makers"].append(streamed) or "")
     monkeypatch.setattr(gated_input, "_chosen", {})
     monkeypatch.setattr(small_batch_gemm, "gemm", gemm)
     monkeypatch.setattr(small_batch_gemm, "linear", linear)
@@ -233,6 +233,16 @@ def test_each_batch_gets_what_was_fastest(card: dict[str, Any]) -> None:
     got = {rows: kernels_of(card, rows) for rows in (1, 8, 9, 16, 17, 128, 129)}
     assert got == dict.fromkeys(got, THREE) | {1: TWO, 8: TWO, 9: ONE, 16: ONE}
     assert kernels_of(card, 16, torch.zeros(256, 16).T) == THREE  # values that are apart
+
+
+def test_times_are_kept_apart_by_what_streams(card: dict[str, Any]) -> None:
+    gated_input.choose(layer(256, 512, streamed=3), layer(512, 256, streamed=5))
+    assert card["makers"] == [(3, 5)]
+
+
+def test_makers_differ_by_what_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small_batch_gemm, "_maker", str)
+    assert len({gated_input._maker(*streamed) for streamed in ((0, 0), (3, 0), (0, 3))}) == 3
 
 
 def test_layers_of_one_size_are_measured_once(card: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vllm_gemma4_spec.kernels import chosen_rows, packing, small_batch_gemm
+from vllm_gemma4_spec.kernels import chosen_rows, packing, small_batch_gemm, stream_gemm
 from vllm_gemma4_spec.kernels.small_batch_gemm import Form, Launch
 
 HERE = Path(__file__).parent
@@ -205,10 +205,11 @@ def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     clock = found["us"]
 
     def fastest(shape: str, maker: str, measure: Any) -> dict[int, str]:
+        found["maker"] = maker
         return {rows: chosen_rows._fastest(us) for rows, us in measure().items()}
 
     monkeypatch.setattr(small_batch_gemm, "_chosen", {})
-    monkeypatch.setattr(small_batch_gemm, "_maker", lambda: "")
+    monkeypatch.setattr(small_batch_gemm, "_maker", str)
     monkeypatch.setattr(small_batch_gemm, "_compile", lambda wanted: found["compiled"].update(wanted))
     monkeypatch.setattr(small_batch_gemm, "_launch", lambda *what: small_batch_gemm.plan(*what[:-1], 132))
     monkeypatch.setattr(small_batch_gemm.SCRATCH, "reserve", lambda _, *sizes: found["room"].append(sizes))
@@ -241,6 +242,21 @@ def test_each_batch_gets_the_form_that_was_fastest(card: dict[str, Any]) -> None
     assert {(small, False, False), (other, False, False)} <= card["compiled"]
     assert small_batch_gemm.form_for(3072, 2560, True, 80) is None  # another kernel: as measured on an H200
     assert small_batch_gemm.form_for(3072, 2560, True, 20) == small_batch_gemm.untried(20)
+
+
+def test_times_count_for_layers_whose_other_batches_run_on_the_same_kernel(card: dict[str, Any]) -> None:
+    """With streaming switched off once, what Marlin took must not be what streaming is compared with later."""
+    made = layer(3072, 2560)
+    small_batch_gemm.choose(made)
+    without = card["maker"]
+    made.streamed = 0b1100001
+    small_batch_gemm.choose(made)
+    assert card["maker"] != without
+
+
+def test_times_are_kept_apart_by_what_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_gemm, "_maker", lambda: "")
+    assert len({small_batch_gemm._maker(streamed) for streamed in (0, 1, 0b1100001)}) == 3
 
 
 def test_of_forms_as_fast_alone_the_one_that_reads_the_weights_least(card: dict[str, Any]) -> None:

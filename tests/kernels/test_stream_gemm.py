@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from tests.kernels.test_small_batch_gemm import dequantized
-from vllm_gemma4_spec.kernels import stream_gemm
+from vllm_gemma4_spec.kernels import cuda, stream_gemm
 from vllm_gemma4_spec.kernels.stream_gemm import Form
 
 HERE = Path(__file__).parent
@@ -106,6 +107,13 @@ def run(
     ("rows", "n", "k", "blocks", "scaled", "form"),
     [
         (1, 512, 384, 4, False, FORM),  # shares end within tiles of outputs: two, then three parts
+        (43, 512, 384, 3, False, WGMMA),  # the middle one of three blocks shares both tiles
+        pytest.param(64, 512, 896, 5, False, WGMMA, marks=SLOW),
+        pytest.param(61, 256, 1024, 8, False, WGMMA, marks=SLOW),  # eight parts
+        pytest.param(61, 512, 640, 7, False, FORM, marks=SLOW),
+        pytest.param(80, 512, 896, 5, False, Form(3, groups=1, wgmma=True), marks=SLOW),
+        pytest.param(128, 256, 1024, 6, False, Form(3, groups=1, wgmma=True), marks=SLOW),
+        pytest.param(9, 256, 1024, 8, False, WGMMA, marks=SLOW),
         pytest.param(5, 256, 512, 4, False, WGMMA, marks=SLOW),  # four parts of one tile
         pytest.param(13, 512, 128, 2, False, WGMMA, marks=SLOW),  # no parts
         (7, 320, 192, 3, True, FORM),  # the last tile and the last stage are not whole
@@ -291,6 +299,41 @@ def test_batch_invariant_is_every_batch_in_the_same_order(
         nothing = torch.ones(1)
         assert torch.equal(stream_gemm.linear(x, None, nothing, nothing, nothing, nothing, 4, stream_gemm.ALL), x * 2)
         assert seen == expected
+
+
+@pytest.fixture
+def mps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A daemon of CUDA MPS seems to run."""
+    (tmp_path / "control").touch()
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    cuda.beside_others.cache_clear()
+    yield
+    cuda.beside_others.cache_clear()
+
+
+@pytest.mark.usefixtures("mps")
+def test_blocks_do_not_wait_for_each_other_beside_others(monkeypatch: pytest.MonkeyPatch, libraries: Any) -> None:
+    """Two engines' grids, each on half of the card, would wait for ever. The sums' bits are the same."""
+    assert {stream_gemm.macros(t, False, form)["SPREAD"] for t, form in stream_gemm.WGMMA_FORMS.items()} == {0}
+    said: list[str] = []
+    monkeypatch.setattr(stream_gemm, "compile_forms", lambda *_: None)
+    monkeypatch.setattr(stream_gemm.logger, "info", lambda text, *values: said.append(text % values))
+    stream_gemm.branch_available.cache_clear()
+    try:
+        assert not stream_gemm.branch_available(stream_gemm.RANK, torch.bfloat16)
+    finally:
+        stream_gemm.branch_available.cache_clear()
+    assert "MPS" in said[0]
+    torch.manual_seed(0)
+    codes, scale = weight(512, 384)
+    x, packed = torch.randn(43, 384).bfloat16(), marlin(codes, scale)
+    deep = Form(4, wgmma=True)  # another ring than elsewhere: a library of its own
+    found = run(libraries, x, packed, 512, 3, form=deep)
+    assert torch.equal(found[:7], run(libraries, x[:7].contiguous(), packed, 512, 3))
+
+
+def test_without_mps_they_do() -> None:
+    assert [t for t in stream_gemm.WGMMA_FORMS if stream_gemm.spreads(t)] == [6, 8, 10, 16]
 
 
 @pytest.mark.parametrize(

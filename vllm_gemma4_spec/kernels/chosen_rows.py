@@ -114,7 +114,7 @@ def _keep(file: Path, card: str, shape: str, maker: str, times: Mapping[int, Any
         logger.info("NVFP4 GEMMs are measured again at the next start: %s cannot be written (%s)", file, error.strerror)
 
 
-_chosen: dict[tuple[Path, str, str], dict[int, Any]] = {}
+_chosen: dict[tuple[Path, str, str, str], dict[int, Any]] = {}
 
 
 def _times(
@@ -125,7 +125,7 @@ def _times(
     say: Callable[[dict[int, T]], str],
 ) -> dict[int, T]:
     file, name = path(), card()
-    key = (file, name, shape)
+    key = (file, name, shape, maker)
     if key not in _chosen:
         times = _kept(file, name, shape, maker, read_us)
         if times is None:

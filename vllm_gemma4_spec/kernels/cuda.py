@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +40,12 @@ def nvidia(where: torch.device | Tensor) -> bool:
     """Whether that is, or lies on, a GPU of NVIDIA's: PyTorch calls AMD's ``cuda``, too."""
     gpu = where.is_cuda if isinstance(where, Tensor) else where.type == "cuda"
     return gpu and torch.version.hip is None
+
+
+@functools.cache
+def beside_others() -> bool:
+    """Whether kernels of other processes may run beside ours: under CUDA MPS, whose daemon has a pipe of this name."""
+    return Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"), "control").exists()
 
 
 def starts_early(device: torch.device) -> bool:

@@ -152,7 +152,8 @@ def choose(gate: Module, projection: Module) -> None:
     shape = f"{k}x{WIDE}, per-layer input"
     try:
         _chosen[k] = {}
-        found = chosen_rows.fastest(shape, _maker(), lambda: _times(k, _weights(gate), _weights(projection)))
+        maker = _maker(gate.streamed, projection.streamed)
+        found = chosen_rows.fastest(shape, maker, lambda: _times(k, _weights(gate), _weights(projection)))
     except RuntimeError as error:  # no memory for it, or the card has no room for a cluster
         logger.info("NVFP4 GEMM %s was not measured: %s", shape, str(error).partition("\n")[0])
         found = {}
@@ -195,8 +196,8 @@ def _times(k: int, gate: tuple[Any, ...], projection: tuple[Any, ...]) -> chosen
 
 
 @functools.cache
-def _maker() -> str:
-    return chosen_rows.made_by(source(_FORM), small_batch_gemm._maker())
+def _maker(*streamed: int) -> str:
+    return chosen_rows.made_by(source(_FORM), *(small_batch_gemm._maker(of) for of in streamed))
 
 
 def _output_shape(x: Tensor, *_: Any) -> Tensor:

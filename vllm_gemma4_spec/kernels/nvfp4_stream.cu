@@ -10,14 +10,18 @@
 // as B, which wgmma reads from shared memory by itself. W's codes times their block scale are exact in bfloat16 (two
 // significand bits times four).
 //
+// Blocks that share a tile of outputs leave their parts of its sums in memory. The last one to arrive adds them up, or
+// (SPREAD) all do, each some rows, and wait for each other's. They may: all blocks of the grid run at once, or will
+// without them, as there are no more than multiprocessors and the next grid's start after them. (Two such grids at once,
+// each with half of the multiprocessors, would wait for ever: see stream_gemm.spreads.)
+//
 // Which inputs are added up in which order depends on the shape and on the grid, never on the number of rows, so a
 // row's result has the same bits whatever rows stand beside it.
 //
 // With a low-rank branch (RANK) y is x W^T + t up^T, t = x down^T. Warps of their own compute t while the others stream
 // weights: a warp a slice of inputs, whose sums it leaves in memory; then a warp a row, which adds up the slices in their
 // order and rounds t to bfloat16; then each block takes t into shared memory, long before a tile ends. They wait for those
-// of other blocks: all blocks of the grid run at once, or will without them, as there are no more blocks than
-// multiprocessors and the next grid's start after them. The block that begins a tile adds t up^T to its part of it.
+// of other blocks, too. The block that begins a tile adds t up^T to its part of it.
 //
 // Compiled by NVRTC with the macros of stream_gemm.macros: MT (tiles of 8 rows), SCALED (1, without WGMMA: x is multiplied
 // by pre_quant_scale first, each product rounded to bfloat16), RANK (of the branch, a multiple of 32; 0: none), WGMMA (1 on
@@ -33,12 +37,14 @@ typedef unsigned long long u64;
 #define WARPS (8 * GROUPS)  // that multiply: 8 times 32 outputs
 #define COPIERS (WGMMA ? 128 : RANK ? 96 : 64)  // a warp asks for weights, another for x; wgmma has fours of warps
 #define BRANCH_WARPS (COPIERS / 32 - 2)  // what is left of them
+#define NONE 0xFFFFFFFFu
 #define CHUNK 2  // steps whose operands are in registers before they are needed
 #define HANDOVER (WGMMA && MT >= 6)  // of registers; what each warp starts with goes by THREADS
 #define COPIER_REGISTERS (RANK ? (GROUPS == 1 ? 104 : 64) : 32)
 #define OTHER_REGISTERS (GROUPS == 2 ? (RANK ? 104 : 112) : RANK ? 200 : 232)
-#define FEW_PARTS (GROUPS == 1 ? 8 : MT == 1 ? 2 : 4), 4  // items and parts of them that the last block loads at a time
-#define MANY_PARTS (MT == 1 ? 2 : 4), (GROUPS == 1 || MT == 1 ? 8 : 4)
+#define FEW (GROUPS == 1 ? 3 : 4)  // parts of a tile; with few and with many: items and parts that a warp loads at a time
+#define FEW_PARTS (GROUPS == 1 ? 10 : MT == 1 ? 2 : 4), FEW
+#define MANY_PARTS (GROUPS == 1 ? 3 : MT == 1 || SPREAD ? 2 : 4), (MT == 1 || SPREAD ? 8 : 4)
 #define THREADS (WARPS * 32 + COPIERS)
 #define CODES_AT 0
 #define SCALES_AT (STEPS * COLUMNS * 8)
@@ -216,6 +222,13 @@ template <int COUNT> __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
+// Asked anew: threadIdx.x stays in a register.
+__device__ __forceinline__ u32 this_thread() {
+    u32 v;
+    asm volatile("mov.u32 %0, %tid.x;" : "=r"(v));
+    return v;
+}
+
 __device__ __forceinline__ u32 shift_right_8(u32 value) {
     u32 v;
     asm("shr.b32 %0, %1, %2;" : "=r"(v) : "r"(value), "n"(8));
@@ -253,6 +266,11 @@ __device__ __forceinline__ u32 count_arrival(u32* counter) {
     u32 before;
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
     return before;
+}
+
+// The same for a warp that need not know who was there: one more, zero behind `last`.
+__device__ __forceinline__ void announce(u32* counter, u32 last) {
+    asm volatile("red.release.gpu.global.inc.u32 [%0], %1;" ::"l"(counter), "r"(last) : "memory");
 }
 
 __device__ __forceinline__ u32 arrivals_at(const u32* counter) {
@@ -310,11 +328,42 @@ __device__ __forceinline__ int block_of(int unit, int blocks, int units) {
     return (int)(((u32)(unit + 1) * blocks - 1) / units);
 }
 
-// Sum of `count` parts for every item. A load takes a microsecond: ITEMS * DEEP of them at a time.
+// Of the 64 outputs of two warps each takes half, by turns of eight lanes.
+__device__ __forceinline__ int outputs_of(int place) { return (place / 32 ^ place / 8 % 2) * 32; }
+
+// Where a lane's sums go; lanes `place` of both groups have the same outputs. An item are four sums: rows item / 2 * 8 + t * 2
+// and the next, times two outputs g and g + 8 of the 16 that item % 2 says.
+struct Results {
+    float4* parts;
+    u16* y;
+    float scale;
+    int rows, N, place, outputs;
+
+    // Of the p-th of the blocks that share a tile: its last tile where it is the first of them, else its first.
+    __device__ __forceinline__ float4* part(int first, int p, int item) const {
+        const u32 slot = (((first + p) * 2 + !p) * MT + item / 2) * 2 + item % 2;
+        return parts + (slot * (SUMS / 8) + place);
+    }
+
+    __device__ __forceinline__ void write(int tile, int item, const float4& v) const {
+        const int column = tile * COLUMNS + outputs, row = item / 2 * 8 + place % 4 * 2;
+        if (column >= N) return;
+        u16* at = y + (long)row * N + column + item % 2 * 16 + place % 32 / 4;
+        if (row < rows) at[0] = to_bf16(v.x * scale), at[8] = to_bf16(v.z * scale);
+        if (row + 1 < rows) at[N] = to_bf16(v.y * scale), at[N + 8] = to_bf16(v.w * scale);
+    }
+};
+
+__device__ __forceinline__ Results results_of(int place, float* partial, u16* y, const float* global_scale, int rows, int N) {
+    const float scale = *global_scale * 1.262177448353619e-29f;  // 2^-96
+    return {reinterpret_cast<float4*>(partial), y, scale, rows, N, place, outputs_of(place)};
+}
+
+// Sum of `count` parts for every `apart`-th item from `begin` on. A load takes a microsecond: ITEMS * DEEP of them at a time.
 template <int ITEMS, int DEEP, class Part, class Write>
-__device__ __forceinline__ void add_parts(int items, int count, const Part& part, const Write& write) {
+__device__ __forceinline__ void add_parts(int begin, int apart, int items, int count, const Part& part, const Write& write) {
 #pragma unroll 1
-    for (int item = 0; item < items; item += ITEMS) {
+    for (int item = begin; item < items; item += ITEMS * apart) {
         float4 sum[ITEMS];
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) sum[i] = make_float4(0, 0, 0, 0);
@@ -324,8 +373,10 @@ __device__ __forceinline__ void add_parts(int items, int count, const Part& part
 #pragma unroll
             for (int d = 0; d < DEEP; d++)
 #pragma unroll
-                for (int i = 0; i < ITEMS; i++)  // where there are fewer, the last one again: no branch between loads
-                    v[d][i] = __ldcg(part(p + d < count ? p + d : count - 1, item + i < items ? item + i : items - 1));
+                for (int i = 0; i < ITEMS; i++) {  // where there are fewer, one again: no branch between loads
+                    const int one = item + i * apart;
+                    v[d][i] = __ldcg(part(p + d < count ? p + d : count - 1, one < items ? one : item));
+                }
 #pragma unroll
             for (int d = 0; d < DEEP; d++)
 #pragma unroll
@@ -337,8 +388,16 @@ __device__ __forceinline__ void add_parts(int items, int count, const Part& part
         }
 #pragma unroll
         for (int i = 0; i < ITEMS; i++)
-            if (item + i < items) write(item + i, sum[i]);
+            if (item + i * apart < items) write(item + i * apart, sum[i]);
     }
+}
+
+__device__ __forceinline__ void add_tile(const Results& of, int tile, int first, int count, int begin, int apart) {
+    const auto from = [&](int p, int item) { return of.part(first, p, item); };
+    const auto to = [&](int item, const float4& v) { of.write(tile, item, v); };
+    const int items = (of.rows + 7) / 8 * 2;
+    if (count > FEW) add_parts<MANY_PARTS>(begin, apart, items, count, from, to);
+    else add_parts<FEW_PARTS>(begin, apart, items, count, from, to);
 }
 
 #if RANK
@@ -486,7 +545,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
 #endif
     u16* y,                     // [rows, N] bfloat16
     const float* global_scale,  // [1], Marlin's: weight_scale_2 * 2^119 / scale_factor
-    float* partial,             // [blocks, 2, MT, 8, 32, 8]: a block's part of its first and of its last tile
+    float* partial,             // [blocks, 2, MT, 2, 8, 32, 4]: a block's part of its first and of its last tile
     u32* arrivals,              // [tiles of outputs, 8], zero before and after
     int rows, int N, int K) {
     const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -581,7 +640,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
     for (int j = 0; j < 2 * MT * 4; j++) acc[j / (4 * MT)][j / 4 % MT][j % 4] = 0.0f;
     // Where this lane's share of a step lies: two words of codes, four scales. Of the 64 outputs of two warps each takes
     // half, by turns of eight lanes, so that 16 lanes read from all banks.
-    const int outputs = (part_n ^ lane / 8 % 2) * 32;
+    const int outputs = outputs_of(threadIdx.x % 256);
     const u32 codes_at = kept(base + CODES_AT + part_n / 2 * 512 + lane * 16 + outputs / 4 % 16);
     const u32 scales_at = kept(base + SCALES_AT + part_n / 2 * 64 + g * 8 + outputs / 8 % 8);
     const u32 top = hidden(0x70007000u, (u32)rows >> 31);
@@ -592,18 +651,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
     const u32 x_at =
         kept(base + (MT == 1 ? x_piece(lane % 8, lane / 8) : x_piece(lane / 16 * 8 + lane % 8, lane / 8 % 2)));
 #endif
-    const float scale = *global_scale * 1.262177448353619e-29f;  // 2^-96
-    float* sums = reinterpret_cast<float*>(shared + SUMS_AT) + (part_n * 32 + lane) * 8;
+    float* sums = reinterpret_cast<float*>(shared + SUMS_AT) + (part_n * 32 + lane) * 4;
 
-    // Blocks that share a tile, and this lane's four sums (item: rows m * 8 + t * 2 and the next, times 2, plus which 16
-    // outputs) of the p-th of them: its last tile where it is the first of them, else its first.
+    const Results results = results_of(threadIdx.x % 256, partial, y, global_scale, rows, N);
+    // Blocks that share a tile.
     const auto first_of = [&](int tile) { return block_of(tile * per_tile, gridDim.x, units); };
     const auto count_of = [&](int tile, int first) {
         return block_of((tile + 1) * per_tile - 1, gridDim.x, units) - first + 1;
-    };
-    const auto part = [&](int first, int p, int item) {
-        const u32 slot = ((first + p) * 2 + !p) * MT + item / 2;
-        return reinterpret_cast<float4*>(partial) + (slot * (SUMS / 4) + (part_n * 32 + lane) * 2 + item % 2);
     };
 #if RANK
     // Where this lane's share of `up` lies: eight values of one of its outputs. Nobody else reads or writes it.
@@ -617,7 +671,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
             copy_x(base + up_at(eight, r), up + from, column < N);
         }
     };
-    const float per_scale = 1.0f / scale;  // sums are multiplied by `scale` when all parts are added up
+    const float per_scale = 1.0f / results.scale;  // sums are multiplied by `scale` when all parts are added up
     const auto add_branch = [&](float4& sum, int item) {
         float add[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -633,14 +687,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
         sum.z = __fmaf_rn(add[2], per_scale, sum.z), sum.w = __fmaf_rn(add[3], per_scale, sum.w);
     };
 #endif
-    const auto write = [&](int tile, int item, const float4& v) {
-        const int column = tile * COLUMNS + outputs, row = item / 2 * 8 + t * 2;
-        if (column >= N) return;
-        u16* at = y + (long)row * N + column + item % 2 * 16 + g;
-        if (row < rows) at[0] = to_bf16(v.x * scale), at[8] = to_bf16(v.z * scale);
-        if (row + 1 < rows) at[N] = to_bf16(v.y * scale), at[N + 8] = to_bf16(v.w * scale);
-    };
-    const int items = (rows + 7) / 8 * 2;
 
     const auto decode = [&](u32 (&a)[2][4], const uint2& words, u32 bytes) {
 #pragma unroll
@@ -700,6 +746,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
         const int turn = (part_k + block) % GROUPS;
         u32 stage = (passed + turn) % STAGES, parity = (passed + turn) / STAGES & 1;
         passed += stages;
+        const auto leave = [&](u32 stage) {  // it may be filled again
+            __syncwarp();
+            if (lane == 0) arrive(empty + 8 * stage);
+        };
         const auto next = [&]() {
             stage += GROUPS;
             if (stage >= STAGES) stage -= STAGES, parity ^= 1;
@@ -718,8 +768,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
                 fetch(c % 2 ? other : one, here, c);
                 if (c + 1 < STEPS / CHUNK) multiply(c % 2 ? one : other);
             }
-            __syncwarp();
-            if (lane == 0) arrive(empty + 8 * stage);
+            leave(stage);
             multiply(one);
             next();
             if (i + GROUPS < stages) {
@@ -729,8 +778,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
             multiply(other);
         }
 #else
-#pragma unroll 1
-        for (int i = turn; i < stages; i += GROUPS) {
+        // `ended`: the stage before, whose last product still runs when this one's first is asked for; or NONE.
+        const auto multiply = [&](u32 ended) {
             wait(full + 8 * stage, parity);
             const u32 from = codes_at + stage * STAGE_BYTES, scales_from = scales_at + stage * STAGE_BYTES;
             uint2 words = load_codes(from);
@@ -749,11 +798,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
                 mma_async(acc[1], a[1], rows_of_x);
                 mma_commits();
                 mma_finishes<1>();  // the step before: its registers are free again
+                if (s == 0 && ended != NONE) leave(ended);
             }
+        };
+        const auto finish = [&]() {
             mma_finishes<0>();
-            __syncwarp();
-            if (lane == 0) arrive(empty + 8 * stage);
+            leave(stage);
             next();
+        };
+        int i = turn;
+        // Two stages at a time: products run on from one to the other. Over the end of a loop ptxas takes no branch behind
+        // the first product, where the stage before is left (C7513: it waits for each product of the kernel).
+#pragma unroll 1
+        for (; i + GROUPS < stages; i += 2 * GROUPS) {
+            const u32 first_of_two = stage;
+            multiply(NONE);
+            next();
+            multiply(first_of_two);
+            finish();
+        }
+        if (i < stages) {
+            multiply(NONE);
+            finish();
         }
 #endif
 
@@ -777,7 +843,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
             if (part_k) {
 #pragma unroll
                 for (int q = 0; q < 2; q++)
-                    *reinterpret_cast<float4*>(here + q * 4) =
+                    *reinterpret_cast<float4*>(here + q * (SUMS / 2)) =
                         make_float4(acc[q][m][0], acc[q][m][1], acc[q][m][2], acc[q][m][3]);
             }
             pair_meets(part_n);
@@ -787,16 +853,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
                 if (part_k) continue;
                 float4 sum = make_float4(acc[q][m][0], acc[q][m][1], acc[q][m][2], acc[q][m][3]);
 #if GROUPS == 2
-                const float4 v = *reinterpret_cast<const float4*>(here + q * 4);
+                const float4 v = *reinterpret_cast<const float4*>(here + q * (SUMS / 2));
                 sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
 #endif
 #if RANK
                 if (begun) add_branch(sum, m * 2 + q);
 #endif
-                if (count > 1) __stcg(part(first, blockIdx.x - first, m * 2 + q), sum);
-                else write(tile, m * 2 + q, sum);
+                if (count > 1) __stcg(results.part(first, blockIdx.x - first, m * 2 + q), sum);
+                else results.write(tile, m * 2 + q, sum);
             }
         }
+#if SPREAD
+        if (count > 1 && !part_k) {
+            __syncwarp();
+            if (lane == 0) announce(arrivals + tile * 8 + part_n, count * (1 + GROUPS) - 1);
+        }
+#else
         if (count > 1 && !part_k) {  // the last block to arrive adds up the parts, always in the same order
             __syncwarp();
             u32 arrived = 0;
@@ -805,14 +877,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
                 if (arrived == count - 1) arrivals[tile * 8 + part_n] = 0;
             }
             if (__shfl_sync(0xFFFFFFFFu, arrived, 0) == count - 1) {
-                const auto from = [&](int p, int item) { return part(first, p, item); };
-                const auto to = [&](int item, const float4& v) { write(tile, item, v); };
-                if (count > 4) add_parts<MANY_PARTS>(items, count, from, to);
-                else add_parts<FEW_PARTS>(items, count, from, to);
+                add_tile(results, tile, first, count, 0, 1);
             }
         }
+#endif
 #pragma unroll
         for (int j = 0; j < 2 * MT * 4; j++) acc[j / (4 * MT)][j / 4 % MT][j % 4] = 0.0f;
         block = 0, tile++;
     }
+#if SPREAD
+    // Blocks that share a tile add its parts up together, each other items, in the order of the blocks. At the end of all
+    // their shares, as no block then waits long: all end at about the same time. Nothing is kept in registers for it, which
+    // wgmma needs to run beside decoding (ptxas says C7512 where it has not enough).
+    const int thread = this_thread(), one = thread % 32;
+    const Results again = results_of(thread % 256, partial, y, global_scale, rows, N);
+    const int head = mine.first / per_tile, tail = (mine.last - 1) / per_tile;
+    if (one <= (tail > head)) {  // a lane for each of the two
+        const int of = one ? tail : head, first = first_of(of), count = count_of(of, first);
+        u32* met = arrivals + of * 8 + thread / 32 % 8;
+        while (count > 1 && arrivals_at(met) < count) rest();
+        if (count > 1) announce(met, count * (1 + GROUPS) - 1);  // the last one that has seen all sets it to zero
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int of = head; of <= tail; of += tail > head ? tail - head : 1) {
+        const int first = first_of(of), count = count_of(of, first);
+        if (count > 1) add_tile(again, of, first, count, (blockIdx.x - first) * GROUPS + thread / 256, count * GROUPS);
+    }
+#endif
 }

@@ -311,7 +311,7 @@ def choose(layer: Module, gelu: bool = False) -> None:
     n, k, device = layer.output_size_per_partition, layer.input_size_per_partition, layer.weight.device
     shape = f"{n}x{k}, few rows" + ", gelu" * gelu
     try:
-        found = chosen_rows.fastest(shape, _maker(), lambda: _times(layer, gelu))
+        found = chosen_rows.fastest(shape, _maker(layer.streamed), lambda: _times(layer, gelu))
     except RuntimeError as error:  # no memory for it, or a form does not compile here
         logger.info("NVFP4 GEMM %s was not measured: %s", shape, str(error).partition("\n")[0])
     else:
@@ -355,8 +355,9 @@ def _times(layer: Module, gelu: bool) -> chosen_rows.Kernels:
 
 
 @functools.cache
-def _maker() -> str:
-    return chosen_rows.made_by(source(Form(1), False, False), repr(CANDIDATES), stream_gemm._maker())
+def _maker(streamed: int) -> str:
+    """Times depend on what takes the batches that this kernel does not take, too: streaming or Marlin."""
+    return chosen_rows.made_by(source(Form(1), False, False), repr(CANDIDATES), stream_gemm._maker(), str(streamed))
 
 
 _ready: set[tuple[Form, bool, bool]] = set()

@@ -29,6 +29,7 @@ MULTIPLE = 64  # of which N and K must be
 MOST_ROWS = 128
 ALL = -1  # every form
 SAME_BITS = 64  # rows up to which a row's result does not depend on the others
+SPREAD_FROM = 6  # tiles of 8 rows: for fewer the last block is the faster way
 RANK = 32  # of a low-rank branch that the kernel takes in
 SLICES = 64  # of the inputs, whose parts of the branch are added up
 LowRank = tuple[Tensor, Tensor]  # svdquant_lora_a [RANK, K] and svdquant_lora_b [N, RANK], bfloat16
@@ -98,6 +99,14 @@ __device__ __forceinline__ void mma_async(float (&d)[{tiles}][4], const unsigned
 """
 
 
+def spreads(tiles: int) -> bool:
+    """Whether all blocks that share a tile of outputs add up its parts, and wait for each other's; else the last does.
+
+    Not where the blocks of another process's kernel may hold multiprocessors meanwhile, and wait for theirs.
+    """
+    return tiles >= SPREAD_FROM and not cuda.beside_others()
+
+
 def macros(tiles: int, scaled: bool, form: Form, rank: int = 0) -> dict[str, int]:
     return {
         "MT": tiles,
@@ -108,6 +117,7 @@ def macros(tiles: int, scaled: bool, form: Form, rank: int = 0) -> dict[str, int
         "WGMMA": int(form.wgmma),
         "FIRST": form.first,
         "PACE": form.pace,
+        "SPREAD": int(spreads(tiles)),
     }
 
 
@@ -369,6 +379,8 @@ def branch_available(rank: int, dtype: torch.dtype) -> bool:
     try:
         if rank != RANK or dtype != torch.bfloat16:
             raise RuntimeError(f"it takes bfloat16 of rank {RANK}")
+        if cuda.beside_others():
+            raise RuntimeError("its blocks wait for each other, which CUDA MPS does not allow for")
         compile_forms((False, rank))
     except (ImportError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
