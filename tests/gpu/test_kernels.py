@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.kernels.test_cluster_attention import Batch
-from tests.support import step_cases
+from tests.support import head_cases, step_cases
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
 PAGE = 16
@@ -144,3 +144,8 @@ def test_capped_logits_have_pytorchs_bits() -> None:
         found = soft_cap.soft_cap(rows, cap)
         assert torch.equal(found.isnan(), wanted_is_nan)
         assert torch.equal(found.view(torch.int16)[~wanted_is_nan], wanted[~wanted_is_nan]), cap
+
+
+def test_heads_are_what_float64_rounds_to() -> None:
+    """Norms and rotary embedding of a layer's heads; a token's bits are the same among any number of others."""
+    assert head_cases.wrong_heads("cuda", torch.bfloat16, (1, 4, 16, 64, 2048)) == []

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         fused_all_reduce,
         graph_capture,
         greedy_sampling,
+        head_norms,
         soft_cap,
         split_attention,
         step_indices,
@@ -38,6 +39,7 @@ else:  # a wrapper's module is imported only after the module of vLLM that it pa
     fused_all_reduce = Lazy("vllm_gemma4_spec.performance.fused_all_reduce")
     graph_capture = Lazy("vllm_gemma4_spec.performance.graph_capture")
     greedy_sampling = Lazy("vllm_gemma4_spec.performance.greedy_sampling")
+    head_norms = Lazy("vllm_gemma4_spec.performance.head_norms")
     soft_cap = Lazy("vllm_gemma4_spec.performance.soft_cap")
     split_attention = Lazy("vllm_gemma4_spec.performance.split_attention")
     step_indices = Lazy("vllm_gemma4_spec.performance.step_indices")
@@ -403,6 +405,27 @@ SOFT_CAP = Patch(
     watches=("vllm.model_executor.layers.logits_processor:LogitsProcessor._get_logits",),
 )
 
+HEAD_NORMS = Patch(
+    name="head-norms",
+    group=Group.CONVENIENCE,
+    why="Between qkv_proj and attention torch.compile makes two kernels of the norms and the rotary embedding, which "
+    "concatenates what it has turned: each waits for the one before.",
+    how="One Triton kernel norms and turns all heads of a token, in float32, rounded once. It is an operator that "
+    "torch.compile does not look into.",
+    retire="A release whose enable_qk_norm_rope_fusion finds Gemma 4's heads: norms of values, head sizes 256 and 512.",
+    scope="Gemma 4, as target or draft model, in bfloat16 on NVIDIA GPUs from Hopper on.",
+    related="none found",
+    edits=(
+        Edit("vllm.config.vllm:VllmConfig.__post_init__", head_norms.vllm_config),
+        Edit("vllm.model_executor.models.gemma4:Gemma4Attention.__init__", head_norms.attention_init),
+        Edit("vllm.model_executor.models.gemma4:Gemma4Attention.forward", head_norms.forward),
+    ),
+    watches=(
+        "vllm.model_executor.layers.layernorm:RMSNorm.forward_static",
+        "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding.forward_static",
+    ),
+)
+
 EXPERT_ROUTING = Patch(
     name="expert-routing",
     group=Group.CONVENIENCE,
@@ -487,5 +510,6 @@ PATCHES: tuple[Patch, ...] = (
     GREEDY_SAMPLING,
     STEP_INDICES,
     SOFT_CAP,
+    HEAD_NORMS,
     EXPERT_ROUTING,
 )
