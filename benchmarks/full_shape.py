@@ -224,6 +224,7 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
             rpc(probes.profile_begins)
             generate(longest, n, 24)
             kernels = rpc(probes.profile_ends)[0]
+            result.setdefault("raw", {})[n] = kernels
             decoding = [k for k in kernels if k[1] > 0.3 * kernels[-1][1]]  # the prompts are behind
             lines = [*kernel_table(decoding).splitlines(), *layer_lines(decoding)]
             result.setdefault("steps", {})[n] = lines

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class _Marks:
@@ -29,21 +30,35 @@ class _Marks:
             self.steps[-1][name] = event
 
 
+_PRIMES = [2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53]
+
+
+def even_draws(requests: int, positions: int, steps: int = 4096) -> Tensor:
+    """``[requests, steps, positions]`` float32 in [0, 1): at each place of a batch and each position the multiples of a
+    square root, which fill it evenly from the first steps on; another place begins elsewhere."""
+    roots = torch.tensor(_PRIMES * positions, dtype=torch.float64)[:positions].sqrt()
+    step, request = torch.arange(1, steps + 1, dtype=torch.float64), torch.arange(requests, dtype=torch.float64)
+    golden = (5**0.5 - 1) / 2
+    even = (step[:, None] * roots + request[:, None, None] * golden) % 1
+    return even.float().clamp(max=1 - 2**-24)  # a chance of 1 takes all
+
+
 def force_acceptance(worker: Any, probabilities: list[float] | None) -> None:
     """From now on a draft position is accepted with such a chance (None: by the model again).
 
     Of several chances each request has one, in turn: a mixed workload. A draft that adaptive k left out (token 0)
     is rejected. The sampler does its work first, so its cost stays in the figures; then its verdict is replaced, by one
-    kernel.
+    kernel. What decides is not random but even (:func:`even_draws`), so that a run of some forty steps has the share
+    of drafts accepted that it should.
     """
     from vllm.triton_utils import tl, triton
 
     @triton.jit
-    def verdict(drafts, draws, chances, out, k, most: tl.constexpr):  # type: ignore[no-untyped-def]
+    def verdict(drafts, draws, stride, chances, out, k, most: tl.constexpr):  # type: ignore[no-untyped-def]
         """Grid ``(num_reqs,)``: accepted drafts, then any valid token: the draft or a constant."""
         request, at = tl.program_id(0), tl.arange(0, most)
         draft = tl.load(drafts + request * k + at, mask=at < k, other=0)
-        draw = tl.load(draws + request * k + at, mask=at < k, other=0.0)
+        draw = tl.load(draws + request * stride + at, mask=at < k, other=0.0)
         differs = ((draft == 0) | (draw >= tl.load(chances + request))).to(tl.int32)
         kept = tl.cumsum(differs, axis=0) - differs == 0
         tl.store(out + request * (k + 1) + at, tl.where(kept, tl.where(draft == 0, 1000, draft), -1), mask=at <= k)
@@ -53,9 +68,8 @@ def force_acceptance(worker: Any, probabilities: list[float] | None) -> None:
     original = type(sampler).forward
     seen: dict[str, int] = {}  # request -> its number
     last: list[Any] = [None, None]  # chances of the last batch, here and on the card
-    drawn: list[Any] = [None, 0]  # random numbers for many steps, and how many are used
-    # Every tensor-parallel rank must accept the same drafts: they draw from the same seed, in the same order.
-    generator = torch.Generator(device=runner.device).manual_seed(0)
+    draws: dict[int, Any] = {}  # by k: [most requests, many steps, power of two above k]; the same for every rank
+    passed = itertools.count()  # steps
 
     def forward(metadata: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(sampler, metadata, *args, **kwargs)
@@ -67,11 +81,11 @@ def force_acceptance(worker: Any, probabilities: list[float] | None) -> None:
         if chances != last[0]:
             last[:] = chances, torch.tensor(chances).to(runner.device)
         drafts, out = metadata.draft_token_ids, output.sampled_token_ids  # [batch * k], [batch, k + 1]
-        if drawn[0] is None or drawn[1] + drafts.numel() > drawn[0].numel():
-            drawn[:] = torch.rand(2**18, device=drafts.device, generator=generator), 0
-        draws = drawn[0][drawn[1] : drawn[1] + drafts.numel()]
-        drawn[1] += -(-drafts.numel() // 4) * 4  # aligned, or the kernel would be compiled again
-        verdict[(len(counts),)](drafts, draws, last[1], out, k, most=triton.next_power_of_2(k + 1))
+        most = max(4, triton.next_power_of_2(k + 1))  # rows of 16 bytes, or the kernel would be compiled again
+        if k not in draws:
+            draws[k] = even_draws(runner.max_num_reqs, most).to(drafts.device)
+        rows = draws[k][:, next(passed) % draws[k].shape[1] :]
+        verdict[(len(counts),)](drafts, rows, rows.stride(0), last[1], out, k, most=most)
         return output
 
     sampler.forward = forward
