@@ -25,7 +25,7 @@
 //
 // Compiled by NVRTC with the macros of stream_gemm.macros: MT (tiles of 8 rows), SCALED (1, without WGMMA: x is multiplied
 // by pre_quant_scale first, each product rounded to bfloat16), RANK (of the branch, a multiple of 32; 0: none), WGMMA (1 on
-// Hopper: needs mma_async, see stream_gemm.py) and a Form's fields.
+// Hopper: needs mma_async, see stream_gemm.py), SPREAD (1: as above) and a Form's fields.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -634,7 +634,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
 #if HANDOVER
     take_registers<OTHER_REGISTERS>();
 #endif
-    const int g = lane / 4, t = lane % 4, part_n = warp % 8, part_k = warp / 8;
+    const int g = lane / 4, part_n = warp % 8, part_k = warp / 8;
     float acc[2][MT][4];
 #pragma unroll
     for (int j = 0; j < 2 * MT * 4; j++) acc[j / (4 * MT)][j / 4 % MT][j % 4] = 0.0f;
@@ -667,12 +667,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
 #pragma unroll
         for (int i = 0; i < 4 * (RANK / 32); i++) {
             const int eight = i % 4, r = i / 4;
-            const long from = (long)(column < N ? column + eight * 8 + g : 0) * RANK + r * 32 + t * 8;
+            const long from = (long)(column < N ? column + eight * 8 + g : 0) * RANK + r * 32 + lane % 4 * 8;
             copy_x(base + up_at(eight, r), up + from, column < N);
         }
     };
-    const float per_scale = 1.0f / results.scale;  // sums are multiplied by `scale` when all parts are added up
-    const auto add_branch = [&](float4& sum, int item) {
+    const auto add_branch = [&](float4& sum, int item, float per_scale) {
+        const int t = lane % 4;
         float add[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int r = 0; r < RANK / 32; r++) {
@@ -827,6 +827,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
         const int first = first_of(tile), count = count_of(tile, first);
 #if RANK
         const bool begun = first == blockIdx.x && !part_k;
+        const float per_scale = 1.0f / results.scale;  // sums are multiplied by it when all parts are added up
         if (begun) {
             wait(base + THERE_AT, 0);
             copies_finish();
@@ -857,7 +858,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
                 sum = make_float4(sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w);
 #endif
 #if RANK
-                if (begun) add_branch(sum, m * 2 + q);
+                if (begun) add_branch(sum, m * 2 + q, per_scale);
 #endif
                 if (count > 1) __stcg(results.part(first, blockIdx.x - first, m * 2 + q), sum);
                 else results.write(tile, m * 2 + q, sum);

@@ -34,7 +34,7 @@ def vllm_config(original: Callable[..., None]) -> Callable[..., None]:
         if (
             scope.gemma4_model(self.model_config)
             and isinstance(self.additional_config, dict)
-            and self.model_config.dtype == torch.bfloat16
+            and getattr(self.model_config, "dtype", None) == torch.bfloat16
             and compile_settings.card_takes_pdl()
         ):
             self.additional_config = {**self.additional_config, MARK: True}
