@@ -44,20 +44,12 @@ from vllm.utils import torch_utils
 
 from tests.support import engine as _engine  # sets the environment
 from tests.support import tiny_models
+from tests.support.configs import LLAMA_JSON
 from tests.support.stock import without
 from vllm_gemma4_spec.performance.fused_all_reduce import MARK
 from vllm_gemma4_spec.performance.patches import FUSED_ALL_REDUCE
 
 assert _engine
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "vocab_size": 512,
-}
 pytestmark = pytest.mark.usefixtures("inductor", "hopper", "linked")
 
 
@@ -273,5 +265,5 @@ def test_others_have_no_mark(folders: dict[str, Path], own: dict[str, Any]) -> N
 def test_another_model_has_no_mark(tmp_path: Path) -> None:
     model = tmp_path / "llama"
     model.mkdir()
-    (model / "config.json").write_text(json.dumps(LLAMA))
+    (model / "config.json").write_text(json.dumps(LLAMA_JSON))
     assert MARK not in finished(model).additional_config

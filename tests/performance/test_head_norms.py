@@ -15,6 +15,7 @@ from torch import Tensor
 import vllm_gemma4_spec
 from tests.support import engine as _engine  # sets the environment
 from tests.support import tiny_models
+from tests.support.configs import LLAMA_JSON
 from tests.support.head_cases import exactly
 from tests.support.stock import without
 from vllm_gemma4_spec import scope
@@ -250,16 +251,7 @@ def test_the_mark_is_in_the_key_of_compiled_graphs(
 
 def test_another_model_has_no_mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compile_settings, "card_takes_pdl", lambda: True)
-    llama = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "vocab_size": 512,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(llama))
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_JSON))
     assert head_norms.MARK not in finished(tmp_path).additional_config
 
 
@@ -278,7 +270,7 @@ def test_an_engine_answers_as_with_vllms_functions(
     params = SamplingParams(max_tokens=8, temperature=0, logprobs=4, ignore_eos=True)
     found = []
     for marked in (False, True):
-        monkeypatch.setattr(head_norms, "_marked", lambda _, marked=marked: marked)
+        monkeypatch.setattr(compile_settings, "marked", lambda *_, marked=marked: marked)
         with _engine.engine(tmp_path, max_logprobs=4) as llm:
             outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
         assert bool(calls) == marked

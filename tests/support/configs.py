@@ -6,6 +6,15 @@ from types import SimpleNamespace
 from typing import Any
 
 GEMMA4 = SimpleNamespace(hf_config=SimpleNamespace(model_type="gemma4_text"))  # a ModelConfig
+LLAMA_JSON = {  # a config.json
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "vocab_size": 512,
+}
 LLAMA = SimpleNamespace(hf_config=SimpleNamespace(model_type="llama"))
 
 

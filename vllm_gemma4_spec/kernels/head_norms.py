@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 from vllm.triton_utils import tl, triton
 
+from vllm_gemma4_spec.kernels import cuda
+
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
 OPERATOR = "gemma4_spec_norm_heads"
 _ROWS = 4  # heads of a program, a warp each
+_starts_early = functools.cache(cuda.starts_early)
 
 
 @triton.jit(do_not_specialize=["tokens"])  # one kernel for a layer, which available() has compiled
@@ -109,12 +112,6 @@ def norm_heads(
             launch_pdl=early,
         )
     return out
-
-
-@functools.cache
-def _starts_early(device: torch.device) -> bool:
-    """Programmatic dependent launch: Hopper and newer."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _shape(

@@ -244,6 +244,19 @@ def backend(original: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+def mark(config: Any, name: str) -> None:
+    """A ``VllmConfig`` says by this name what is compiled into its graphs: ``additional_config`` is part of the key of
+    vLLM's cache of them. One that holds something else than a dict stays without."""
+    if isinstance(config.additional_config, dict):
+        config.additional_config = {**config.additional_config, name: True}
+
+
+def marked(config: Any, name: str) -> bool:
+    """Whether a config, or None, has such a mark."""
+    added = getattr(config, "additional_config", None)
+    return isinstance(added, dict) and name in added
+
+
 def card_takes_pdl() -> bool:
     """As :func:`_takes_pdl`, where a process must not touch the card: it may fork, or never compute."""
     from vllm.platforms import current_platform

@@ -12,7 +12,7 @@ from typing import Any
 from vllm_gemma4_spec import scope
 from vllm_gemma4_spec.performance import compile_settings
 
-MARK = "gemma4_spec_all_reduce_norm"  # in additional_config, which is part of the key of vLLM's cache
+MARK = "gemma4_spec_all_reduce_norm"  # of compile_settings.mark
 _RANKS = 2
 
 
@@ -27,8 +27,8 @@ def vllm_config(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __post_init__(self: Any) -> None:
         original(self)
-        if scope.gemma4_model(self.model_config) and isinstance(self.additional_config, dict) and _fits(self):
-            self.additional_config = {**self.additional_config, MARK: True}
+        if scope.gemma4_model(self.model_config) and _fits(self):
+            compile_settings.mark(self, MARK)
 
     return __post_init__
 
@@ -42,11 +42,6 @@ def _fits(config: Any) -> bool:
     )
 
 
-def _marked(config: Any) -> bool:
-    added = getattr(config, "additional_config", None)
-    return isinstance(added, dict) and MARK in added
-
-
 def backend(original: Callable[..., None]) -> Callable[..., None]:
     """``VllmBackend.__init__``: the operator is there before a compiled graph that calls it is loaded from the cache.
 
@@ -58,7 +53,7 @@ def backend(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if _marked(self.vllm_config):
+        if compile_settings.marked(self.vllm_config, MARK):
             from vllm_gemma4_spec.kernels import all_reduce_norm
 
             all_reduce_norm.register()
@@ -77,7 +72,7 @@ def configure(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def wrapper(self: Any, config: Any) -> None:
         original(self, config)
-        if not _marked(config) or not scope.gemma4_model(config.model_config):
+        if not compile_settings.marked(config, MARK) or not scope.gemma4_model(config.model_config):
             return
         from vllm.config import set_current_vllm_config
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm_gemma4_spec import scope
 from vllm_gemma4_spec.performance import compile_settings
 
-MARK = "gemma4_spec_norm_heads"  # in additional_config, which is part of the key of vLLM's cache
+MARK = "gemma4_spec_norm_heads"  # of compile_settings.mark
 OURS = "_gemma4_spec_norm_heads"  # attribute of a layer that has it
 
 
@@ -33,18 +33,12 @@ def vllm_config(original: Callable[..., None]) -> Callable[..., None]:
         original(self)
         if (
             scope.gemma4_model(self.model_config)
-            and isinstance(self.additional_config, dict)
             and getattr(self.model_config, "dtype", None) == torch.bfloat16
             and compile_settings.card_takes_pdl()
         ):
-            self.additional_config = {**self.additional_config, MARK: True}
+            compile_settings.mark(self, MARK)
 
     return __post_init__
-
-
-def _marked(config: Any) -> bool:
-    added = getattr(config, "additional_config", None)
-    return isinstance(added, dict) and MARK in added
 
 
 def suits(layer: Any) -> bool:
@@ -80,7 +74,7 @@ def attention_init(original: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         config = scope.current_config()
-        if not _marked(config):
+        if not compile_settings.marked(config, MARK):
             return
         from vllm_gemma4_spec.kernels import head_norms
 
