@@ -15,6 +15,9 @@ from typing import Any
 ASSISTANT = "gemma4_mtp"
 # `model_type` in a Hugging Face config: with towers, the language model alone, and an assistant.
 MODEL_TYPES = frozenset({"gemma4", "gemma4_text", ASSISTANT})
+# vLLM's names for the graph of a draft model (an assistant's, too) and for those of a ``Gemma4Model`` in two halves.
+DRAFT_GRAPH = "draft_model"
+HALVES = ("self_decoder", "cross_decoder")
 
 
 def gemma4(hf_config: Any) -> bool:
@@ -44,6 +47,17 @@ def gemma4_drafter(vllm_config: Any) -> bool:
     """Whether the engine speculates with a Gemma 4 as its draft model."""
     spec = getattr(vllm_config, "speculative_config", None)
     return getattr(spec, "method", None) == "draft_model" and gemma4_model(getattr(spec, "draft_model_config", None))
+
+
+def drafters_graph(backend: Any) -> bool:
+    """Whether what a ``VllmBackend`` compiles is of a Gemma 4 that drafts: all of it, or a half (``last-tokens``).
+
+    A target is compiled in halves, too, with ``--kv-sharing-fast-prefill``.
+    """
+    config = backend.vllm_config
+    if backend.prefix in HALVES:
+        return gemma4_drafter(config) and config.speculative_config.draft_model_config is config.model_config
+    return backend.prefix == DRAFT_GRAPH and gemma4_model(config.model_config)
 
 
 def is_assistant(speculative_config: Any) -> bool:

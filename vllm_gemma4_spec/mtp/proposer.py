@@ -82,7 +82,7 @@ class AssistantProposer(RunnerProposer):
 
         compile_settings.use_choices()
         self._draft_config = self._create_draft_vllm_config()
-        with set_model_tag(compile_settings.TAG):
+        with set_model_tag(scope.DRAFT_GRAPH):
             return get_model(vllm_config=self._draft_config, prefix="assistant")
 
     def load_model(self, target_model: nn.Module) -> None:

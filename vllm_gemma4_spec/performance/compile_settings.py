@@ -20,7 +20,6 @@ from vllm_gemma4_spec import scope
 # A row of this many values is kept in registers; Inductor's own limit is 1,024.
 _LONGEST_ROW = 8192
 _PDL = "triton.enable_pdl"
-TAG = "draft_model"  # vLLM's name for the graphs of a draft model; assistants use it, too
 
 
 class LaunchChoices(InductorChoices):
@@ -238,7 +237,7 @@ def backend(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if self.prefix == TAG and scope.gemma4_model(self.vllm_config.model_config) and _takes_pdl():
+        if scope.drafters_graph(self) and _takes_pdl():
             self.inductor_config.setdefault(_PDL, True)  # what a user set stays, for target and drafter
 
     return wrapper

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         graph_capture,
         greedy_sampling,
         head_norms,
+        last_tokens,
         soft_cap,
         split_attention,
         step_indices,
@@ -40,6 +41,7 @@ else:  # a wrapper's module is imported only after the module of vLLM that it pa
     graph_capture = Lazy("vllm_gemma4_spec.performance.graph_capture")
     greedy_sampling = Lazy("vllm_gemma4_spec.performance.greedy_sampling")
     head_norms = Lazy("vllm_gemma4_spec.performance.head_norms")
+    last_tokens = Lazy("vllm_gemma4_spec.performance.last_tokens")
     soft_cap = Lazy("vllm_gemma4_spec.performance.soft_cap")
     split_attention = Lazy("vllm_gemma4_spec.performance.split_attention")
     step_indices = Lazy("vllm_gemma4_spec.performance.step_indices")
@@ -49,6 +51,7 @@ else:  # a wrapper's module is imported only after the module of vLLM that it pa
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _PROPOSER = "vllm.v1.spec_decode.eagle:SpecDecodeBaseProposer"
+_GEMMA4 = "vllm.model_executor.models.gemma4:Gemma4"
 _DRAFT_MODEL = "vllm.v1.spec_decode.draft_model:DraftModelProposer"
 
 DRAFT_GRAPHS = Patch(
@@ -298,6 +301,28 @@ FIRST_PASS_SLOTS = Patch(
     watches=(f"{_PROPOSER}.propose",),
 )
 
+LAST_TOKENS = Patch(
+    name="last-tokens",
+    group=Group.CONVENIENCE,
+    why="A draft's first pass runs every layer for all tokens that the target has verified, k + 2 of a request, or for "
+    "its whole prompt, and drafts from the last one of each. Layers that share an earlier layer's KV, 18 of E4B's 42, "
+    "leave nothing behind them for the others.",
+    how="The drafter is built in the two halves that Gemma4Model has for --kv-sharing-fast-prefill, each compiled by "
+    "itself; in a first pass the second half runs the last token of each request alone, with attention metadata of one "
+    "token a request from the drafter's own builders.",
+    retire="A release whose draft models run KV-shared layers for the tokens that are sampled from alone.",
+    scope="Gemma 4 draft models with KV-shared layers in several KV cache groups, without pipeline parallelism, "
+    "parallel drafting and --kv-sharing-fast-prefill.",
+    related="none found; sglang #27183, open, does the same for prompts of a target",
+    edits=(
+        Edit(f"{_DRAFT_MODEL}._get_model", last_tokens.get_model),
+        Edit(f"{_GEMMA4}ForCausalLM.__init__", last_tokens.model_init),
+        Edit(f"{_GEMMA4}Model.fast_prefill_forward", last_tokens.fast_prefill_forward),
+        Edit(f"{_PROPOSER}.set_inputs_first_pass", last_tokens.set_inputs_first_pass),
+    ),
+    watches=(f"{_PROPOSER}.propose", f"{_GEMMA4}Model.__init__", f"{_GEMMA4}Model.forward"),
+)
+
 STEP_SLOTS = Patch(
     name="step-slots",
     group=Group.CONVENIENCE,
@@ -505,6 +530,7 @@ PATCHES: tuple[Patch, ...] = (
     SPLIT_ATTENTION,
     CACHE_WRITE,
     FIRST_PASS_SLOTS,
+    LAST_TOKENS,
     STEP_SLOTS,
     TABLE_COPIES,
     GREEDY_SAMPLING,

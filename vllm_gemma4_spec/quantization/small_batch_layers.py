@@ -22,7 +22,6 @@ from torch.nn import Module, Parameter
 
 from vllm_gemma4_spec import scope, settings
 
-TAG = "draft_model"  # vLLM's name for the graphs of a draft model
 _NAMES = ("rows_codes", "rows_scales", "rows_global_scale")
 _loading_drafter = False
 
@@ -69,7 +68,7 @@ def compiled(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def wrapper(self: Any, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        if self.prefix == TAG and scope.gemma4_model(self.vllm_config.model_config):
+        if scope.drafters_graph(self):
             _fuse_per_layer_input(graph)
         return original(self, graph, example_inputs)
 

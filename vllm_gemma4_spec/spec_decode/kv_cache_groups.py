@@ -114,6 +114,7 @@ class DraftGroups:
                 self._slots,
             )
         self._num_slots = num_tokens
+        self._pass = cad
         self._built.clear()
         if self._check:
             check_pass(self._runner, self._gids, cad, positions, self._slots[:, :num_tokens])
@@ -132,6 +133,34 @@ class DraftGroups:
                 self._built[key] = made
             return made
         return replace(made, block_table=own.block_table_tensor, slot_mapping=own.slot_mapping)
+
+    def build_for_last_tokens(self, positions: torch.Tensor, layers: set[str]) -> dict[str, Any]:
+        """Metadata, by layer, of a pass of one token a request, whose KV the pass that has begun writes, too.
+
+        Args:
+            positions: ``[requests]`` int64, where those tokens stand.
+            layers: names of the layers that the pass is for; they write no KV.
+        """
+        cad, num_reqs = self._pass, self._pass.num_reqs
+        own = replace(
+            cad,
+            query_start_loc=self._proposer.arange[: num_reqs + 1],
+            query_start_loc_cpu=torch.arange(num_reqs + 1, dtype=torch.int32),
+            # Behind a request's last token those that were rejected may follow.
+            seq_lens=torch.minimum(cad.seq_lens, (positions + 1).to(cad.seq_lens.dtype)),
+            num_actual_tokens=num_reqs,
+            max_query_len=1,
+            _seq_lens_cpu=None,
+            _num_computed_tokens_cpu=None,
+        )
+        self._built.clear()
+        return {
+            name: metadata
+            for index, group in enumerate(self.attn_groups)
+            if (names := layers.intersection(group.layer_names))
+            for metadata in [self.build(index, own, draft_index=0)]
+            for name in names
+        }
 
     def slot_mapping(self, num_tokens: int) -> dict[str, torch.Tensor]:
         """Layer name -> ``[num_tokens]`` int64 view; padding beyond the pass's tokens is -1."""
