@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -65,6 +66,9 @@ static void copies_finish() {}
 static void prefetch(const void*) {}
 static void copy_x(unsigned to, const void* from, bool there) {
     there ? (void)std::memcpy(shared + to, from, 16) : (void)std::memset(shared + to, 0, 16);
+}
+static void one_arrives(unsigned barrier) {
+    if (threadIdx.x % 32 == 0 && barrier) arrive(barrier);
 }
 static uint2 load_codes(unsigned at) { return *(const uint2*)(shared + at); }
 static unsigned load_scales(unsigned at) { return *(const unsigned*)(shared + at); }
@@ -151,11 +155,28 @@ static void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1)
 }
 
 // A warp's quarter of wgmma.m64nNk16: the first operand from registers, the second as a matrix descriptor tells: eight
-// rows of 128 bytes behind each other, their 16-byte pieces swapped by bits 7 to 9 of the address.
+// rows of 128 bytes behind each other, their 16-byte pieces swapped by bits 7 to 9 of the address. It runs as late as it
+// may, so that a stage given back too early is filled again before it is read.
+struct Product {
+    float (*d)[4];
+    unsigned a[4];
+    unsigned long long matrix;
+    int group;
+};
+static thread_local std::deque<Product> products;
+static thread_local int groups;
+static void multiply_now(const Product&);
 static void mma_begins() {}
-static void mma_commits() {}
-template <int LEFT> static void mma_finishes() { __syncwarp(); }
+static void mma_commits() { groups++; }
 static void mma_async(float (&d)[MT][4], const unsigned (&a)[4], unsigned long long matrix) {
+    products.push_back({d, {a[0], a[1], a[2], a[3]}, matrix, groups});
+}
+template <int LEFT> static void mma_finishes() {
+    for (; !products.empty() && products.front().group < groups - LEFT; products.pop_front()) multiply_now(products.front());
+    __syncwarp();
+}
+static void multiply_now(const Product& product) {
+    const auto& [d, a, matrix, group] = product;
     if (matrix >> 62 != 1 || (matrix >> 32 & 0x3FFF) != 1024 / 16) std::abort();
     const unsigned at = (matrix & 0x3FFF) * 16;
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;

@@ -116,6 +116,8 @@ def run(
         pytest.param(9, 256, 1024, 8, False, WGMMA, marks=SLOW),
         pytest.param(5, 256, 512, 4, False, WGMMA, marks=SLOW),  # four parts of one tile
         pytest.param(13, 512, 128, 2, False, WGMMA, marks=SLOW),  # no parts
+        (13, 256, 1280, 1, False, WGMMA),  # stages are filled again and again
+        pytest.param(13, 256, 1280, 1, False, Form(2, groups=1, wgmma=True), marks=SLOW),
         (7, 320, 192, 3, True, FORM),  # the last tile and the last stage are not whole
         (7, 320, 192, 3, False, FORM),
         pytest.param(7, 320, 192, 3, False, WGMMA, marks=SLOW),

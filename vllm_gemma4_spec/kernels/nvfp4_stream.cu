@@ -37,9 +37,8 @@ typedef unsigned long long u64;
 #define WARPS (8 * GROUPS)  // that multiply: 8 times 32 outputs
 #define COPIERS (WGMMA ? 128 : RANK ? 96 : 64)  // a warp asks for weights, another for x; wgmma has fours of warps
 #define BRANCH_WARPS (COPIERS / 32 - 2)  // what is left of them
-#define NONE 0xFFFFFFFFu
 #define CHUNK 2  // steps whose operands are in registers before they are needed
-#define HANDOVER (WGMMA && MT >= 6)  // of registers; what each warp starts with goes by THREADS
+#define HANDOVER (WGMMA && (MT >= 6 || !RANK))  // of registers; what each warp starts with goes by THREADS
 #define COPIER_REGISTERS (RANK ? (GROUPS == 1 ? 104 : 64) : 32)
 #define OTHER_REGISTERS (GROUPS == 2 ? (RANK ? 104 : 112) : RANK ? 200 : 232)
 #define FEW (GROUPS == 1 ? 3 : 4)  // parts of a tile; with few and with many: items and parts that a warp loads at a time
@@ -86,6 +85,13 @@ __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
         "{\n.reg .pred done;\nagain:\n"
         "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
         "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+// One lane of the warp; none where the barrier is 0. A branch here would make ptxas wait for each wgmma of the kernel (C7513).
+__device__ __forceinline__ void one_arrives(u32 barrier) {
+    asm volatile(
+        "{\n.reg .pred there, one;\nsetp.ne.u32 there, %0, 0;\nelect.sync _|one, 0xFFFFFFFF;\nand.pred one, one, there;\n"
+        "@one mbarrier.arrive.shared.b64 _, [%0];\n}" ::"r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ void arrive_expecting(u32 barrier, u32 bytes) {
@@ -663,11 +669,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
     // Where this lane's share of `up` lies: eight values of one of its outputs. Nobody else reads or writes it.
     const auto up_at = [&](int eight, int r) { return UP_AT + ((part_n * 4 + eight) * (RANK / 32) + r) * 512 + lane * 16; };
     const auto bring_up = [&](int tile) {
-        const int column = tile * COLUMNS + outputs;
+        const int one = this_thread() % 32, column = tile * COLUMNS + outputs;  // registers are scarce at a tile's end
 #pragma unroll
         for (int i = 0; i < 4 * (RANK / 32); i++) {
             const int eight = i % 4, r = i / 4;
-            const long from = (long)(column < N ? column + eight * 8 + g : 0) * RANK + r * 32 + lane % 4 * 8;
+            const long from = (long)(column < N ? column + eight * 8 + one / 4 : 0) * RANK + r * 32 + one % 4 * 8;
             copy_x(base + up_at(eight, r), up + from, column < N);
         }
     };
@@ -746,15 +752,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
         const int turn = (part_k + block) % GROUPS;
         u32 stage = (passed + turn) % STAGES, parity = (passed + turn) / STAGES & 1;
         passed += stages;
-        const auto leave = [&](u32 stage) {  // it may be filled again
-            __syncwarp();
-            if (lane == 0) arrive(empty + 8 * stage);
-        };
         const auto next = [&]() {
             stage += GROUPS;
             if (stage >= STAGES) stage -= STAGES, parity ^= 1;
         };
 #if !WGMMA
+        const auto leave = [&](u32 stage) {  // it may be filled again
+            __syncwarp();
+            if (lane == 0) arrive(empty + 8 * stage);
+        };
         Operands one, other;
         if (turn < stages) {
             wait(full + 8 * stage, parity);
@@ -778,8 +784,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
             multiply(other);
         }
 #else
-        // `ended`: the stage before, whose last product still runs when this one's first is asked for; or NONE.
-        const auto multiply = [&](u32 ended) {
+        const auto leave = [&](u32 barrier) {  // its stage may be filled again
+            __syncwarp();
+            one_arrives(barrier);
+        };
+        u32 ended = 0;  // barrier of the stage before, whose last product runs on while this one's first is made ready; or 0
+#pragma unroll 1
+        for (int i = turn; i < stages; i += GROUPS) {
             wait(full + 8 * stage, parity);
             const u32 from = codes_at + stage * STAGE_BYTES, scales_from = scales_at + stage * STAGE_BYTES;
             uint2 words = load_codes(from);
@@ -798,29 +809,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
                 mma_async(acc[1], a[1], rows_of_x);
                 mma_commits();
                 mma_finishes<1>();  // the step before: its registers are free again
-                if (s == 0 && ended != NONE) leave(ended);
+                if (s == 0) leave(ended);
             }
-        };
-        const auto finish = [&]() {
-            mma_finishes<0>();
-            leave(stage);
+            ended = empty + 8 * stage;
             next();
-        };
-        int i = turn;
-        // Two stages at a time: products run on from one to the other. Over the end of a loop ptxas takes no branch behind
-        // the first product, where the stage before is left (C7513: it waits for each product of the kernel).
-#pragma unroll 1
-        for (; i + GROUPS < stages; i += 2 * GROUPS) {
-            const u32 first_of_two = stage;
-            multiply(NONE);
-            next();
-            multiply(first_of_two);
-            finish();
         }
-        if (i < stages) {
-            multiply(NONE);
-            finish();
-        }
+        mma_finishes<0>();
+        leave(ended);
 #endif
 
         // The tile ends here, or this block's share does: add up what both groups have, then all parts.
