@@ -66,6 +66,7 @@ MODULES: dict[str, list[str]] = {
     ],
     "performance.cache_write": ["performance/test_cache_write.py"],
     "performance.first_pass_slots": ["performance/test_first_pass_slots.py"],
+    "performance.last_tokens": ["performance/test_last_tokens.py"],
     "performance.step_slots": ["performance/test_step_slots.py"],
     "performance.table_copies": ["performance/test_table_copies.py"],
     "performance.greedy_sampling": ["performance/test_greedy_sampling.py"],

@@ -120,9 +120,9 @@ def drafted(llm: Any, prompts: Sequence[list[int]], limits: int | Sequence[int])
     return found
 
 
-def near_ties(llm: Any, prompts: Sequence[list[int]], limits: Sequence[int]) -> int:
-    """Tokens of the answers whose log-probability is nearer than ``TIE`` to that of the next best."""
-    return sum(by < TIE for row in lead(llm, prompts, limits)[1] for by in row)
+def near_ties(leads: Sequence[Sequence[float]]) -> int:
+    """Tokens whose log-probability is nearer than ``TIE`` to that of the next best, of leads as :func:`lead` gives."""
+    return sum(by < TIE for row in leads for by in row)
 
 
 def lead(llm: Any, prompts: Sequence[list[int]], limits: Sequence[int]) -> tuple[list[list[int]], list[list[float]]]:

@@ -52,7 +52,8 @@ class Exactness:
             self.plain = device.ask(llm, self.prompts, self.limits)
             # vLLM compiles a helper of its log-probabilities even in eager mode: half a minute for one call.
             with nullcontext() if mode else torch.compiler.set_stance("force_eager"):
-                self.plain.near_ties = device.near_ties(llm, self.prompts, self.limits)
+                self.leads = device.lead(llm, self.prompts, self.limits)[1]
+            self.plain.near_ties = device.near_ties(self.leads)
 
     def run(self, way: Way) -> Run:
         changes: dict[str, Any] = {"async_scheduling": way.asynchronous and not REHEARSAL, **self.settings}
@@ -75,7 +76,8 @@ class Exactness:
 
     def check(self, way: Way) -> dict[str, Any]:
         found = self.run(way)
-        device.same_answers(found.tokens, self.plain.tokens)
+        # Compiled kernels differ by a batch's size, so there an answer may go on otherwise behind a near tie.
+        parted = device.same_answers(found.tokens, self.plain.tokens, self.leads if self.mode else None)
         assert found.proposed > 0
         assert not found.counts["different"]
         if way.drafter == "target":
@@ -86,4 +88,4 @@ class Exactness:
             assert 0 < found.accepted < found.proposed
         if not way.eager:
             device.replayed(found)
-        return {**found.numbers(), "near_ties": self.plain.near_ties}
+        return {**found.numbers(), "near_ties": self.plain.near_ties, "parted": parted}

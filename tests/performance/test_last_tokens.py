@@ -153,6 +153,53 @@ def test_each_half_is_compiled_as_the_drafters(tiny: dict[str, Path]) -> None:
     assert not scope.drafters_graph(SimpleNamespace(prefix="backbone", vllm_config=config))
 
 
+class Decoder(torch.nn.Module):
+    """Of a ``Gemma4Model`` what a pass touches."""
+
+    def __init__(self, compiled: bool, on_gpu: bool = False) -> None:
+        super().__init__()
+        self.norm = SimpleNamespace(
+            weight=SimpleNamespace(is_cuda=on_gpu), forward_cuda="one kernel", _forward_method="eight"
+        )
+        self.hidden_states = self.per_layer_inputs = torch.zeros(64, 8)
+        self.given: list[torch.Tensor] = []
+        self.self_decoder = lambda **_: (torch.ones(3, 8), torch.ones(3, 2, 8))
+        self.cross_decoder = Half(self.given, compiled)
+
+
+class Half:
+    def __init__(self, given: list[torch.Tensor], compiled: bool) -> None:
+        self.given, self.do_not_compile = given, not compiled
+
+    def __call__(self, positions: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        self.given += (positions, *tensors)
+        return tensors[0] + 1
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_what_vllm_keeps_of_the_first_compiled_pass_is_empty(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    """vLLM compiles with the largest prompt's tensors, and keeps them: 130 MB of E4B for 4,096 tokens."""
+    from vllm.config import CUDAGraphMode
+
+    context = SimpleNamespace(attn_metadata=None, cudagraph_runtime_mode=CUDAGraphMode.NONE)
+    monkeypatch.setattr(last_tokens, "get_forward_context", lambda: context)
+    decoder, positions = Decoder(compiled), torch.arange(3)
+    last_tokens._prepare(decoder, 4)
+    assert len(decoder.hidden_states) == len(decoder.per_layer_inputs) == 4
+    run_pass = last_tokens.fast_prefill_forward(lambda *_: torch.empty(0))
+    for first in (True, False):
+        assert run_pass(decoder, None, positions).tolist() == torch.full((3, 8), 2.0).tolist()
+        sizes = [t.untyped_storage().size() for t in decoder.given[-3:]]
+        assert sizes == ([24, 0, 0] if compiled and first else [24, 96, 192])
+
+
+@pytest.mark.parametrize(("on_gpu", "wanted"), [(True, "one kernel"), (False, "eight")])
+def test_the_last_norm_is_one_kernel_on_a_gpu(on_gpu: bool, wanted: str) -> None:
+    decoder = Decoder(compiled=True, on_gpu=on_gpu)
+    last_tokens._prepare(decoder, 4)
+    assert decoder.norm._forward_method == wanted
+
+
 def proposer(drafter: Any, **changes: Any) -> Any:
     config = vllm_config(
         drafter=drafter,

@@ -21,7 +21,8 @@ from vllm_gemma4_spec import scope
 from vllm_gemma4_spec.spec_decode.proposer import GROUPS
 
 DECODER = "_gemma4_spec_decoder"  # of a proposer: its drafter's Gemma4Model, if that has two halves
-NEXT = "_gemma4_spec_last_tokens"  # of that model: metadata for the tokens that its next pass drafts from
+NEXT = "_gemma4_spec_last_tokens"  # of that model: the tokens that its next pass drafts from
+COLD = "_gemma4_spec_cold"  # of that model, until its second half has run compiled
 # The model that is built now gets two halves; its constructor is not told that it drafts.
 _in_halves: contextvars.ContextVar[bool] = contextvars.ContextVar("gemma4_in_halves", default=False)
 
@@ -82,17 +83,19 @@ def model_init(original: Callable[..., None]) -> Callable[..., None]:
             original(self, *args, **kwargs)
         finally:
             config.cache_config.kv_sharing_fast_prefill = False
-        _keep_small(self.model, config.compilation_config.max_cudagraph_capture_size or 0)
+        _prepare(self.model, config.compilation_config.max_cudagraph_capture_size or 0)
 
     return __init__
 
 
-def _keep_small(decoder: Any, rows: int) -> None:
-    """Buffers for the batches of CUDA graphs: vLLM's hold the largest prompt, 0.2 GB of an E4B for 8,192 tokens."""
+def _prepare(decoder: Any, rows: int) -> None:
+    """Buffers for the batches of CUDA graphs: vLLM's are for prompts, 0.2 GB of an E4B for 8,192 tokens."""
     for name in ("hidden_states", "per_layer_inputs"):
         buffer = getattr(decoder, name)
         if buffer is not None:
             setattr(decoder, name, buffer.new_zeros(min(rows, len(buffer)), *buffer.shape[1:]))
+    if not decoder.cross_decoder.do_not_compile:
+        setattr(decoder, COLD, True)
     if decoder.norm.weight.is_cuda:  # outside of both compiled halves PyTorch's own would be eight kernels
         decoder.norm._forward_method = decoder.norm.forward_cuda
 
@@ -164,31 +167,42 @@ def fast_prefill_forward(original: Callable[..., torch.Tensor]) -> Callable[...,
     ) -> torch.Tensor:
         context = get_forward_context()
         last: LastTokens | None = self.__dict__.pop(NEXT, None)
-        everyone = context.attn_metadata
         if last is not None:
-            of = last.indices
-            at = positions[of]
-            context.attn_metadata = {**everyone, **last.metadata(at, self.cross_decoder.decoder_layers)}
-        try:
-            if context.cudagraph_runtime_mode != CUDAGraphMode.NONE:
-                if last is not None:
-                    _tell(context.attn_metadata[self.layers[-1].self_attn.attn.layer_name], last)
-                return original(self, input_ids, positions, inputs_embeds, per_layer_inputs, **kwargs)
-            hidden, inputs = self.self_decoder(
-                input_ids=input_ids,
-                positions=positions,
-                inputs_embeds=inputs_embeds,
-                per_layer_inputs=per_layer_inputs,
-                **kwargs,
-            )
-            if last is None:
-                return self.cross_decoder(positions, hidden, inputs, **kwargs)
-            inputs = None if inputs is None else inputs[of]
-            return hidden.index_copy_(0, of, self.cross_decoder(at, hidden[of], inputs, **kwargs))
-        finally:
-            context.attn_metadata = everyone
+            at = positions[last.indices]
+            ones = last.metadata(at, self.cross_decoder.decoder_layers)
+            context.attn_metadata = {**context.attn_metadata, **ones}
+        if context.cudagraph_runtime_mode != CUDAGraphMode.NONE:
+            if last is not None:
+                _tell(context.attn_metadata[self.layers[-1].self_attn.attn.layer_name], last)
+            return original(self, input_ids, positions, inputs_embeds, per_layer_inputs, **kwargs)
+        hidden, inputs = self.self_decoder(
+            input_ids=input_ids,
+            positions=positions,
+            inputs_embeds=inputs_embeds,
+            per_layer_inputs=per_layer_inputs,
+            **kwargs,
+        )
+        if last is not None:
+            inputs = None if inputs is None else inputs[last.indices]
+            output = self.cross_decoder(at, hidden[last.indices], inputs, **kwargs)
+            return hidden.index_copy_(0, last.indices, output)
+        output = self.cross_decoder(positions, hidden, inputs, **kwargs)
+        if COLD in self.__dict__:
+            delattr(self, COLD)
+            _empty(hidden, inputs)
+        return output
 
     return wrapper
+
+
+def _empty(*tensors: torch.Tensor | None) -> None:
+    """Free what these hold: vLLM keeps the arguments with which it compiled a model, here those of the largest prompt.
+
+    (``VllmSerializableFunction.example_inputs``; it has written them to its cache by then, as shapes.)
+    """
+    for tensor in tensors:
+        if tensor is not None:
+            tensor.untyped_storage().resize_(0)
 
 
 def _tell(metadata: Any, last: LastTokens) -> None:
