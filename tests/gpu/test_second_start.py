@@ -16,6 +16,7 @@ import pytest
 import vllm_gemma4_spec
 from tests.gpu import device
 from tests.support import engine, tiny_models
+from vllm_gemma4_spec import scope
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]  # on a CPU: tests/performance/second_start.py
 
@@ -59,7 +60,7 @@ def test_nothing_is_compiled_again(tmp_path: Path, measured: Any) -> None:
     assert second["tokens"] == first["tokens"]
     pdl = tuple(first["capability"]) >= (9, 0)
     for run in (first, second):  # from Hopper on both have it
-        assert {"draft" in prefix for prefix, _ in run["backends"]} == {True, False}, run["backends"]
+        assert {prefix in scope.HALVES for prefix, _ in run["backends"]} == {True, False}, run["backends"]
         assert all(enabled == pdl for _, enabled in run["backends"])
 
 

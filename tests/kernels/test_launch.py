@@ -26,7 +26,9 @@ for overlaps in (True, False):
     kernel._load(b"code", "name", overlaps)
     kernel.allow_shared(50_000)
     last = torch.tensor([2.5]) if overlaps else CUdeviceptr(elsewhere.data_ptr())
-    kernel._launch(0x33, (4, 5, 6), 128, [torch.tensor([1.5]), 7, last], 1000, *([3] if overlaps else []))
+    for more in range(2):  # what does not change is made once
+        args = [torch.tensor([1.5 + more]), 7 + more, last]
+        kernel._launch(0x33, (4, 5, 6), 128, args, 1000, *([3] if overlaps else []))
 try:
     Kernel.__new__(Kernel)._load(b"refuse", "name", True)
 except RuntimeError as error:
@@ -36,6 +38,7 @@ except RuntimeError as error:
 LOADED = ["load code", "function name of 0x11", "attribute 1 of 0x22: 50000"]
 LAUNCHED = "launch 0x22 grid 4 5 6 block 128 1 1 shared 1000 stream 0x33 extra (nil)"
 VALUES = "values 1.5 7 2.5"
+AGAIN = "values 2.5 8 2.5"
 
 
 @pytest.mark.skipif(not (COMPILER and (HEADERS / "cuda.h").exists()), reason="needs a C compiler and Triton's cuda.h")
@@ -59,9 +62,15 @@ def test_the_driver_is_given_the_launch(tmp_path: Path) -> None:
         "overlap 1 1",
         "cluster 1 1 3",
         VALUES,
+        LAUNCHED,
+        "overlap 1 1",
+        "cluster 1 1 3",
+        AGAIN,
         *LOADED,
         LAUNCHED,
         VALUES,
+        LAUNCHED,
+        AGAIN,
         "load refuse",
         "cuModuleLoadData: CUDA_ERROR_INVALID_IMAGE",
     ]

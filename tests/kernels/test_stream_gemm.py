@@ -277,7 +277,7 @@ def test_the_gemm_multiplies_up_to_8_rows(monkeypatch: pytest.MonkeyPatch, rows:
     monkeypatch.setattr(stream_gemm, "scaled_rows", lambda x, by: x * by)
     monkeypatch.setattr(stream_gemm.SCRATCH, "on", lambda _: (x, x))
     monkeypatch.setattr(stream_gemm.cuda, "weight_map", lambda *_: None)
-    monkeypatch.setattr(stream_gemm.cuda, "matrix_map", lambda address, *_: address)
+    monkeypatch.setattr(stream_gemm.cuda, "recent_map", lambda address, *_: address)
     stream_gemm.stream_gemm(x, pre, pre, pre, pre, 256)
     ((tiles, scaled, _, _, args),) = called
     assert tiles == form
@@ -335,7 +335,8 @@ def test_blocks_do_not_wait_for_each_other_beside_others(monkeypatch: pytest.Mon
 
 
 def test_without_mps_they_do() -> None:
-    assert [t for t in stream_gemm.WGMMA_FORMS if stream_gemm.spreads(t)] == [6, 8, 10, 16]
+    assert [t for t, form in stream_gemm.WGMMA_FORMS.items() if stream_gemm.spreads(t, form)] == [6, 8, 10, 16]
+    assert not any(stream_gemm.spreads(t, form) for t, form in stream_gemm.MMA_FORMS.items())
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from transformers import Gemma4ForCausalLM
 
 import vllm_gemma4_spec
+from tests.support import tiny_models
 from tests.support.configs import LLAMA, vllm_config
 from tests.support.engine import engine, generate, random_prompts
 from tests.support.recorder import Recorder
@@ -42,9 +43,9 @@ class Rows:
 Run = tuple[list[tuple[list[int], list[int]]], list[tuple[int, int]]]
 
 
-def run(tiny: dict[str, Path], prepare: Callable[[Any], None] = lambda _: None, **options: Any) -> Run:
+def run(models: dict[str, Path], prepare: Callable[[Any], None] = lambda _: None, **options: Any) -> Run:
     """What was drafted, and how many tokens both ends of the drafter saw."""
-    with engine(tiny["target"], tiny["drafter"], K, **options) as llm:
+    with engine(models["target"], models["drafter"], K, **options) as llm:
         recorder = Recorder(llm)
         rows = Rows(recorder.runner.drafter)
         prepare(recorder.runner.drafter)
@@ -73,6 +74,24 @@ def test_shared_layers_see_the_last_tokens_alone(tiny: dict[str, Path]) -> None:
     assert {tokens // last for tokens, last in list(firsts(seen))[1:]} == {K + 2}
     assert {last for _, last in firsts(seen)} >= {1, 2, 4}
     assert all(tokens == last for i, (tokens, last) in enumerate(seen) if i % K)
+
+
+def test_a_drafter_needs_no_per_layer_inputs(tiny: dict[str, Path], tmp_path: Path) -> None:
+    config = tiny_models.drafter_config(hidden_size_per_layer_input=0)
+    drafter = tiny_models.save(config, tmp_path / "drafter", seed=1)
+    drafts, seen = run({"target": tiny["target"], "drafter": drafter})
+    are_greedy(drafts, drafter)
+    assert seen[0] == (410, 4)
+
+
+def test_a_targets_own_fast_prefill_stays_vllms(tiny: dict[str, Path]) -> None:
+    """Its metadata says which tokens its second half is for: those that are sampled from, of all that are there."""
+    prompts = random_prompts((3, 33, 70, 300))
+    answers = []
+    for fast in (False, True):
+        with engine(tiny["drafter"], kv_sharing_fast_prefill=fast) as llm:
+            answers.append(generate(llm, prompts, 8))
+    assert answers[0] == answers[1]
 
 
 def test_stock_runs_all_layers_for_all_tokens(tiny: dict[str, Path]) -> None:
@@ -193,6 +212,20 @@ def test_what_vllm_keeps_of_the_first_compiled_pass_is_empty(monkeypatch: pytest
         assert sizes == ([24, 0, 0] if compiled and first else [24, 96, 192])
 
 
+def test_a_dummy_run_is_no_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that ends before a captured draft comes to its model leaves the tokens of that pass behind."""
+    from vllm.config import CUDAGraphMode
+
+    context = SimpleNamespace(attn_metadata=None, cudagraph_runtime_mode=CUDAGraphMode.NONE)
+    monkeypatch.setattr(last_tokens, "get_forward_context", lambda: context)
+    decoder = Decoder(compiled=False)
+    last_tokens._prepare(decoder, 4)
+    setattr(decoder, last_tokens.NEXT, last_tokens.LastTokens(None, None, torch.tensor([37])))
+    run_pass = last_tokens.fast_prefill_forward(lambda *_: torch.empty(0))
+    assert len(run_pass(decoder, None, torch.arange(3))) == 3
+    assert last_tokens.NEXT not in decoder.__dict__
+
+
 @pytest.mark.parametrize(("on_gpu", "wanted"), [(True, "one kernel"), (False, "eight")])
 def test_the_last_norm_is_one_kernel_on_a_gpu(on_gpu: bool, wanted: str) -> None:
     decoder = Decoder(compiled=True, on_gpu=on_gpu)
@@ -209,8 +242,8 @@ def proposer(drafter: Any, **changes: Any) -> Any:
     return SimpleNamespace(vllm_config=config, **{"parallel_drafting": False, "uses_mrope": False} | changes)
 
 
-def drafter_like(shared: int, model_type: str = "gemma4_text") -> Any:
-    text = SimpleNamespace(model_type=model_type, num_kv_shared_layers=shared)
+def drafter_like(shared: int, model_type: str = "gemma4_text", experts: bool = False) -> Any:
+    text = SimpleNamespace(model_type=model_type, num_kv_shared_layers=shared, enable_moe_block=experts)
     return SimpleNamespace(hf_config=text, hf_text_config=text)
 
 
@@ -220,6 +253,7 @@ def drafter_like(shared: int, model_type: str = "gemma4_text") -> Any:
         (drafter_like(18), {}, True),
         (drafter_like(0), {}, False),
         (drafter_like(18, "gemma3n_text"), {}, False),
+        (drafter_like(18, experts=True), {}, False),
         (LLAMA, {}, False),
         (drafter_like(18), {"parallel_drafting": True}, False),
         (drafter_like(18), {"uses_mrope": True}, False),
@@ -242,9 +276,18 @@ def test_other_drafters_are_built_as_in_stock(drafter: Any, changes: dict[str, A
 
 
 def test_a_drafter_that_does_not_load_leaves_nothing_behind() -> None:
-    def original(_: Any) -> Any:
+    cache = SimpleNamespace(kv_sharing_fast_prefill=False)
+    seen: list[bool] = []
+
+    def fails(_: Any, *, vllm_config: Any) -> None:
+        seen.append(vllm_config.cache_config.kv_sharing_fast_prefill)
         raise RuntimeError("no such weight")
+
+    def original(_: Any) -> Any:
+        last_tokens.model_init(fails)(None, vllm_config=SimpleNamespace(cache_config=cache))
 
     with pytest.raises(RuntimeError, match="no such weight"):
         last_tokens.get_model(original)(proposer(drafter_like(18)))
+    assert seen == [True]
+    assert not cache.kv_sharing_fast_prefill
     assert not last_tokens._in_halves.get()

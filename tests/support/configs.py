@@ -5,7 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-GEMMA4 = SimpleNamespace(hf_config=SimpleNamespace(model_type="gemma4_text"))  # a ModelConfig
+_TEXT = SimpleNamespace(model_type="gemma4_text")
+GEMMA4 = SimpleNamespace(hf_config=_TEXT, hf_text_config=_TEXT)  # a ModelConfig
 LLAMA_JSON = {  # a config.json
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

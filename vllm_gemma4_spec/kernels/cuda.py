@@ -134,6 +134,7 @@ def matrix_map(address: int, rows: int, columns: int, item: int, box_rows: int, 
 
 
 weight_map = functools.cache(matrix_map)  # of what stays where it is
+recent_map = functools.lru_cache(1024)(matrix_map)  # of what PyTorch's allocator puts in the same places step by step
 
 
 def this_card() -> str:
@@ -165,6 +166,8 @@ class Kernel:
         from cuda.bindings import driver
 
         self._driver = driver
+        self._configs: dict[tuple[Any, ...], Any] = {}  # outside of CUDA graphs a launch is the host's time
+        self._types: tuple[Any, ...] | None = None
         self._attributes = []
         if overlaps:
             attribute = driver.CUlaunchAttribute()
@@ -199,6 +202,18 @@ class Kernel:
         shared_bytes: int,
         cluster: int = 1,
     ) -> None:
+        config = self._configs.get(asked := (stream, grid, block, shared_bytes, cluster))
+        if config is None:
+            config = self._configs[asked] = self._config(*asked)
+        if self._types is None:  # a kernel's arguments are of the same kinds in every launch
+            kinds = (
+                ctypes.c_void_p if isinstance(a, Tensor) else ctypes.c_int if isinstance(a, int) else None for a in args
+            )
+            self._types = tuple(kinds)
+        values = tuple([a.data_ptr() if isinstance(a, Tensor) else a for a in args])
+        _checked(self._driver.cuLaunchKernelEx(config, self._function, (values, self._types), 0), "cuLaunchKernelEx")
+
+    def _config(self, stream: int, grid: tuple[int, int, int], block: int, shared_bytes: int, cluster: int) -> Any:
         config = self._driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
@@ -212,8 +227,4 @@ class Kernel:
             size.x, size.y, size.z = 1, 1, cluster
             attributes = [*attributes, attribute]
         config.attrs, config.numAttrs = attributes, len(attributes)
-        values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in args)
-        types = tuple(
-            ctypes.c_void_p if isinstance(a, Tensor) else ctypes.c_int if isinstance(a, int) else None for a in args
-        )
-        _checked(self._driver.cuLaunchKernelEx(config, self._function, (values, types), 0), "cuLaunchKernelEx")
+        return config

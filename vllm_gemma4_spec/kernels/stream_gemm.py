@@ -7,6 +7,7 @@ has the same bits whatever rows stand beside it, which Marlin's has not.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import logging
@@ -76,7 +77,7 @@ MMA_FORMS = {1: Form(4), 2: Form(4), 4: Form(4), 8: Form(4)}  # cards without wg
 
 def _form(rows: int) -> int:
     """Which of :func:`forms` takes this many rows; one behind the last if none."""
-    return sum(rows > 8 * tiles for tiles in forms())
+    return bisect.bisect_left(tuple(forms()), -(-rows // 8))
 
 
 def tiles_for(rows: int, forms: Iterable[int] = WGMMA_FORMS) -> int:
@@ -99,12 +100,13 @@ __device__ __forceinline__ void mma_async(float (&d)[{tiles}][4], const unsigned
 """
 
 
-def spreads(tiles: int) -> bool:
+def spreads(tiles: int, form: Form) -> bool:
     """Whether all blocks that share a tile of outputs add up its parts, and wait for each other's; else the last does.
 
-    Not where the blocks of another process's kernel may hold multiprocessors meanwhile, and wait for theirs.
+    Not where the blocks of another process's kernel may hold multiprocessors meanwhile, and wait for theirs; nor on
+    cards without wgmma, none of which was tried (on an H200 one of two chains of their form had another result).
     """
-    return tiles >= SPREAD_FROM and not cuda.beside_others()
+    return form.wgmma and tiles >= SPREAD_FROM and not cuda.beside_others()
 
 
 def macros(tiles: int, scaled: bool, form: Form, rank: int = 0) -> dict[str, int]:
@@ -117,7 +119,7 @@ def macros(tiles: int, scaled: bool, form: Form, rank: int = 0) -> dict[str, int
         "WGMMA": int(form.wgmma),
         "FIRST": form.first,
         "PACE": form.pace,
-        "SPREAD": int(spreads(tiles)),
+        "SPREAD": int(spreads(tiles, form)),
     }
 
 
@@ -203,7 +205,7 @@ def launch(
         block=form.threads_with(rank),
         args=[
             *weights,
-            *([x, pre_quant_scale] if scaled else [cuda.matrix_map(x.data_ptr(), rows, k, 2, 8 * tiles, 64)]),
+            *([x, pre_quant_scale] if scaled else [cuda.recent_map(x.data_ptr(), rows, k, 2, 8 * tiles, 64)]),
             *branch,
             y,
             global_scale,
@@ -304,14 +306,13 @@ def linear(
 
     With ``low_rank_a`` and ``low_rank_b`` plus ``(x @ A.T) @ B.T``, and without ``pre_quant_scale``.
     """
-    import vllm.envs
-
-    flat = x.reshape(-1, x.shape[-1])
-    if streamed and flat.shape[0] <= 8 * max(forms()) and streamed >> _form(flat.shape[0]) & 1:
-        parts = flat.contiguous().split(SAME_BITS if vllm.envs.VLLM_BATCH_INVARIANT else MOST_ROWS)
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = flat.shape[0]
+    if streamed and rows <= 8 * max(forms()) and streamed >> _form(rows) & 1:
         low_rank = None if low_rank_a is None or low_rank_b is None else (low_rank_a, low_rank_b)
         weights = (weight, weight_scale, global_scale, n, low_rank)
-        y = _joined([stream_gemm(part, pre_quant_scale, *weights) for part in parts])
+        parts = [flat] if rows <= SAME_BITS else flat.split(_most_rows())
+        y = _joined([stream_gemm(part.contiguous(), pre_quant_scale, *weights) for part in parts])
     else:
         if pre_quant_scale is not None:
             flat = flat * pre_quant_scale
@@ -321,6 +322,13 @@ def linear(
         if low_rank_a is not None and low_rank_b is not None:
             y = torch.addmm(y, torch.nn.functional.linear(flat, low_rank_a), low_rank_b.t())
     return y.view(*x.shape[:-1], n)
+
+
+def _most_rows() -> int:
+    """Of one launch, of more than ``SAME_BITS``."""
+    import vllm.envs
+
+    return SAME_BITS if vllm.envs.VLLM_BATCH_INVARIANT else MOST_ROWS
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -21,6 +21,7 @@ from vllm_gemma4_spec import scope
 from vllm_gemma4_spec.spec_decode.proposer import GROUPS
 
 DECODER = "_gemma4_spec_decoder"  # of a proposer: its drafter's Gemma4Model, if that has two halves
+OURS = "_gemma4_spec_in_halves"  # of that model: a target's is --kv-sharing-fast-prefill's
 NEXT = "_gemma4_spec_last_tokens"  # of that model: the tokens that its next pass drafts from
 COLD = "_gemma4_spec_cold"  # of that model, until its second half has run compiled
 # The model that is built now gets two halves; its constructor is not told that it drafts.
@@ -29,11 +30,13 @@ _in_halves: contextvars.ContextVar[bool] = contextvars.ContextVar("gemma4_in_hal
 
 def _suits(proposer: Any) -> bool:
     config = proposer.vllm_config
-    if not scope.gemma4_drafter(config) or config.cache_config.kv_sharing_fast_prefill:
+    if not scope.gemma4_drafter(config):
         return False
     text = config.speculative_config.draft_model_config.hf_text_config
     return (
         getattr(text, "num_kv_shared_layers", 0) > 0
+        and not getattr(text, "enable_moe_block", False)  # ranks that share experts must have as many tokens
+        and not config.cache_config.kv_sharing_fast_prefill
         and not proposer.parallel_drafting  # drafts from several tokens of a request
         and not proposer.uses_mrope
         and config.parallel_config.pipeline_parallel_size == 1
@@ -45,7 +48,7 @@ def get_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
     Patch: ``last-tokens``. Evidence:
     ``tests/performance/test_last_tokens.py::test_stock_runs_all_layers_for_all_tokens``. Related upstream change: none
-    found.
+    found; sglang #27183, open, does the same for prompts of a target.
     """
 
     @functools.wraps(original)
@@ -69,7 +72,7 @@ def model_init(original: Callable[..., None]) -> Callable[..., None]:
 
     Patch: ``last-tokens``. Evidence:
     ``tests/performance/test_last_tokens.py::test_stock_runs_all_layers_for_all_tokens``. Related upstream change: none
-    found.
+    found; sglang #27183, open, does the same for prompts of a target.
     """
 
     @functools.wraps(original)
@@ -89,14 +92,18 @@ def model_init(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _prepare(decoder: Any, rows: int) -> None:
-    """Buffers for the batches of CUDA graphs: vLLM's are for prompts, 0.2 GB of an E4B for 8,192 tokens."""
+    """Mark a drafter's model, with buffers for batches of CUDA graphs and one kernel for its last norm.
+
+    vLLM's buffers are for prompts: 0.2 GB of an E4B for 8,192 tokens.
+    """
+    setattr(decoder, OURS, True)
     for name in ("hidden_states", "per_layer_inputs"):
         buffer = getattr(decoder, name)
         if buffer is not None:
             setattr(decoder, name, buffer.new_zeros(min(rows, len(buffer)), *buffer.shape[1:]))
     if not decoder.cross_decoder.do_not_compile:
         setattr(decoder, COLD, True)
-    if decoder.norm.weight.is_cuda:  # outside of both compiled halves PyTorch's own would be eight kernels
+    if decoder.norm.weight.is_cuda:  # the last norm is in neither compiled half: native it would be eight kernels
         decoder.norm._forward_method = decoder.norm.forward_cuda
 
 
@@ -105,7 +112,7 @@ def set_inputs_first_pass(original: Callable[..., Any]) -> Callable[..., Any]:
 
     Patch: ``last-tokens``. Evidence:
     ``tests/performance/test_last_tokens.py::test_stock_runs_all_layers_for_all_tokens``. Related upstream change: none
-    found.
+    found; sglang #27183, open, does the same for prompts of a target.
     """
 
     @functools.wraps(original)
@@ -132,12 +139,13 @@ class LastTokens:
         self._proposer, self._groups, self.indices = proposer, groups, indices
 
     def metadata(self, positions: torch.Tensor, layers: Any) -> dict[str, Any]:
-        """Attention metadata of these tokens by name of ``layers``, the drafter's that share KV.
+        """Attention metadata of these tokens, by name of ``layers``, the drafter's that share KV.
 
         Args:
-            positions: ``[requests]`` int64, where they stand.
+            positions: ``[tokens]`` int64, where all tokens of the pass stand.
         """
-        return self._groups.build_for_last_tokens(positions, {layer.self_attn.attn.layer_name for layer in layers})
+        names = {layer.self_attn.attn.layer_name for layer in layers}
+        return self._groups.build_for_last_tokens(positions[self.indices], names)
 
     def padded(self) -> torch.Tensor:
         """``indices``, and the last one again up to the size of a piecewise CUDA graph."""
@@ -153,7 +161,7 @@ def fast_prefill_forward(original: Callable[..., torch.Tensor]) -> Callable[...,
 
     Patch: ``last-tokens``. Evidence:
     ``tests/performance/test_last_tokens.py::test_stock_runs_all_layers_for_all_tokens``. Related upstream change: none
-    found.
+    found; sglang #27183, open, does the same for prompts of a target.
     """
 
     @functools.wraps(original)
@@ -165,15 +173,19 @@ def fast_prefill_forward(original: Callable[..., torch.Tensor]) -> Callable[...,
         per_layer_inputs: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
+        if OURS not in self.__dict__:
+            return original(self, input_ids, positions, inputs_embeds, per_layer_inputs, **kwargs)
         context = get_forward_context()
         last: LastTokens | None = self.__dict__.pop(NEXT, None)
+        if context.attn_metadata is None:  # a dummy run; the pass before it never came to its model
+            last = None
         if last is not None:
-            at = positions[last.indices]
-            ones = last.metadata(at, self.cross_decoder.decoder_layers)
-            context.attn_metadata = {**context.attn_metadata, **ones}
+            of_last = last.metadata(positions, self.cross_decoder.decoder_layers)
+            context.attn_metadata = {**context.attn_metadata, **of_last}
         if context.cudagraph_runtime_mode != CUDAGraphMode.NONE:
-            if last is not None:
-                _tell(context.attn_metadata[self.layers[-1].self_attn.attn.layer_name], last)
+            if last is not None:  # where the original looks for them
+                looked_at = of_last[self.layers[-1].self_attn.attn.layer_name]
+                looked_at.logits_indices_padded, looked_at.num_logits_indices = last.padded(), len(last.indices)
             return original(self, input_ids, positions, inputs_embeds, per_layer_inputs, **kwargs)
         hidden, inputs = self.self_decoder(
             input_ids=input_ids,
@@ -183,9 +195,9 @@ def fast_prefill_forward(original: Callable[..., torch.Tensor]) -> Callable[...,
             **kwargs,
         )
         if last is not None:
-            inputs = None if inputs is None else inputs[last.indices]
-            output = self.cross_decoder(at, hidden[last.indices], inputs, **kwargs)
-            return hidden.index_copy_(0, last.indices, output)
+            of = last.indices
+            inputs = None if inputs is None else inputs[of]
+            return hidden.index_copy_(0, of, self.cross_decoder(positions[of], hidden[of], inputs, **kwargs))
         output = self.cross_decoder(positions, hidden, inputs, **kwargs)
         if COLD in self.__dict__:
             delattr(self, COLD)
@@ -203,8 +215,3 @@ def _empty(*tensors: torch.Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None:
             tensor.untyped_storage().resize_(0)
-
-
-def _tell(metadata: Any, last: LastTokens) -> None:
-    """Where the original looks for the tokens of the second half."""
-    metadata.logits_indices_padded, metadata.num_logits_indices = last.padded(), len(last.indices)

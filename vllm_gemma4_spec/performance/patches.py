@@ -311,8 +311,9 @@ LAST_TOKENS = Patch(
     "itself; in a first pass the second half runs the last token of each request alone, with attention metadata of one "
     "token a request from the drafter's own builders.",
     retire="A release whose draft models run KV-shared layers for the tokens that are sampled from alone.",
-    scope="Gemma 4 draft models with KV-shared layers in several KV cache groups, without pipeline parallelism, "
-    "parallel drafting and --kv-sharing-fast-prefill.",
+    scope="Gemma 4 draft models with KV-shared layers and without experts, pipeline parallelism, parallel drafting and "
+    "--kv-sharing-fast-prefill. One whose layers lie in one KV cache group has two halves, too, and runs all tokens.",
+    needs=("draft-groups",),
     related="none found; sglang #27183, open, does the same for prompts of a target",
     edits=(
         Edit(f"{_DRAFT_MODEL}._get_model", last_tokens.get_model),

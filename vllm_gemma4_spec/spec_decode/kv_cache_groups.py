@@ -146,21 +146,21 @@ class DraftGroups:
             cad,
             query_start_loc=self._proposer.arange[: num_reqs + 1],
             query_start_loc_cpu=torch.arange(num_reqs + 1, dtype=torch.int32),
-            # Behind a request's last token those that were rejected may follow.
+            # Behind a request's last token those that were rejected may follow; a position behind the drafter's
+            # longest context is that context's end.
             seq_lens=torch.minimum(cad.seq_lens, (positions + 1).to(cad.seq_lens.dtype)),
             num_actual_tokens=num_reqs,
             max_query_len=1,
             _seq_lens_cpu=None,
             _num_computed_tokens_cpu=None,
+            _num_computed_tokens_cache=None,
         )
         self._built.clear()
-        return {
-            name: metadata
-            for index, group in enumerate(self.attn_groups)
-            if (names := layers.intersection(group.layer_names))
-            for metadata in [self.build(index, own, draft_index=0)]
-            for name in names
-        }
+        found: dict[str, Any] = {}
+        for index, group in enumerate(self.attn_groups):
+            if names := layers.intersection(group.layer_names):
+                found |= dict.fromkeys(names, self.build(index, own, draft_index=0))
+        return found
 
     def slot_mapping(self, num_tokens: int) -> dict[str, torch.Tensor]:
         """Layer name -> ``[num_tokens]`` int64 view; padding beyond the pass's tokens is -1."""
