@@ -12,7 +12,8 @@ stock's plain decoding:
 
     … --together --engines stock,spec@3,mtp@4 --concurrency 1,4,16 --acceptance 1.0,0.8,0.0 --repeats 2
 
-Times exclude prompts (``prompts`` is theirs) and a warm-up of every batch size; they are medians of ``--repeats``.
+Times exclude prompts (``prompts`` is theirs, ms until the last request's first token) and a warm-up of every batch
+size; they are medians of ``--repeats``.
 With ``--tp 2`` every engine has two ranks, one card each; times and bytes are the first rank's.
 """
 
@@ -69,6 +70,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ap.add_argument("--target-layers", type=int, help="cut the target, for a quick run of the drafter")
     ap.add_argument("--compile", type=int, default=3, choices=(0, 3), help="vLLM's compilation mode")
     ap.add_argument("--inductor", type=json.loads, default={}, help="JSON: vLLM's inductor_compile_config")
+    ap.add_argument(
+        "--graphs", type=int, default=0, help="CUDA graphs up to so many tokens, beside those of the batches"
+    )
     ap.add_argument("--kv-gib", type=float, default=6.0, help="KV cache of every engine, in GiB")
     ap.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks, one card each")
     ap.add_argument("--together", action="store_true", help="start all engines at once; they are measured in turn")
@@ -120,6 +124,7 @@ def make_llm(args: argparse.Namespace) -> Any:
     folder = work / (f"target-{form}" if form in ("awq", "svd") else "target")
     target = shapes.write_model(args.target, folder, args.target_layers, algorithm)
     query = k + 1 if speculates(args.engine) else 1
+    graphs = {n * query for n in sizes} | set(range(8 * query, args.graphs + 1, 8 * query))
     options: dict[str, Any] = {}
     if speculates(args.engine):
         if args.engine.startswith("mtp"):
@@ -151,7 +156,7 @@ def make_llm(args: argparse.Namespace) -> Any:
             "mode": args.compile,
             "inductor_compile_config": args.inductor,
             "cudagraph_mode": "FULL_AND_PIECEWISE" if args.compile else "FULL_DECODE_ONLY",
-            "cudagraph_capture_sizes": sorted({n * query for n in sizes}),
+            "cudagraph_capture_sizes": sorted(graphs),
         },
         **options,
     )
@@ -214,6 +219,7 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
                 "tokens_per_s": round(middle, 1),
                 "spread": [round(speeds[0], 1), round(speeds[-1], 1)],
                 **next(r[1] for r in runs if r[0] == middle),
+                "prompts": statistics.median(r[1]["prompts"] for r in runs),
             }
             print(args.engine, row, flush=True)
             result["runs"].append(row)
