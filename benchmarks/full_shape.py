@@ -77,6 +77,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ap.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks, one card each")
     ap.add_argument("--together", action="store_true", help="start all engines at once; they are measured in turn")
     ap.add_argument("--profile", action="store_true", help="list the kernels of one step, and of one draft")
+    ap.add_argument("--host", action="store_true", help="also the host's time of prompts' steps, by function")
     ap.add_argument("--out", type=Path, default=Path("full_shape.json"))
     ap.add_argument("--engine", help=argparse.SUPPRESS)
     ap.add_argument("--turn", type=Path, help=argparse.SUPPRESS)  # a file to be locked while measuring
@@ -223,6 +224,16 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
             }
             print(args.engine, row, flush=True)
             result["runs"].append(row)
+    if args.host:
+        result["host"] = {}
+        for length, n in itertools.product(prompt_lengths(args), sizes):
+            for profiled in (False, True):
+                generate(length, n, 3)
+                rpc(probes.host_begins, args=(profiled,))
+                generate(length, n, 3)
+                found = rpc(probes.host_ends)[0]
+                result["host"][f"{n} x {length}" + ", by function" * profiled] = found
+                print(args.engine, f"host, {n} x {length}:", found["calls"], *found["functions"], sep="\n", flush=True)
     longest = max(prompt_lengths(args))
     if args.profile:
         for n in sizes:

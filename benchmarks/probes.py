@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import cProfile
 import functools
 import itertools
+import pstats
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -271,6 +274,46 @@ def profile_ends(worker: Any) -> list[tuple[str, float, float]]:
     kernels.sort(key=lambda e: e.time_range.start)
     first = kernels[0].time_range.start if kernels else 0
     return [(e.name[:120], e.time_range.start - first, e.time_range.elapsed_us()) for e in kernels]
+
+
+_STEP = ("execute_model", "sample_tokens")
+
+
+def host_begins(worker: Any, profiled: bool) -> None:
+    """From now on the host's time in each step is taken; profiled, by function, which makes all of them longer."""
+    runner = worker.model_runner
+    runner.benchmark_host = profile, times = cProfile.Profile(), []
+
+    def timed(name: str, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        if profiled:
+            profile.enable()
+        try:
+            return getattr(type(runner), name)(runner, *args, **kwargs)
+        finally:
+            profile.disable()
+            times.append((name, round(1e3 * (time.perf_counter() - start), 2)))
+
+    for name in _STEP:
+        setattr(runner, name, functools.partial(timed, name))
+
+
+def host_ends(worker: Any, top: int = 40) -> dict[str, Any]:
+    """Milliseconds of each call since :func:`host_begins`, and the functions with most time of their own."""
+    runner = worker.model_runner
+    for name in _STEP:
+        delattr(runner, name)
+    profile, times = runner.benchmark_host
+    rows = (
+        [
+            (own, calls, f"{Path(file).parent.name}/{Path(file).name}:{line} {name}" if line else name)
+            for (file, line, name), (_, calls, own, _, _) in pstats.Stats(profile).stats.items()  # type: ignore[attr-defined]
+        ]
+        if profile.getstats()
+        else []
+    )
+    rows.sort(reverse=True)
+    return {"calls": times, "functions": [[round(1e3 * own, 2), calls, name] for own, calls, name in rows[:top]]}
 
 
 def linear_times(worker: Any, tokens: int, bandwidth: float) -> list[dict[str, Any]]:
