@@ -13,7 +13,7 @@ stock's plain decoding:
     … --together --engines stock,spec@3,mtp@4 --concurrency 1,4,16 --acceptance 1.0,0.8,0.0 --repeats 2
 
 Times exclude prompts (``prompts`` is theirs, ms until the last request's first token) and a warm-up of every batch
-size; they are medians of ``--repeats``.
+size. tok/s and ``prompts`` are medians of ``--repeats``, other times those of the run in the middle.
 With ``--tp 2`` every engine has two ranks, one card each; times and bytes are the first rank's.
 """
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # One would guess: a model that vLLM 0.19.1 compiles (support_torch_compile, mode VLLM_COMPILE) forgets what it was called
 # with, as it does uncompiled; and an engine that starts from a filled cache takes as much memory as one that compiles.
-# What happens: the inputs of the call that it is compiled in, here 205 MB, stay in memory: its VllmSerializableFunction has
-# them as example_inputs. Once it is saved nothing needs them: emptied, the memory is free and the model goes on working.
+# What happens: the inputs of its first call, here 205 MB, stay in memory: VllmSerializableFunction keeps them as
+# example_inputs. Once it is saved nothing needs them: emptied, the memory is free and the model goes on working.
 # Those of later calls are not kept. (An engine's first call is that of its memory profile, with the largest batch. Views of
 # buffers that live anyway cost nothing; what is made for the call does.) A second start, which loads what the first one
 # saved (AOT compile, the default from PyTorch 2.10 on), keeps nothing, so the two differ in memory. Without AOT compile
 # every start traces the model and keeps them, also one that finds the compiled graphs in the cache.
-# No GPU is needed, but a C++ compiler and Python's headers. vLLM's CPU build pins a build of PyTorch that the index has not,
-# so it is installed by itself, beside those of its requirements that are imported here.
+# No GPU is needed, but a C++ compiler and Python's headers. vLLM's CPU build pins a build of PyTorch that the index has
+# not, so it is installed by itself, beside those of its requirements that are imported here.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

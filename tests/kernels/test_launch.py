@@ -29,6 +29,7 @@ for overlaps in (True, False):
     for more in range(2):  # what does not change is made once
         args = [torch.tensor([1.5 + more]), 7 + more, last]
         kernel._launch(0x33, (4, 5, 6), 128, args, 1000, *([3] if overlaps else []))
+    assert len(kernel._configs) == 1
 try:
     Kernel.__new__(Kernel)._load(b"refuse", "name", True)
 except RuntimeError as error:

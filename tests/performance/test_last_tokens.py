@@ -213,7 +213,7 @@ def test_what_vllm_keeps_of_the_first_compiled_pass_is_empty(monkeypatch: pytest
 
 
 def test_a_dummy_run_is_no_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that ends before a captured draft comes to its model leaves the tokens of that pass behind."""
+    """Where memory ends before a draft's model is called, the tokens of that pass are left; a dummy run drops them."""
     from vllm.config import CUDAGraphMode
 
     context = SimpleNamespace(attn_metadata=None, cudagraph_runtime_mode=CUDAGraphMode.NONE)

@@ -134,7 +134,9 @@ def matrix_map(address: int, rows: int, columns: int, item: int, box_rows: int, 
 
 
 weight_map = functools.cache(matrix_map)  # of what stays where it is
-recent_map = functools.lru_cache(1024)(matrix_map)  # of what PyTorch's allocator puts in the same places step by step
+recent_map = functools.lru_cache(1024)(
+    matrix_map
+)  # of activations, which the allocator puts in the same places step by step
 
 
 def this_card() -> str:
@@ -166,7 +168,9 @@ class Kernel:
         from cuda.bindings import driver
 
         self._driver = driver
-        self._configs: dict[tuple[Any, ...], Any] = {}  # outside of CUDA graphs a launch is the host's time
+        self._configs: dict[
+            tuple[Any, ...], Any
+        ] = {}  # by stream and shape of a launch: made once, as that costs the host
         self._types: tuple[Any, ...] | None = None
         self._attributes = []
         if overlaps:
@@ -190,7 +194,10 @@ class Kernel:
         self, grid: tuple[int, int, int], block: int, args: Sequence[Any], shared_bytes: int = 0, cluster: int = 1
     ) -> None:
         """Launch on the current stream; tensors are passed as pointers, whole numbers as C ints, others (of
-        :func:`matrix_map`) by value; so many blocks along z are a cluster."""
+        :func:`matrix_map`) by value; so many blocks along z are a cluster.
+
+        A kernel's arguments are of the same kinds, in the same order, in every launch.
+        """
         self._launch(torch.cuda.current_stream().cuda_stream, grid, block, args, shared_bytes, cluster)
 
     def _launch(
@@ -205,7 +212,7 @@ class Kernel:
         config = self._configs.get(asked := (stream, grid, block, shared_bytes, cluster))
         if config is None:
             config = self._configs[asked] = self._config(*asked)
-        if self._types is None:  # a kernel's arguments are of the same kinds in every launch
+        if self._types is None:  # they never change, see __call__
             kinds = (
                 ctypes.c_void_p if isinstance(a, Tensor) else ctypes.c_int if isinstance(a, int) else None for a in args
             )

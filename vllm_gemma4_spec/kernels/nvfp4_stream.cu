@@ -87,7 +87,8 @@ __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
         "@!done bra again;\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// One lane of the warp; none where the barrier is 0. A branch here would make ptxas wait for each wgmma of the kernel (C7513).
+// One lane of the warp arrives; none where the barrier is 0. By predicate: behind a branch ptxas would wait for every wgmma
+// of the kernel (C7513).
 __device__ __forceinline__ void one_arrives(u32 barrier) {
     asm volatile(
         "{\n.reg .pred there, one;\nsetp.ne.u32 there, %0, 0;\nelect.sync _|one, 0xFFFFFFFF;\nand.pred one, one, there;\n"
@@ -669,11 +670,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
     // Where this lane's share of `up` lies: eight values of one of its outputs. Nobody else reads or writes it.
     const auto up_at = [&](int eight, int r) { return UP_AT + ((part_n * 4 + eight) * (RANK / 32) + r) * 512 + lane * 16; };
     const auto bring_up = [&](int tile) {
-        const int one = this_thread() % 32, column = tile * COLUMNS + outputs;  // registers are scarce at a tile's end
+        // Asked anew: `lane` would take a register until here, and they are scarce at a tile's end.
+        const int again = this_thread() % 32, column = tile * COLUMNS + outputs;
 #pragma unroll
         for (int i = 0; i < 4 * (RANK / 32); i++) {
             const int eight = i % 4, r = i / 4;
-            const long from = (long)(column < N ? column + eight * 8 + one / 4 : 0) * RANK + r * 32 + one % 4 * 8;
+            const long from = (long)(column < N ? column + eight * 8 + again / 4 : 0) * RANK + r * 32 + again % 4 * 8;
             copy_x(base + up_at(eight, r), up + from, column < N);
         }
     };
@@ -788,7 +790,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
             __syncwarp();
             one_arrives(barrier);
         };
-        u32 ended = 0;  // barrier of the stage before, whose last product runs on while this one's first is made ready; or 0
+        // `empty` barrier of the stage before, whose last product still runs while this one's first is made ready; 0: none.
+        u32 ended = 0;
 #pragma unroll 1
         for (int i = turn; i < stages; i += GROUPS) {
             wait(full + 8 * stage, parity);

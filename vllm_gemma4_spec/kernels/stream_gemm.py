@@ -61,8 +61,8 @@ class Form:
         return min(most, self.sharing * -(-n // COLUMNS)) if self.sharing else most
 
 
-# By compiled number of 8-row tiles; each ran in the fourth run of layer_chain.py on an H200. Up to 64 rows all add up
-# in the same order: a row's bits are the same in each.
+# By compiled number of 8-row tiles, ascending; each ran in the fourth run of layer_chain.py on an H200. Up to 64 rows
+# all add up in the same order: a row's bits are the same in each.
 WGMMA_FORMS = {
     1: Form(6),
     2: Form(8, wgmma=True),
@@ -104,7 +104,8 @@ def spreads(tiles: int, form: Form) -> bool:
     """Whether all blocks that share a tile of outputs add up its parts, and wait for each other's; else the last does.
 
     Not where the blocks of another process's kernel may hold multiprocessors meanwhile, and wait for theirs; nor on
-    cards without wgmma, none of which was tried (on an H200 one of two chains of their form had another result).
+    cards without wgmma, as none was tried; of their form, run on an H200, one of two chains had another result
+    (``benchmarks/NOTES.md``, change 126).
     """
     return form.wgmma and tiles >= SPREAD_FROM and not cuda.beside_others()
 
@@ -325,7 +326,7 @@ def linear(
 
 
 def _most_rows() -> int:
-    """Of one launch, of more than ``SAME_BITS``."""
+    """Most rows of one launch, where a batch has more than ``SAME_BITS``."""
     import vllm.envs
 
     return SAME_BITS if vllm.envs.VLLM_BATCH_INVARIANT else MOST_ROWS

@@ -1,9 +1,9 @@
 """A draft's first pass runs the drafter's KV-shared layers for each request's last token alone.
 
-The pass writes the KV of all tokens that the target has just verified (k + 2 of a request, or its prompt) and drafts
-from the last one. Layers that read an earlier layer's KV (18 of E4B's 42) write none, so of every other token nothing
-is left behind them. With ``--kv-sharing-fast-prefill``, for a target's prompts, vLLM makes ``Gemma4Model`` of two
-compiled halves; here a drafter is, whatever that flag says.
+The pass writes the KV of the k + 1 tokens that the target has just verified and the new one, or of a whole prompt, and
+drafts from the last one. Layers that read an earlier layer's KV (18 of E4B's 42) write none, so of every other token
+nothing is left behind them. With ``--kv-sharing-fast-prefill``, for a target's prompts, vLLM makes ``Gemma4Model`` of
+two compiled halves; here a drafter is, whatever that flag says.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _suits(proposer: Any) -> bool:
         return False
     text = config.speculative_config.draft_model_config.hf_text_config
     return (
-        getattr(text, "num_kv_shared_layers", 0) > 0
+        (getattr(text, "num_kv_shared_layers", 0) or 0) > 0
         and not getattr(text, "enable_moe_block", False)  # ranks that share experts must have as many tokens
         and not config.cache_config.kv_sharing_fast_prefill
         and not proposer.parallel_drafting  # drafts from several tokens of a request
@@ -92,7 +92,7 @@ def model_init(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _prepare(decoder: Any, rows: int) -> None:
-    """Mark a drafter's model, with buffers for batches of CUDA graphs and one kernel for its last norm.
+    """Mark a drafter's model, cut its buffers down to the largest CUDA graph, and make its last norm one kernel.
 
     vLLM's buffers are for prompts: 0.2 GB of an E4B for 8,192 tokens.
     """
@@ -103,7 +103,7 @@ def _prepare(decoder: Any, rows: int) -> None:
             setattr(decoder, name, buffer.new_zeros(min(rows, len(buffer)), *buffer.shape[1:]))
     if not decoder.cross_decoder.do_not_compile:
         setattr(decoder, COLD, True)
-    if decoder.norm.weight.is_cuda:  # the last norm is in neither compiled half: native it would be eight kernels
+    if decoder.norm.weight.is_cuda:  # in neither compiled half, where PyTorch's own would be eight kernels
         decoder.norm._forward_method = decoder.norm.forward_cuda
 
 
@@ -156,8 +156,8 @@ class LastTokens:
 def fast_prefill_forward(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """``Gemma4Model.fast_prefill_forward``: a drafter's second half for the last tokens alone, in a first pass.
 
-    Where piecewise CUDA graphs run, the original copies what its second half reads to where that was captured. Without
-    them (a draft's own graph, long prompts) nothing need be copied: the halves run one behind the other.
+    Where piecewise CUDA graphs run, the original copies what the second half reads into the buffers that it was
+    captured with. Elsewhere (a draft's own graph, long prompts) nothing need be copied.
 
     Patch: ``last-tokens``. Evidence:
     ``tests/performance/test_last_tokens.py::test_stock_runs_all_layers_for_all_tokens``. Related upstream change: none
@@ -177,7 +177,9 @@ def fast_prefill_forward(original: Callable[..., torch.Tensor]) -> Callable[...,
             return original(self, input_ids, positions, inputs_embeds, per_layer_inputs, **kwargs)
         context = get_forward_context()
         last: LastTokens | None = self.__dict__.pop(NEXT, None)
-        if context.attn_metadata is None:  # a dummy run; the pass before it never came to its model
+        if (
+            context.attn_metadata is None
+        ):  # a dummy run; tokens still there are of a pass that failed before its model ran
             last = None
         if last is not None:
             of_last = last.metadata(positions, self.cross_decoder.decoder_layers)

@@ -304,15 +304,15 @@ FIRST_PASS_SLOTS = Patch(
 LAST_TOKENS = Patch(
     name="last-tokens",
     group=Group.CONVENIENCE,
-    why="A draft's first pass runs every layer for all tokens that the target has verified, k + 2 of a request, or for "
-    "its whole prompt, and drafts from the last one of each. Layers that share an earlier layer's KV, 18 of E4B's 42, "
-    "leave nothing behind them for the others.",
+    why="A draft's first pass runs every layer for the k + 1 tokens of a request that the target has just verified and "
+    "the new one, or for its whole prompt, and drafts from the last one. Layers that share an earlier layer's KV, 18 "
+    "of E4B's 42, leave nothing behind them for the others.",
     how="The drafter is built in the two halves that Gemma4Model has for --kv-sharing-fast-prefill, each compiled by "
     "itself; in a first pass the second half runs the last token of each request alone, with attention metadata of one "
     "token a request from the drafter's own builders.",
     retire="A release whose draft models run KV-shared layers for the tokens that are sampled from alone.",
-    scope="Gemma 4 draft models with KV-shared layers and without experts, pipeline parallelism, parallel drafting and "
-    "--kv-sharing-fast-prefill. One whose layers lie in one KV cache group has two halves, too, and runs all tokens.",
+    scope="Gemma 4 draft models with KV-shared layers; not with experts, M-RoPE, pipeline parallelism, parallel "
+    "drafting or --kv-sharing-fast-prefill. A drafter in one KV cache group has two halves, too, which run all tokens.",
     needs=("draft-groups",),
     related="none found; sglang #27183, open, does the same for prompts of a target",
     edits=(

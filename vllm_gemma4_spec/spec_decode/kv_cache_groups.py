@@ -135,7 +135,7 @@ class DraftGroups:
         return replace(made, block_table=own.block_table_tensor, slot_mapping=own.slot_mapping)
 
     def build_for_last_tokens(self, positions: torch.Tensor, layers: set[str]) -> dict[str, Any]:
-        """Metadata, by layer, of a pass of one token a request, whose KV the pass that has begun writes, too.
+        """Metadata, by layer, for each request's last token alone, in the pass that :meth:`start_pass` has begun.
 
         Args:
             positions: ``[requests]`` int64, where those tokens stand.
@@ -146,8 +146,7 @@ class DraftGroups:
             cad,
             query_start_loc=self._proposer.arange[: num_reqs + 1],
             query_start_loc_cpu=torch.arange(num_reqs + 1, dtype=torch.int32),
-            # Behind a request's last token those that were rejected may follow; a position behind the drafter's
-            # longest context is that context's end.
+            # Rejected tokens may follow a request's last one. Past the longest context `cad.seq_lens` is the limit.
             seq_lens=torch.minimum(cad.seq_lens, (positions + 1).to(cad.seq_lens.dtype)),
             num_actual_tokens=num_reqs,
             max_query_len=1,
