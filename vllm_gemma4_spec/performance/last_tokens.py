@@ -177,9 +177,7 @@ def fast_prefill_forward(original: Callable[..., torch.Tensor]) -> Callable[...,
             return original(self, input_ids, positions, inputs_embeds, per_layer_inputs, **kwargs)
         context = get_forward_context()
         last: LastTokens | None = self.__dict__.pop(NEXT, None)
-        if (
-            context.attn_metadata is None
-        ):  # a dummy run; tokens still there are of a pass that failed before its model ran
+        if context.attn_metadata is None:  # a dummy run: tokens still there are of a pass that came to no model
             last = None
         if last is not None:
             of_last = last.metadata(positions, self.cross_decoder.decoder_layers)
