@@ -96,8 +96,9 @@ def test_groups_of_a_gemma_drafter(tiny: dict[str, Path]) -> None:
 
             builder.build_for_drafting = counted
         generate(llm, random_prompts((20,)), 2)
-    # A prefill and at most two decode steps, three passes each, two builds a pass.
+    # A prefill and at most two decode steps, three passes each, two builds a pass; of a first one two more, for the
+    # last tokens alone.
     assert builds
-    assert {builds.count(i) for i in (0, 1, 2)} == {builds.count(0)}
-    assert builds.count(0) % 2 == 0
-    assert builds.count(0) <= 2 * 3
+    assert builds.count(0) // 2 == builds.count(1) == builds.count(2)
+    assert builds.count(0) % 4 == 0
+    assert builds.count(1) <= 2 * 3

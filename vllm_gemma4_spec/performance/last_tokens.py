@@ -117,11 +117,11 @@ def set_inputs_first_pass(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        num_tokens, indices, metadata = original(self, *args, **kwargs)
+        prepared = original(self, *args, **kwargs)
         decoder, groups = getattr(self, DECODER, None), getattr(self, GROUPS, None)
         if decoder is not None and groups is not None:
-            setattr(decoder, NEXT, LastTokens(self, groups, indices.long()))
-        return num_tokens, indices, metadata
+            setattr(decoder, NEXT, LastTokens(self, groups, prepared[1].long()))
+        return prepared
 
     return wrapper
 
