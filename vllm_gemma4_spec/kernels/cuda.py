@@ -134,9 +134,8 @@ def matrix_map(address: int, rows: int, columns: int, item: int, box_rows: int, 
 
 
 weight_map = functools.cache(matrix_map)  # of what stays where it is
-recent_map = functools.lru_cache(1024)(
-    matrix_map
-)  # of activations, which the allocator puts in the same places step by step
+# Of activations, which the allocator puts in the same places step by step.
+recent_map = functools.lru_cache(1024)(matrix_map)
 
 
 def this_card() -> str:
@@ -168,9 +167,8 @@ class Kernel:
         from cuda.bindings import driver
 
         self._driver = driver
-        self._configs: dict[
-            tuple[Any, ...], Any
-        ] = {}  # by stream and shape of a launch: made once, as that costs the host
+        # By stream and shape of a launch: made once, as that costs the host.
+        self._configs: dict[tuple[Any, ...], Any] = {}
         self._types: tuple[Any, ...] | None = None
         self._attributes = []
         if overlaps:

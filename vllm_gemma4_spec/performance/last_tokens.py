@@ -142,10 +142,10 @@ class LastTokens:
         """Attention metadata of these tokens, by name of ``layers``, the drafter's that share KV.
 
         Args:
-            positions: ``[tokens]`` int64, where all tokens of the pass stand.
+            positions: ``[requests]`` int64, where they stand.
         """
         names = {layer.self_attn.attn.layer_name for layer in layers}
-        return self._groups.build_for_last_tokens(positions[self.indices], names)
+        return self._groups.build_for_last_tokens(positions, names)
 
     def padded(self) -> torch.Tensor:
         """``indices``, and the last one again up to the size of a piecewise CUDA graph."""
@@ -180,7 +180,8 @@ def fast_prefill_forward(original: Callable[..., torch.Tensor]) -> Callable[...,
         if context.attn_metadata is None:  # a dummy run: tokens still there are of a pass that came to no model
             last = None
         if last is not None:
-            of_last = last.metadata(positions, self.cross_decoder.decoder_layers)
+            stand = positions[last.indices]
+            of_last = last.metadata(stand, self.cross_decoder.decoder_layers)
             context.attn_metadata = {**context.attn_metadata, **of_last}
         if context.cudagraph_runtime_mode != CUDAGraphMode.NONE:
             if last is not None:  # where the original looks for them
@@ -197,7 +198,7 @@ def fast_prefill_forward(original: Callable[..., torch.Tensor]) -> Callable[...,
         if last is not None:
             of = last.indices
             inputs = None if inputs is None else inputs[of]
-            return hidden.index_copy_(0, of, self.cross_decoder(positions[of], hidden[of], inputs, **kwargs))
+            return hidden.index_copy_(0, of, self.cross_decoder(stand, hidden[of], inputs, **kwargs))
         output = self.cross_decoder(positions, hidden, inputs, **kwargs)
         if COLD in self.__dict__:
             delattr(self, COLD)
