@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +46,30 @@ def test_the_kernel_compiles(capability: int, form: Form, gelu: int, scaled: boo
 def test_the_streaming_kernel_compiles(architecture: str, form: stream_gemm.Form, scaled: bool) -> None:
     code = cuda.compiled(stream_gemm.source(2, scaled, form), architecture)
     assert b"nvfp4_stream" in code
+
+
+def _instructions(code: bytes, tmp_path: Path) -> list[str]:
+    """The kernel's, by the disassembler that Triton brings."""
+    triton = pytest.importorskip("triton", reason="its nvdisasm reads machine code")
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(code)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    said = subprocess.run([tool, "-c", binary], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"^\s+/\*[0-9a-f]{4}\*/\s+(.*?)\s*;", said, re.MULTILINE)
+
+
+_FORMS = sorted({form for forms in small_batch_gemm.CANDIDATES.values() for form in forms}, key=str)
+
+
+@pytest.mark.parametrize(("form", "gelu"), [*((form, 0) for form in _FORMS), (_FORMS[0], 1), (_FORMS[0], 2)], ids=str)
+def test_weights_are_asked_for_before_the_kernel_ahead_has_ended(form: Form, gelu: int, tmp_path: Path) -> None:
+    """The compiler may move a load behind griddepcontrol.wait, as it did: 4 us of each layer of a drafter."""
+    code = cuda.compiled(small_batch_gemm.source(form, gelu, False), "sm_90")
+    instructions = _instructions(code, tmp_path)
+    (wait,) = (i for i, text in enumerate(instructions) if "ACQBULK" in text)
+    weights = [i for i, text in enumerate(instructions) if re.search(r"LDG\.E\.NA\.", text)]
+    of_a_block = 5 * form.pair  # four of codes, one of scales
+    assert sum(i < wait for i in weights) == of_a_block
 
 
 def _compiler_says(source: str) -> str:

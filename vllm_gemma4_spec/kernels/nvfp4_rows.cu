@@ -54,16 +54,18 @@ __device__ __forceinline__ u16 to_bf16(float value) {
     return bits;
 }
 
-__device__ __forceinline__ uint4 load_once(const uint4* at) {  // weights pass by once: keep them out of the L1
+// Weights pass by once: keep them out of the L1. Neither `.nc` nor without a clobber: the compiler moves such loads behind
+// griddepcontrol.wait, which they are there to come before.
+__device__ __forceinline__ uint4 load_once(const uint4* at) {
     uint4 v;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
     return v;
 }
 
 __device__ __forceinline__ uint2 load_once(const uint2* at) {
     uint2 v;
-    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at));
+    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at) : "memory");
     return v;
 }
 

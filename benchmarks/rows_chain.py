@@ -1,0 +1,191 @@
+"""The small-batch NVFP4 kernel where a drafter's pass has it: in a chain of an E4B's layers, small kernels between.
+
+    python benchmarks/rows_chain.py --out rows-chain.json
+
+Needs a Hopper card. One CUDA graph holds layers with weights of their own (more than the L2 holds), each of them qkv,
+norms of heads, a stand-in for attention, o, norms, gate_up with gelu * up, down, norms, gate and projection of the
+per-layer input, norms. All but ``attention`` are launched as torch.compile launches them with ``triton.enable_pdl``.
+``E4B, half`` has the shapes of each of two tensor-parallel ranks, and a wait in place of the other rank's sums.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from layer_chain import heads, norms
+from torch import Tensor
+
+from vllm_gemma4_spec.kernels import cuda, small_batch_gemm
+from vllm_gemma4_spec.kernels.packing import pack
+from vllm_gemma4_spec.kernels.small_batch_gemm import Form, Launch
+
+HIDDEN, WIDE, HEAD = 2560, 256, 256
+SHAPES = {
+    "E4B": {"qkv": (2048, HIDDEN), "o": (HIDDEN, 2048), "gate_up": (20480, HIDDEN), "down": (HIDDEN, 10240)},
+    "E4B, half": {"qkv": (1024, HIDDEN), "o": (HIDDEN, 1024), "gate_up": (10240, HIDDEN), "down": (HIDDEN, 5120)},
+}
+ALWAYS = {"gate": (WIDE, HIDDEN), "projection": (HIDDEN, WIDE)}
+LINGER = """
+extern "C" __global__ void linger(unsigned* at, int ns, int early) {
+    if (early) asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    unsigned long long from, now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(from));
+    do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now)); while (now - from < ns);
+    if (threadIdx.x == 0) at[blockIdx.x] = (unsigned)now;
+}
+"""
+
+
+class Chain:
+    def __init__(self, model: str, layers: int) -> None:
+        self.shapes, self.half = SHAPES[model] | ALWAYS, model != "E4B"
+        packed = {}
+        for name, (n, k) in self.shapes.items():
+            codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
+            scale = (torch.rand(n, k // 16, device="cuda") * 400 + 0.1).to(torch.float8_e4m3fn)
+            packed[name] = pack(codes, scale)
+        one = torch.tensor([1e-4], device="cuda")
+        self.made = [{n: (a.clone(), b.clone(), one) for n, (a, b) in packed.items()} for _ in range(layers)]
+        self.weights = torch.rand(2, HIDDEN, device="cuda").bfloat16() + 0.5
+        self.lingered = torch.zeros(64, dtype=torch.int32, device="cuda")
+        self.linger = cuda.Kernel(LINGER, "linger")
+        for name, (n, k) in self.shapes.items():
+            for form in (Form(1), Form(2), Form(3), Form(1, 2)):
+                small_batch_gemm._make_room(n, k, {form.rows: form}, name == "gate_up", torch.device("cuda", 0))
+
+    def wait(self, ns: int, early: bool) -> None:
+        self.linger(grid=(16, 1, 1), block=256, args=[self.lingered, ns, int(early)])
+
+    def __call__(self, start: Tensor, form: Form, how: dict[str, Launch]) -> Tensor:
+        rows, hidden = len(start), start
+
+        def product(layer: Any, name: str, x: Tensor, **rest: Any) -> Tensor:
+            codes, scales, one = layer[name]
+            return small_batch_gemm.gemm(x, codes, scales, one, form=form, how=how.get(name), **rest)
+
+        def normed(x: Tensor, summed: bool = True) -> Tensor:
+            nonlocal hidden
+            if self.half and summed:
+                self.wait(1500, True)
+            out, after = torch.empty_like(x), torch.empty_like(x)
+            block = triton.next_power_of_2(HIDDEN)
+            norms[(rows,)](
+                x, hidden, *self.weights, out, after, HIDDEN, BLOCK=block, EARLY=True, num_warps=8, launch_pdl=True
+            )
+            hidden = after
+            return out
+
+        x, by = start, torch.ones(rows, WIDE, device="cuda", dtype=torch.bfloat16)
+        for layer in self.made:
+            x = product(layer, "qkv", x)
+            queries = torch.empty_like(x)
+            wide = x.shape[1]
+            heads[(rows, wide // HEAD)](x, queries, wide, wide, HEAD=HEAD, EARLY=True, num_warps=2, launch_pdl=True)
+            self.wait(3000, True)
+            x = normed(product(layer, "o", queries))
+            x = normed(product(layer, "down", product(layer, "gate_up", x, gelu=True)))
+            x = normed(product(layer, "projection", product(layer, "gate", x, by=by)), summed=False)
+        return x
+
+
+def timed(chain: Chain, start: Tensor, form: Form, how: dict[str, Launch]) -> tuple[float, Tensor]:
+    """Microseconds of a layer, and the chain's result."""
+    chain(start, form, how)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ended = chain(start, form, how)
+    times = []
+    for _ in range(25):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1000)
+    return statistics.median(times) / len(chain.made), ended
+
+
+def compile_all(wanted: set[str]) -> None:
+    """Side by side, as NVRTC takes a second for each."""
+    architecture = cuda.this_card()
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda text: cuda.compiled(text, architecture), wanted))
+
+
+def form_for(rows: int, variant: dict[str, Any]) -> Form:
+    """What the package takes where nothing was measured, but for what the variant says."""
+    return replace(small_batch_gemm.untried(rows), **variant.get("form", {}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="1,4,16,20")
+    parser.add_argument("--layers", type=int, default=14)
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--out", type=Path, required=True)
+    asked = parser.parse_args()
+    counts, usual = [int(r) for r in asked.rows.split(",")], small_batch_gemm.source
+    variants = {name: VARIANTS[name] for name in asked.variants.split(",")}
+
+    def text_of(variant: dict[str, Any], form: Form, gelu: int, scaled: bool = False) -> str:
+        text = usual(form, gelu, scaled)
+        for old, new in variant.get("text", ()):
+            assert old in text, old
+            text = text.replace(old, new)
+        return text
+
+    forms = [(v, form_for(rows, v)) for v in variants.values() for rows in counts]
+    compile_all({text_of(v, form, gelu) for v, form in forms for gelu in (0, 1, 2)})
+    torch.manual_seed(0)
+    chains = {model: Chain(model, asked.layers) for model in SHAPES}
+    found: dict[str, Any] = {"card": torch.cuda.get_device_name()}
+    results: dict[Any, Tensor] = {}
+    for turn in range(2):
+        for name, variant in variants.items():
+            small_batch_gemm.source = partial(text_of, variant)
+            small_batch_gemm._kernel.cache_clear()
+            how = {n: Launch(*v) for n, v in variant.get("launches", {}).items()}
+            for model, chain in chains.items():
+                for rows in counts:
+                    torch.manual_seed(rows)
+                    start = torch.randn(rows, HIDDEN, device="cuda").bfloat16()
+                    us, ended = timed(chain, start, form_for(rows, variant), how)
+                    here = found.setdefault(f"{model}, {rows} rows", {})
+                    here.setdefault(name, []).append(round(us, 2))
+                    if not torch.equal(results.setdefault((model, rows), ended.clone()), ended):
+                        here.setdefault("other bits than the first", []).append(name)
+            asked.out.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"turn {turn} ended", flush=True)
+    kinds = [what for what in found if what != "card"]
+    print(f"us a layer: {'; '.join(kinds)}")
+    for name in variants:
+        print(f"{name:40s}", *(f"{min(found[what][name]):6.2f}" for what in kinds), flush=True)
+
+
+# As the loads stood before: free to come behind griddepcontrol.wait, and they did.
+_BEHIND = (
+    ('asm volatile("ld.global.L1::no_allocate', 'asm("ld.global.nc.L1::no_allocate'),
+    (' : "l"(at) : "memory");', ' : "l"(at));'),
+)
+_BOUNDS = "#define BOUNDS __launch_bounds__(MT * NT > 4 ? 256 : 512)"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "behind the wait": {"text": _BEHIND},
+    "now": {},
+    **{f"{n} registers": {"text": ((_BOUNDS, f"#define BOUNDS __maxnreg__({n})"),)} for n in (128, 96, 80, 72, 64)},
+    "pairs of tiles": {"form": {"tiles": 1, "pair": 2, "roll": True, "whole": False}},
+    "gate_up by ten warps": {"launches": {"gate_up": (10, 5, 1)}},
+}
+
+
+if __name__ == "__main__":
+    main()
