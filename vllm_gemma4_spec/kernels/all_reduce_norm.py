@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vllm_gemma4_spec.kernels import cuda
+from vllm_gemma4_spec.kernels import cuda, ranks
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
@@ -68,9 +67,8 @@ def exchange(group_name: str, width: int) -> Exchange | None:
     """
     from vllm.distributed.device_communicators.custom_all_reduce import CustomAllreduce
 
-    group = _group(group_name)
-    custom = getattr(group.device_communicator, "ca_comm", None)
-    if custom is None or custom.disabled:
+    group = ranks.group(group_name)
+    if ranks.custom_all_reduce(group) is None:
         logger.warning(
             "All-reduces stay vLLM's: its custom all-reduce, which needs the same access, is off; it says why"
         )
@@ -80,14 +78,6 @@ def exchange(group_name: str, width: int) -> Exchange | None:
         made = Exchange(width, addresses[group.rank_in_group], addresses[1 - group.rank_in_group])
         torch.distributed.barrier(group=group.cpu_group)  # neither writes before both are ready
     return made
-
-
-def _group(name: str) -> Any:
-    from vllm.distributed import parallel_state
-
-    group = parallel_state._groups[name]()
-    assert group is not None, name
-    return group
 
 
 def launch(
@@ -156,7 +146,7 @@ def _all_reduce_norm(
     rows, width = x.shape
     memory = exchange(group_name, width) if x.is_cuda else None  # made by vLLM's first pass, of whatever size
     if memory is None or rows > MOST_ROWS:
-        x, memory = _group(group_name)._all_reduce_out_place(x), None
+        x, memory = ranks.group(group_name)._all_reduce_out_place(x), None
     if not rows or not x.is_cuda:
         hidden, normed = reference(x, weight, residual, scale, next_weight, eps)
     else:
