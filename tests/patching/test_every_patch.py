@@ -219,6 +219,11 @@ SHOWN = {
         "performance/test_fused_all_reduce::test_an_all_reduce_takes_the_norms_behind_it",
         r"all_reduce",
     ),
+    "per-layer-gather": Shown(
+        "performance/test_per_layer_gather::test_stock_gathers_per_layer_inputs_by_an_all_gather",
+        "performance/test_per_layer_gather::test_one_operator_gathers_per_layer_inputs",
+        r"assert \['vllm.all_gather'\] ==",
+    ),
     "split-attention": Shown(
         f"{_KERNELS}::test_stock_walks_the_context_in_one_piece",
         f"{_KERNELS}::test_a_verification_splits_the_context",

@@ -1,7 +1,7 @@
 """Two ranks on the CPU gather columns: ``python -m tests.performance.gather_by_ranks FOLDER``.
 
-The folder has an E4B's config. A stand-in says yes to shapes as vLLM's custom all-reduce does, which needs GPUs, and adds
-with Gloo. Each rank prints "equal" at its end.
+The folder has an E4B's config. A stand-in says yes to shapes as vLLM's custom all-reduce does, which needs GPUs, and
+adds with Gloo. Each rank prints "equal" at its end.
 """
 
 from __future__ import annotations
