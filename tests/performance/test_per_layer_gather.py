@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from vllm_gemma4_spec.performance.patches import PER_LAYER_GATHER
 from vllm_gemma4_spec.performance.per_layer_gather import MARK
 
 assert _engine
+ON_CUDA = per_layer_gather._on_cuda
 OURS, STOCK = "vllm.gemma4_spec_gather_columns", "vllm.all_gather"
 
 
@@ -186,6 +188,12 @@ def test_lora_has_no_mark(folders: dict[str, Path]) -> None:
     config = finished(folders["E4B"], enable_lora=True)
     assert isinstance(config.lora_config, LoRAConfig)
     assert MARK not in config.additional_config
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_the_platform_is_vllms(monkeypatch: pytest.MonkeyPatch, cuda: bool) -> None:
+    monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(is_cuda=lambda: cuda))
+    assert ON_CUDA() is cuda
 
 
 def test_no_mark_off_cuda(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
