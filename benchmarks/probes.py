@@ -323,6 +323,8 @@ def linear_times(worker: Any, tokens: int, bandwidth: float) -> list[dict[str, A
         tokens: rows of the input.
         bandwidth: GB/s, for the floor: bytes of the weight over it.
     """
+    from vllm.distributed.parallel_state import graph_capture  # tells the other ranks where its all-reduces read
+
     runner = worker.model_runner
     shapes: dict[tuple[int, int, str], list[Any]] = {}
     for module in runner.drafter.model.modules():
@@ -343,7 +345,7 @@ def linear_times(worker: Any, tokens: int, bandwidth: float) -> list[dict[str, A
             calls()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with graph_capture(runner.device) as here, torch.cuda.graph(graph, stream=here.stream):
                 calls()
         nbytes = sum(p.numel() * p.element_size() for p in modules[0].parameters())
         rows.append(
