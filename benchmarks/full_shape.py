@@ -13,7 +13,8 @@ stock's plain decoding:
     … --together --engines stock,spec@3,mtp@4 --concurrency 1,4,16 --acceptance 1.0,0.8,0.0 --repeats 2
 
 Times exclude prompts (``prompts`` is theirs, ms until the last request's first token) and a warm-up of every batch
-size. tok/s and ``prompts`` are medians of ``--repeats``, other times those of the run in the middle.
+size. tok/s and ``prompts`` are medians of ``--repeats``, other times those of the run in the middle. ``answers`` is a
+hash of the tokens, one for each of those that came out.
 With ``--tp 2`` every engine has two ranks, one card each; times and bytes are the first rank's.
 """
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -190,7 +192,7 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
     result |= rpc(probes.bandwidth_and_bytes)[0]
     rpc(probes.install_marks)
 
-    def generate(length: int, n: int, tokens: int) -> tuple[float, dict[str, float]]:
+    def generate(length: int, n: int, tokens: int) -> tuple[float, dict[str, Any]]:
         prompts = [{"prompt_token_ids": [(7 * i + 13 * j) % 50_000 + 100 for i in range(length)]} for j in range(n)]
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False)
         rpc(probes.switch_marks, args=(True,))
@@ -198,9 +200,13 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         stats = [o.metrics for o in outputs]
         first, last = max(s.first_token_ts for s in stats), max(s.last_token_ts for s in stats)
         prompts_ms = round((first - min(s.scheduled_ts for s in stats)) * 1e3, 1)
-        return (tokens - 1) * n / (last - first), rpc(probes.read_marks)[0] | {"prompts": prompts_ms}
+        answers = hashlib.sha256(json.dumps([list(o.outputs[0].token_ids) for o in outputs]).encode()).hexdigest()[:12]
+        return (tokens - 1) * n / (last - first), rpc(probes.read_marks)[0] | {
+            "prompts": prompts_ms,
+            "answers": answers,
+        }
 
-    def mixed(length: int, n: int, kinds: int) -> tuple[float, dict[str, float]]:
+    def mixed(length: int, n: int, kinds: int) -> tuple[float, dict[str, Any]]:
         """As many runs as there are kinds of requests, so that each kind generates the same number of tokens."""
         runs = [generate(length, n, args.tokens) for _ in range(kinds)]
         return statistics.harmonic_mean([speed for speed, _ in runs]), runs[-1][1]
@@ -221,6 +227,7 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
                 "spread": [round(speeds[0], 1), round(speeds[-1], 1)],
                 **next(r[1] for r in runs if r[0] == middle),
                 "prompts": statistics.median(r[1]["prompts"] for r in runs),
+                "answers": "/".join(sorted({r[1]["answers"] for r in runs})),
             }
             print(args.engine, row, flush=True)
             result["runs"].append(row)

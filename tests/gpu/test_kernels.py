@@ -149,3 +149,4 @@ def test_capped_logits_have_pytorchs_bits() -> None:
 def test_heads_are_what_float64_rounds_to() -> None:
     """Norms and rotary embedding of a layer's heads; a token's bits are the same among any number of others."""
     assert head_cases.wrong_heads("cuda", torch.bfloat16, (1, 4, 16, 64, 2048)) == []
+    assert head_cases.wrong_caches("cuda", torch.bfloat16, (1, 4, 16, 64, 2048)) == []

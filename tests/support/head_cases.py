@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,4 +87,36 @@ def wrong_heads(device: str, dtype: torch.dtype, tokens: tuple[int, ...]) -> lis
             mine = [part[-part.numel() // count :] for part in found.split(parts) if part.numel()]
             if not torch.equal(torch.cat(mine), norm_heads(**last)):
                 said.append(f"{name}, {count} tokens: other bits than alone")
+    return said
+
+
+def wrong_caches(device: str, dtype: torch.dtype, tokens: tuple[int, ...], layers: Sequence[str] = ()) -> list[str]:
+    """Caches that do not hold, to the bit, the keys and values that the kernel gives where it also writes them."""
+    from vllm_gemma4_spec.kernels.head_norms import Into, norm_heads
+
+    said = []
+    for name, count in itertools.product(layers or [n for n, (_, kv_heads, _) in LAYERS.items() if kv_heads], tokens):
+        q_heads, kv_heads, size = LAYERS[name]
+        of = layer(q_heads, kv_heads, size, count, device, dtype)
+        alone = norm_heads(**of)
+        _, keys, values = alone.split([count * heads * size for heads in (q_heads, kv_heads, kv_heads)])
+        for slotted, left_out in ((count, 0), (count, count // 2), (count - 1, 0)):
+            slots = (
+                torch.randperm(7 * 16, device=device)[:slotted]
+                if slotted < 7 * 16
+                else torch.arange(slotted).to(device)
+            )
+            slots[:left_out] = -1
+            blocks = -(-max(7 * 16, slotted) // 16)
+            # Keys and values of a block lie beside other layers' in vLLM's memory.
+            before = torch.randn(blocks, 3, 16, kv_heads, size, device=device).to(dtype)
+            cache, wanted, told = before.clone(), before.clone(), []
+            found = norm_heads(**of, into=Into(cache[:, 1:], slots, told.append))
+            there = slots[left_out:]
+            for part, rows in ((1, keys), (2, values)):
+                wanted[there // 16, part, there % 16] = rows.view(count, kv_heads, size)[left_out:slotted]
+            if not torch.equal(found, alone) or not torch.equal(cache, wanted):
+                said.append(f"{name}, {count} tokens, {slotted} slots, {left_out} of them none: another cache")
+            if told != [found[count * q_heads * size :].data_ptr()]:
+                said.append(f"{name}, {count} tokens: other keys than it says")
     return said
