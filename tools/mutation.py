@@ -73,6 +73,7 @@ MODULES: dict[str, list[str]] = {
     "performance.step_indices": ["performance/test_step_indices.py"],
     "performance.soft_cap": ["performance/test_soft_cap.py"],
     "performance.head_norms": ["performance/test_head_norms.py"],
+    "performance.heads_into_cache": ["performance/test_heads_into_cache.py"],
     "performance.per_layer_gather": ["performance/test_per_layer_gather.py"],
     "performance.compile_settings": [
         "performance/test_launch_early.py",

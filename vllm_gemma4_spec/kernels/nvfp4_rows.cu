@@ -54,8 +54,8 @@ __device__ __forceinline__ u16 to_bf16(float value) {
     return bits;
 }
 
-// Weights pass by once: keep them out of the L1. Neither `.nc` nor without a clobber: the compiler moves such loads behind
-// griddepcontrol.wait, which they are there to come before.
+// Weights pass by once: keep them out of the L1. Not `.nc`, nor without a clobber: such loads are moved behind
+// griddepcontrol.wait, which they are there to come before (findings/nc-loads-behind-griddepcontrol-wait.sh).
 __device__ __forceinline__ uint4 load_once(const uint4* at) {
     uint4 v;
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
