@@ -39,7 +39,9 @@ class Some:
         vars(self).update(of)
 
 
-def layer(cache: Tensor | None = None, shared: bool = False, ours: bool = True, impl: Any = None) -> Any:
+def layer(
+    cache: Tensor | None = None, shared: bool = False, ours: bool = True, impl: Any = None, name: str = NAME
+) -> Any:
     """What is read of a ``Gemma4Attention``, as the patched ``__init__`` leaves it."""
     from vllm.model_executor.models.gemma4 import Gemma4Attention
 
@@ -50,9 +52,8 @@ def layer(cache: Tensor | None = None, shared: bool = False, ours: bool = True, 
         is_kv_shared_layer=shared,
         attn=SimpleNamespace(
             impl=impl or triton_attn.TritonAttentionImpl(Q_HEADS, SIZE, 1.0, KV_HEADS, None, None, "auto"),
-            layer_name=NAME,
+            layer_name=name,
             kv_cache=empty() if cache is None else cache,
-            kv_sharing_target_layer_name="another" if shared else None,
             _k_scale=None,
             _v_scale=None,
         ),
@@ -60,7 +61,9 @@ def layer(cache: Tensor | None = None, shared: bool = False, ours: bool = True, 
     if ours:
         setattr(made, head_norms.OURS, True)
     if heads_into_cache.__name__ in modules_around(Gemma4Attention.__init__):
-        heads_into_cache.attention_init(lambda *_: None)(made)
+        built: list[Any] = []
+        heads_into_cache.attention_init(lambda *args: built.append(args))(made, "config")
+        assert built == [(made, "config")]
     return made
 
 
@@ -166,6 +169,13 @@ def test_the_rest_is_written_behind(monkeypatch: pytest.MonkeyPatch, of: Any, ch
     assert len(one.behind) == 1
 
 
+def test_a_cache_that_is_not_there_or_of_another_form() -> None:
+    qkv, slots = torch.zeros(TOKENS, 8 * SIZE, dtype=torch.bfloat16), torch.arange(TOKENS)
+    assert heads_into_cache.fits(qkv, layer(), empty(), slots)
+    for cache in (torch.tensor([]), torch.zeros(5, 3, 16, KV_HEADS, SIZE), torch.zeros(5, 2, KV_HEADS, SIZE)):
+        assert not heads_into_cache.fits(qkv, layer(), cache.bfloat16(), slots)
+
+
 @pytest.mark.parametrize("slots", [{}, {"another": torch.arange(TOKENS)}])
 def test_a_run_without_slots_writes_nothing(monkeypatch: pytest.MonkeyPatch, slots: Any) -> None:
     """As vLLM, where it tries a model out."""
@@ -197,17 +207,54 @@ def test_keys_that_were_copied_on_the_way_are_written_again(monkeypatch: pytest.
     assert (len(one.into), len(one.behind)) == (1, 2)
 
 
-def test_weights_that_move(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where they are loaded again; what takes their old place is no layer."""
+def test_a_write_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys at the same address in the next pass are others."""
     one = Pass(monkeypatch, layer())
-    old = one.layer.q_norm.weight
+    with step(one.layer) as slots:
+        setattr(one.layer.attn.impl, heads_into_cache.WROTE, slots.data_ptr())
+        for written in (0, 1):
+            one.layer.attn.impl.do_kv_cache_update(one.layer.attn, slots, slots, empty(), slots)
+            assert len(one.behind) == written
+
+
+def test_weights_that_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where they are loaded again; what takes their old place is no layer, until one comes back there."""
+    one = Pass(monkeypatch, layer())
+    old, new = one.layer.q_norm.weight, one.layer.q_norm.weight.clone()
+    for weight, other in ((old, new), (new, old), (old, new)):
+        one.layer.q_norm.weight = weight
+        with step(one.layer):
+            one()
+        assert heads_into_cache.LAYERS.of(other) is None
+    assert len(one.into) == 3
+
+
+def test_layers_at_one_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose weights vLLM brings from the host in turn, into the same memory: nobody knows which one it is."""
+    from vllm.model_executor.offloader.base import NoopOffloader, set_offloader
+    from vllm.model_executor.offloader.prefetch import PrefetchOffloader
+
+    one, another = Pass(monkeypatch, layer()), layer(name="another")
+    another.q_norm.weight = one.layer.q_norm.weight
     with step(one.layer):
         one()
-        one.layer.q_norm.weight = old.clone()
-        one()
-    assert len(one.into) == 2
-    assert heads_into_cache.LAYERS.of(old) is None
-    assert heads_into_cache.LAYERS.of(one.layer.q_norm.weight) is one.layer
+    assert (len(one.into), len(one.behind)) == (0, 1)
+    monkeypatch.setattr(heads_into_cache, "LAYERS", heads_into_cache.Layers())
+    set_offloader(object.__new__(PrefetchOffloader))
+    try:
+        alone = Pass(monkeypatch, layer())
+    finally:
+        set_offloader(NoopOffloader())
+    with step(alone.layer):
+        alone()
+    assert (len(alone.into), len(alone.behind)) == (0, 1)
+
+
+def test_a_layer_is_looked_for_once() -> None:
+    one = layer()
+    assert heads_into_cache.LAYERS.of(one.q_norm.weight) is one
+    heads_into_cache.LAYERS._all.clear()
+    assert heads_into_cache.LAYERS.of(one.q_norm.weight) is one
 
 
 def test_a_layer_that_is_gone() -> None:

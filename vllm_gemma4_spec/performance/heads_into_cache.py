@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from vllm_gemma4_spec.performance import head_norms
@@ -29,25 +28,20 @@ class Layers:
     def __init__(self) -> None:
         self._all: weakref.WeakSet[Any] = weakref.WeakSet()
         self._at: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-        self._unknown: set[int] = set()
 
     def add(self, layer: Any) -> None:
         self._all.add(layer)
-        self._unknown.clear()
 
     def of(self, q_weight: Tensor) -> Any:
-        """The layer, or None."""
+        """The layer, or None; an address that several have is nobody's."""
         address = q_weight.data_ptr()
-        if address in self._unknown:
-            return None
         layer = self._at.get(address)
         if layer is None or layer.q_norm.weight.data_ptr() != address:
-            for one in self._all:
-                self._at[one.q_norm.weight.data_ptr()] = one
-            layer = self._at.get(address)
-        if layer is None or layer.q_norm.weight.data_ptr() != address:
-            self._unknown.add(address)
-            return None
+            found = [one for one in self._all if one.q_norm.weight.data_ptr() == address]
+            if len(found) != 1:
+                return None
+            (layer,) = found
+            self._at[address] = layer
         return layer
 
 
@@ -77,7 +71,7 @@ def destination(q_weight: Tensor, qkv: Tensor) -> Into | None:
     return Into(cache, slots, functools.partial(setattr, attention.impl, WROTE))
 
 
-def fits(qkv: Tensor, layer: Any, cache: Any, slots: Tensor) -> bool:
+def fits(qkv: Tensor, layer: Any, cache: Tensor, slots: Tensor) -> bool:
     """Whether the kernel takes a batch; of shapes and dtypes alone.
 
     Args:
@@ -86,13 +80,12 @@ def fits(qkv: Tensor, layer: Any, cache: Any, slots: Tensor) -> bool:
         slots: of each token, or of the first ones.
     """
     return (
-        isinstance(cache, torch.Tensor)
-        and cache.ndim == 5
+        cache.ndim == 5
         and cache.shape[1] == 2
         and cache.shape[3:] == (layer.num_kv_heads, layer.head_dim)
         and cache.dtype == qkv.dtype
         and cache.stride(4) == 1
-        and 0 < len(slots) <= len(qkv)
+        and len(slots) <= len(qkv)
     )
 
 
@@ -107,15 +100,16 @@ def attention_init(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
+        from vllm.model_executor.offloader.base import NoopOffloader, get_offloader
         from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
         impl = self.attn.impl
         if (
             getattr(self, head_norms.OURS, False)
             and not self.is_kv_shared_layer
-            and self.attn.kv_sharing_target_layer_name is None
             and isinstance(impl, TritonAttentionImpl)
             and type(impl).do_kv_cache_update is TritonAttentionImpl.do_kv_cache_update
+            and isinstance(get_offloader(), NoopOffloader)  # layers that are fetched in turn have one address
         ):
             from vllm_gemma4_spec.kernels import head_norms as kernel
 
