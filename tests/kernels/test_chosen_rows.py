@@ -5,12 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,7 +61,48 @@ def test_measured_once_and_kept(file: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert chosen_rows.chosen(512, 256, "b", measure) == 0b101  # another kernel
     assert len(asked) == 3
     assert set(json.loads(file.read_text())["Card, 3 multiprocessors"]) == {"512x256", "512x512"}
-    assert [p.name for p in file.parent.iterdir()] == [file.name]
+    assert {p.name for p in file.parent.iterdir()} <= {file.name, f"{file.name}.lock"}
+
+
+def test_ranks_that_start_together_choose_alike(file: Path) -> None:
+    """One measures, the other waits and takes what it found."""
+    together, asked = Barrier(2), []
+
+    def rank(number: int) -> int:
+        def measure() -> chosen_rows.Times:
+            asked.append(number)
+            time.sleep(0.2)
+            return {1: (25.0, 24.0 + 9 * len(asked)), 8: (25.0, 24.0 + 9 * len(asked))}
+
+        together.wait()
+        return chosen_rows.chosen(512, 256, "a", measure)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(rank, range(2))
+    assert first == second == 1
+    assert len(asked) == 1
+
+
+def test_who_holds_the_lock_for_ever_is_waited_for_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chosen_rows, "_patience", 0.1)
+    file.parent.mkdir()
+    with FileLock(f"{file}.lock"):
+        assert chosen_rows.chosen(512, 256, "a", lambda: TIMES) == 0b101
+        assert chosen_rows._patience == 0.0
+        assert chosen_rows.chosen(512, 512, "a", lambda: TIMES) == 0b101
+    assert set(json.loads(file.read_text())["Card, 3 multiprocessors"]) == {"512x256", "512x512"}
+
+
+@pytest.mark.parametrize(("early", "streams"), [(True, 0b11), (False, 0b01)])
+def test_a_tie_goes_to_the_kernel_that_overlaps(monkeypatch: pytest.MonkeyPatch, early: bool, streams: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9 if early else 8, 0))
+    chosen_rows.worth.cache_clear()
+    try:
+        times = {1: (25.0, 29.0), 8: (26.0, 30.0), 9: (19.4, 19.0), 16: (20.0, 20.0), 17: (21.0, 20.0), 32: (9.0, 20.0)}
+        assert chosen_rows.faster(times) == streams
+    finally:
+        chosen_rows.worth.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ BROUGHT = {
     "huggingface_hub": "transformers",
     "numpy": "vllm",
     "openai": "vllm",
+    "filelock": "torch",
     "psutil": "vllm",
     "regex": "vllm",
     "starlette": "fastapi",
