@@ -124,6 +124,13 @@ __device__ __forceinline__ uint4 load_x(const uint4* at) {
     return SHARED_X ? *at : __ldg(at);
 }
 
+// Each of a warp's sums: f(its number, the sum).
+#define EACH_SUM(...)                                                                       \
+    _Pragma("unroll") for (int n = 0; n < NT; n++) _Pragma("unroll") for (int m = 0; m < MT; m++) \
+        _Pragma("unroll") for (int i = 0; i < 4; i++) { __VA_ARGS__; }
+
+constexpr bool TWO_SUMS = MT * NT == 1;  // of a tile, so that a product need not wait for the one before; more want registers
+
 // x, pre: this lane's token and inputs of the block; stride in elements between tiles of 8 tokens. Codes and scales of
 // the block at `next` of each tile (none if negative) come into b, register by register as they have been used.
 template <bool SHARED_X = false>
@@ -132,6 +139,7 @@ __device__ __forceinline__ void multiply(Block (&b)[NT], const u16* x, const u16
                                          float (&acc)[NT][MT][4]) {
     const int lane = threadIdx.x % 32;
     uint2 next_scales[NT];
+    float odd[NT][MT][4] = {};
     if (ROLL && next[0] >= 0)
 #pragma unroll
         for (int n = 0; n < NT; n++) next_scales[n] = load_once(scales + next[n] * 32 + lane);
@@ -175,7 +183,8 @@ __device__ __forceinline__ void multiply(Block (&b)[NT], const u16* x, const u16
                     a[2] = times(a[2], top);
                     a[3] = times(a[3], bottom);
 #pragma unroll
-                    for (int m = 0; m < MT; m++) mma(acc[n][m], a, j ? in[m].z : in[m].x, j ? in[m].w : in[m].y);
+                    for (int m = 0; m < MT; m++)
+                        mma(TWO_SUMS && j ? odd[n][m] : acc[n][m], a, j ? in[m].z : in[m].x, j ? in[m].w : in[m].y);
                 }
             }
         }
@@ -186,15 +195,13 @@ __device__ __forceinline__ void multiply(Block (&b)[NT], const u16* x, const u16
     if (ROLL && next[0] >= 0)
 #pragma unroll
         for (int n = 0; n < NT; n++) b[n].scales = next_scales[n];
+    if (TWO_SUMS) EACH_SUM(acc[n][m][i] += odd[n][m][i])
 }
-
-// Each of a warp's sums: f(its number, the sum).
-#define EACH_SUM(...)                                                                       \
-    _Pragma("unroll") for (int n = 0; n < NT; n++) _Pragma("unroll") for (int m = 0; m < MT; m++) \
-        _Pragma("unroll") for (int i = 0; i < 4; i++) { __VA_ARGS__; }
 
 #if FIT
 #define BOUNDS __launch_bounds__(128, FIT)
+#elif MT == 2 && NT == 1 && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1204
+#define BOUNDS __maxnreg__(72)  // the next kernel's blocks find room beside this one's
 #else
 #define BOUNDS __launch_bounds__(MT * NT > 4 ? 256 : 512)
 #endif
