@@ -66,12 +66,12 @@ class Chain:
     def wait(self, ns: int, early: bool) -> None:
         self.linger(grid=(16, 1, 1), block=256, args=[self.lingered, ns, int(early)])
 
-    def __call__(self, start: Tensor, form: Form, how: dict[str, Launch]) -> Tensor:
+    def __call__(self, start: Tensor, forms: dict[str, Form], how: dict[str, Launch]) -> Tensor:
         rows, hidden = len(start), start
 
         def product(layer: Any, name: str, x: Tensor, **rest: Any) -> Tensor:
             codes, scales, one = layer[name]
-            return small_batch_gemm.gemm(x, codes, scales, one, form=form, how=how.get(name), **rest)
+            return small_batch_gemm.gemm(x, codes, scales, one, form=forms[name], how=how.get(name), **rest)
 
         def normed(x: Tensor, summed: bool = True) -> Tensor:
             nonlocal hidden
@@ -98,12 +98,12 @@ class Chain:
         return x
 
 
-def timed(chain: Chain, start: Tensor, form: Form, how: dict[str, Launch]) -> tuple[float, Tensor]:
+def timed(chain: Chain, start: Tensor, forms: dict[str, Form], how: dict[str, Launch]) -> tuple[float, Tensor]:
     """Microseconds of a layer, and the chain's result."""
-    chain(start, form, how)
+    chain(start, forms, how)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ended = chain(start, form, how)
+        ended = chain(start, forms, how)
     times = []
     for _ in range(25):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -122,9 +122,10 @@ def compile_all(wanted: set[str]) -> None:
         list(pool.map(lambda text: cuda.compiled(text, architecture), wanted))
 
 
-def form_for(rows: int, variant: dict[str, Any]) -> Form:
-    """What the package takes where nothing was measured, but for what the variant says."""
-    return replace(small_batch_gemm.untried(rows), **variant.get("form", {}))
+def forms_for(rows: int, variant: dict[str, Any]) -> dict[str, Form]:
+    """Of each GEMM what the package takes where nothing was measured, but for what the variant says."""
+    usual = replace(small_batch_gemm.untried(rows), **variant.get("form", {}))
+    return {name: replace(usual, **variant.get("forms", {}).get(name, {})) for name in SHAPES["E4B"] | ALWAYS}
 
 
 def main() -> None:
@@ -144,8 +145,8 @@ def main() -> None:
             text = text.replace(old, new)
         return text
 
-    forms = [(v, form_for(rows, v)) for v in variants.values() for rows in counts]
-    compile_all({text_of(v, form, gelu) for v, form in forms for gelu in (0, 1, 2)})
+    forms = {(name, form) for name, v in variants.items() for r in counts for form in forms_for(r, v).values()}
+    compile_all({text_of(variants[name], form, gelu) for name, form in forms for gelu in (0, 1, 2)})
     torch.manual_seed(0)
     chains = {model: Chain(model, asked.layers) for model in SHAPES}
     found: dict[str, Any] = {"card": torch.cuda.get_device_name()}
@@ -159,7 +160,7 @@ def main() -> None:
                 for rows in counts:
                     torch.manual_seed(rows)
                     start = torch.randn(rows, HIDDEN, device="cuda").bfloat16()
-                    us, ended = timed(chain, start, form_for(rows, variant), how)
+                    us, ended = timed(chain, start, forms_for(rows, variant), how)
                     here = found.setdefault(f"{model}, {rows} rows", {})
                     here.setdefault(name, []).append(round(us, 2))
                     if not torch.equal(results.setdefault((model, rows), ended.clone()), ended):
@@ -177,12 +178,18 @@ _BEHIND = (
     ('asm volatile("ld.global.L1::no_allocate', 'asm("ld.global.nc.L1::no_allocate'),
     (' : "l"(at) : "memory");', ' : "l"(at));'),
 )
-_BOUNDS = "#define BOUNDS __launch_bounds__(MT * NT > 4 ? 256 : 512)"
+_ONE_SUM = (("TWO_SUMS = MT * NT == 1", "TWO_SUMS = false"),)
 VARIANTS: dict[str, dict[str, Any]] = {
-    "behind the wait": {"text": _BEHIND},
+    "behind the wait": {"text": _BEHIND + _ONE_SUM, "form": {"registers": 0}},
+    "one sum": {"text": _ONE_SUM, "form": {"registers": 0}},
     "now": {},
-    **{f"{n} registers": {"text": ((_BOUNDS, f"#define BOUNDS __maxnreg__({n})"),)} for n in (128, 96, 80, 72, 64)},
-    "pairs of tiles": {"form": {"tiles": 1, "pair": 2, "roll": True, "whole": False}},
+    **{f"{n} registers": {"form": {"registers": n}} for n in (128, 96, 88, 80, 72, 64)},
+    **{
+        f"{name} with {n} registers": {"forms": {name: {"registers": n}}}
+        for name in ("qkv", "o", "gate_up", "down", "gate", "projection")
+        for n in (80, 96)
+    },
+    "not whole": {"form": {"whole": False}},
     "gate_up by ten warps": {"launches": {"gate_up": (10, 5, 1)}},
 }
 

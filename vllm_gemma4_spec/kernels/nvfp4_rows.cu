@@ -6,9 +6,9 @@
 //
 // Compiled by NVRTC with MT (tiles of 8 tokens that a warp takes at once), NT (tiles of 16 outputs, 1 or 2), ROLL (1: the
 // next weights come into registers whose weights have been used), WHOLE (1: x of 64 inputs is loaded at once, 0: of 32),
-// FIT (blocks of four warps that the registers of a multiprocessor are to hold; 0: no matter), GELU (0; 1: gelu(first
-// half) * second half; 2: gelu(y) * by) and SCALED (1: x is multiplied by pre_quant_scale first, each product rounded to
-// bfloat16). Launched with
+// FIT (blocks of four warps that the registers of a multiprocessor are to hold; 0: no matter), REGISTERS (of a thread at
+// most; 0: no matter), GELU (0; 1: gelu(first half) * second half; 2: gelu(y) * by) and SCALED (1: x is multiplied by
+// pre_quant_scale first, each product rounded to bfloat16). Launched with
 //
 //   grid (chunks * N / 16 / NT / (warps / split), parts), block 32 * warps, shared memory warps * NT * MT * 512 bytes:
 //
@@ -200,8 +200,8 @@ __device__ __forceinline__ void multiply(Block (&b)[NT], const u16* x, const u16
 
 #if FIT
 #define BOUNDS __launch_bounds__(128, FIT)
-#elif MT == 2 && NT == 1 && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1204
-#define BOUNDS __maxnreg__(72)  // the next kernel's blocks find room beside this one's
+#elif REGISTERS && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1204
+#define BOUNDS __maxnreg__(REGISTERS)
 #else
 #define BOUNDS __launch_bounds__(MT * NT > 4 ? 256 : 512)
 #endif
