@@ -227,6 +227,7 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
                 "spread": [round(speeds[0], 1), round(speeds[-1], 1)],
                 **next(r[1] for r in runs if r[0] == middle),
                 "prompts": statistics.median(r[1]["prompts"] for r in runs),
+                "prompts_each": [r[1]["prompts"] for r in runs],
                 "answers": "/".join(sorted({r[1]["answers"] for r in runs})),
             }
             print(args.engine, row, flush=True)
