@@ -93,13 +93,14 @@ SCALE_IN_PRODUCT = Setting(
     "auto",
     "1: a target's o_proj multiplies by its pre_quant_scale inside the small-batch GEMM (in batches in which that is "
     "the fastest, where vLLM uses Marlin): decode steps take 5 % less time, a second copy of these weights takes "
-    "1.7 GB for 31B. 0: a kernel of its own multiplies. auto: 1 on cards of 64 GiB or more",
+    "1.7 GB for 31B. 0: a kernel of its own multiplies. auto: 1 on cards of 64 GiB or more. Always 0 with "
+    "VLLM_BATCH_INVARIANT=1",
     ("auto", "1", "0"),
 )
 STREAM_GEMM = switch(
     f"{PREFIX}_STREAM_GEMM",
     "0 leaves NVFP4 layers to Marlin in all batches; 1 gives those to the kernel that streams its weights in which it "
-    "was faster, measured once per card and shape",
+    "was faster, or as fast where it overlaps with the kernel ahead, measured once per card and shape",
 )
 ADAPTIVE_K = Setting(
     f"{PREFIX}_ADAPTIVE_K",

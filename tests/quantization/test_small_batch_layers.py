@@ -67,6 +67,21 @@ def test_a_targets_on_request(
     assert prepared == [True] * copies
 
 
+@pytest.mark.parametrize("value", ["1", "auto"])
+def test_a_targets_layers_add_up_alike_in_all_batches_if_told_to(
+    prepared: list[bool], monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    """Of a drafter nobody asks it: drafts change no answer."""
+    monkeypatch.setattr(scope, "current_config", vllm_config)
+    monkeypatch.setenv(SETTING, value)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    small_batch_layers.prepare(loaded("o_proj"))
+    assert prepared == []
+    with small_batch_layers._drafter():
+        small_batch_layers.prepare(loaded("o_proj"))
+    assert prepared == [True]
+
+
 def test_another_models_layers_keep_their_kernel(prepared: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scope, "current_config", lambda: vllm_config(LLAMA, LLAMA))
     monkeypatch.setenv(SETTING, "1")

@@ -1,6 +1,6 @@
 """Which kernel takes which batches of a GEMM of NVFP4 weights: measured once per card and shape, kept in vLLM's cache.
 
-A card that nobody tried is then never slower than with vLLM's Marlin alone.
+A card that nobody tried is then not slower than with vLLM's Marlin alone.
 
 - :func:`chosen`: the streaming kernel is compiled for several numbers of rows; each form gets its batches if it was
   faster than Marlin with the smallest and the largest; where it overlaps with the kernel ahead, if it was as fast.
@@ -28,7 +28,7 @@ WORTH = 0.97  # of another kernel's time; a difference below that may be noise
 # Of Marlin's, where the streaming kernel starts while the one ahead ends, which is of no use to it alone: on two H200s
 # 4.5 us of each of 31B's GEMMs that take either kernel 19 us alone.
 OVERLAPPING = 1.03
-_patience = 120.0  # seconds for which another process may measure
+_patience = 60.0  # seconds for which another process may measure
 Times = dict[int, tuple[float, float]]  # microseconds by rows, two of each form: streaming, Marlin
 Kernels = dict[int, dict[str, float]]  # microseconds by rows and by kernel; one of them is OTHER
 T = TypeVar("T")
@@ -144,7 +144,7 @@ def _alone(file: Path) -> Iterator[None]:
     except Timeout:
         _patience = 0.0  # whoever holds it will not let go
     except (OSError, NotImplementedError):
-        pass  # a folder that cannot be written, a file system without locks
+        pass  # a folder that cannot be written; a file system without locks, of which filelock 3 has no patience left
     try:
         yield
     finally:

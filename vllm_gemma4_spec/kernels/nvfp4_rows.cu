@@ -6,8 +6,8 @@
 //
 // Compiled by NVRTC with MT (tiles of 8 tokens that a warp takes at once), NT (tiles of 16 outputs, 1 or 2), ROLL (1: the
 // next weights come into registers whose weights have been used), WHOLE (1: x of 64 inputs is loaded at once, 0: of 32),
-// FIT (blocks of four warps that the registers of a multiprocessor are to hold; 0: no matter), REGISTERS (of a thread at
-// most; 0: no matter), GELU (0; 1: gelu(first half) * second half; 2: gelu(y) * by) and SCALED (1: x is multiplied by
+// FIT (blocks of four warps that the registers of a multiprocessor are to hold; 0: no matter), REGISTERS (of a
+// thread, to plan with; 0: no matter), GELU (0; 1: gelu(first half) * second half; 2: gelu(y) * by) and SCALED (1: x is multiplied by
 // pre_quant_scale first, each product rounded to bfloat16). Launched with
 //
 //   grid (chunks * N / 16 / NT / (warps / split), parts), block 32 * warps, shared memory warps * NT * MT * 512 bytes:
@@ -129,7 +129,8 @@ __device__ __forceinline__ uint4 load_x(const uint4* at) {
     _Pragma("unroll") for (int n = 0; n < NT; n++) _Pragma("unroll") for (int m = 0; m < MT; m++) \
         _Pragma("unroll") for (int i = 0; i < 4; i++) { __VA_ARGS__; }
 
-constexpr bool TWO_SUMS = MT * NT == 1;  // of a tile, so that a product need not wait for the one before; more want registers
+// Of a tile, so that a product need not wait for the one before. Tried for one tile of tokens and outputs alone.
+constexpr bool TWO_SUMS = MT * NT == 1;
 
 // x, pre: this lane's token and inputs of the block; stride in elements between tiles of 8 tokens. Codes and scales of
 // the block at `next` of each tile (none if negative) come into b, register by register as they have been used.

@@ -37,7 +37,7 @@ class Form:
     roll: bool = False  # the next weights come into registers whose weights have been used
     fit: int = 0  # blocks of four warps that a multiprocessor's registers are to hold; 0: no matter
     whole: bool = False  # x of 64 inputs at once
-    registers: int = 0  # of a thread at most, so that the next kernel's blocks find room beside; 0: no matter
+    registers: int = 0  # of a thread: what the compiler plans with, mostly to the full; 0: as it likes
 
     @property
     def rows(self) -> int:
@@ -51,20 +51,19 @@ class Form:
         return -(-rows // self.rows)
 
     def __str__(self) -> str:
-        return (
-            f"{self.rows}x{16 * self.pair}" + "w" * self.whole + f", {self.registers} registers" * (self.registers > 0)
-        )
+        return f"{self.rows}x{16 * self.pair}" + "w" * self.whole + f"r{self.registers}" * (self.registers > 0)
 
 
 _WIDE, _40, _32 = Form(1, 2, roll=True), Form(5, 2, roll=True, fit=3), Form(4, 2, roll=True, fit=3)
 _16 = Form(2, registers=72)
 # What is tried for batches of up to so many rows (and more than the number before): what was fastest for some GEMM of
-# E4B on an H200 (benchmarks/NOTES.md). Where nothing can be measured the first is taken, up to most_rows().
+# E4B on an H200, or for all in a chain of layers (benchmarks/NOTES.md). Where nothing can be measured the first is
+# taken, up to most_rows().
 CANDIDATES: dict[int, tuple[Form, ...]] = {
     8: (Form(1, whole=True), _WIDE),
-    16: (_16, Form(2, 2), _WIDE, Form(1)),
+    16: (_16, Form(2), Form(2, 2), _WIDE, Form(1)),
     24: (Form(3), Form(3, 2), _WIDE, Form(1), _32),
-    32: (Form(2, 2), _32, _WIDE, _16),
+    32: (Form(2, 2), _32, _WIDE, Form(2)),
     40: (Form(2, 2), _40, _WIDE, Form(3, 2), Form(5)),
     48: (Form(2, 2), Form(3, 2), _WIDE),
     64: (Form(2, 2), _32, _WIDE),

@@ -1,8 +1,8 @@
 """NVFP4 GEMM of up to 128 rows that reads Marlin's own weights: ``nvfp4_stream.cu`` beside Marlin, as one operator.
 
-It takes the batches in which it is the faster one (``chosen_rows``) and leaves the others to Marlin; there is no second
-copy of a weight. A low-rank branch (SVDQuant) is computed meanwhile and added to the sums. Up to 64 rows a row's result
-has the same bits whatever rows stand beside it, which Marlin's has not.
+It takes the batches in which it is the faster one, or as fast and launched early (``chosen_rows``), and leaves the
+others to Marlin; there is no second copy of a weight. A low-rank branch (SVDQuant) is computed meanwhile and added to
+the sums. Up to 64 rows a row's result has the same bits whatever rows stand beside it, which Marlin's has not.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ def _times(layer: Module) -> chosen_rows.Times:
 
 
 def faster(layer: Module) -> int:
-    """Which forms are faster than Marlin for a layer that suits and is ready; bit i is the i-th of :func:`forms`.
+    """Which forms take their batches, of a layer that suits and is ready; bit i is the i-th of :func:`forms`.
 
     With ``VLLM_BATCH_INVARIANT=1`` all, whatever they take: Marlin's order of additions depends on the batch.
     """

@@ -132,6 +132,10 @@ def choose(layer: Module) -> None:
 
 
 def _in_gemm(device: torch.device) -> bool:
+    import vllm.envs
+
+    if vllm.envs.VLLM_BATCH_INVARIANT:  # the kernel's forms add up in orders of their own
+        return False
     value = settings.SCALE_IN_PRODUCT.read()
     if value == "auto":
         return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory >= settings.ROOMY
