@@ -79,7 +79,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ap.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks, one card each")
     ap.add_argument("--together", action="store_true", help="start all engines at once; they are measured in turn")
     ap.add_argument("--profile", action="store_true", help="list the kernels of one step, and of one draft")
-    ap.add_argument("--host", action="store_true", help="also the host's time of prompts' steps, by function")
+    ap.add_argument(
+        "--host", action="store_true", help="also prompts' steps on host and card, and the host's by function"
+    )
     ap.add_argument("--out", type=Path, default=Path("full_shape.json"))
     ap.add_argument("--engine", help=argparse.SUPPRESS)
     ap.add_argument("--turn", type=Path, help=argparse.SUPPRESS)  # a file to be locked while measuring
@@ -236,12 +238,19 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         result["host"] = {}
         for length, n in itertools.product(prompt_lengths(args), sizes):
             for profiled in (False, True):
-                generate(length, n, 3)
+                generate(length, n, args.tokens)
                 rpc(probes.host_begins, args=(profiled,))
-                generate(length, n, 3)
-                found = rpc(probes.host_ends)[0]
+                _, marks = generate(length, n, args.tokens)
+                found = rpc(probes.host_ends)[0] | {"prompts": marks["prompts"]}
+                found["calls"] = found["calls"][:16]
                 result["host"][f"{n} x {length}" + ", by function" * profiled] = found
-                print(args.engine, f"host, {n} x {length}:", found["calls"], *found["functions"], sep="\n", flush=True)
+                print(
+                    args.engine,
+                    f"host, {n} x {length}: {found['prompts']} ms",
+                    *found["calls"],
+                    *found["functions"],
+                    sep="\n",
+                )
     longest = max(prompt_lengths(args))
     if args.profile:
         for n in sizes:

@@ -279,10 +279,20 @@ def profile_ends(worker: Any) -> list[tuple[str, float, float]]:
 _STEP = ("execute_model", "sample_tokens")
 
 
+def _now() -> tuple[torch.cuda.Event, float]:
+    """The same moment of the card and of the host."""
+    event = torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    event.record()
+    event.synchronize()
+    return event, time.perf_counter()
+
+
 def host_begins(worker: Any, profiled: bool) -> None:
-    """From now on the host's time in each step is taken; profiled, by function, which makes all of them longer."""
+    """From now on it is noted when each step begins, what it takes the host and when the card has done it; profiled,
+    the host's time by function, too, which makes all of them longer."""
     runner = worker.model_runner
-    runner.benchmark_host = profile, times = cProfile.Profile(), []
+    runner.benchmark_host = profile, times, _, began = cProfile.Profile(), [], *_now()
 
     def timed(name: str, *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
@@ -292,18 +302,26 @@ def host_begins(worker: Any, profiled: bool) -> None:
             return getattr(type(runner), name)(runner, *args, **kwargs)
         finally:
             profile.disable()
-            times.append((name, round(1e3 * (time.perf_counter() - start), 2)))
+            ended, event = time.perf_counter(), torch.cuda.Event(enable_timing=True)
+            event.record()
+            times.append((name, start - began, ended - start, event))
 
     for name in _STEP:
         setattr(runner, name, functools.partial(timed, name))
 
 
 def host_ends(worker: Any, top: int = 40) -> dict[str, Any]:
-    """Milliseconds of each call since :func:`host_begins`, and the functions with most time of their own."""
+    """Of each call since :func:`host_begins` milliseconds: when it began, what it took the host, when the card had done
+    what it launched; and the functions with most time of their own."""
     runner = worker.model_runner
     for name in _STEP:
         delattr(runner, name)
-    profile, times = runner.benchmark_host
+    profile, noted, began, _ = runner.benchmark_host
+    torch.cuda.synchronize()
+    times = [
+        (name, round(1e3 * start, 2), round(1e3 * took, 2), round(began.elapsed_time(event), 2))
+        for name, start, took, event in noted
+    ]
     rows = (
         [
             (own, calls, f"{Path(file).parent.name}/{Path(file).name}:{line} {name}" if line else name)
