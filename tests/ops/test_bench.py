@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import psutil
@@ -72,6 +73,24 @@ def other_server() -> Iterator[str]:
     yield f"http://127.0.0.1:{httpd.server_port}"
     httpd.shutdown()
     httpd.server_close()
+
+
+def test_ctrl_c_while_the_benchmark_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between fork and the constructor's end nobody else knows the process."""
+    started: list[subprocess.Popen[str]] = []
+    popen = subprocess.Popen
+
+    def interrupted(_: Any, **options: Any) -> subprocess.Popen[str]:
+        started.append(popen([sys.executable, "-c", "input()"], **options))
+        signal.raise_signal(signal.SIGINT)
+        return started[0]
+
+    monkeypatch.setattr(measure.subprocess, "Popen", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), measure._Benchmark(None):
+        pytest.fail("the block was entered")
+    assert started[0].returncode == -signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_ctrl_c_leaves_no_process_behind(other_server: str, prompt_file: Path) -> None:

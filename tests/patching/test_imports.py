@@ -15,7 +15,7 @@ PACKAGE = "vllm_gemma4_spec"
 
 # Each may import what stands above it, and no other of its own line.
 LAYERS = (
-    ("_version", "errors"),
+    ("_version", "errors", "interrupts"),
     ("json_file", "settings", "scope"),
     ("patching",),
     ("hf_config",),

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from vllm_gemma4_spec import interrupts
 from vllm_gemma4_spec.errors import Gemma4SpecError
 
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -75,16 +76,16 @@ class Server:
         port = self._port.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         command = [*self.program, *self.arguments, "--host", "127.0.0.1", "--port", str(port)]
-        with self.log.open("wb") as output:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment(),
-                start_new_session=True,
-            )
         try:
+            with self.log.open("wb") as output, interrupts.held():
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment(),
+                    start_new_session=True,
+                )
             self._wait_until_ready(self._process)
         except BaseException:
             self.stop()

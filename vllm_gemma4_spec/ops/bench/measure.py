@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_gemma4_spec import interrupts
 from vllm_gemma4_spec.ops import server
 from vllm_gemma4_spec.ops.bench.report import BenchError, Failure, Run, Server, mean, percentiles
 from vllm_gemma4_spec.patching.version import require_supported
@@ -70,9 +71,24 @@ class _Benchmark:
     """A process of vLLM's benchmark; it dies with us (Ctrl-C, too)."""
 
     def __init__(self, api_key: str | None) -> None:
+        self._api_key = api_key
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> _Benchmark:
+        try:
+            with interrupts.held():
+                self._process = self._started()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _started(self) -> subprocess.Popen[str]:
         # A client needs no plugin; killed, it would leave behind what ours makes at its start.
-        changes = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_PLUGINS": ""} | ({"OPENAI_API_KEY": api_key} if api_key else {})
-        self._process = subprocess.Popen(
+        changes = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_PLUGINS": ""} | (
+            {"OPENAI_API_KEY": key} if (key := self._api_key) else {}
+        )
+        return subprocess.Popen(
             [sys.executable, "-c", _VLLM_BENCH_SERVE],
             env=os.environ | changes,
             stdin=subprocess.PIPE,
@@ -82,15 +98,13 @@ class _Benchmark:
             start_new_session=True,
         )
 
-    def __enter__(self) -> _Benchmark:
-        return self
-
     def run(self, arguments: Sequence[str], progress: Callable[[int], None]) -> None:
         """``progress`` is told how many requests have ended.
 
         Raises:
             BenchError: the benchmark ended before this run did; the last line that it printed says why.
         """
+        assert self._process is not None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         last = "no output"
@@ -107,6 +121,8 @@ class _Benchmark:
         raise BenchError(f"`vllm bench serve` failed: {last}")
 
     def __exit__(self, *_: object) -> None:
+        if self._process is None:
+            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGTERM)
         try:
