@@ -250,6 +250,7 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
                     *found["calls"],
                     *found["functions"],
                     sep="\n",
+                    flush=True,
                 )
     longest = max(prompt_lengths(args))
     if args.profile:

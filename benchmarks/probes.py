@@ -292,7 +292,9 @@ def host_begins(worker: Any, profiled: bool) -> None:
     """From now on it is noted when each step begins, what it takes the host and when the card has done it; profiled,
     the host's time by function, too, which makes all of them longer."""
     runner = worker.model_runner
-    runner.benchmark_host = profile, times, _, began = cProfile.Profile(), [], *_now()
+    card_began, began = _now()
+    profile, times = cProfile.Profile(), []
+    runner.benchmark_host = profile, times, card_began
 
     def timed(name: str, *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
@@ -316,7 +318,7 @@ def host_ends(worker: Any, top: int = 40) -> dict[str, Any]:
     runner = worker.model_runner
     for name in _STEP:
         delattr(runner, name)
-    profile, noted, began, _ = runner.benchmark_host
+    profile, noted, began = runner.benchmark_host
     torch.cuda.synchronize()
     times = [
         (name, round(1e3 * start, 2), round(1e3 * took, 2), round(began.elapsed_time(event), 2))

@@ -4,8 +4,8 @@
 
 Needs a Hopper card. One CUDA graph holds layers with weights of their own (more than the L2 holds), each of them qkv,
 norms of heads, a stand-in for attention, o, norms, gate_up with gelu * up, down, norms, gate and projection of the
-per-layer input, norms. All but ``attention`` are launched as torch.compile launches them with ``triton.enable_pdl``.
-``E4B, half`` has the shapes of each of two tensor-parallel ranks, and a wait in place of the other rank's sums.
+per-layer input, norms. All are launched as torch.compile launches its own with ``triton.enable_pdl``. ``E4B, half`` has
+the shapes of each of two tensor-parallel ranks, and a wait in place of the other rank's sums.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 import triton
 from layer_chain import heads, norms
+from target_gemm import graph_us
 from torch import Tensor
 
 from vllm_gemma4_spec.kernels import cuda, small_batch_gemm
@@ -36,8 +36,8 @@ SHAPES = {
 }
 ALWAYS = {"gate": (WIDE, HIDDEN), "projection": (HIDDEN, WIDE)}
 LINGER = """
-extern "C" __global__ void linger(unsigned* at, int ns, int early) {
-    if (early) asm volatile("griddepcontrol.launch_dependents;");
+extern "C" __global__ void linger(unsigned* at, int ns) {
+    asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("griddepcontrol.wait;" ::: "memory");
     unsigned long long from, now;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(from));
@@ -65,8 +65,8 @@ class Chain:
         for name, (n, k) in self.shapes.items():
             small_batch_gemm._make_room(n, k, {rows: forms[name]}, name == "gate_up", torch.device("cuda", 0))
 
-    def wait(self, ns: int, early: bool) -> None:
-        self.linger(grid=(16, 1, 1), block=256, args=[self.lingered, ns, int(early)])
+    def wait(self, ns: int) -> None:
+        self.linger(grid=(16, 1, 1), block=256, args=[self.lingered, ns])
 
     def __call__(self, start: Tensor, forms: dict[str, Form], how: dict[str, Launch]) -> Tensor:
         rows, hidden = len(start), start
@@ -78,7 +78,7 @@ class Chain:
         def normed(x: Tensor, summed: bool = True) -> Tensor:
             nonlocal hidden
             if self.half and summed:
-                self.wait(1500, True)
+                self.wait(1500)
             out, after = torch.empty_like(x), torch.empty_like(x)
             block = triton.next_power_of_2(HIDDEN)
             norms[(rows,)](
@@ -93,7 +93,7 @@ class Chain:
             queries = torch.empty_like(x)
             wide = x.shape[1]
             heads[(rows, wide // HEAD)](x, queries, wide, wide, HEAD=HEAD, EARLY=True, num_warps=2, launch_pdl=True)
-            self.wait(3000, True)
+            self.wait(3000)
             x = normed(product(layer, "o", queries))
             x = normed(product(layer, "down", product(layer, "gate_up", x, gelu=True)))
             x = normed(product(layer, "projection", product(layer, "gate", x, by=by)), summed=False)
@@ -102,19 +102,9 @@ class Chain:
 
 def timed(chain: Chain, start: Tensor, forms: dict[str, Form], how: dict[str, Launch]) -> tuple[float, Tensor]:
     """Microseconds of a layer, and the chain's result."""
-    chain(start, forms, how)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        ended = chain(start, forms, how)
-    times = []
-    for _ in range(25):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1000)
-    return statistics.median(times) / len(chain.made), ended
+    ended: list[Tensor] = []
+    us = graph_us(lambda: ended.append(chain(start, forms, how)), 25)
+    return us / len(chain.made), ended[-1]
 
 
 def compile_all(wanted: set[str]) -> None:

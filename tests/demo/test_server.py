@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.support.commands import interrupted_start
 from vllm_gemma4_spec.demo import build
 from vllm_gemma4_spec.demo.server import Server, ServerError, environment, last_error
 
@@ -79,15 +77,7 @@ def test_all_processes_are_gone_after_the_block(tmp_path: Path, error: type[Base
 
 def test_ctrl_c_while_the_process_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between fork and the constructor's end nobody else knows it."""
-    started: list[subprocess.Popen[bytes]] = []
-    popen = subprocess.Popen
-
-    def interrupted(_: object, **options: Any) -> subprocess.Popen[bytes]:
-        started.append(popen([sys.executable, "-c", "import time; time.sleep(60)"], **options))
-        signal.raise_signal(signal.SIGINT)
-        return started[0]
-
-    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    started = interrupted_start(monkeypatch, "import time; time.sleep(60)")
     with pytest.raises(KeyboardInterrupt), Server([], tmp_path / "log"):
         pytest.fail("the block was entered")
     assert started[0].returncode is not None

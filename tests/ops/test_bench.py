@@ -12,13 +12,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import psutil
 import pytest
 
-from tests.support.commands import environment, free_port, gemma4_spec, in_process
+from tests.support.commands import environment, free_port, gemma4_spec, in_process, interrupted_start
 from tests.support.fake_server import State, fake_server
 from vllm_gemma4_spec.ops.bench import connections, measure, prompts, report
 
@@ -77,15 +76,7 @@ def other_server() -> Iterator[str]:
 
 def test_ctrl_c_while_the_benchmark_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between fork and the constructor's end nobody else knows the process."""
-    started: list[subprocess.Popen[str]] = []
-    popen = subprocess.Popen
-
-    def interrupted(_: Any, **options: Any) -> subprocess.Popen[str]:
-        started.append(popen([sys.executable, "-c", "input()"], **options))
-        signal.raise_signal(signal.SIGINT)
-        return started[0]
-
-    monkeypatch.setattr(measure.subprocess, "Popen", interrupted)
+    started = interrupted_start(monkeypatch, "input()")
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), measure._Benchmark(None):
         pytest.fail("the block was entered")

@@ -17,10 +17,10 @@ from vllm import platforms
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import get_tp_group, init_distributed_environment, initialize_model_parallel
 from vllm.distributed.device_communicators.custom_all_reduce import CustomAllreduce
-from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.gemma4 import Gemma4ForCausalLM
 
 import vllm_gemma4_spec
+from tests.support.configs import on_two_ranks
 from vllm_gemma4_spec.kernels import gather_columns
 from vllm_gemma4_spec.performance import per_layer_gather
 
@@ -66,15 +66,7 @@ def operator(custom: Custom) -> None:
 
 def projection(folder: str, **own: Any) -> Any:
     """An E4B's, with this rank's weights."""
-    config = EngineArgs(
-        folder,
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
-        tensor_parallel_size=RANKS,
-        distributed_executor_backend="mp",
-        compilation_config={"custom_ops": ["none"]},
-        **own,
-    ).create_engine_config()
+    config = on_two_ranks(folder, **own)
     torch.set_default_dtype(torch.bfloat16)
     with set_current_vllm_config(config):
         model = Gemma4ForCausalLM(vllm_config=config)

@@ -37,14 +37,13 @@ from vllm.distributed import (
     init_distributed_environment,
     initialize_model_parallel,
 )
-from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm.model_executor.models.gemma4 import Gemma4DecoderLayer
 from vllm.utils import torch_utils
 
 from tests.support import engine as _engine  # sets the environment
 from tests.support import tiny_models
-from tests.support.configs import LLAMA_JSON
+from tests.support.configs import LLAMA_JSON, on_two_ranks
 from tests.support.stock import without
 from vllm_gemma4_spec.performance.fused_all_reduce import MARK
 from vllm_gemma4_spec.performance.patches import FUSED_ALL_REDUCE
@@ -57,18 +56,6 @@ pytestmark = pytest.mark.usefixtures("inductor", "hopper", "linked")
 def linked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cards that read each other's memory."""
     monkeypatch.setattr(type(platforms.current_platform), "use_custom_allreduce", lambda *_: True)
-
-
-def finished(folder: Path | str, **own: Any) -> Any:
-    """The config of an engine on two ranks."""
-    options: dict[str, Any] = {
-        "skip_tokenizer_init": True,
-        "dtype": "bfloat16",
-        "tensor_parallel_size": 2,
-        "distributed_executor_backend": "mp",
-        "compilation_config": {"custom_ops": ["none"]},
-    }
-    return EngineArgs(str(folder), **options | own).create_engine_config()
 
 
 @pytest.fixture(scope="module")
@@ -174,14 +161,14 @@ class Compiled:
 def test_an_all_reduce_takes_the_norms_behind_it(
     model: str, folders: dict[str, Path], second_rank: Callable[[], None]
 ) -> None:
-    made = Compiled(finished(folders[model]), second_rank)
+    made = Compiled(on_two_ranks(folders[model]), second_rank)
     assert (made.all_reduces, made.fused) == (0, 4), "all_reduce"
     torch.testing.assert_close(made.compiled, made.eager, atol=0.1, rtol=0.05)
 
 
 def test_stock_leaves_two_norms_behind_an_all_reduce(folders: dict[str, Path], second_rank: Callable[[], None]) -> None:
     with without(FUSED_ALL_REDUCE):
-        made = Compiled(finished(folders["31B"]), second_rank)
+        made = Compiled(on_two_ranks(folders["31B"]), second_rank)
     assert (made.all_reduces, made.fused) == (4, 0)
 
 
@@ -228,7 +215,7 @@ def test_flashinfers_fusion_takes_one_norm_and_fills_a_residual(
     folders: dict[str, Path], second_rank: Callable[[], None]
 ) -> None:
     with without(FUSED_ALL_REDUCE):
-        config = finished(folders["31B"])
+        config = on_two_ranks(folders["31B"])
         config.compilation_config.pass_config.fuse_allreduce_rms = True
         made = Compiled(config, second_rank)
     assert (made.all_reduces, made.fused) == (0, 0)
@@ -239,7 +226,7 @@ def test_flashinfers_fusion_takes_one_norm_and_fills_a_residual(
 
 @pytest.mark.usefixtures("flashinfer")
 def test_flashinfers_fusion_gets_what_is_left(folders: dict[str, Path], second_rank: Callable[[], None]) -> None:
-    config = finished(folders["31B"])
+    config = on_two_ranks(folders["31B"])
     config.compilation_config.pass_config.fuse_allreduce_rms = True
     made = Compiled(config, second_rank)
     assert (made.all_reduces, made.fused) == (0, 4)
@@ -247,9 +234,9 @@ def test_flashinfers_fusion_gets_what_is_left(folders: dict[str, Path], second_r
 
 
 def test_the_mark_is_in_the_key_of_compiled_graphs(folders: dict[str, Path]) -> None:
-    marked = finished(folders["31B"])
+    marked = on_two_ranks(folders["31B"])
     with without(FUSED_ALL_REDUCE):
-        stock = finished(folders["31B"])
+        stock = on_two_ranks(folders["31B"])
     assert MARK in marked.additional_config
     assert MARK not in stock.additional_config
     assert marked.compute_hash() != stock.compute_hash()
@@ -259,11 +246,11 @@ def test_the_mark_is_in_the_key_of_compiled_graphs(folders: dict[str, Path]) -> 
     "own", [{"tensor_parallel_size": 1, "distributed_executor_backend": None}, {"disable_custom_all_reduce": True}]
 )
 def test_others_have_no_mark(folders: dict[str, Path], own: dict[str, Any]) -> None:
-    assert MARK not in finished(folders["31B"], **own).additional_config
+    assert MARK not in on_two_ranks(folders["31B"], **own).additional_config
 
 
 def test_another_model_has_no_mark(tmp_path: Path) -> None:
     model = tmp_path / "llama"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(LLAMA_JSON))
-    assert MARK not in finished(model).additional_config
+    assert MARK not in on_two_ranks(model).additional_config

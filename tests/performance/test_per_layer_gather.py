@@ -23,13 +23,12 @@ from vllm.distributed import (
     init_distributed_environment,
     initialize_model_parallel,
 )
-from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.gemma4 import Gemma4ForCausalLM
 
 import vllm_gemma4_spec
 from tests.support import engine as _engine  # sets the environment
 from tests.support import fresh, tiny_models
-from tests.support.configs import LLAMA_JSON
+from tests.support.configs import LLAMA_JSON, on_two_ranks
 from tests.support.stock import without
 from vllm_gemma4_spec.performance import per_layer_gather
 from vllm_gemma4_spec.performance.patches import PER_LAYER_GATHER
@@ -57,20 +56,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     llama.mkdir()
     (llama / "config.json").write_text(json.dumps(LLAMA_JSON))
     return folders
-
-
-def finished(folder: Path | str, drafter: Path | None = None, **own: Any) -> Any:
-    """The config of an engine on two ranks."""
-    options: dict[str, Any] = {
-        "skip_tokenizer_init": True,
-        "dtype": "bfloat16",
-        "tensor_parallel_size": 2,
-        "distributed_executor_backend": "mp",
-        "compilation_config": {"custom_ops": ["none"]},
-    }
-    if drafter is not None:
-        options["speculative_config"] = {"model": str(drafter), "num_speculative_tokens": 3, "method": "draft_model"}
-    return EngineArgs(str(folder), **options | own).create_engine_config()
 
 
 @pytest.fixture
@@ -121,31 +106,31 @@ def gathers(model: Any) -> list[str]:
 
 @pytest.mark.usefixtures("two_ranks")
 def test_one_operator_gathers_per_layer_inputs(folders: dict[str, Path]) -> None:
-    assert gathers(built(finished(folders["E4B"]))) == [OURS]
+    assert gathers(built(on_two_ranks(folders["E4B"]))) == [OURS]
 
 
 @pytest.mark.usefixtures("two_ranks")
 def test_stock_gathers_per_layer_inputs_by_an_all_gather(folders: dict[str, Path]) -> None:
     with without(PER_LAYER_GATHER):
-        assert gathers(built(finished(folders["E4B"]))) == [STOCK]
+        assert gathers(built(on_two_ranks(folders["E4B"]))) == [STOCK]
 
 
 @pytest.mark.usefixtures("two_ranks")
 def test_without_a_mark_the_layer_gathers(folders: dict[str, Path]) -> None:
-    assert gathers(built(finished(folders["E4B"], disable_custom_all_reduce=True))) == [STOCK]
+    assert gathers(built(on_two_ranks(folders["E4B"], disable_custom_all_reduce=True))) == [STOCK]
 
 
 @pytest.mark.usefixtures("two_ranks")
 def test_a_whole_drafter_has_nothing_to_gather(folders: dict[str, Path]) -> None:
     get_tp_group().world_size = 1
-    layer = built(finished(folders["E4B"])).per_layer_model_projection
+    layer = built(on_two_ranks(folders["E4B"])).per_layer_model_projection
     assert layer.gather_output
     assert not layer._forward_hooks
 
 
 @pytest.mark.usefixtures("two_ranks")
 def test_a_model_without_per_layer_inputs(folders: dict[str, Path]) -> None:
-    config = finished(folders["31B"], folders["E4B"])
+    config = on_two_ranks(folders["31B"], folders["E4B"])
     assert MARK in config.additional_config
     assert built(config).per_layer_model_projection is None
 
@@ -162,9 +147,9 @@ def test_the_mark_is_in_the_key_of_compiled_graphs(folders: dict[str, Path], pai
     """In the target's too: the drafter's graphs lie in a folder named after that key."""
     target, drafter = pair
     models = folders[target], None if drafter is None else folders[drafter]
-    marked = finished(*models)
+    marked = on_two_ranks(*models)
     with without(PER_LAYER_GATHER):
-        stock = finished(*models)
+        stock = on_two_ranks(*models)
     assert MARK in marked.additional_config
     assert MARK not in stock.additional_config
     assert marked.compute_hash() != stock.compute_hash()
@@ -180,12 +165,12 @@ def test_the_mark_is_in_the_key_of_compiled_graphs(folders: dict[str, Path], pai
     ],
 )
 def test_others_have_no_mark(folders: dict[str, Path], model: str, own: dict[str, Any]) -> None:
-    assert MARK not in finished(folders[model], **own).additional_config
+    assert MARK not in on_two_ranks(folders[model], **own).additional_config
 
 
 def test_lora_has_no_mark(folders: dict[str, Path]) -> None:
     """Its layer in the projection's place would ask whether that gathers."""
-    config = finished(folders["E4B"], enable_lora=True)
+    config = on_two_ranks(folders["E4B"], enable_lora=True)
     assert isinstance(config.lora_config, LoRAConfig)
     assert MARK not in config.additional_config
 
@@ -198,4 +183,4 @@ def test_the_platform_is_vllms(monkeypatch: pytest.MonkeyPatch, cuda: bool) -> N
 
 def test_no_mark_off_cuda(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(per_layer_gather, "_on_cuda", lambda: False)
-    assert MARK not in finished(folders["E4B"]).additional_config
+    assert MARK not in on_two_ranks(folders["E4B"]).additional_config

@@ -68,10 +68,10 @@ DEMO = {f"demo/{name}.py" for name in DEMO} | {"demo/chat_template.jinja"}
 BROUGHT = {
     "aiohttp": "vllm",
     "cuda": "torch",
+    "filelock": "torch",
     "huggingface_hub": "transformers",
     "numpy": "vllm",
     "openai": "vllm",
-    "filelock": "torch",
     "psutil": "vllm",
     "regex": "vllm",
     "starlette": "fastapi",

@@ -35,6 +35,20 @@ def environment(**changes: str) -> dict[str, str]:
     return env | {"PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "NO_COLOR": "1"} | changes
 
 
+def interrupted_start(monkeypatch: pytest.MonkeyPatch, code: str) -> list[subprocess.Popen[Any]]:
+    """``subprocess.Popen`` starts this Python code from now on, and meets Ctrl-C before it is done. What it started."""
+    started: list[subprocess.Popen[Any]] = []
+    popen = subprocess.Popen
+
+    def interrupted(_: Any, **options: Any) -> subprocess.Popen[Any]:
+        started.append(popen([sys.executable, "-c", code], **options))
+        signal.raise_signal(signal.SIGINT)
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    return started
+
+
 def gemma4_spec(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     """``vllm-gemma4-spec ARGS``."""
     return subprocess.run(

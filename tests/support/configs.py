@@ -1,4 +1,4 @@
-"""The little of a finished config that says whose engine it is, for tests that call a wrapper by itself."""
+"""What says in a finished config whose engine it is, for tests that call a wrapper by itself; and a whole config."""
 
 from __future__ import annotations
 
@@ -23,3 +23,19 @@ def vllm_config(target: Any = GEMMA4, drafter: Any = GEMMA4, **more: Any) -> Any
     """Of an engine that drafts with ``drafter``."""
     spec = SimpleNamespace(method="draft_model", draft_model_config=drafter)
     return SimpleNamespace(**{"model_config": target, "speculative_config": spec} | more)
+
+
+def on_two_ranks(folder: Any, drafter: Any = None, **own: Any) -> Any:
+    """vLLM's own config of an engine on two tensor-parallel ranks, finished; models by their folders."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    options: dict[str, Any] = {
+        "skip_tokenizer_init": True,
+        "dtype": "bfloat16",
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+        "compilation_config": {"custom_ops": ["none"]},
+    }
+    if drafter is not None:
+        options["speculative_config"] = {"model": str(drafter), "num_speculative_tokens": 3, "method": "draft_model"}
+    return EngineArgs(str(folder), **options | own).create_engine_config()

@@ -6,9 +6,9 @@
 //
 // Compiled by NVRTC with MT (tiles of 8 tokens that a warp takes at once), NT (tiles of 16 outputs, 1 or 2), ROLL (1: the
 // next weights come into registers whose weights have been used), WHOLE (1: x of 64 inputs is loaded at once, 0: of 32),
-// FIT (blocks of four warps that the registers of a multiprocessor are to hold; 0: no matter), REGISTERS (of a
-// thread, to plan with; 0: no matter), GELU (0; 1: gelu(first half) * second half; 2: gelu(y) * by) and SCALED (1: x is multiplied by
-// pre_quant_scale first, each product rounded to bfloat16). Launched with
+// FIT (blocks of four warps that the registers of a multiprocessor are to hold; 0: no matter), REGISTERS (of a thread, to
+// plan with; 0: no matter), GELU (0; 1: gelu(first half) * second half; 2: gelu(y) * by) and SCALED (1: x is multiplied
+// by pre_quant_scale first, each product rounded to bfloat16). Launched with
 //
 //   grid (chunks * N / 16 / NT / (warps / split), parts), block 32 * warps, shared memory warps * NT * MT * 512 bytes:
 //

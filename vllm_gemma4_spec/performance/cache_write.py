@@ -22,6 +22,11 @@ _TOKENS = 320  # most tokens of a batch: 64 requests with k = 4; of more the lau
 _suits = functools.cache(cuda.starts_early)
 
 
+def holds(cache: torch.Tensor, kv_heads: int, size: int) -> bool:
+    """Whether it is ``[blocks, 2, block_size, kv_heads, size]``, and rows of ``size`` lie together."""
+    return cache.ndim == 5 and cache.shape[1] == 2 and cache.shape[3:] == (kv_heads, size) and cache.stride(4) == 1
+
+
 def fits(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> bool:
     """Whether the kernel takes a batch; of shapes and dtypes alone.
 
@@ -30,7 +35,7 @@ def fits(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: tor
         cache: ``[blocks, 2, block_size, kv_heads, size]``.
         slots: of each token; its length is what vLLM's kernel goes by, too.
     """
-    if key.ndim != 3 or cache.ndim != 5 or key.shape != value.shape:
+    if key.ndim != 3 or key.shape != value.shape or not holds(cache, *key.shape[1:]):
         return False
     size = key.shape[2]
     return (
@@ -40,8 +45,7 @@ def fits(key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slots: tor
         and key.element_size() == 2
         and size >= 64
         and size & (size - 1) == 0
-        and cache.shape[3:] == key.shape[1:]
-        and key.stride(2) == value.stride(2) == cache.stride(4) == 1
+        and key.stride(2) == value.stride(2) == 1
     )
 
 

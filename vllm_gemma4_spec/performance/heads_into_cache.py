@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vllm_gemma4_spec.performance import head_norms
+from vllm_gemma4_spec.performance import cache_write, head_norms
 
 if TYPE_CHECKING:
     from vllm_gemma4_spec.kernels.head_norms import Into
@@ -80,11 +80,8 @@ def fits(qkv: Tensor, layer: Any, cache: Tensor, slots: Tensor) -> bool:
         slots: of each token, or of the first ones.
     """
     return (
-        cache.ndim == 5
-        and cache.shape[1] == 2
-        and cache.shape[3:] == (layer.num_kv_heads, layer.head_dim)
+        cache_write.holds(cache, layer.num_kv_heads, layer.head_dim)
         and cache.dtype == qkv.dtype
-        and cache.stride(4) == 1
         and len(slots) <= len(qkv)
     )
 

@@ -71,32 +71,27 @@ class _Benchmark:
     """A process of vLLM's benchmark; it dies with us (Ctrl-C, too)."""
 
     def __init__(self, api_key: str | None) -> None:
-        self._api_key = api_key
+        # A client needs no plugin; killed, it would leave behind what ours makes at its start.
+        changes = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_PLUGINS": ""} | ({"OPENAI_API_KEY": api_key} if api_key else {})
+        self._environment = os.environ | changes
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> _Benchmark:
         try:
             with interrupts.held():
-                self._process = self._started()
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _VLLM_BENCH_SERVE],
+                    env=self._environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    start_new_session=True,
+                )
         except BaseException:
             self.__exit__()
             raise
         return self
-
-    def _started(self) -> subprocess.Popen[str]:
-        # A client needs no plugin; killed, it would leave behind what ours makes at its start.
-        changes = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_PLUGINS": ""} | (
-            {"OPENAI_API_KEY": key} if (key := self._api_key) else {}
-        )
-        return subprocess.Popen(
-            [sys.executable, "-c", _VLLM_BENCH_SERVE],
-            env=os.environ | changes,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
 
     def run(self, arguments: Sequence[str], progress: Callable[[int], None]) -> None:
         """``progress`` is told how many requests have ended.
