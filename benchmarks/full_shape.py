@@ -230,6 +230,8 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
                 **next(r[1] for r in runs if r[0] == middle),
                 "prompts": statistics.median(r[1]["prompts"] for r in runs),
                 "prompts_each": [r[1]["prompts"] for r in runs],
+                "longest_each": [r[1]["longest"] for r in runs],
+                "late": sorted({what for r in runs for what in r[1]["late"]}),
                 "answers": "/".join(sorted({r[1]["answers"] for r in runs})),
             }
             print(args.engine, row, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cProfile
 import functools
+import gc
 import itertools
 import pstats
 import statistics
@@ -20,6 +21,7 @@ class _Marks:
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
+        self.late: list[str] = []
         self.on = False
 
     def mark(self, name: str) -> None:
@@ -94,10 +96,33 @@ def force_acceptance(worker: Any, probabilities: list[float] | None) -> None:
     sampler.forward = forward
 
 
+def _watch(late: list[str]) -> None:
+    """Note Triton's compilations and long garbage collections: what makes one run of many slower than the others."""
+    from triton import knobs
+
+    began: list[float] = []
+
+    def compiles(**of: Any) -> None:
+        began.append(time.perf_counter())
+
+    def compiled(**of: Any) -> None:
+        late.append(f"{1e3 * (time.perf_counter() - began.pop()):.0f} ms: {of['repr']}")
+
+    def collects(phase: str, of: dict[str, int]) -> None:
+        if phase == "start":
+            began.append(time.perf_counter())
+        elif (ms := 1e3 * (time.perf_counter() - began.pop())) > 5:
+            late.append(f"{ms:.0f} ms: garbage of generation {of['generation']}")
+
+    knobs.runtime.jit_cache_hook, knobs.runtime.jit_post_compile_hook = compiles, compiled
+    gc.callbacks.append(collects)
+
+
 def install_marks(worker: Any) -> None:
     """Record events around the target's forward pass and the draft; ``read_marks`` gives the times."""
     runner, marks = worker.model_runner, _Marks()
     runner.benchmark_marks = marks
+    _watch(marks.late)
 
     def around(owner: Any, attribute: str, before: str, after: str) -> None:
         function = getattr(owner, attribute)
@@ -121,10 +146,12 @@ def switch_marks(worker: Any, on: bool) -> None:
     marks.on = on
     if on:
         marks.steps = []
+        marks.late.clear()
 
 
-def read_marks(worker: Any) -> dict[str, float]:
-    """Medians in ms: ``step``, ``verify``, ``sampling`` (logits to draft), ``draft``, ``gap`` (to the next pass)."""
+def read_marks(worker: Any) -> dict[str, Any]:
+    """Medians in ms: ``step``, ``verify``, ``sampling`` (logits to draft), ``draft``, ``gap`` (to the next pass); the
+    longest step, and what was compiled or collected since, by the host's time."""
     torch.cuda.synchronize()
     steps = worker.model_runner.benchmark_marks.steps
     parts: dict[str, list[float]] = {}
@@ -136,7 +163,9 @@ def read_marks(worker: Any) -> dict[str, float]:
             parts.setdefault("sampling", []).append(step["forward end"].elapsed_time(step["draft"]))
             parts.setdefault("draft", []).append(step["draft"].elapsed_time(step["draft end"]))
         parts.setdefault("gap", []).append(last.elapsed_time(following["forward"]))
-    return {name: round(statistics.median(values), 3) for name, values in parts.items()} | {"steps": len(steps)}
+    medians = {name: round(statistics.median(values), 3) for name, values in parts.items()}
+    longest = round(max(parts.get("step", [0.0])), 3)
+    return medians | {"steps": len(steps), "longest": longest, "late": list(worker.model_runner.benchmark_marks.late)}
 
 
 def head_parts(head: Any) -> list[tuple[torch.Tensor, int]]:

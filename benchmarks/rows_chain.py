@@ -25,7 +25,7 @@ from layer_chain import heads, norms
 from target_gemm import graph_us
 from torch import Tensor
 
-from vllm_gemma4_spec.kernels import cuda, small_batch_gemm
+from vllm_gemma4_spec.kernels import cuda, packing, small_batch_gemm
 from vllm_gemma4_spec.kernels.packing import pack
 from vllm_gemma4_spec.kernels.small_batch_gemm import Form, Launch
 
@@ -64,6 +64,11 @@ class Chain:
     def make_room(self, rows: int, forms: dict[str, Form]) -> None:
         for name, (n, k) in self.shapes.items():
             small_batch_gemm._make_room(n, k, {rows: forms[name]}, name == "gate_up", torch.device("cuda", 0))
+
+    def make_room_for(self, rows: int, name: str, form: Form, how: Launch) -> None:
+        n, chunks = self.shapes[name][0], form.chunks(rows)
+        floats = chunks * how.parts * n * form.rows
+        small_batch_gemm.SCRATCH.reserve(torch.device("cuda", 0), floats, chunks * n // packing.ROWS)
 
     def wait(self, ns: int) -> None:
         self.linger(grid=(16, 1, 1), block=256, args=[self.lingered, ns])
