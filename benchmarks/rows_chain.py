@@ -55,8 +55,8 @@ class Chain:
             codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
             scale = (torch.rand(n, k // 16, device="cuda") * 400 + 0.1).to(torch.float8_e4m3fn)
             packed[name] = pack(codes, scale)
-        one = torch.tensor([1e-4], device="cuda")
-        self.made = [{n: (a.clone(), b.clone(), one) for n, (a, b) in packed.items()} for _ in range(layers)]
+        scale = torch.full((1,), 1e-4, device="cuda")  # each layer's its own, as it is read from memory, too
+        self.made = [{n: (a.clone(), b.clone(), scale.clone()) for n, (a, b) in packed.items()} for _ in range(layers)]
         self.weights = torch.rand(2, HIDDEN, device="cuda").bfloat16() + 0.5
         self.lingered = torch.zeros(64, dtype=torch.int32, device="cuda")
         self.linger = cuda.Kernel(LINGER, "linger")
@@ -177,11 +177,15 @@ _BEHIND = (
     ('asm volatile("ld.global.L1::no_allocate', 'asm("ld.global.nc.L1::no_allocate'),
     (' : "l"(at) : "memory");', ' : "l"(at));'),
 )
+# As the global scale was read before: when all sums are there.
+_LAST = (("load_early(global_scale);", "0.0f;"), ("whole_scale * 256.0f", "*global_scale * 256.0f"))
 _ONE_SUM = (("TWO_SUMS = MT * NT == 1", "TWO_SUMS = false"),)
 VARIANTS: dict[str, dict[str, Any]] = {
     "behind the wait": {"text": _BEHIND + _ONE_SUM, "form": {"registers": 0}},
     "one sum": {"text": _ONE_SUM, "form": {"registers": 0}},
+    "global scale last": {"text": _LAST},
     "now": {},
+    "gate_up by two tiles": {"forms": {"gate_up": {"pair": 2, "roll": True, "whole": False, "registers": 0}}},
     **{f"{n} registers": {"form": {"registers": n}} for n in (128, 96, 88, 80, 72, 64)},
     **{
         f"{name} with {n} registers": {"forms": {name: {"registers": n}}}

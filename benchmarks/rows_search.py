@@ -20,16 +20,16 @@ import torch
 from rows_chain import HIDDEN, SHAPES, Chain, compile_all, timed
 
 from vllm_gemma4_spec.kernels import packing, small_batch_gemm
-from vllm_gemma4_spec.kernels.small_batch_gemm import Form, Launch, source, untried
+from vllm_gemma4_spec.kernels.small_batch_gemm import _WIDE, Form, Launch, source, untried
 
 REGISTERS = (0, 64, 72, 80, 88, 96, 104)
 # By the largest batch: batches whose times are added up, forms.
 TRIED: dict[int, tuple[tuple[int, ...], tuple[Form, ...]]] = {
     8: (
         (1, 4),
-        (*(Form(1, whole=True, registers=n) for n in REGISTERS), Form(1), Form(1, registers=64)),
+        (*(Form(1, whole=True, registers=n) for n in REGISTERS), Form(1), _WIDE, Form(1, 2)),
     ),
-    16: ((16,), (*(Form(2, registers=n) for n in REGISTERS), Form(2, 2), Form(1, whole=True), Form(1))),
+    16: ((16,), (*(Form(2, registers=n) for n in REGISTERS), Form(2, 2), Form(1, whole=True), Form(1), _WIDE)),
 }
 GAIN = 0.996
 Plan = dict[str, tuple[Form, Launch]]
@@ -74,7 +74,7 @@ def described(form: Form, how: Launch) -> str:
     return f"{form} {how.warps}/{how.split}/{how.parts}"
 
 
-def searched(chain: Chain, most: int) -> dict[str, Any]:
+def searched(chain: Chain, most: int, with_launches: bool) -> dict[str, Any]:
     rows, forms = TRIED[most]
     search, shapes = Search(chain, rows), chain.shapes
     plan: Plan = {}
@@ -84,12 +84,14 @@ def searched(chain: Chain, most: int) -> dict[str, Any]:
     first, steps = dict(plan), []
     for _ in range(2):
         before = dict(plan)
-        for name, (n, k) in shapes.items():
+        for name, (n, k) in shapes.items() if with_launches else ():
             ways = [(plan[name][0], how) for how in launches(n, k, plan[name][0], name == "gate_up")]
             plan, said = search.better(plan, name, ways)
             steps.append({name: said})
         for name, (n, k) in shapes.items():
-            ways = [(f, plan[name][1]) for f in forms if plan[name][1] in launches(n, k, f, name == "gate_up")]
+            gelu = name == "gate_up"
+            usual = {f: small_batch_gemm._launch(n, k, f, f.chunks(most), gelu, 0) for f in forms}
+            ways = [(f, how) for f in forms for how in {usual[f], plan[name][1]} if how in launches(n, k, f, gelu)]
             plan, said = search.better(plan, name, ways)
             steps.append({name: said})
         if plan == before:
@@ -112,6 +114,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=14)
     parser.add_argument("--models", default=";".join(SHAPES))
     parser.add_argument("--rows", default="8,16")
+    parser.add_argument("--forms", action="store_true", help="forms alone, with the launches that the package plans")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     wanted = {form for _, forms in TRIED.values() for form in forms} | {untried(most) for most in TRIED}
@@ -119,7 +122,7 @@ def main() -> None:
     torch.manual_seed(0)
     found: dict[str, Any] = {"card": torch.cuda.get_device_name()}
     for model, most in itertools.product(asked.models.split(";"), map(int, asked.rows.split(","))):
-        found[f"{model}, to {most} rows"] = here = searched(Chain(model, asked.layers), most)
+        found[f"{model}, to {most} rows"] = here = searched(Chain(model, asked.layers), most, not asked.forms)
         asked.out.write_text(json.dumps(found, indent=1) + "\n")
         print(model, most, {k: v for k, v in here.items() if k not in ("steps", "launches")}, flush=True)
 

@@ -56,6 +56,7 @@ static unsigned times(unsigned a, unsigned b) {
 static void let_next_grid_start() {}
 static void wait_for_previous_grid() {}
 template <class T> static T load_once(const T* at) { return *at; }
+template <class T> static T load_early(const T* at) { return *at; }
 
 // mma.m16n8k16 as the PTX manual lays it out over the lanes of a warp.
 static void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {

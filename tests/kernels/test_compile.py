@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vllm_gemma4_spec.kernels import cuda, gated_input, small_batch_gemm, stream_gemm
+from vllm_gemma4_spec.kernels import all_reduce_norm, cuda, gated_input, small_batch_gemm, stream_gemm
 from vllm_gemma4_spec.kernels.small_batch_gemm import Form
 
 
@@ -48,14 +48,23 @@ def test_the_streaming_kernel_compiles(architecture: str, form: stream_gemm.Form
     assert b"nvfp4_stream" in code
 
 
-def _instructions(code: bytes, tmp_path: Path) -> list[str]:
-    """The kernel's, by the disassembler that Triton brings."""
+def _instructions(code: bytes, kernel: str, tmp_path: Path) -> list[str]:
+    """A kernel's, by the disassembler that Triton brings."""
     triton = pytest.importorskip("triton", reason="its nvdisasm reads machine code")
     binary = tmp_path / "kernel.cubin"
     binary.write_bytes(code)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     said = subprocess.run([tool, "-c", binary], capture_output=True, text=True, check=True).stdout
-    return re.findall(r"^\s+/\*[0-9a-f]{4}\*/\s+(.*?)\s*;", said, re.MULTILINE)
+    text = said.partition(f".text.{kernel}:\n")[2].partition("\n.text.")[0]
+    return re.findall(r"^\s+/\*[0-9a-f]{4}\*/\s+(.*?)\s*;", text, re.MULTILINE)
+
+
+def _loads(source: str, kernel: str, tmp_path: Path) -> tuple[list[str], list[str]]:
+    """Loads from memory in front of griddepcontrol.wait and behind it, on Hopper."""
+    instructions = _instructions(cuda.compiled(source, "sm_90"), kernel, tmp_path)
+    (wait,) = (i for i, text in enumerate(instructions) if "ACQBULK" in text)
+    early, late = (re.findall(r"LDG\S*", "\n".join(part)) for part in (instructions[:wait], instructions[wait:]))
+    return early, late
 
 
 _FORMS = sorted({form for forms in small_batch_gemm.CANDIDATES.values() for form in forms}, key=str)
@@ -64,12 +73,21 @@ _FORMS = sorted({form for forms in small_batch_gemm.CANDIDATES.values() for form
 @pytest.mark.parametrize(("form", "gelu"), [*((form, 0) for form in _FORMS), (_FORMS[0], 1), (_FORMS[0], 2)], ids=str)
 def test_weights_are_asked_for_before_the_kernel_ahead_has_ended(form: Form, gelu: int, tmp_path: Path) -> None:
     """The compiler may move a load behind griddepcontrol.wait, as it did: 4 us of each layer of a drafter."""
-    code = cuda.compiled(small_batch_gemm.source(form, gelu, False), "sm_90")
-    instructions = _instructions(code, tmp_path)
-    (wait,) = (i for i, text in enumerate(instructions) if "ACQBULK" in text)
-    weights = [i for i, text in enumerate(instructions) if re.search(r"LDG\.E\.NA\.", text)]
+    early, _ = _loads(small_batch_gemm.source(form, gelu, False), "nvfp4_rows", tmp_path)
     of_a_block = 5 * form.pair  # four of codes, one of scales
-    assert sum(i < wait for i in weights) == of_a_block
+    assert sum(".NA" in load for load in early) == of_a_block
+    assert len(early) == of_a_block + 1  # and the global scale, or each GEMM would end by waiting for it
+
+
+def test_norm_weights_are_asked_for_before_the_sums_are_there(tmp_path: Path) -> None:
+    early, _ = _loads(all_reduce_norm.source(2560, 1e-6, True, True, True), "all_reduce_norm", tmp_path)
+    assert len(early) == 3  # of both norms and the layer's scale
+
+
+def test_of_a_per_layer_input_all_weights_are_asked_for_before_the_kernel_ahead_has_ended(tmp_path: Path) -> None:
+    early, late = _loads(gated_input.source(Form(1)), "nvfp4_gated", tmp_path)
+    assert len(early) == 2 * (5 + 1)  # codes, scales and global scale of gate and projection
+    assert not any(".NA" in load for load in late)
 
 
 def _compiler_says(source: str) -> str:

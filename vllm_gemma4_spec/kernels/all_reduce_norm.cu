@@ -39,6 +39,20 @@ __device__ __forceinline__ void store_word_by_word(uint4* at, const uint4& v) {
                  :: "l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
+// Not `.nc`, nor without a clobber: such loads are moved behind griddepcontrol.wait, which these are there to come before
+// (findings/nc-loads-behind-griddepcontrol-wait.sh).
+__device__ __forceinline__ uint4 load_early(const uint4* at) {
+    uint4 v;
+    asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ u16 load_early(const u16* at) {
+    u16 v;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(at) : "memory");
+    return v;
+}
+
 __device__ __forceinline__ float sum_of_warp(float value) {
 #pragma unroll
     for (int mask = 16; mask; mask >>= 1) value += __shfl_xor_sync(~0u, value, mask);
@@ -89,9 +103,8 @@ __device__ __forceinline__ float reciprocal_of_norm(const float (&v)[8], float* 
 // `scale` is read with SCALE alone, `next_weight` and `normed` with NEXT; `mine` (where the other rank writes), `theirs` and
 // `slots` (of each row, the next in turn) with EXCHANGE.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-all_reduce_norm(const uint4* x, const uint4* __restrict__ weight, const uint4* residual, const u16* __restrict__ scale,
-                const uint4* __restrict__ next_weight, uint4* hidden, uint4* normed, uint4* mine,
-                uint4* theirs, u32* slots) {
+all_reduce_norm(const uint4* x, const uint4* weight, const uint4* residual, const u16* scale, const uint4* next_weight,
+                uint4* hidden, uint4* normed, uint4* mine, uint4* theirs, u32* slots) {
     __shared__ float sums[2][WARPS];
     const int row = blockIdx.x, at = threadIdx.x;
     const bool inside = at < VECTORS;
@@ -99,10 +112,10 @@ all_reduce_norm(const uint4* x, const uint4* __restrict__ weight, const uint4* r
     uint4 w = make_uint4(0, 0, 0, 0), next_w = w, value = w, kept = w;
     let_next_grid_start();
     if (inside) {  // what no kernel before this one writes
-        w = weight[at];
-        if (NEXT) next_w = next_weight[at];
+        w = load_early(weight + at);
+        if (NEXT) next_w = load_early(next_weight + at);
     }
-    const float factor = SCALE ? __uint_as_float((u32)scale[0] << 16) : 1.0f;
+    const float factor = SCALE ? __uint_as_float((u32)load_early(scale) << 16) : 1.0f;
     wait_for_previous_grid();
     const u32 slot = EXCHANGE ? slots[row] : 0;
     if (inside) value = x[own];

@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(NT == 1 ? 768 : 512) nvfp4_gated(
         fetch(gate[n], gate_codes, gate_scales, (block * 2 + warp % each * NT + n) * (warps / each) + inputs, lane);
 #pragma unroll
     for (int n = 0; n < NT; n++) fetch(up[n], up_codes, up_scales, tiles[n], lane);
-    const float scale = *gate_scale * 256.0f;
+    const float scale = load_early(gate_scale) * 256.0f, scale_up = load_early(up_scale) * 256.0f;
     cluster_arrive();
     wait_for_previous_grid();
     let_next_grid_start();  // not before: what waits behind it would be in its way
@@ -70,7 +70,6 @@ extern "C" __global__ void __launch_bounds__(NT == 1 ? 768 : 512) nvfp4_gated(
     cluster_wait();
     EACH_SUM(acc[n][m][i] = 0.0f)
     multiply<true>(up, gated[g] + t * 16, x, g, tokens, 8 * PADDED, nullptr, nullptr, none, acc);
-    const float scale_up = *up_scale * 256.0f;
     EACH_SUM(const int token = m * 8 + t * 2 + i % 2, row = tiles[n] * 16 + g + i / 2 * 8;
              if (token < tokens) y[(long)(first + token) * K + row] = to_bf16(acc[n][m][i] * scale_up))
 }

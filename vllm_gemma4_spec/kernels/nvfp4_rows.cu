@@ -69,6 +69,13 @@ __device__ __forceinline__ uint2 load_once(const uint2* at) {
     return v;
 }
 
+// What lies in memory alone and is needed last: asked for with the first weights, or a GEMM ends by waiting for it.
+__device__ __forceinline__ float load_early(const float* at) {
+    float v;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(at) : "memory");
+    return v;
+}
+
 #ifdef GATED
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 
@@ -254,6 +261,7 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
 #pragma unroll
         for (int n = 0; n < NT; n++) fetch(now[n], codes, scales, tiles[n] * blocks + index, lane);
     }
+    const float whole_scale = load_early(global_scale);
     wait_for_previous_grid();
     if (GELU == 2) let_next_grid_start();  // a small GEMM: what waits behind it would be in its way
     u16 factors[NT][MT][4];
@@ -320,7 +328,7 @@ extern "C" __global__ void BOUNDS nvfp4_rows(
                     }
         }
     }
-    const float scale = *global_scale * 256.0f;
+    const float scale = whole_scale * 256.0f;
     if (GELU == 1) {
         if (NT == 1) {  // exchange the finished sums of the two tiles
             __syncthreads();
