@@ -43,18 +43,33 @@ def _launch():
 
 
 @triton.jit
-def norms(x, residual, first, second, out, hidden, columns, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """hidden = residual + norm(x) * first; out = norm(hidden) * second."""
+def norms(  # type: ignore[no-untyped-def]
+    x,
+    residual,
+    first,
+    second,
+    out,
+    hidden,
+    columns,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+    AHEAD: tl.constexpr = False,
+):
+    """hidden = residual + norm(x) * first; out = norm(hidden) * second; AHEAD: weights are loaded before the wait."""
     at = tl.arange(0, BLOCK)
     mask = at < columns
     row = tl.program_id(0).to(tl.int64) * columns
     if EARLY:
         _launch()
+    if AHEAD:
+        a = tl.load(first + at, mask, 0.0).to(tl.float32)
+        b = tl.load(second + at, mask, 0.0).to(tl.float32)
     tl.extra.cuda.gdc_wait()
     v = tl.load(x + row + at, mask, 0.0).to(tl.float32)
     r = tl.load(residual + row + at, mask, 0.0).to(tl.float32)
-    a = tl.load(first + at, mask, 0.0).to(tl.float32)
-    b = tl.load(second + at, mask, 0.0).to(tl.float32)
+    if not AHEAD:
+        a = tl.load(first + at, mask, 0.0).to(tl.float32)
+        b = tl.load(second + at, mask, 0.0).to(tl.float32)
     r += v * tl.rsqrt(tl.sum(v * v) / columns + 1e-6) * a
     r = r.to(tl.bfloat16).to(tl.float32)
     o = r * tl.rsqrt(tl.sum(r * r) / columns + 1e-6) * b

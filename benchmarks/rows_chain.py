@@ -57,7 +57,8 @@ class Chain:
             packed[name] = pack(codes, scale)
         scale = torch.full((1,), 1e-4, device="cuda")  # each layer's its own, as it is read from memory, too
         self.made = [{n: (a.clone(), b.clone(), scale.clone()) for n, (a, b) in packed.items()} for _ in range(layers)]
-        self.weights = torch.rand(2, HIDDEN, device="cuda").bfloat16() + 0.5
+        self.norms = torch.rand(layers, 3, 2, HIDDEN, device="cuda").bfloat16() + 0.5
+        self.ahead = False  # weights of norms are loaded before the wait
         self.lingered = torch.zeros(64, dtype=torch.int32, device="cuda")
         self.linger = cuda.Kernel(LINGER, "linger")
 
@@ -80,28 +81,38 @@ class Chain:
             codes, scales, one = layer[name]
             return small_batch_gemm.gemm(x, codes, scales, one, form=forms[name], how=how.get(name), **rest)
 
-        def normed(x: Tensor, summed: bool = True) -> Tensor:
+        def normed(x: Tensor, which: int) -> Tensor:
             nonlocal hidden
-            if self.half and summed:
+            if self.half and which < 2:
                 self.wait(1500)
             out, after = torch.empty_like(x), torch.empty_like(x)
             block = triton.next_power_of_2(HIDDEN)
             norms[(rows,)](
-                x, hidden, *self.weights, out, after, HIDDEN, BLOCK=block, EARLY=True, num_warps=8, launch_pdl=True
+                x,
+                hidden,
+                *self.norms[number, which],
+                out,
+                after,
+                HIDDEN,
+                BLOCK=block,
+                EARLY=True,
+                AHEAD=self.ahead,
+                num_warps=8,
+                launch_pdl=True,
             )
             hidden = after
             return out
 
         x, by = start, torch.ones(rows, WIDE, device="cuda", dtype=torch.bfloat16)
-        for layer in self.made:
+        for number, layer in enumerate(self.made):
             x = product(layer, "qkv", x)
             queries = torch.empty_like(x)
             wide = x.shape[1]
             heads[(rows, wide // HEAD)](x, queries, wide, wide, HEAD=HEAD, EARLY=True, num_warps=2, launch_pdl=True)
             self.wait(3000)
-            x = normed(product(layer, "o", queries))
-            x = normed(product(layer, "down", product(layer, "gate_up", x, gelu=True)))
-            x = normed(product(layer, "projection", product(layer, "gate", x, by=by)), summed=False)
+            x = normed(product(layer, "o", queries), 0)
+            x = normed(product(layer, "down", product(layer, "gate_up", x, gelu=True)), 1)
+            x = normed(product(layer, "projection", product(layer, "gate", x, by=by)), 2)
         return x
 
 
@@ -156,6 +167,7 @@ def main() -> None:
             small_batch_gemm._kernel.cache_clear()
             how = {n: Launch(*v) for n, v in variant.get("launches", {}).items()}
             for model, chain in chains.items():
+                chain.ahead = variant.get("ahead", False)
                 for rows in counts:
                     torch.manual_seed(rows)
                     start = torch.randn(rows, HIDDEN, device="cuda").bfloat16()
@@ -185,6 +197,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one sum": {"text": _ONE_SUM, "form": {"registers": 0}},
     "global scale last": {"text": _LAST},
     "now": {},
+    "norm weights before the wait": {"ahead": True},
     "gate_up by two tiles": {"forms": {"gate_up": {"pair": 2, "roll": True, "whole": False, "registers": 0}}},
     **{f"{n} registers": {"form": {"registers": n}} for n in (128, 96, 88, 80, 72, 64)},
     **{
