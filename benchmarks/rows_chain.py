@@ -81,16 +81,16 @@ class Chain:
             codes, scales, one = layer[name]
             return small_batch_gemm.gemm(x, codes, scales, one, form=forms[name], how=how.get(name), **rest)
 
-        def normed(x: Tensor, which: int) -> Tensor:
+        def normed(x: Tensor, weights: Tensor, summed: bool = True) -> Tensor:
             nonlocal hidden
-            if self.half and which < 2:
+            if self.half and summed:
                 self.wait(1500)
             out, after = torch.empty_like(x), torch.empty_like(x)
             block = triton.next_power_of_2(HIDDEN)
             norms[(rows,)](
                 x,
                 hidden,
-                *self.norms[number, which],
+                *weights,
                 out,
                 after,
                 HIDDEN,
@@ -104,15 +104,15 @@ class Chain:
             return out
 
         x, by = start, torch.ones(rows, WIDE, device="cuda", dtype=torch.bfloat16)
-        for number, layer in enumerate(self.made):
+        for layer, (first, second, third) in zip(self.made, self.norms, strict=True):
             x = product(layer, "qkv", x)
             queries = torch.empty_like(x)
             wide = x.shape[1]
             heads[(rows, wide // HEAD)](x, queries, wide, wide, HEAD=HEAD, EARLY=True, num_warps=2, launch_pdl=True)
             self.wait(3000)
-            x = normed(product(layer, "o", queries), 0)
-            x = normed(product(layer, "down", product(layer, "gate_up", x, gelu=True)), 1)
-            x = normed(product(layer, "projection", product(layer, "gate", x, by=by)), 2)
+            x = normed(product(layer, "o", queries), first)
+            x = normed(product(layer, "down", product(layer, "gate_up", x, gelu=True)), second)
+            x = normed(product(layer, "projection", product(layer, "gate", x, by=by)), third, summed=False)
         return x
 
 
@@ -130,10 +130,11 @@ def compile_all(wanted: set[str]) -> None:
         list(pool.map(lambda text: cuda.compiled(text, architecture), wanted))
 
 
-def forms_for(rows: int, variant: dict[str, Any]) -> dict[str, Form]:
+def forms_for(shapes: dict[str, tuple[int, int]], rows: int, variant: dict[str, Any]) -> dict[str, Form]:
     """Of each GEMM what the package takes where nothing was measured, but for what the variant says."""
-    usual = replace(small_batch_gemm.untried(rows), **variant.get("form", {}))
-    return {name: replace(usual, **variant.get("forms", {}).get(name, {})) for name in SHAPES["E4B"] | ALWAYS}
+    usual = {name: small_batch_gemm.candidates(n, k, name == "gate_up", rows)[0] for name, (n, k) in shapes.items()}
+    form, forms = variant.get("form", {}), variant.get("forms", {})
+    return {name: replace(usual[name], **form | forms.get(name, {})) for name in shapes}
 
 
 def main() -> None:
@@ -153,12 +154,14 @@ def main() -> None:
             text = text.replace(old, new)
         return text
 
-    forms = {(name, form) for name, v in variants.items() for r in counts for form in forms_for(r, v).values()}
-    compile_all({text_of(variants[name], form, gelu) for name, form in forms for gelu in (0, 1, 2)})
     torch.manual_seed(0)
     chains = {model: Chain(model, asked.layers) for model in SHAPES}
+    wanted = set()
     for v, rows, chain in itertools.product(variants.values(), counts, chains.values()):
-        chain.make_room(rows, forms_for(rows, v))
+        forms = forms_for(chain.shapes, rows, v)
+        chain.make_room(rows, forms)
+        wanted |= {text_of(v, form, gelu) for form in forms.values() for gelu in (0, 1, 2)}
+    compile_all(wanted)
     found: dict[str, Any] = {"card": torch.cuda.get_device_name()}
     results: dict[Any, Tensor] = {}
     for turn in range(2):
@@ -171,7 +174,7 @@ def main() -> None:
                 for rows in counts:
                     torch.manual_seed(rows)
                     start = torch.randn(rows, HIDDEN, device="cuda").bfloat16()
-                    us, ended = timed(chain, start, forms_for(rows, variant), how)
+                    us, ended = timed(chain, start, forms_for(chain.shapes, rows, variant), how)
                     here = found.setdefault(f"{model}, {rows} rows", {})
                     here.setdefault(name, []).append(round(us, 2))
                     if not torch.equal(results.setdefault((model, rows), ended.clone()), ended):

@@ -20,7 +20,7 @@ import torch
 from rows_chain import HIDDEN, SHAPES, Chain, compile_all, timed
 
 from vllm_gemma4_spec.kernels import packing, small_batch_gemm
-from vllm_gemma4_spec.kernels.small_batch_gemm import _WIDE, Form, Launch, source, untried
+from vllm_gemma4_spec.kernels.small_batch_gemm import _WIDE, Form, Launch, all_forms, candidates, source
 
 REGISTERS = (0, 64, 72, 80, 88, 96, 104)
 # By the largest batch: batches whose times are added up, forms.
@@ -79,7 +79,7 @@ def searched(chain: Chain, most: int, with_launches: bool) -> dict[str, Any]:
     search, shapes = Search(chain, rows), chain.shapes
     plan: Plan = {}
     for name, (n, k) in shapes.items():
-        form = untried(most)
+        form = candidates(n, k, name == "gate_up", most)[0]
         plan[name] = (form, small_batch_gemm._launch(n, k, form, form.chunks(most), name == "gate_up", 0))
     first, steps = dict(plan), []
     for _ in range(2):
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--forms", action="store_true", help="forms alone, with the launches that the package plans")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
-    wanted = {form for _, forms in TRIED.values() for form in forms} | {untried(most) for most in TRIED}
+    wanted = {form for _, forms in TRIED.values() for form in forms} | set(all_forms())
     compile_all({source(form, gelu, False) for form in wanted for gelu in (0, 1, 2)})
     torch.manual_seed(0)
     found: dict[str, Any] = {"card": torch.cuda.get_device_name()}

@@ -67,7 +67,7 @@ def _loads(source: str, kernel: str, tmp_path: Path) -> tuple[list[str], list[st
     return early, late
 
 
-_FORMS = sorted({form for forms in small_batch_gemm.CANDIDATES.values() for form in forms}, key=str)
+_FORMS = small_batch_gemm.all_forms()
 
 
 @pytest.mark.parametrize(("form", "gelu"), [*((form, 0) for form in _FORMS), (_FORMS[0], 1), (_FORMS[0], 2)], ids=str)

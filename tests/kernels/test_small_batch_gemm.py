@@ -143,7 +143,7 @@ def test_the_input_is_multiplied_by_its_scale_as_a_tensor_would_be(libraries: An
     torch.manual_seed(tokens)
     codes, scale = weight(32, 1024)
     x, pre = torch.randn(tokens, 1024).bfloat16(), (torch.rand(1024) * 4 + 0.1).bfloat16()
-    packed, form = packing.pack(codes, scale), small_batch_gemm.untried(tokens)
+    packed, form = packing.pack(codes, scale), small_batch_gemm.candidates(32, 1024, False, tokens)[0]
     got = run(libraries, form, x, 32, packed, how, pre=pre)
     assert torch.equal(got, run(libraries, form, x * pre, 32, packed, how))
     assert not torch.equal(got, run(libraries, form, x, 32, packed, how))
@@ -179,7 +179,7 @@ def test_every_scale_that_e4m3_has_is_exact(libraries: Any) -> None:
             torch.testing.assert_close(got.float(), wanted.bfloat16().float(), rtol=2**-8, atol=0)
 
 
-FORMS = sorted({form for forms in small_batch_gemm.CANDIDATES.values() for form in forms}, key=str)
+FORMS = small_batch_gemm.all_forms()
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -209,7 +209,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return {rows: chosen_rows._fastest(us) for rows, us in measure().items()}
 
     monkeypatch.setattr(small_batch_gemm, "_chosen", {})
-    monkeypatch.setattr(small_batch_gemm, "_maker", str)
+    monkeypatch.setattr(small_batch_gemm, "_maker", lambda *of: str(of))
     monkeypatch.setattr(small_batch_gemm, "_compile", lambda wanted: found["compiled"].update(wanted))
     monkeypatch.setattr(small_batch_gemm, "_launch", lambda *what: small_batch_gemm.plan(*what[:-1], 132))
     monkeypatch.setattr(small_batch_gemm.SCRATCH, "reserve", lambda _, *sizes: found["room"].append(sizes))
@@ -233,7 +233,7 @@ def layer(n: int, k: int) -> Any:
 
 
 def test_each_batch_gets_the_form_that_was_fastest(card: dict[str, Any]) -> None:
-    small = small_batch_gemm.CANDIDATES[8][0]
+    small = small_batch_gemm.few_rows(3072, 2560, False, 8)
     first, other = small_batch_gemm.CANDIDATES[80][:2]
     card["us"] |= {(small, 8): 5.0, (first, 80): 12.0, (other, 80): 11.0, (first, 64): 19.9}
     small_batch_gemm.choose(layer(3072, 2560))
@@ -241,7 +241,7 @@ def test_each_batch_gets_the_form_that_was_fastest(card: dict[str, Any]) -> None
     assert got == dict.fromkeys(got) | {1: small, 8: small, 65: other, 80: other}  # 0.5 % faster is not worth it
     assert {(small, False, False), (other, False, False)} <= card["compiled"]
     assert small_batch_gemm.form_for(3072, 2560, True, 80) is None  # another kernel: as measured on an H200
-    assert small_batch_gemm.form_for(3072, 2560, True, 20) == small_batch_gemm.untried(20)
+    assert small_batch_gemm.form_for(3072, 2560, True, 20) == small_batch_gemm.CANDIDATES[24][0]
 
 
 def test_times_count_for_layers_whose_other_batches_run_on_the_same_kernel(card: dict[str, Any]) -> None:
@@ -280,8 +280,7 @@ def test_room_for_the_sums_of_every_batch(card: dict[str, Any]) -> None:
 
 
 def test_forms_have_names_of_their_own() -> None:
-    forms = {form for forms in small_batch_gemm.CANDIDATES.values() for form in forms}
-    assert len({str(form) for form in forms}) == len(forms)
+    assert len({str(form) for form in FORMS}) == len(FORMS)
     assert list(small_batch_gemm.CANDIDATES) == sorted(small_batch_gemm.CANDIDATES)
     assert max(small_batch_gemm.CANDIDATES) == small_batch_gemm.MOST_ROWS
 
@@ -299,7 +298,7 @@ def test_a_measurement_or_a_form_that_fails_leaves_the_start_alone(
     small_batch_gemm.choose(layer(3072, 2560))
     assert said[0] == "NVFP4 GEMM 3072x2560, few rows was not measured: CUDA out of memory."
     if fails == "fastest":  # what was measured on an H200
-        assert small_batch_gemm.form_for(3072, 2560, False, 20) == small_batch_gemm.untried(20)
+        assert small_batch_gemm.form_for(3072, 2560, False, 20) == small_batch_gemm.CANDIDATES[24][0]
         assert small_batch_gemm.form_for(3072, 2560, False, 33) is None
     else:
         assert said[1] == "NVFP4 GEMM 3072x2560, few rows stays on Marlin: CUDA out of memory."

@@ -55,13 +55,12 @@ class Form:
 
 
 _WIDE, _40, _32 = Form(1, 2, roll=True), Form(5, 2, roll=True, fit=3), Form(4, 2, roll=True, fit=3)
-_16 = Form(2, registers=72)
+_LARGE = 2**25  # weights of a GEMM
 # What is tried for batches of up to so many rows (and more than the number before): what was fastest for some GEMM of
-# E4B on an H200, or for all in a chain of layers (benchmarks/NOTES.md). Where nothing can be measured the first is
-# taken, up to most_rows().
+# E4B alone on an H200 (benchmarks/NOTES.md); of up to 16 rows few_rows().
 CANDIDATES: dict[int, tuple[Form, ...]] = {
-    8: (Form(1, whole=True), _WIDE),
-    16: (_16, Form(2), Form(2, 2), _WIDE, Form(1)),
+    8: (),
+    16: (),
     24: (Form(3), Form(3, 2), _WIDE, Form(1), _32),
     32: (Form(2, 2), _32, _WIDE, Form(2)),
     40: (Form(2, 2), _40, _WIDE, Form(3, 2), Form(5)),
@@ -72,6 +71,32 @@ CANDIDATES: dict[int, tuple[Form, ...]] = {
     112: (Form(2, 2), _32),
     128: (Form(2, 2), _32),
 }
+
+
+def few_rows(n: int, k: int, gelu: bool, rows: int) -> Form:
+    """The form for up to 16 rows that a chain of E4B's layers is fastest with (H200, ``benchmarks/rows_search.py``).
+
+    A GEMM alone does not tell: by how many registers a thread has the compiler orders its loads, and the next kernel's
+    blocks, whose weights are then on their way, find room beside it or not.
+    """
+    if rows <= 8:
+        return Form(1, whole=True, registers=88 if gelu else 72 if k >= 32 * COLUMNS else 80 if n < k else 0)
+    if gelu:
+        return Form(2, registers=96) if n * k >= _LARGE else Form(2, 2)
+    return Form(2, registers=88 if n >= k else 72)
+
+
+def candidates(n: int, k: int, gelu: bool, rows: int) -> tuple[Form, ...]:
+    """Forms that are tried for a batch; where nothing can be measured the first is taken."""
+    tried = next(forms for most, forms in CANDIDATES.items() if rows <= most)
+    return tried or (few_rows(n, k, gelu, rows),)
+
+
+def all_forms() -> list[Form]:
+    """Of every shape."""
+    wide, high = (20480, 2560), (2560, 10240)
+    shapes = [(n, k, gelu) for n, k in (wide, high, (256, 2560), (2560, 256)) for gelu in (False, True)]
+    return sorted({form for rows in CANDIDATES for shape in shapes for form in candidates(*shape, rows)}, key=str)
 
 
 @dataclass(frozen=True)
@@ -87,7 +112,7 @@ def most_rows(n: int, k: int) -> int:
     """Rows up to which the kernel is faster than Marlin (H200, E4B's shapes: ``benchmarks/NOTES.md``)."""
     if n <= 512:
         return 64  # Marlin takes 23 us for [256, 2560], whatever the rows
-    return 16 if n * k >= 2**25 else 32
+    return 16 if n * k >= _LARGE else 32
 
 
 def plan(n: int, k: int, form: Form, chunks: int, gelu: bool, multiprocessors: int) -> Launch:
@@ -148,16 +173,11 @@ def _launch(n: int, k: int, form: Form, chunks: int, gelu: bool, device: int) ->
 SCRATCH = Scratch()
 
 
-def untried(rows: int) -> Form:
-    """The form for this many rows where nothing was measured."""
-    return next(forms[0] for most, forms in CANDIDATES.items() if rows <= most)
-
-
 def form_for(n: int, k: int, gelu: bool, rows: int) -> Form | None:
     """The form that takes a batch, as :func:`choose` found; None: it is left to the other kernels."""
     known = _chosen.get((n, k, gelu))
     if known is None:
-        return untried(rows) if rows <= most_rows(n, k) else None
+        return candidates(n, k, gelu, rows)[0] if rows <= most_rows(n, k) else None
     return next((form for most, form in known.items() if rows <= most), None)
 
 
@@ -187,7 +207,8 @@ def gemm(
         ``[rows, N]`` bfloat16, or ``[rows, N / 2]`` with ``gelu``.
     """
     rows, k = x.shape
-    n, form = codes.shape[0] * ROWS, form or untried(rows)
+    n = codes.shape[0] * ROWS
+    form = form or candidates(n, k, gelu, rows)[0]
     chunks = form.chunks(rows)
     y = torch.empty(rows, n // 2 if gelu else n, dtype=x.dtype, device=x.device)
     how = how or _launch(n, k, form, chunks, gelu, x.device.index)
@@ -281,7 +302,7 @@ def register_operator() -> None:
 def available() -> bool:
     """Whether the kernel compiles here; if not, the log says once why, and vLLM's kernels stay."""
     try:
-        _kernel(untried(1), False, False)
+        _kernel(Form(1, whole=True), False, False)
     except (ImportError, RuntimeError) as error:
         logger.warning("Small-batch NVFP4 GEMMs stay on Marlin: %s", str(error).splitlines()[0])
         return False
@@ -313,13 +334,13 @@ def choose(layer: Module, gelu: bool = False) -> None:
         gelu: the kernel is to give ``gelu(gate) * up``.
     """
     n, k, device = layer.output_size_per_partition, layer.input_size_per_partition, layer.weight.device
-    shape = f"{n}x{k}, few rows" + ", gelu" * gelu
+    shape, tried = f"{n}x{k}, few rows" + ", gelu" * gelu, [candidates(n, k, gelu, rows) for rows in CANDIDATES]
     try:
-        found = chosen_rows.fastest(shape, _maker(layer.streamed), lambda: _times(layer, gelu))
+        found = chosen_rows.fastest(shape, _maker(layer.streamed, repr(tried)), lambda: _times(layer, gelu))
     except RuntimeError as error:  # no memory for it, or a form does not compile here
         logger.info("NVFP4 GEMM %s was not measured: %s", shape, str(error).partition("\n")[0])
     else:
-        named = {str(form): form for forms in CANDIDATES.values() for form in forms}
+        named = {str(form): form for forms in tried for form in forms}
         _chosen[n, k, gelu] = {rows: named.get(found[rows]) for rows in sorted(found)}
     try:
         reserve(n, k, device, gelu, layer.rows_scaled)
@@ -341,27 +362,27 @@ def reserve(n: int, k: int, device: torch.device, gelu: bool = False, scaled: bo
 def _times(layer: Module, gelu: bool) -> chosen_rows.Kernels:
     """Of every candidate, and of what runs without; each time the weights come from memory and not the L2."""
     n, k, device = layer.output_size_per_partition, layer.input_size_per_partition, layer.weight.device
-    _compile((form, gelu, False) for forms in CANDIDATES.values() for form in forms)
+    _compile((form, gelu, False) for rows in CANDIDATES for form in candidates(n, k, gelu, rows))
     marlin = (layer.weight, layer.weight_scale, layer.weight_global_scale, layer.workspace)
     rows_of = (layer.rows_codes, layer.rows_scales, layer.rows_global_scale)
     us = chosen_rows.clock(device)
     found: chosen_rows.Kernels = {}
-    for rows, forms in CANDIDATES.items():
+    for rows in CANDIDATES:
         x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
         here = found[rows] = {
             chosen_rows.OTHER: us(functools.partial(_other, x, None, marlin, n, layer.streamed, gelu))
         }
         # Of forms that are as fast alone the one with fewer chunks: others read the weights once more each.
-        for form in sorted(forms, key=lambda form: form.chunks(rows)):
+        for form in sorted(candidates(n, k, gelu, rows), key=lambda form: form.chunks(rows)):
             _make_room(n, k, {rows: form}, gelu, device)
             here[str(form)] = us(functools.partial(gemm, x, *rows_of, gelu, None, form))
     return found
 
 
 @functools.cache
-def _maker(streamed: int) -> str:
+def _maker(streamed: int, tried: str = "") -> str:
     """Times depend on what takes the batches that this kernel does not take, too: streaming or Marlin."""
-    return chosen_rows.made_by(source(Form(1), False, False), repr(CANDIDATES), stream_gemm._maker(), str(streamed))
+    return chosen_rows.made_by(source(Form(1), False, False), tried, stream_gemm._maker(), str(streamed))
 
 
 _ready: set[tuple[Form, bool, bool]] = set()
