@@ -74,13 +74,13 @@ CANDIDATES: dict[int, tuple[Form, ...]] = {
 
 
 def few_rows(n: int, k: int, gelu: bool, rows: int) -> Form:
-    """The form for up to 16 rows that a chain of E4B's layers is fastest with (H200, ``benchmarks/rows_search.py``).
+    """The form for up to 16 rows that E4B drafts fastest with (H200, ``benchmarks/NOTES.md``, change 135).
 
-    A GEMM alone does not tell: by how many registers a thread has the compiler orders its loads, and the next kernel's
-    blocks, whose weights are then on their way, find room beside it or not.
+    A GEMM alone does not tell: by the registers that a thread may have the compiler orders its loads, and the next
+    kernel's blocks, whose weights are then on their way, find room beside it or not.
     """
     if rows <= 8:
-        return Form(1, whole=True, registers=88 if gelu else 72 if k >= 32 * COLUMNS else 80 if n < k else 0)
+        return Form(1, whole=True, registers=88 if gelu else 72)
     if gelu:
         return Form(2, registers=96) if n * k >= _LARGE else Form(2, 2)
     return Form(2, registers=88 if n >= k else 72)
@@ -302,7 +302,7 @@ def register_operator() -> None:
 def available() -> bool:
     """Whether the kernel compiles here; if not, the log says once why, and vLLM's kernels stay."""
     try:
-        _kernel(Form(1, whole=True), False, False)
+        _kernel(few_rows(ROWS, COLUMNS, False, 1), False, False)
     except (ImportError, RuntimeError) as error:
         logger.warning("Small-batch NVFP4 GEMMs stay on Marlin: %s", str(error).splitlines()[0])
         return False
