@@ -97,24 +97,43 @@ def force_acceptance(worker: Any, probabilities: list[float] | None) -> None:
 
 
 def _watch(late: list[str]) -> None:
-    """Note Triton's compilations and long garbage collections: what makes one run of many slower than the others."""
+    """Note what makes one run of many slower than the others, if it takes more than 5 ms: torch.compile, with the
+    kernels of Inductor within it, kernels that Triton compiles or reads from its cache, their loading and launchers,
+    garbage collections."""
+    from torch._dynamo.callback import callback_handler
     from triton import knobs
+    from triton.compiler.compiler import CompiledKernel
 
-    began: list[float] = []
+    began: dict[str, float] = {}
 
-    def compiles(**of: Any) -> None:
-        began.append(time.perf_counter())
+    def note(seconds: float, what: str) -> None:
+        if seconds > 5e-3:
+            late.append(f"{1e3 * seconds:.0f} ms: {what}")
 
-    def compiled(**of: Any) -> None:
-        late.append(f"{1e3 * (time.perf_counter() - began.pop()):.0f} ms: {of['repr']}")
+    def begins(what: str) -> None:
+        began[what] = time.perf_counter()
+
+    def ends(what: str) -> None:
+        if since := began.pop(what, None):  # none: it was under way when this began to watch
+            note(time.perf_counter() - since, what)
+
+    def kernel(*, metadata: dict[str, Any], times: Any, **_: Any) -> None:
+        note(times.total / 1e6, f"Triton, {metadata['name']}")
 
     def collects(phase: str, of: dict[str, int]) -> None:
-        if phase == "start":
-            began.append(time.perf_counter())
-        elif (ms := 1e3 * (time.perf_counter() - began.pop())) > 5:
-            late.append(f"{ms:.0f} ms: garbage of generation {of['generation']}")
+        (begins if phase == "start" else ends)(f"garbage of generation {of['generation']}")
 
-    knobs.runtime.jit_cache_hook, knobs.runtime.jit_post_compile_hook = compiles, compiled
+    loads = CompiledKernel._init_handles
+
+    def handles(self: Any) -> None:
+        since = time.perf_counter()
+        loads(self)
+        note(time.perf_counter() - since, f"launcher of {self.name}")
+
+    callback_handler.register_start_callback(lambda of: begins(f"torch.compile {of.compile_id}"))
+    callback_handler.register_end_callback(lambda of: ends(f"torch.compile {of.compile_id}"))
+    knobs.compilation.listener = kernel
+    CompiledKernel._init_handles = handles
     gc.callbacks.append(collects)
 
 
