@@ -60,6 +60,7 @@ _ALL = (
     Part("mtp", 300),
     Part("nvfp4_layers", 200),
     Part("kernels", 90),
+    Part("late_compilations", 150),
     Part("checkpoints", 240),
     Part("reload", 120),
     Part("structured_output", 150),

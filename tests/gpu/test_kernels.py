@@ -121,6 +121,13 @@ def test_greedy_steps_are_vllms() -> None:
     assert step_cases.wrong_greedy_steps(262_144, "cuda", 24) == []
 
 
+def test_corrected_counts_are_vllms() -> None:
+    """Requests come, go and change places within the tensor that is overwritten."""
+    from vllm_gemma4_spec.kernels import computed_counts
+
+    assert step_cases.wrong_counts(computed_counts.update, "cuda", 8) == []
+
+
 def test_of_all_bfloat16_values_the_largest_wins() -> None:
     """Beside its neighbour, its opposite and others, as the smaller and the larger, before and behind them."""
     from vllm_gemma4_spec.kernels import greedy

@@ -1,4 +1,4 @@
-"""Greedy sampling and copies of block tables by Triton kernels, beside vLLM's own."""
+"""Greedy sampling, copies of block tables and corrected counts by Triton kernels, beside vLLM's own."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     return results
 
 
-@pytest.mark.parametrize("what", ["greedy", "used", "whole"])
+@pytest.mark.parametrize("what", ["greedy", "used", "whole", "counts"])
 def test_the_kernels_do_what_vllm_does(found: dict[str, list[str]], what: str) -> None:
     assert found[what] == []

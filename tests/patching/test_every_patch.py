@@ -264,6 +264,11 @@ SHOWN = {
         "performance/test_step_indices::test_a_step_like_the_last_has_its_indices",
         r"assert \[False, False",
     ),
+    "compiled-at-start": Shown(
+        "performance/test_compiled_at_start::test_stock_compiles_while_requests_wait",
+        "performance/test_compiled_at_start::test_nothing_is_compiled_while_requests_wait",
+        r"assert \d+ == 0",
+    ),
     "soft-cap": Shown(
         "performance/test_soft_cap::test_stock_caps_with_three_kernels",
         "performance/test_soft_cap::test_one_kernel_caps_logits",

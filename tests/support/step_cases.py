@@ -1,7 +1,9 @@
-"""Steps of a batch, for kernels beside vLLM's own: what greedy steps sample from, what happens to block tables."""
+"""Steps of a batch, for kernels beside vLLM's own: what greedy steps sample from, block tables, computed tokens."""
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from tests.support.configs import vllm_config
 
 MOST = 6  # requests of a batch of block tables
 MOST_DRAFTS = 17
+MOST_COUNTED = 20  # requests of a batch of counts
 
 
 def tables(groups: int = 2) -> Any:
@@ -191,3 +194,48 @@ def wrong_copies(device: str, clean: bool, steps: int, seed: int = 0) -> list[st
             if not bool((table.block_table.gpu[live:] != 0).all()):
                 found.append(f"step {step}, group {group}: rows behind the batch")
     return found
+
+
+def count_steps(seeds: int = 4) -> Iterator[list[torch.Tensor]]:
+    """What ``update_num_computed_tokens_for_batch_change`` is given, for 1 to 16 requests now and in the step before.
+
+    Requests have changed places, gone and come; one had drafts or none, one's token was discarded. Counts reach to the
+    ends of int32, where a sum wraps.
+    """
+    for number, before, seed in itertools.product(range(1, 17), range(1, 17), range(seeds)):
+        generator = torch.Generator().manual_seed(seed * 1000 + number * 20 + before)
+
+        def draw(low: int, high: int, count: int, generator: torch.Generator = generator) -> torch.Tensor:
+            return torch.randint(low, high, (count,), generator=generator).int()
+
+        places = torch.cat([torch.randperm(before, generator=generator), torch.full((number,), -1)])
+        if seed % 2:  # also requests that stayed, and new ones among them
+            places = places[torch.randperm(len(places), generator=generator)]
+        largest = 2**31 if seed == 3 else 2000
+        on_host = draw(-largest, largest, number)
+        computed, accepted = draw(-largest, largest, MOST_COUNTED), draw(0, 9, number)
+        drafts = draw(0, 4, MOST_COUNTED) * draw(0, 2, MOST_COUNTED)
+        yield [computed, accepted, places[:number].contiguous(), draw(0, 9, before), drafts, on_host]
+
+
+def wrong_counts(update: Callable[..., None], device: str = "cpu", seeds: int = 4) -> list[str]:
+    """Steps after which one of the tensors is not as vLLM's own function leaves it; ``vLLM itself`` if it does nothing.
+
+    ``update`` is given slices of larger buffers, as a runner has them.
+    """
+    from vllm.v1.spec_decode.utils import update_num_computed_tokens_for_batch_change as stock
+
+    stock = inspect.unwrap(stock)  # what torch.compile was given
+    found, changed = [], 0
+    for given in count_steps(seeds):
+        theirs = [t.clone() for t in given]
+        stock(*theirs)
+        buffers = [torch.full((MOST_COUNTED + 3,), 77, dtype=t.dtype, device=device) for t in given]
+        ours = [b[: len(t)].copy_(t) for b, t in zip(buffers, given, strict=True)]
+        update(*ours)
+        if not all(torch.equal(a.cpu(), b) for a, b in zip(ours, theirs, strict=True)):
+            found.append(f"{len(given[1])} requests, {len(given[3])} before")
+        if not all(bool((b[len(t) :] == 77).all()) for b, t in zip(buffers, given, strict=True)):
+            found.append(f"{len(given[1])} requests, {len(given[3])} before: behind a buffer")
+        changed += not torch.equal(theirs[0][: len(given[5])], given[5])
+    return found if changed > 100 * seeds else [*found, "vLLM itself"]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         async_scheduling,
         cache_write,
         compile_settings,
+        compiled_at_start,
         draft_graphs,
         expert_routing,
         first_pass_slots,
@@ -36,6 +37,7 @@ else:  # a wrapper's module is imported only after the module of vLLM that it pa
     async_scheduling = Lazy("vllm_gemma4_spec.performance.async_scheduling")
     cache_write = Lazy("vllm_gemma4_spec.performance.cache_write")
     compile_settings = Lazy("vllm_gemma4_spec.performance.compile_settings")
+    compiled_at_start = Lazy("vllm_gemma4_spec.performance.compiled_at_start")
     draft_graphs = Lazy("vllm_gemma4_spec.performance.draft_graphs")
     expert_routing = Lazy("vllm_gemma4_spec.performance.expert_routing")
     first_pass_slots = Lazy("vllm_gemma4_spec.performance.first_pass_slots")
@@ -419,6 +421,39 @@ STEP_INDICES = Patch(
     watches=("vllm.v1.spec_decode.metadata:SpecDecodeMetadata", f"{_RUNNER}._prepare_inputs"),
 )
 
+COMPILED_AT_START = Patch(
+    name="compiled-at-start",
+    group=Group.CONVENIENCE,
+    why="With async scheduling vLLM corrects the counts of computed tokens between two steps with a function of "
+    "torch.compile, which no start-up path calls: it is compiled while requests wait, for one and for several requests "
+    "now and in the step before, 0.3 to 0.5 s each time. So are two kernels that prepare a draft, by the number of "
+    "requests and of tokens a request, 0.1 s each.",
+    how="On CUDA one Triton kernel of one form corrects the counts, elsewhere the function that torch.compile was "
+    "given; and the last step of a start launches the three kernels in every form, on tensors of its own. What does "
+    "not compile there stays with PyTorch or for the first requests, and the log says so.",
+    retire="A release without torch.compile there that launches the two kernels when it starts.",
+    scope="Engines that speculate with a Gemma 4 as target or drafter; kernels on CUDA, those that prepare a draft for "
+    "draft models, assistants and EAGLE heads.",
+    related="#41484, closed: the function without torch.compile, for #39940; 0.33.0 compiles it still",
+    edits=(
+        Edit(f"{_RUNNER}.may_reinitialize_input_batch", compiled_at_start.may_reinitialize_input_batch),
+        Edit(
+            "vllm.v1.worker.gpu_model_runner:update_num_computed_tokens_for_batch_change",
+            compiled_at_start.update_num_computed_tokens,
+            source="vllm.v1.spec_decode.utils:update_num_computed_tokens_for_batch_change",
+        ),
+        Edit(f"{_RUNNER}._dummy_sampler_run", compiled_at_start.dummy_sampler_run),
+    ),
+    watches=(
+        f"{_RUNNER}._prepare_inputs",
+        f"{_RUNNER}._copy_valid_sampled_token_count",
+        f"{_PROPOSER}.prepare_next_token_ids_padded",
+        f"{_PROPOSER}.prepare_inputs_padded",
+        "vllm.v1.spec_decode.utils:eagle_prepare_inputs_padded_kernel",
+        "vllm.v1.spec_decode.utils:eagle_prepare_next_token_padded_kernel",
+    ),
+)
+
 SOFT_CAP = Patch(
     name="soft-cap",
     group=Group.CONVENIENCE,
@@ -593,6 +628,7 @@ PATCHES: tuple[Patch, ...] = (
     TABLE_COPIES,
     GREEDY_SAMPLING,
     STEP_INDICES,
+    COMPILED_AT_START,
     SOFT_CAP,
     HEAD_NORMS,
     HEADS_INTO_CACHE,  # around head-norms' __init__ and cache-write's do_kv_cache_update
