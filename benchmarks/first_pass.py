@@ -52,7 +52,7 @@ FORMS = {
     "5x1": Form(5),
     "5x2r3": Form(5, 2, roll=True, fit=3),
 }
-MORE = set(small_batch_gemm.all_forms())  # compiled for a start's choice
+MORE = {form for form, _ in small_batch_gemm.all_forms()}  # compiled for a start's choice
 
 
 def graph_us(call: Callable[[], Any], calls: int, repeat: int = 5) -> float:

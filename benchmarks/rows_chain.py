@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vllm_gemma4_spec.kernels import cuda, packing, small_batch_gemm
 from vllm_gemma4_spec.kernels.packing import pack
-from vllm_gemma4_spec.kernels.small_batch_gemm import Form, Launch
+from vllm_gemma4_spec.kernels.small_batch_gemm import Form, Launch, candidates
 
 HIDDEN, WIDE, HEAD = 2560, 256, 256
 SHAPES = {
@@ -132,7 +132,7 @@ def compile_all(wanted: set[str]) -> None:
 
 def forms_for(shapes: dict[str, tuple[int, int]], rows: int, variant: dict[str, Any]) -> dict[str, Form]:
     """Of each GEMM what the package takes where nothing was measured, but for what the variant says."""
-    usual = {name: small_batch_gemm.candidates(n, k, name == "gate_up", rows)[0] for name, (n, k) in shapes.items()}
+    usual = {name: candidates(n, k, name == "gate_up", False, rows)[0] for name, (n, k) in shapes.items()}
     form, forms = variant.get("form", {}), variant.get("forms", {})
     return {name: replace(usual[name], **form | forms.get(name, {})) for name in shapes}
 
@@ -196,8 +196,8 @@ _BEHIND = (
 _LAST = (("load_early(global_scale);", "0.0f;"), ("whole_scale * 256.0f", "*global_scale * 256.0f"))
 _ONE_SUM = (("TWO_SUMS = MT * NT == 1", "TWO_SUMS = false"),)
 VARIANTS: dict[str, dict[str, Any]] = {
-    "behind the wait": {"text": _BEHIND + _ONE_SUM, "form": {"registers": 0}},
-    "one sum": {"text": _ONE_SUM, "form": {"registers": 0}},
+    "behind the wait": {"text": _BEHIND + _ONE_SUM + _LAST, "form": {"registers": 0}},
+    "one sum": {"text": _ONE_SUM + _LAST, "form": {"registers": 0}},
     "global scale last": {"text": _LAST},
     "now": {},
     "norm weights before the wait": {"ahead": True},

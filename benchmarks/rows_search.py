@@ -27,7 +27,7 @@ REGISTERS = (0, 64, 72, 80, 88, 96, 104)
 TRIED: dict[int, tuple[tuple[int, ...], tuple[Form, ...]]] = {
     8: (
         (1, 4),
-        (*(Form(1, whole=True, registers=n) for n in REGISTERS), Form(1), _WIDE, Form(1, 2)),
+        (*(Form(1, whole=True, registers=n) for n in REGISTERS), Form(1), _WIDE),
     ),
     16: ((16,), (*(Form(2, registers=n) for n in REGISTERS), Form(2, 2), Form(1, whole=True), Form(1), _WIDE)),
 }
@@ -79,7 +79,7 @@ def searched(chain: Chain, most: int, with_launches: bool) -> dict[str, Any]:
     search, shapes = Search(chain, rows), chain.shapes
     plan: Plan = {}
     for name, (n, k) in shapes.items():
-        form = candidates(n, k, name == "gate_up", most)[0]
+        form = candidates(n, k, name == "gate_up", False, most)[0]
         plan[name] = (form, small_batch_gemm._launch(n, k, form, form.chunks(most), name == "gate_up", 0))
     first, steps = dict(plan), []
     for _ in range(2):
@@ -91,7 +91,7 @@ def searched(chain: Chain, most: int, with_launches: bool) -> dict[str, Any]:
         for name, (n, k) in shapes.items():
             gelu = name == "gate_up"
             usual = {f: small_batch_gemm._launch(n, k, f, f.chunks(most), gelu, 0) for f in forms}
-            ways = [(f, how) for f in forms for how in {usual[f], plan[name][1]} if how in launches(n, k, f, gelu)]
+            ways = [(f, how) for f in forms for how in {usual[f]} | {plan[name][1]} & set(launches(n, k, f, gelu))]
             plan, said = search.better(plan, name, ways)
             steps.append({name: said})
         if plan == before:
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--forms", action="store_true", help="forms alone, with the launches that the package plans")
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
-    wanted = {form for _, forms in TRIED.values() for form in forms} | set(all_forms())
+    wanted = {form for _, forms in TRIED.values() for form in forms} | {form for form, _ in all_forms()}
     compile_all({source(form, gelu, False) for form in wanted for gelu in (0, 1, 2)})
     torch.manual_seed(0)
     found: dict[str, Any] = {"card": torch.cuda.get_device_name()}

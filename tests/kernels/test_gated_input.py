@@ -237,12 +237,12 @@ def test_each_batch_gets_what_was_fastest(card: dict[str, Any]) -> None:
 
 def test_times_are_kept_apart_by_what_streams(card: dict[str, Any]) -> None:
     gated_input.choose(layer(256, 512, streamed=3), layer(512, 256, streamed=5))
-    assert card["makers"] == [(3, 5)]
+    assert card["makers"] == [(512, 3, 5)]
 
 
 def test_makers_differ_by_what_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(small_batch_gemm, "_maker", str)
-    assert len({gated_input._maker(*streamed) for streamed in ((0, 0), (3, 0), (0, 3))}) == 3
+    monkeypatch.setattr(small_batch_gemm, "_maker", lambda *of: str(of))
+    assert len({gated_input._maker(2560, *streamed) for streamed in ((0, 0), (3, 0), (0, 3))}) == 3
 
 
 def test_layers_of_one_size_are_measured_once(card: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
 import subprocess
 from importlib import resources
@@ -143,7 +144,7 @@ def test_the_input_is_multiplied_by_its_scale_as_a_tensor_would_be(libraries: An
     torch.manual_seed(tokens)
     codes, scale = weight(32, 1024)
     x, pre = torch.randn(tokens, 1024).bfloat16(), (torch.rand(1024) * 4 + 0.1).bfloat16()
-    packed, form = packing.pack(codes, scale), small_batch_gemm.candidates(32, 1024, False, tokens)[0]
+    packed, form = packing.pack(codes, scale), small_batch_gemm.candidates(32, 1024, False, True, tokens)[0]
     got = run(libraries, form, x, 32, packed, how, pre=pre)
     assert torch.equal(got, run(libraries, form, x * pre, 32, packed, how))
     assert not torch.equal(got, run(libraries, form, x, 32, packed, how))
@@ -179,7 +180,7 @@ def test_every_scale_that_e4m3_has_is_exact(libraries: Any) -> None:
             torch.testing.assert_close(got.float(), wanted.bfloat16().float(), rtol=2**-8, atol=0)
 
 
-FORMS = small_batch_gemm.all_forms()
+FORMS = sorted({form for form, _ in small_batch_gemm.all_forms()}, key=str)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -233,15 +234,17 @@ def layer(n: int, k: int) -> Any:
 
 
 def test_each_batch_gets_the_form_that_was_fastest(card: dict[str, Any]) -> None:
-    small = small_batch_gemm.few_rows(3072, 2560, False, 8)
+    small = small_batch_gemm.CANDIDATES[8][0]
     first, other = small_batch_gemm.CANDIDATES[80][:2]
     card["us"] |= {(small, 8): 5.0, (first, 80): 12.0, (other, 80): 11.0, (first, 64): 19.9}
     small_batch_gemm.choose(layer(3072, 2560))
-    got = {rows: small_batch_gemm.form_for(3072, 2560, False, rows) for rows in (1, 8, 9, 64, 65, 80, 81, 128, 129)}
+    got = {
+        rows: small_batch_gemm.form_for(3072, 2560, False, False, rows) for rows in (1, 8, 9, 64, 65, 80, 81, 128, 129)
+    }
     assert got == dict.fromkeys(got) | {1: small, 8: small, 65: other, 80: other}  # 0.5 % faster is not worth it
     assert {(small, False, False), (other, False, False)} <= card["compiled"]
-    assert small_batch_gemm.form_for(3072, 2560, True, 80) is None  # another kernel: as measured on an H200
-    assert small_batch_gemm.form_for(3072, 2560, True, 20) == small_batch_gemm.CANDIDATES[24][0]
+    assert small_batch_gemm.form_for(3072, 2560, True, False, 80) is None  # another kernel: as measured on an H200
+    assert small_batch_gemm.form_for(3072, 2560, True, False, 20) == small_batch_gemm.CANDIDATES[24][0]
 
 
 def test_times_count_for_layers_whose_other_batches_run_on_the_same_kernel(card: dict[str, Any]) -> None:
@@ -256,7 +259,11 @@ def test_times_count_for_layers_whose_other_batches_run_on_the_same_kernel(card:
 
 def test_times_are_kept_apart_by_what_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_gemm, "_maker", lambda: "")
-    assert len({small_batch_gemm._maker(streamed) for streamed in (0, 1, 0b1100001)}) == 3
+    of = functools.partial(small_batch_gemm._maker.__wrapped__, 2560, 2048, False, False)
+    assert len({of(streamed) for streamed in (0, 1, 0b1100001)}) == 3
+    before = of(0)
+    monkeypatch.setitem(small_batch_gemm.CANDIDATES, 24, (Form(3),))
+    assert of(0) != before  # other forms were tried
 
 
 def test_of_forms_as_fast_alone_the_one_that_reads_the_weights_least(card: dict[str, Any]) -> None:
@@ -264,7 +271,7 @@ def test_of_forms_as_fast_alone_the_one_that_reads_the_weights_least(card: dict[
     assert chunked.chunks(24) == 3 > whole.chunks(24)
     card["us"] |= {(chunked, 24): 10.0, (whole, 24): 10.2}
     small_batch_gemm.choose(layer(3072, 2560))
-    assert small_batch_gemm.form_for(3072, 2560, False, 24) == whole
+    assert small_batch_gemm.form_for(3072, 2560, False, False, 24) == whole
 
 
 def test_room_for_the_sums_of_every_batch(card: dict[str, Any]) -> None:
@@ -277,6 +284,43 @@ def test_room_for_the_sums_of_every_batch(card: dict[str, Any]) -> None:
     floats, counters = card["room"][-1]
     assert floats >= plans[0].parts * 7 * n * wide.rows
     assert counters >= 7 * n // 16
+
+
+def test_few_rows_on_hopper_take_the_forms_that_draft_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """E4B's GEMMs, whole and each of two ranks'; elsewhere, and multiplied by a scale, what is fastest alone."""
+    monkeypatch.setattr(small_batch_gemm, "_hopper", lambda: True)
+    wanted = {  # N, K, gelu: up to 8 and up to 16 rows
+        (3072, 2560, False): ("8x16wr72", "16x16r88"),
+        (2560, 2048, False): ("8x16wr72", "16x16r88"),
+        (20480, 2560, True): ("8x16wr88", "16x16r96"),
+        (2560, 10240, False): ("8x16wr72", "16x16r72"),
+        (1536, 2560, False): ("8x16wr72", "16x16r72"),
+        (2560, 1024, False): ("8x16wr72", "16x16r88"),
+        (10240, 2560, True): ("8x16wr88", "16x32"),
+        (2560, 5120, False): ("8x16wr72", "16x16r72"),
+    }
+    got = {
+        shape: tuple(str(form) for rows in (5, 9) for form in small_batch_gemm.candidates(*shape, False, rows))
+        for shape in wanted
+    }
+    assert got == wanted
+    for shape in wanted:
+        assert small_batch_gemm.candidates(*shape, True, 5) == small_batch_gemm.CANDIDATES[8]
+        assert small_batch_gemm.candidates(*shape, False, 17) == small_batch_gemm.CANDIDATES[24]
+    monkeypatch.setattr(small_batch_gemm, "_hopper", lambda: False)
+    assert small_batch_gemm.candidates(3072, 2560, False, False, 16) == small_batch_gemm.CANDIDATES[16]
+
+
+def test_a_layer_that_multiplies_by_a_scale_and_one_that_does_not_are_two(card: dict[str, Any]) -> None:
+    scaled, small = layer(3072, 2560), small_batch_gemm.CANDIDATES[8][0]
+    scaled.rows_scaled = True
+    card["us"] |= {(small, 8): 5.0}
+    small_batch_gemm.choose(scaled)
+    assert (small, False, True) in card["compiled"]
+    card["us"] |= {(small, 8): 99.0}
+    small_batch_gemm.choose(layer(3072, 2560))
+    assert small_batch_gemm.form_for(3072, 2560, False, True, 8) == small
+    assert small_batch_gemm.form_for(3072, 2560, False, False, 8) is None
 
 
 def test_forms_have_names_of_their_own() -> None:
@@ -298,8 +342,8 @@ def test_a_measurement_or_a_form_that_fails_leaves_the_start_alone(
     small_batch_gemm.choose(layer(3072, 2560))
     assert said[0] == "NVFP4 GEMM 3072x2560, few rows was not measured: CUDA out of memory."
     if fails == "fastest":  # what was measured on an H200
-        assert small_batch_gemm.form_for(3072, 2560, False, 20) == small_batch_gemm.CANDIDATES[24][0]
-        assert small_batch_gemm.form_for(3072, 2560, False, 33) is None
+        assert small_batch_gemm.form_for(3072, 2560, False, False, 20) == small_batch_gemm.CANDIDATES[24][0]
+        assert small_batch_gemm.form_for(3072, 2560, False, False, 33) is None
     else:
         assert said[1] == "NVFP4 GEMM 3072x2560, few rows stays on Marlin: CUDA out of memory."
-        assert small_batch_gemm.form_for(3072, 2560, False, 1) is None
+        assert small_batch_gemm.form_for(3072, 2560, False, False, 1) is None

@@ -152,7 +152,7 @@ def choose(gate: Module, projection: Module) -> None:
     shape = f"{k}x{WIDE}, per-layer input"
     try:
         _chosen[k] = {}
-        maker = _maker(gate.streamed, projection.streamed)
+        maker = _maker(k, gate.streamed, projection.streamed)
         found = chosen_rows.fastest(shape, maker, lambda: _times(k, _weights(gate), _weights(projection)))
     except RuntimeError as error:  # no memory for it, or the card has no room for a cluster
         logger.info("NVFP4 GEMM %s was not measured: %s", shape, str(error).partition("\n")[0])
@@ -196,8 +196,9 @@ def _times(k: int, gate: tuple[Any, ...], projection: tuple[Any, ...]) -> chosen
 
 
 @functools.cache
-def _maker(*streamed: int) -> str:
-    return chosen_rows.made_by(source(_FORM), *(small_batch_gemm._maker(of) for of in streamed))
+def _maker(k: int, gate_streamed: int, streamed: int) -> str:
+    gate = small_batch_gemm._maker(WIDE, k, False, False, gate_streamed)
+    return chosen_rows.made_by(source(_FORM), gate, small_batch_gemm._maker(k, WIDE, False, False, streamed))
 
 
 def _output_shape(x: Tensor, *_: Any) -> Tensor:

@@ -56,11 +56,12 @@ class Form:
 
 _WIDE, _40, _32 = Form(1, 2, roll=True), Form(5, 2, roll=True, fit=3), Form(4, 2, roll=True, fit=3)
 _LARGE = 2**25  # weights of a GEMM
-# What is tried for batches of up to so many rows (and more than the number before): what was fastest for some GEMM of
-# E4B alone on an H200 (benchmarks/NOTES.md); of up to 16 rows few_rows().
+# What is tried for batches of up to so many rows (and more than the number before) where few_rows() does not say: what
+# was fastest for some GEMM of E4B alone on an H200 (benchmarks/NOTES.md). Where nothing can be measured the first is
+# taken, up to most_rows().
 CANDIDATES: dict[int, tuple[Form, ...]] = {
-    8: (),
-    16: (),
+    8: (Form(1, whole=True), _WIDE),
+    16: (Form(2), Form(2, 2), _WIDE, Form(1)),
     24: (Form(3), Form(3, 2), _WIDE, Form(1), _32),
     32: (Form(2, 2), _32, _WIDE, Form(2)),
     40: (Form(2, 2), _40, _WIDE, Form(3, 2), Form(5)),
@@ -74,7 +75,7 @@ CANDIDATES: dict[int, tuple[Form, ...]] = {
 
 
 def few_rows(n: int, k: int, gelu: bool, rows: int) -> Form:
-    """The form for up to 16 rows that E4B drafts fastest with (H200, ``benchmarks/NOTES.md``, change 135).
+    """The form for up to 16 rows on Hopper, by what E4B drafts fastest with (``benchmarks/NOTES.md``, change 136).
 
     A GEMM alone does not tell: by the registers that a thread may have the compiler orders its loads, and the next
     kernel's blocks, whose weights are then on their way, find room beside it or not.
@@ -86,17 +87,28 @@ def few_rows(n: int, k: int, gelu: bool, rows: int) -> Form:
     return Form(2, registers=88 if n >= k else 72)
 
 
-def candidates(n: int, k: int, gelu: bool, rows: int) -> tuple[Form, ...]:
-    """Forms that are tried for a batch; where nothing can be measured the first is taken."""
-    tried = next(forms for most, forms in CANDIDATES.items() if rows <= most)
-    return tried or (few_rows(n, k, gelu, rows),)
+@functools.cache
+def _hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
-def all_forms() -> list[Form]:
-    """Of every shape."""
-    wide, high = (20480, 2560), (2560, 10240)
-    shapes = [(n, k, gelu) for n, k in (wide, high, (256, 2560), (2560, 256)) for gelu in (False, True)]
-    return sorted({form for rows in CANDIDATES for shape in shapes for form in candidates(*shape, rows)}, key=str)
+def candidates(n: int, k: int, gelu: bool, scaled: bool, rows: int) -> tuple[Form, ...]:
+    """Forms that are tried for a batch; where nothing can be measured the first is taken.
+
+    Args:
+        scaled: by ``pre_quant_scale``, for which the registers of :func:`few_rows` do not suffice.
+    """
+    if rows <= 16 and _hopper() and not scaled:
+        return (few_rows(n, k, gelu, rows),)
+    return next(forms for most, forms in CANDIDATES.items() if rows <= most)
+
+
+def all_forms() -> list[tuple[Form, bool]]:
+    """Of every shape and card, and whether with ``gelu``."""
+    shapes = [(n, k, gelu) for n, k in ((20480, 2560), (10240, 2560), (2560, 10240)) for gelu in (False, True)]
+    found = {(few_rows(*shape, rows), shape[2]) for shape in shapes for rows in (8, 16)}
+    found |= {(form, gelu) for forms in CANDIDATES.values() for form in forms for gelu in (False, True)}
+    return sorted(found, key=str)
 
 
 @dataclass(frozen=True)
@@ -173,11 +185,11 @@ def _launch(n: int, k: int, form: Form, chunks: int, gelu: bool, device: int) ->
 SCRATCH = Scratch()
 
 
-def form_for(n: int, k: int, gelu: bool, rows: int) -> Form | None:
+def form_for(n: int, k: int, gelu: bool, scaled: bool, rows: int) -> Form | None:
     """The form that takes a batch, as :func:`choose` found; None: it is left to the other kernels."""
-    known = _chosen.get((n, k, gelu))
+    known = _chosen.get((n, k, gelu, scaled))
     if known is None:
-        return candidates(n, k, gelu, rows)[0] if rows <= most_rows(n, k) else None
+        return candidates(n, k, gelu, scaled, rows)[0] if rows <= most_rows(n, k) else None
     return next((form for most, form in known.items() if rows <= most), None)
 
 
@@ -208,7 +220,7 @@ def gemm(
     """
     rows, k = x.shape
     n = codes.shape[0] * ROWS
-    form = form or candidates(n, k, gelu, rows)[0]
+    form = form or candidates(n, k, gelu, pre_quant_scale is not None, rows)[0]
     chunks = form.chunks(rows)
     y = torch.empty(rows, n // 2 if gelu else n, dtype=x.dtype, device=x.device)
     how = how or _launch(n, k, form, chunks, gelu, x.device.index)
@@ -260,7 +272,7 @@ def linear(
         streamed: of batches that :func:`gemm` does not take, those that stream; see ``stream_gemm.faster``.
     """
     flat = x.reshape(-1, x.shape[-1])
-    form = form_for(n, flat.shape[-1], gelu, flat.shape[0])
+    form = form_for(n, flat.shape[-1], gelu, pre_quant_scale is not None, flat.shape[0])
     if form is not None:
         y = gemm(flat.contiguous(), codes, scales, global_scale, gelu, pre_quant_scale, form)
     else:
@@ -302,7 +314,7 @@ def register_operator() -> None:
 def available() -> bool:
     """Whether the kernel compiles here; if not, the log says once why, and vLLM's kernels stay."""
     try:
-        _kernel(few_rows(ROWS, COLUMNS, False, 1), False, False)
+        _kernel(candidates(ROWS, COLUMNS, False, False, 1)[0], False, False)
     except (ImportError, RuntimeError) as error:
         logger.warning("Small-batch NVFP4 GEMMs stay on Marlin: %s", str(error).splitlines()[0])
         return False
@@ -322,7 +334,7 @@ def suits(layer: Module) -> bool:
     )
 
 
-_chosen: dict[tuple[int, int, bool], dict[int, Form | None]] = {}  # N, K, gelu -> as CANDIDATES
+_chosen: dict[tuple[int, int, bool, bool], dict[int, Form | None]] = {}  # N, K, gelu, scaled -> as CANDIDATES
 
 
 def choose(layer: Module, gelu: bool = False) -> None:
@@ -334,19 +346,21 @@ def choose(layer: Module, gelu: bool = False) -> None:
         gelu: the kernel is to give ``gelu(gate) * up``.
     """
     n, k, device = layer.output_size_per_partition, layer.input_size_per_partition, layer.weight.device
-    shape, tried = f"{n}x{k}, few rows" + ", gelu" * gelu, [candidates(n, k, gelu, rows) for rows in CANDIDATES]
+    scaled = bool(layer.rows_scaled)
+    shape = f"{n}x{k}, few rows" + ", gelu" * gelu + ", scaled" * scaled
     try:
-        found = chosen_rows.fastest(shape, _maker(layer.streamed, repr(tried)), lambda: _times(layer, gelu))
+        maker = _maker(n, k, gelu, scaled, layer.streamed)
+        found = chosen_rows.fastest(shape, maker, lambda: _times(layer, gelu))
     except RuntimeError as error:  # no memory for it, or a form does not compile here
         logger.info("NVFP4 GEMM %s was not measured: %s", shape, str(error).partition("\n")[0])
     else:
-        named = {str(form): form for forms in tried for form in forms}
-        _chosen[n, k, gelu] = {rows: named.get(found[rows]) for rows in sorted(found)}
+        named = {str(form): form for rows in CANDIDATES for form in candidates(n, k, gelu, scaled, rows)}
+        _chosen[n, k, gelu, scaled] = {rows: named.get(found[rows]) for rows in sorted(found)}
     try:
-        reserve(n, k, device, gelu, layer.rows_scaled)
+        reserve(n, k, device, gelu, scaled)
     except RuntimeError as error:
         logger.info("NVFP4 GEMM %s stays on Marlin: %s", shape, str(error).partition("\n")[0])
-        _chosen[n, k, gelu] = {}
+        _chosen[n, k, gelu, scaled] = {}
 
 
 def reserve(n: int, k: int, device: torch.device, gelu: bool = False, scaled: bool = False) -> None:
@@ -354,7 +368,7 @@ def reserve(n: int, k: int, device: torch.device, gelu: bool = False, scaled: bo
 
     No module can be loaded, and no scratch replaced, once a CUDA graph is being captured.
     """
-    used = {rows: form for rows in CANDIDATES if (form := form_for(n, k, gelu, rows)) is not None}
+    used = {rows: form for rows in CANDIDATES if (form := form_for(n, k, gelu, scaled, rows)) is not None}
     _compile((form, gelu, scaled) for form in used.values())
     _make_room(n, k, used, gelu, device)
 
@@ -362,27 +376,29 @@ def reserve(n: int, k: int, device: torch.device, gelu: bool = False, scaled: bo
 def _times(layer: Module, gelu: bool) -> chosen_rows.Kernels:
     """Of every candidate, and of what runs without; each time the weights come from memory and not the L2."""
     n, k, device = layer.output_size_per_partition, layer.input_size_per_partition, layer.weight.device
-    _compile((form, gelu, False) for rows in CANDIDATES for form in candidates(n, k, gelu, rows))
+    tried = {rows: candidates(n, k, gelu, bool(layer.rows_scaled), rows) for rows in CANDIDATES}
+    _compile((form, gelu, False) for forms in tried.values() for form in forms)
     marlin = (layer.weight, layer.weight_scale, layer.weight_global_scale, layer.workspace)
     rows_of = (layer.rows_codes, layer.rows_scales, layer.rows_global_scale)
     us = chosen_rows.clock(device)
     found: chosen_rows.Kernels = {}
-    for rows in CANDIDATES:
+    for rows, forms in tried.items():
         x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
         here = found[rows] = {
             chosen_rows.OTHER: us(functools.partial(_other, x, None, marlin, n, layer.streamed, gelu))
         }
         # Of forms that are as fast alone the one with fewer chunks: others read the weights once more each.
-        for form in sorted(candidates(n, k, gelu, rows), key=lambda form: form.chunks(rows)):
+        for form in sorted(forms, key=lambda form: form.chunks(rows)):
             _make_room(n, k, {rows: form}, gelu, device)
             here[str(form)] = us(functools.partial(gemm, x, *rows_of, gelu, None, form))
     return found
 
 
 @functools.cache
-def _maker(streamed: int, tried: str = "") -> str:
-    """Times depend on what takes the batches that this kernel does not take, too: streaming or Marlin."""
-    return chosen_rows.made_by(source(Form(1), False, False), tried, stream_gemm._maker(), str(streamed))
+def _maker(n: int, k: int, gelu: bool, scaled: bool, streamed: int) -> str:
+    """Times depend on the forms that are tried, and on what takes the other batches: streaming or Marlin."""
+    tried = [candidates(n, k, gelu, scaled, rows) for rows in CANDIDATES]
+    return chosen_rows.made_by(source(Form(1), False, False), repr(tried), stream_gemm._maker(), str(streamed))
 
 
 _ready: set[tuple[Form, bool, bool]] = set()
@@ -418,6 +434,9 @@ def prepare(layer: Module) -> tuple[Tensor, Tensor, Tensor]:
     To be called before Marlin reorders ``layer.weight`` in place; :func:`choose` after it.
     """
     codes, scales = pack(layer.weight.data, layer.weight_scale.data)
+    global_scale = layer.weight_scale_2.data.max().float().reshape(1)
     register_operator()
-    torch.cuda.synchronize(codes.device)  # a GEMM may start before the kernel ahead of it, that packs, has ended
-    return codes, scales, layer.weight_scale_2.data.max().float().reshape(1)
+    torch.cuda.synchronize(
+        codes.device
+    )  # a GEMM reads them before the kernel ahead of it, which may write them, has ended
+    return codes, scales, global_scale
