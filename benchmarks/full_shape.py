@@ -203,7 +203,9 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         first, last = max(s.first_token_ts for s in stats), max(s.last_token_ts for s in stats)
         prompts_ms = round((first - min(s.scheduled_ts for s in stats)) * 1e3, 1)
         answers = hashlib.sha256(json.dumps([list(o.outputs[0].token_ids) for o in outputs]).encode()).hexdigest()[:12]
-        return (tokens - 1) * n / (last - first), rpc(probes.read_marks)[0] | {
+        ranks = rpc(probes.read_marks)
+        return (tokens - 1) * n / (last - first), ranks[0] | {
+            "late": sorted({what for rank in ranks for what in rank["late"]}),
             "prompts": prompts_ms,
             "answers": answers,
         }
@@ -217,7 +219,7 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         if rate is not None:
             rpc(probes.force_acceptance, args=([float(chance) for chance in rate.split("/")],))
         for length, n in itertools.product(prompt_lengths(args), sizes):
-            generate(length, n, 24)
+            _, first = generate(length, n, 24)
             runs = [mixed(length, n, rate.count("/") + 1 if rate else 1) for _ in range(args.repeats)]
             speeds = sorted(r[0] for r in runs)
             middle = statistics.median_low(speeds)
@@ -232,6 +234,7 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
                 "prompts_each": [r[1]["prompts"] for r in runs],
                 "longest_each": [r[1]["longest"] for r in runs],
                 "late": sorted({what for r in runs for what in r[1]["late"]}),
+                "late_in_warm_up": first["late"],
                 "answers": "/".join(sorted({r[1]["answers"] for r in runs})),
             }
             print(args.engine, row, flush=True)

@@ -99,10 +99,12 @@ def force_acceptance(worker: Any, probabilities: list[float] | None) -> None:
 def _watch(late: list[str]) -> None:
     """Note what makes one run of many slower than the others, if it takes more than 5 ms: torch.compile, with the
     kernels of Inductor within it, kernels that Triton compiles or reads from its cache, their loading and launchers,
-    garbage collections."""
+    kernels in CUDA C++, garbage collections."""
     from torch._dynamo.callback import callback_handler
     from triton import knobs
     from triton.compiler.compiler import CompiledKernel
+
+    from vllm_gemma4_spec.kernels import cuda
 
     began: dict[str, float] = {}
 
@@ -123,7 +125,13 @@ def _watch(late: list[str]) -> None:
     def collects(phase: str, of: dict[str, int]) -> None:
         (begins if phase == "start" else ends)(f"garbage of generation {of['generation']}")
 
-    loads = CompiledKernel._init_handles
+    loads, nvrtc = CompiledKernel._init_handles, cuda.compiled
+
+    def compiles(source: str, architecture: str) -> bytes:
+        since = time.perf_counter()
+        code = nvrtc(source, architecture)
+        note(time.perf_counter() - since, "NVRTC")
+        return code
 
     def handles(self: Any) -> None:
         since = time.perf_counter()
@@ -133,6 +141,7 @@ def _watch(late: list[str]) -> None:
     callback_handler.register_start_callback(lambda of: begins(f"torch.compile {of.compile_id}"))
     callback_handler.register_end_callback(lambda of: ends(f"torch.compile {of.compile_id}"))
     knobs.compilation.listener = kernel
+    cuda.compiled = compiles
     CompiledKernel._init_handles = handles
     gc.callbacks.append(collects)
 

@@ -160,6 +160,7 @@ def runner(target: Any = GEMMA4, on_card: bool = True, speculates: bool = True, 
             uses_draft_model=lambda: spec.get("method") == "draft_model",
         ),
         max_num_reqs=most,
+        use_async_spec_decode=spec.get("asynchronous", True),
         num_spec_tokens=spec.get("k", K),
         input_batch=SimpleNamespace(vocab_size=512),
         num_computed_tokens=computed.as_subclass(OnCard) if on_card else computed,
@@ -286,6 +287,18 @@ def test_elsewhere_a_start_launches_nothing(kernels: Any, case: dict[str, Any]) 
     assert sample(runner(**case)) == "sampled"
     assert not corrections
     assert not tokens.forms
+
+
+def test_counts_that_nothing_corrects_need_no_kernel(kernels: Any) -> None:
+    sample(runner(asynchronous=False))
+    assert not kernels[0]
+    assert kernels[1].forms
+
+
+def test_cards_of_others_keep_vllms_function(kernels: Any) -> None:
+    of = SimpleNamespace(vllm_config=vllm_config(GEMMA4, GEMMA4), num_computed_tokens=torch.zeros(4, device="meta"))
+    compiled_at_start.may_reinitialize_input_batch(lambda self: None)(of)
+    assert not hasattr(of.num_computed_tokens, BY_KERNEL)
 
 
 def test_nothing_is_launched_into_a_graph(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,8 @@ CANDIDATES: dict[int, tuple[Form, ...]] = {
 
 
 def few_rows(n: int, k: int, gelu: bool, rows: int) -> Form:
-    """The form for up to 16 rows on Hopper, by what E4B drafts fastest with (``benchmarks/NOTES.md``, change 136).
+    """The form for up to 16 rows on Hopper: what E4B drafted fastest with on two H200s, and what a chain of its whole
+    layers is fastest with where those have no such GEMM (``benchmarks/NOTES.md``, change 136).
 
     A GEMM alone does not tell: by the registers that a thread may have the compiler orders its loads, and the next
     kernel's blocks, whose weights are then on their way, find room beside it or not.

@@ -1,4 +1,4 @@
-"""What stands between two steps is compiled when an engine starts, not while requests wait."""
+"""What corrects counts and prepares drafts between two steps is compiled when an engine starts, not by requests."""
 
 from __future__ import annotations
 
@@ -43,14 +43,16 @@ def may_reinitialize_input_batch(original: Callable[..., None]) -> Callable[...,
     @functools.wraps(original)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if scope.gemma4_speculation(self.vllm_config):
-            setattr(self.num_computed_tokens, BY_KERNEL, cuda.nvidia(self.num_computed_tokens))
+        counts = self.num_computed_tokens
+        by_kernel = cuda.nvidia(counts)
+        if scope.gemma4_speculation(self.vllm_config) and (by_kernel or counts.device.type == "cpu"):
+            setattr(counts, BY_KERNEL, by_kernel)
 
     return wrapper
 
 
 def update_num_computed_tokens(original: Callable[..., None]) -> Callable[..., None]:
-    """``update_num_computed_tokens_for_batch_change``: one kernel on CUDA, elsewhere the function before torch.compile.
+    """``update_num_computed_tokens_for_batch_change``: one kernel on CUDA, on a CPU the function before torch.compile.
 
     Patch: ``compiled-at-start``. Evidence:
     ``tests/performance/test_compiled_at_start.py::test_stock_compiles_while_requests_wait``. Related upstream change:
@@ -106,7 +108,8 @@ def compile_all(runner: Any) -> None:
         runner: a ``GPUModelRunner`` in scope on CUDA, whose drafter is loaded.
     """
     try:
-        _correct_counts(runner)
+        if runner.use_async_spec_decode:  # else nothing corrects them
+            _correct_counts(runner)
     except Exception as error:  # of Triton's compiler, which raises anything; a start does without
         setattr(runner.num_computed_tokens, BY_KERNEL, False)
         logger.info("Computed tokens are corrected by PyTorch's functions, not by one kernel (%r)", error)

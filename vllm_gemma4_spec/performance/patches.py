@@ -426,14 +426,16 @@ COMPILED_AT_START = Patch(
     group=Group.CONVENIENCE,
     why="With async scheduling vLLM corrects the counts of computed tokens between two steps with a function of "
     "torch.compile, which no start-up path calls: it is compiled while requests wait, for one and for several requests "
-    "now and in the step before, 0.3 to 0.5 s each time. So are two kernels that prepare a draft, by the number of "
-    "requests and of tokens a request, 0.1 s each.",
-    how="On CUDA one Triton kernel of one form corrects the counts, elsewhere the function that torch.compile was "
-    "given; and the last step of a start launches the three kernels in every form, on tensors of its own. What does "
-    "not compile there stays with PyTorch or for the first requests, and the log says so.",
+    "now and in the step before. So are two kernels that prepare a draft, by the number of requests and of tokens a "
+    "request. On H200s one run in several, the first in which requests came or ended in a new way, took 0.3 to 0.5 s "
+    "longer.",
+    how="On NVIDIA's cards one Triton kernel of one form corrects the counts, on CPUs the function that torch.compile "
+    "was given; and the last step of a start launches the three kernels in every form, on tensors of its own. What "
+    "does not compile there stays with PyTorch or for the first requests, and the log says so.",
     retire="A release without torch.compile there that launches the two kernels when it starts.",
-    scope="Engines that speculate with a Gemma 4 as target or drafter; kernels on CUDA, those that prepare a draft for "
-    "draft models, assistants and EAGLE heads.",
+    scope="Engines that speculate with a Gemma 4 as target or drafter, on NVIDIA's cards and CPUs; kernels that "
+    "prepare a draft for draft models, assistants and EAGLE heads. What a draft model's first pass compiles for "
+    "prompts of a new length (vLLM's copy_and_expand_eagle_inputs_kernel) is not launched at start.",
     related="#41484, closed: the function without torch.compile, for #39940; 0.33.0 compiles it still",
     edits=(
         Edit(f"{_RUNNER}.may_reinitialize_input_batch", compiled_at_start.may_reinitialize_input_batch),
