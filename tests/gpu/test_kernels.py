@@ -108,6 +108,8 @@ def test_a_steps_slots() -> None:
             compute(len(lengths), starts, positions)
             found.append(torch.stack([table.slot_mapping.gpu.clone() for table in together.block_tables]))
         assert torch.equal(*found), lengths
+    slots(0, starts[:2], positions[:16])  # no request, as a start maps it
+    assert all(bool((table.slot_mapping.gpu[16:] == -1).all()) for table in together.block_tables)
 
 
 @pytest.mark.parametrize("clean", [True, False], ids=["used", "whole"])

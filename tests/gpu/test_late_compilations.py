@@ -18,8 +18,8 @@ from vllm_gemma4_spec.performance.patches import COMPILED_AT_START
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
 
 OURS = "_correct"
-# What a start does not launch yet: slots of a step, and what copies the tokens of a draft model's first pass.
-LEFT = {"draft model": {"_step_slots", "copy_and_expand_eagle_inputs_kernel"}, "assistant": set()}
+# What a start does not launch: what copies the tokens of a draft model's first pass, by the length of a prompt.
+LEFT = {"draft model": {"copy_and_expand_eagle_inputs_kernel"}, "assistant": set()}
 VLLMS = {"eagle_prepare_inputs_padded_kernel", "eagle_prepare_next_token_padded_kernel"}
 
 

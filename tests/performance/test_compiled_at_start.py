@@ -21,7 +21,7 @@ from tests.support.configs import GEMMA4, LLAMA, vllm_config
 from tests.support.engine import Prompt, engine
 from tests.support.stock import modules_around, without
 from vllm_gemma4_spec.kernels import computed_counts
-from vllm_gemma4_spec.performance import compiled_at_start
+from vllm_gemma4_spec.performance import compiled_at_start, step_slots
 from vllm_gemma4_spec.performance.compiled_at_start import BY_KERNEL
 from vllm_gemma4_spec.performance.patches import COMPILED_AT_START
 
@@ -162,7 +162,7 @@ def runner(target: Any = GEMMA4, on_card: bool = True, speculates: bool = True, 
         max_num_reqs=most,
         use_async_spec_decode=spec.get("asynchronous", True),
         num_spec_tokens=spec.get("k", K),
-        input_batch=SimpleNamespace(vocab_size=512),
+        input_batch=SimpleNamespace(vocab_size=512, block_table=SimpleNamespace()),
         num_computed_tokens=computed.as_subclass(OnCard) if on_card else computed,
         prev_num_draft_tokens=buffer(),
         num_accepted_tokens=buffer(),
@@ -287,6 +287,23 @@ def test_elsewhere_a_start_launches_nothing(kernels: Any, case: dict[str, Any]) 
     assert sample(runner(**case)) == "sampled"
     assert not corrections
     assert not tokens.forms
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_slots_of_a_step_are_mapped_for_no_request(kernels: Any, fails: bool, caplog: pytest.LogCaptureFixture) -> None:
+    of, mapped = runner(), []
+
+    def slots(num_reqs: int, starts: torch.Tensor, positions: torch.Tensor) -> None:
+        mapped.append((num_reqs, starts.dtype, positions.dtype))
+        if fails:
+            raise RuntimeError("no compiler")
+
+    setattr(of.input_batch.block_table, step_slots.SLOTS, slots)
+    with caplog.at_level(logging.INFO, "vllm.plugins.gemma4_spec"):
+        assert sample(of) == "sampled"
+    assert mapped == [(0, torch.int32, torch.int64)]
+    assert [line for line in caplog.messages if "step's slots" in line] == caplog.messages
+    assert len(caplog.messages) == fails
 
 
 def test_counts_that_nothing_corrects_need_no_kernel(kernels: Any) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from vllm_gemma4_spec import scope
 from vllm_gemma4_spec.kernels import cuda
+from vllm_gemma4_spec.performance import step_slots
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
@@ -117,6 +118,18 @@ def compile_all(runner: Any) -> None:
         _prepare_drafts(runner)
     except Exception as error:
         logger.info("Kernels that prepare a draft are compiled by the first requests (%r)", error)
+    try:
+        _map_slots(runner)
+    except Exception as error:
+        logger.info("The kernel of a step's slots is compiled by the first request (%r)", error)
+
+
+def _map_slots(runner: Any) -> None:
+    """That of ``step-slots``, where it is in use: for no request it fills the slots with pads, which each step does."""
+    slots = runner.input_batch.block_table.__dict__.get(step_slots.SLOTS)
+    if slots is not None:
+        starts = torch.zeros(2, dtype=torch.int32, device=runner.device)
+        slots(0, starts, torch.zeros(16, dtype=torch.int64, device=runner.device))
 
 
 def _correct_counts(runner: Any) -> None:

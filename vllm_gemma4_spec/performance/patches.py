@@ -430,8 +430,9 @@ COMPILED_AT_START = Patch(
     "request. On H200s one run in several, the first in which requests came or ended in a new way, took 0.3 to 0.5 s "
     "longer.",
     how="On NVIDIA's cards one Triton kernel of one form corrects the counts, on CPUs the function that torch.compile "
-    "was given; and the last step of a start launches the three kernels in every form, on tensors of its own. What "
-    "does not compile there stays with PyTorch or for the first requests, and the log says so.",
+    "was given; and the last step of a start launches the three kernels in every form, on tensors of its own, and that "
+    "of step-slots for no request. What does not compile there stays with PyTorch or for the first requests, and the "
+    "log says so.",
     retire="A release without torch.compile there that launches the two kernels when it starts.",
     scope="Engines that speculate with a Gemma 4 as target or drafter, on NVIDIA's cards and CPUs; kernels that "
     "prepare a draft for draft models, assistants and EAGLE heads. What a draft model's first pass compiles for "
