@@ -104,6 +104,11 @@ def candidates(n: int, k: int, gelu: bool, scaled: bool, rows: int) -> tuple[For
     return next(forms for most, forms in CANDIDATES.items() if rows <= most)
 
 
+def _tried(n: int, k: int, gelu: bool, scaled: bool) -> dict[int, tuple[Form, ...]]:
+    """:func:`candidates` of every number of rows in :data:`CANDIDATES`."""
+    return {rows: candidates(n, k, gelu, scaled, rows) for rows in CANDIDATES}
+
+
 def all_forms() -> list[tuple[Form, bool]]:
     """Of every shape and card, and whether with ``gelu``."""
     shapes = [(n, k, gelu) for n, k in ((20480, 2560), (10240, 2560), (2560, 10240)) for gelu in (False, True)]
@@ -355,7 +360,7 @@ def choose(layer: Module, gelu: bool = False) -> None:
     except RuntimeError as error:  # no memory for it, or a form does not compile here
         logger.info("NVFP4 GEMM %s was not measured: %s", shape, str(error).partition("\n")[0])
     else:
-        named = {str(form): form for rows in CANDIDATES for form in candidates(n, k, gelu, scaled, rows)}
+        named = {str(form): form for forms in _tried(n, k, gelu, scaled).values() for form in forms}
         _chosen[n, k, gelu, scaled] = {rows: named.get(found[rows]) for rows in sorted(found)}
     try:
         reserve(n, k, device, gelu, scaled)
@@ -377,7 +382,7 @@ def reserve(n: int, k: int, device: torch.device, gelu: bool = False, scaled: bo
 def _times(layer: Module, gelu: bool) -> chosen_rows.Kernels:
     """Of every candidate, and of what runs without; each time the weights come from memory and not the L2."""
     n, k, device = layer.output_size_per_partition, layer.input_size_per_partition, layer.weight.device
-    tried = {rows: candidates(n, k, gelu, bool(layer.rows_scaled), rows) for rows in CANDIDATES}
+    tried = _tried(n, k, gelu, bool(layer.rows_scaled))
     _compile((form, gelu, False) for forms in tried.values() for form in forms)
     marlin = (layer.weight, layer.weight_scale, layer.weight_global_scale, layer.workspace)
     rows_of = (layer.rows_codes, layer.rows_scales, layer.rows_global_scale)
@@ -398,8 +403,8 @@ def _times(layer: Module, gelu: bool) -> chosen_rows.Kernels:
 @functools.cache
 def _maker(n: int, k: int, gelu: bool, scaled: bool, streamed: int) -> str:
     """Times depend on the forms that are tried, and on what takes the other batches: streaming or Marlin."""
-    tried = [candidates(n, k, gelu, scaled, rows) for rows in CANDIDATES]
-    return chosen_rows.made_by(source(Form(1), False, False), repr(tried), stream_gemm._maker(), str(streamed))
+    tried = repr(_tried(n, k, gelu, scaled))
+    return chosen_rows.made_by(source(Form(1), False, False), tried, stream_gemm._maker(), str(streamed))
 
 
 _ready: set[tuple[Form, bool, bool]] = set()
@@ -437,7 +442,5 @@ def prepare(layer: Module) -> tuple[Tensor, Tensor, Tensor]:
     codes, scales = pack(layer.weight.data, layer.weight_scale.data)
     global_scale = layer.weight_scale_2.data.max().float().reshape(1)
     register_operator()
-    torch.cuda.synchronize(
-        codes.device
-    )  # a GEMM reads them before the kernel ahead of it, which may write them, has ended
+    torch.cuda.synchronize(codes.device)  # a GEMM reads them while the kernel ahead of it, which may write them, runs
     return codes, scales, global_scale
