@@ -1,4 +1,4 @@
-// Runs nvfp4_rows.cu on a CPU: a thread per CUDA thread, barriers for __syncthreads and for a warp's mma.
+// Runs nvfp4_rows.cu, nvfp4_gated.cu or bf16_rows.cu on a CPU: a thread per CUDA thread, barriers for __syncthreads and for a warp's mma.
 // Every device function that the kernel takes from the hardware is given here in plain C++.
 #include <barrier>
 #include <cmath>
@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#define NVFP4_ROWS_ON_HOST
+#define ROWS_ON_HOST
 #define __device__
 #define __global__
 #define __forceinline__ inline
@@ -36,7 +36,7 @@ static void __syncwarp() {}
 static void __threadfence() {}
 static unsigned atomicAdd(unsigned* at, unsigned value) { unsigned old = *at; *at += value; return old; }
 static uint4 __ldg(const uint4* at) { return *at; }
-static float4 __ldcg(const float4* at) { return *at; }
+template <class T> static T __ldcg(const T* at) { return *at; }
 static float __uint_as_float(unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; }
 static unsigned float_as_uint(float f) { unsigned bits; std::memcpy(&bits, &f, 4); return bits; }
 static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
@@ -82,37 +82,56 @@ static std::unique_ptr<std::barrier<>> cluster_barrier;
 static thread_local std::unique_ptr<std::barrier<>::arrival_token> arrived;
 static void cluster_arrive() { arrived = std::make_unique<std::barrier<>::arrival_token>(cluster_barrier->arrive()); }
 static void cluster_wait() { cluster_barrier->wait(std::move(*arrived)); }
-static void store_in_block(uint16_t* here, uint16_t value, int block) {
-    *(uint16_t*)((char*)all_shared[block] + ((char*)here - (char*)all_shared[in_cluster()])) = value;
+template <class T> static void store_in_block(T* here, T value, int block) {
+    *(T*)((char*)all_shared[block] + ((char*)here - (char*)all_shared[in_cluster()])) = value;
 }
 
-#include NVFP4_ROWS_SOURCE
-
-extern "C" void run(const void* codes, const void* scales, const void* x, const void* pre, void* y, const float* global_scale,
-                    float* partial, unsigned* arrivals, int tokens, int N, int K, int warps, int split, int parts, const void* by_,
-                    int apart) {
-    const int chunks = (tokens + 8 * MT - 1) / (8 * MT);
-    gridDim = {chunks * (N / 16 / NT / (warps / split)), parts, 1};
+// All blocks of a grid, a cluster along z at a time.
+template <class Kernel> static void launch(int x, int y, int cluster, int warps, const Kernel& kernel) {
+    gridDim = {x, y, cluster};
     blockDim = {warps * 32, 1, 1};
-    exchange.resize(warps * 192);
-    for (int by = 0; by < gridDim.y; by++)
-        for (int bx = 0; bx < gridDim.x; bx++) {
-            block_barriers.clear();
-            block_barriers.push_back(std::make_unique<std::barrier<>>(warps * 32));
-            warp_barriers.clear();
-            for (int w = 0; w < warps; w++) warp_barriers.push_back(std::make_unique<std::barrier<>>(32));
+    exchange.resize(cluster * warps * 192);
+    for (int by = 0; by < y; by++)
+        for (int bx = 0; bx < x; bx++) {
+            block_barriers.clear(), warp_barriers.clear();
+            for (int b = 0; b < cluster; b++) block_barriers.push_back(std::make_unique<std::barrier<>>(warps * 32));
+            for (int w = 0; w < cluster * warps; w++) warp_barriers.push_back(std::make_unique<std::barrier<>>(32));
+            cluster_barrier = std::make_unique<std::barrier<>>(cluster * warps * 32);
             std::vector<std::thread> threads;
-            for (int i = 0; i < warps * 32; i++)
-                threads.emplace_back([=] {
-                    threadIdx = {i, 0, 0};
-                    blockIdx = {bx, by, 0};
-                    nvfp4_rows((const uint4*)codes, (const uint2*)scales, (const u16*)x, (const u16*)pre, (u16*)y,
-                               global_scale, partial, arrivals, tokens, N, K, split, chunks, (const u16*)by_, apart);
-                    block_barriers[0]->arrive_and_drop();
+            for (int i = 0; i < cluster * warps * 32; i++)
+                threads.emplace_back([=, &kernel] {
+                    threadIdx = {i % (warps * 32), 0, 0};
+                    blockIdx = {bx, by, i / (warps * 32)};
+                    kernel();
+                    block_barriers[in_cluster()]->arrive_and_drop();
                 });
             for (auto& thread : threads) thread.join();
         }
 }
+
+#include ROWS_DEVICE_SOURCE
+
+#ifdef BF16_ROWS_SOURCE
+#include BF16_ROWS_SOURCE
+
+extern "C" void run(const void* weight, const void* x, void* y, int tokens, int N, int K, int split, int parts) {
+    const int slots = WARPS / split;
+    launch((N / 16 / NT + slots - 1) / slots, 1, parts, WARPS,
+           [=] { bf16_rows((const u16*)weight, (const u16*)x, (u16*)y, tokens, N, K, split); });
+}
+#else
+#include NVFP4_ROWS_SOURCE
+
+extern "C" void run(const void* codes, const void* scales, const void* x, const void* pre, void* y, const float* global_scale,
+                    float* partial, unsigned* arrivals, int tokens, int N, int K, int warps, int split, int parts, const void* by,
+                    int apart) {
+    const int chunks = (tokens + 8 * MT - 1) / (8 * MT);
+    launch(chunks * (N / 16 / NT / (warps / split)), parts, 1, warps, [=] {
+        nvfp4_rows((const uint4*)codes, (const uint2*)scales, (const u16*)x, (const u16*)pre, (u16*)y, global_scale, partial,
+                   arrivals, tokens, N, K, split, chunks, (const u16*)by, apart);
+    });
+}
+#endif
 
 #ifdef NVFP4_GATED_SOURCE
 #include NVFP4_GATED_SOURCE
@@ -120,24 +139,9 @@ extern "C" void run(const void* codes, const void* scales, const void* x, const 
 extern "C" void run_gated(const void* gate_codes, const void* gate_scales, const float* gate_scale, const void* codes,
                           const void* scales, const float* scale, const void* x, const void* by, void* y, int tokens, int K,
                           int apart) {
-    const int warps = K / 256 * 2 / NT;
-    gridDim = {(tokens + 8 * MT - 1) / (8 * MT), 1, 8};
-    blockDim = {warps * 32, 1, 1};
-    exchange.resize(8 * warps * 192);
-    for (int bx = 0; bx < gridDim.x; bx++) {
-        block_barriers.clear(), warp_barriers.clear();
-        for (int b = 0; b < 8; b++) block_barriers.push_back(std::make_unique<std::barrier<>>(warps * 32));
-        for (int w = 0; w < 8 * warps; w++) warp_barriers.push_back(std::make_unique<std::barrier<>>(32));
-        cluster_barrier = std::make_unique<std::barrier<>>(8 * warps * 32);
-        std::vector<std::thread> threads;
-        for (int i = 0; i < 8 * warps * 32; i++)
-            threads.emplace_back([=] {
-                threadIdx = {i % (warps * 32), 0, 0};
-                blockIdx = {bx, 0, i / (warps * 32)};
-                nvfp4_gated((const uint4*)gate_codes, (const uint2*)gate_scales, gate_scale, (const uint4*)codes,
-                            (const uint2*)scales, scale, (const u16*)x, (const u16*)by, (u16*)y, tokens, K, apart);
-            });
-        for (auto& thread : threads) thread.join();
-    }
+    launch((tokens + 8 * MT - 1) / (8 * MT), 1, 8, K / 256 * 2 / NT, [=] {
+        nvfp4_gated((const uint4*)gate_codes, (const uint2*)gate_scales, gate_scale, (const uint4*)codes, (const uint2*)scales,
+                    scale, (const u16*)x, (const u16*)by, (u16*)y, tokens, K, apart);
+    });
 }
 #endif

@@ -36,8 +36,8 @@ def test_the_kernel_gates_and_projects(tokens: int, k: int, form: Form, apart: i
         pytest.skip("no g++ to build the kernel for the CPU with")
     sources = resources.files("vllm_gemma4_spec.kernels")
     macros = [f"-D{name}={value}" for name, value in small_batch_gemm.macros(form, False, False).items()]
-    for name in ("rows", "gated"):
-        macros.append(f'-DNVFP4_{name.upper()}_SOURCE="{sources.joinpath(f"nvfp4_{name}.cu")}"')
+    for name in ("rows_device", "nvfp4_rows", "nvfp4_gated"):
+        macros.append(f'-D{name.upper()}_SOURCE="{sources / name}.cu"')
     flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
     library = tmp_path / "gated.so"
     subprocess.run([compiler, *flags, *macros, str(HERE / "on_host.cpp"), "-o", str(library)], check=True)

@@ -43,7 +43,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Any:
     if compiler is None:
         pytest.skip("no g++ to build the kernel for the CPU with")
     folder = tmp_path_factory.mktemp("rows")
-    source = Path(str(resources.files("vllm_gemma4_spec.kernels").joinpath("nvfp4_rows.cu")))
+    sources = resources.files("vllm_gemma4_spec.kernels")
     built: dict[tuple[Form, int, bool], ctypes.CDLL] = {}
 
     def get(form: Form, gelu: int, scaled: bool = False) -> ctypes.CDLL:
@@ -51,7 +51,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Any:
             out = folder / f"rows-{form}-{int(form.roll)}-{int(gelu)}-{int(scaled)}.so"
             flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
             macros = [f"-D{name}={value}" for name, value in small_batch_gemm.macros(form, gelu, scaled).items()]
-            macros.append(f'-DNVFP4_ROWS_SOURCE="{source}"')
+            macros += [f'-D{name.upper()}_SOURCE="{sources / name}.cu"' for name in ("rows_device", "nvfp4_rows")]
             subprocess.run([compiler, *flags, *macros, str(HERE / "on_host.cpp"), "-o", str(out)], check=True)
             built[form, gelu, scaled] = ctypes.CDLL(str(out))
         return built[form, gelu, scaled]

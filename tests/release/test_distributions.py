@@ -51,9 +51,11 @@ FOLDERS = {
 }
 DATA = {
     "kernels/all_reduce_norm.cu",
+    "kernels/bf16_rows.cu",
     "kernels/cluster_attention.cu",
     "kernels/nvfp4_gated.cu",
     "kernels/nvfp4_rows.cu",
+    "kernels/rows_device.cu",
     "kernels/nvfp4_stream.cu",
     "kernels/scaled_rows.cu",
     "ops/plan/hardware.json",

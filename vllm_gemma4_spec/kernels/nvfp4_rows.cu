@@ -4,7 +4,7 @@
 // in which a warp feeds them to mma.m16n8k16 as its A operand (see packing.py), so that a lane's 16-byte load is
 // four fragments, decoded by shifts and masks. W is exact in bfloat16 (two significand bits times four).
 //
-// Compiled by NVRTC with MT (tiles of 8 tokens that a warp takes at once), NT (tiles of 16 outputs, 1 or 2), ROLL (1: the
+// Compiled by NVRTC behind rows_device.cu with MT (tiles of 8 tokens that a warp takes at once), NT (tiles of 16 outputs, 1 or 2), ROLL (1: the
 // next weights come into registers whose weights have been used), WHOLE (1: x of 64 inputs is loaded at once, 0: of 32),
 // FIT (blocks of four warps that the registers of a multiprocessor are to hold; 0: no matter), REGISTERS (of a thread, to
 // plan with; 0: no matter), GELU (0; 1: gelu(first half) * second half; 2: gelu(y) * by) and SCALED (1: x is multiplied
@@ -14,9 +14,6 @@
 //
 // each chunk of 8 * MT tokens reads all weights, side by side with the other chunks, so that they come from memory once;
 // `split` warps of a block and `parts` blocks share NT tiles of outputs.
-
-typedef unsigned int u32;
-typedef unsigned short u16;
 
 // Two E2M1 codes of a word as bfloat16 bit patterns; their value is the code's times 2^-126 (subnormals mean it).
 __device__ __forceinline__ void decode(u32 word, u32 (&a)[4]) {
@@ -32,84 +29,13 @@ __device__ __forceinline__ u32 scale_pair(u32 bytes, u32 selector) {
     return __byte_perm(bytes, 0u, selector) * 16u + 0x75807580u;
 }
 
-#ifndef NVFP4_ROWS_ON_HOST  // a test gives the functions below in plain C++ and runs the kernel on a CPU
-
-extern __shared__ float shared[];
-
+#ifndef ROWS_ON_HOST
 __device__ __forceinline__ u32 times(u32 a, u32 b) {  // fma: bfloat16x2 has no mul before sm_90
     u32 d;
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
     return d;
 }
-
-__device__ __forceinline__ void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ u16 to_bf16(float value) {
-    u16 bits;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-}
-
-// Weights pass by once: keep them out of the L1. Not `.nc`, nor without a clobber: such loads are moved behind
-// griddepcontrol.wait, which they are there to come before (findings/nc-loads-behind-griddepcontrol-wait.sh).
-__device__ __forceinline__ uint4 load_once(const uint4* at) {
-    uint4 v;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
-    return v;
-}
-
-__device__ __forceinline__ uint2 load_once(const uint2* at) {
-    uint2 v;
-    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at) : "memory");
-    return v;
-}
-
-// What lies in memory alone and is needed last: asked for with the first weights, or a GEMM ends by waiting for it.
-__device__ __forceinline__ float load_early(const float* at) {
-    float v;
-    asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(at) : "memory");
-    return v;
-}
-
-#ifdef GATED
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
-__device__ __forceinline__ void store_in_block(u16* here, u16 value, int block) {
-    asm volatile(
-        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %2;\nst.shared::cluster.u16 [there], %1;\n}" ::"r"(
-            (u32)__cvta_generic_to_shared(here)),
-        "h"(value), "r"(block)
-        : "memory");
-}
 #endif
-
-// Programmatic dependent launch: where the launch allows it, this grid starts while the one before it still runs.
-__device__ __forceinline__ void let_next_grid_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_previous_grid() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-#endif
-
-__device__ __forceinline__ float rounded(float value) { return __uint_as_float((u32)to_bf16(value) << 16); }
-
-__device__ __forceinline__ float gelu_tanh(float v) {
-    return 0.5f * v * (1.0f + tanhf(0.7978845608028654f * (v + 0.044715f * v * v * v)));
-}
 
 struct Block {  // 16 outputs x 256 inputs: one lane's share
     uint4 codes[4];
@@ -130,11 +56,6 @@ template <bool SHARED_X>
 __device__ __forceinline__ uint4 load_x(const uint4* at) {
     return SHARED_X ? *at : __ldg(at);
 }
-
-// Each of a warp's sums: f(its number, the sum).
-#define EACH_SUM(...)                                                                       \
-    _Pragma("unroll") for (int n = 0; n < NT; n++) _Pragma("unroll") for (int m = 0; m < MT; m++) \
-        _Pragma("unroll") for (int i = 0; i < 4; i++) { __VA_ARGS__; }
 
 // Of a tile, so that a product need not wait for the one before. Tried for one tile of tokens and outputs alone.
 constexpr bool TWO_SUMS = MT * NT == 1;

@@ -175,7 +175,7 @@ def macros(form: Form, gelu: int, scaled: bool) -> dict[str, int]:
 
 def source(form: Form, gelu: int, scaled: bool) -> str:
     """The kernel's CUDA C++."""
-    return cuda.source("nvfp4_rows.cu", macros(form, gelu, scaled))
+    return cuda.source("nvfp4_rows.cu", macros(form, gelu, scaled), cuda.source("rows_device.cu"))
 
 
 @functools.cache
