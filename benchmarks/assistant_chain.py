@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from target_gemm import graph_us
 from torch import Tensor
 
 from vllm_gemma4_spec.kernels import bf16_gemm, cuda
-from vllm_gemma4_spec.kernels.bf16_gemm import Launch
+from vllm_gemma4_spec.kernels.bf16_gemm import Form, form_for
 
 WIDE, BACKBONE, HEAD = 1024, 5376, 256
 
@@ -64,13 +65,13 @@ class Chain:
         self.lingered = torch.zeros(64, dtype=torch.int32, device="cuda")
         self.linger, self.ranks = cuda.Kernel(LINGER, "linger"), ranks
 
-    def __call__(self, start: Tensor, embedded: Tensor, ours: bool, how: dict[str, Launch]) -> Tensor:
+    def __call__(self, start: Tensor, embedded: Tensor, ours: bool, variant: dict[str, Any]) -> Tensor:
         rows = len(start)
 
         def product(name: str, weight: Tensor, x: Tensor) -> Tensor:
             gelu = name == "gate_up"
             if ours:
-                return bf16_gemm.gemm(x, weight, gelu, how.get(name))
+                return bf16_gemm.gemm(x, weight, gelu, form_of(variant, rows, weight, gelu))
             y = F.linear(x, weight)
             if gelu:
                 y, both = y.new_empty(rows, y.shape[1] // 2), y
@@ -138,14 +139,10 @@ def alone(shape: tuple[int, int], gelu: bool, rows: int) -> tuple[float, float, 
     return us[0], us[1], errors[0], errors[1]
 
 
-_chunks = bf16_gemm.chunks
-
-
-def use(variant: dict[str, Any]) -> None:
-    bf16_gemm.chunks = lambda tiles, gelu: max(1, _chunks(tiles, gelu) // variant.get("divide", 1))
-    bf16_gemm.BLOCKS = variant.get("fit", 2)
-    bf16_gemm.plan.cache_clear()
-    bf16_gemm._kernel.cache_clear()
+def form_of(variant: dict[str, Any], rows: int, weight: Tensor, gelu: bool) -> Form:
+    wide = variant.get("wide", bf16_gemm.WIDE)
+    form = form_for(bf16_gemm.WIDE if len(weight) >= wide else 0, rows, gelu)
+    return replace(form, **variant.get("form", {}))
 
 
 def main() -> None:
@@ -173,8 +170,7 @@ def main() -> None:
             here: dict[str, list[float]] = {}
             for _ in range(2):
                 for name, variant in VARIANTS.items():
-                    use(variant)
-                    call = partial(chain, start, embedded, name != "cuBLAS", variant.get("how", {}))
+                    call = partial(chain, start, embedded, name != "cuBLAS", variant)
                     us = graph_us(call, 15) / 4
                     here.setdefault(name, []).append(round(us, 2))
             found[f"{kind}, pass, {rows} rows"] = here
@@ -182,21 +178,13 @@ def main() -> None:
         asked.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
-# `divide`: chunks that a warp has in registers, by so much fewer; `fit`: blocks on a multiprocessor.
+# `wide`: outputs from which a warp takes two tiles; `form`: other fields of all forms.
 VARIANTS: dict[str, dict[str, Any]] = {
     "cuBLAS": {},
     "bf16_rows": {},
-    "half the chunks": {"divide": 2},
-    "half the chunks, 3 blocks": {"divide": 2, "fit": 3},
-    "a quarter, 4 blocks": {"divide": 4, "fit": 4},
-    "1 block": {"fit": 1},
-    "q split 2": {"how": {"q": Launch(2, 1)}},
-    "o 8x2": {"how": {"o": Launch(8, 2)}},
-    "down 8x2": {"how": {"down": Launch(8, 2)}},
-    "gate_up split 2": {"how": {"gate_up": Launch(2, 1)}},
-    "gate_up split 8": {"how": {"gate_up": Launch(8, 1)}},
-    "pre 8x2": {"how": {"pre": Launch(8, 2)}},
-    "post split 2": {"how": {"post": Launch(2, 1)}},
+    "two tiles nowhere": {"wide": 10**9},
+    "two tiles everywhere": {"wide": 0},
+    "eight warps": {"form": {"warps": 8}},
 }
 
 

@@ -114,9 +114,9 @@ template <class Kernel> static void launch(int x, int y, int cluster, int warps,
 #ifdef BF16_ROWS_SOURCE
 #include BF16_ROWS_SOURCE
 
-extern "C" void run(const void* weight, const void* x, void* y, int tokens, int N, int K, int split, int parts) {
+extern "C" void run(const void* weight, const void* x, void* y, int tokens, int N, int K, int split) {
     const int slots = WARPS / split;
-    launch((N / 16 / NT + slots - 1) / slots, 1, parts, WARPS,
+    launch((N / 16 / NT + slots - 1) / slots, 1, 1, WARPS,
            [=] { bf16_rows((const u16*)weight, (const u16*)x, (u16*)y, tokens, N, K, split); });
 }
 #else

@@ -1,8 +1,9 @@
 """GEMMs of a few rows with bfloat16 weights: ``bf16_rows.cu`` beside cuBLAS, as one operator.
 
-Google's assistants and other drafters come in bfloat16. cuBLAS takes 5 to 8 us for each of their GEMMs, waits for the
-kernel ahead before it asks for a weight, and adds up parts in a second kernel. The kernel here reads the weight where
-PyTorch has it; all of it is on its way when the kernel ahead ends.
+Google's assistants come in bfloat16. cuBLAS waits for the kernel ahead before it asks for a weight, and adds up parts
+in a second kernel: 5 to 9 us for each GEMM of 31B's assistant on an H200. The kernel here reads the weight where
+PyTorch has it, and has asked for it when the kernel ahead ends. Which of the two takes a batch is measured once
+(:func:`choose`).
 """
 
 from __future__ import annotations
@@ -16,62 +17,79 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_gemma4_spec.kernels import cuda
+from vllm_gemma4_spec.kernels import chosen_rows, cuda, stream_gemm
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
+OPERATOR = "gemma4_spec_bf16_linear"
+OURS = "bf16_rows"
 ROWS, COLUMNS = 16, 256  # outputs of a tile; what K is a multiple of
-WARPS = 8  # of a block
-BLOCKS = 2  # on a multiprocessor
-MOST_PARTS = 4  # blocks of a cluster
-TILES = (1, 2, 4)  # of 8 rows, that the kernel is compiled for
-MOST_ROWS = 8 * TILES[-1]
+WIDE = 4096  # outputs from which a warp takes two tiles: x is read half as often, and still every block has work
 
 
 @dataclass(frozen=True)
-class Launch:
-    split: int  # warps of a block that share a tile of outputs
-    parts: int  # blocks that do
+class Form:
+    """How the kernel is compiled; see ``bf16_rows.cu``."""
+
+    tiles: int  # of 8 rows
+    pair: int = 1  # tiles of 16 outputs of a warp
+    ahead: int = 4  # chunks of x that are loaded at once
+    warps: int = 16  # of a block, which has a multiprocessor to itself
+
+    @property
+    def chunks(self) -> int:
+        """Of 32 inputs, whose weights are in 64 of a thread's 128 registers."""
+        return 8 // self.pair
 
 
-def chunks(tiles: int, gelu: bool) -> int:
-    """Of 32 inputs of its outputs, that a warp has in registers: of a thread's 128, 64, or 32 beside many sums."""
-    return (8 if tiles < 4 else 4) // (2 if gelu else 1)
+# By number of rows, for N below WIDE, for others, and with gelu.
+FORMS = {
+    8: (Form(1, ahead=8), Form(1, 2), Form(1, 2)),
+    16: (Form(2), Form(2, 2), Form(2, 2, ahead=2)),
+}
+MOST_ROWS = max(FORMS)
+
+
+def form_for(n: int, rows: int, gelu: bool) -> Form:
+    forms = next(forms for most, forms in FORMS.items() if rows <= most)
+    return forms[2 if gelu else int(n >= WIDE)]
 
 
 @functools.cache
-def plan(n: int, k: int, tiles: int, gelu: bool, multiprocessors: int) -> Launch:
-    """As many warps as run at once, each with as few of the inputs as that allows."""
-    units, outputs = k // (32 * chunks(tiles, gelu)), n // ROWS // (2 if gelu else 1)
-    most = multiprocessors * BLOCKS * WARPS
-    split = parts = 1
-    while split < WARPS and split * 2 <= units and outputs * split * 2 <= most:
+def split_for(n: int, k: int, form: Form, multiprocessors: int) -> int:
+    """Warps of a block that share a warp's outputs: as many as have work, while a block each runs at once."""
+    outputs, most, split = n // ROWS // form.pair, form.warps * multiprocessors, 1
+    while split < form.warps and split * 2 * 32 * form.chunks <= k and outputs * split * 2 <= most:
         split *= 2
-    while split == WARPS and parts < MOST_PARTS and split * parts * 2 <= units and outputs * split * parts * 2 <= most:
-        parts *= 2
-    return Launch(split, parts)
+    return split
 
 
-def macros(tiles: int, gelu: bool) -> dict[str, int]:
-    return {"MT": tiles, "GELU": int(gelu), "CHUNKS": chunks(tiles, gelu), "FIT": BLOCKS}
+def macros(form: Form, gelu: bool) -> dict[str, int]:
+    return {
+        "MT": form.tiles,
+        "NT": form.pair,
+        "GELU": int(gelu),
+        "CHUNKS": form.chunks,
+        "AHEAD": form.ahead,
+        "WARPS": form.warps,
+    }
 
 
-def source(tiles: int, gelu: bool) -> str:
-    """The kernel's CUDA C++ for inputs of up to ``8 * tiles`` rows."""
-    before = "#define CLUSTER\n" + cuda.source("rows_device.cu")
-    return cuda.source("bf16_rows.cu", macros(tiles, gelu), before)
+def source(form: Form, gelu: bool) -> str:
+    """The kernel's CUDA C++."""
+    return cuda.source("bf16_rows.cu", macros(form, gelu), cuda.source("rows_device.cu"))
+
+
+def shared_bytes(form: Form) -> int:
+    """Each thread's sums."""
+    return form.warps * form.pair * form.tiles * 512
 
 
 @functools.cache
-def _kernel(tiles: int, gelu: bool) -> Any:
-    made = cuda.Kernel(source(tiles, gelu), "bf16_rows")
-    made.allow_shared(shared_bytes(tiles, gelu, MOST_PARTS))
+def _kernel(form: Form, gelu: bool) -> Any:
+    made = cuda.Kernel(source(form, gelu), "bf16_rows")
+    made.allow_shared(shared_bytes(form))
     return made
-
-
-def shared_bytes(tiles: int, gelu: bool, parts: int) -> int:
-    """A sum of each thread's, of all blocks of a cluster."""
-    return parts * WARPS * (2 if gelu else 1) * tiles * 512
 
 
 @functools.cache
@@ -79,43 +97,47 @@ def _multiprocessors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def gemm(x: Tensor, weight: Tensor, gelu: bool = False, how: Launch | None = None) -> Tensor:
+def gemm(x: Tensor, weight: Tensor, gelu: bool = False, form: Form | None = None, split: int | None = None) -> Tensor:
     """``x @ weight.T`` for at most :data:`MOST_ROWS` rows, on the current stream.
 
     Args:
         x: ``[rows, K]`` bfloat16, contiguous.
-        weight: ``[N, K]`` bfloat16, contiguous; K a multiple of 256, N of 16 (32 with gelu).
+        weight: ``[N, K]`` bfloat16, contiguous; K a multiple of 256, N of 32.
         gelu: give ``gelu_tanh(first half) * second half`` of the outputs.
-        how: None for what suits the card.
+        form, split: None for what suits.
 
     Returns:
         ``[rows, N]`` bfloat16, or ``[rows, N / 2]`` with ``gelu``.
     """
     (rows, k), n = x.shape, weight.shape[0]
-    tiles = next(t for t in TILES if rows <= 8 * t)
-    how = how or plan(n, k, tiles, gelu, _multiprocessors(x.device.index))
-    outputs = n // ROWS // (2 if gelu else 1)
+    form = form or form_for(n, rows, gelu)
+    split = split or split_for(n, k, form, _multiprocessors(x.device.index))
     y = torch.empty(rows, n // 2 if gelu else n, dtype=x.dtype, device=x.device)
-    _kernel(tiles, gelu)(
-        grid=(-(-outputs * how.split // WARPS), 1, how.parts),
-        block=32 * WARPS,
-        args=[weight, x, y, rows, n, k, how.split],
-        shared_bytes=shared_bytes(tiles, gelu, how.parts),
-        cluster=how.parts,
+    _kernel(form, gelu)(
+        grid=(-(-(n // ROWS // form.pair) * split // form.warps), 1, 1),
+        block=32 * form.warps,
+        args=[weight, x, y, rows, n, k, split],
+        shared_bytes=shared_bytes(form),
     )
     return y
 
 
+def _other(x: Tensor, weight: Tensor, gelu: bool) -> Tensor:
+    y = F.linear(x, weight)
+    if not gelu:
+        return y
+    activated = y.new_empty(y.shape[0], y.shape[1] // 2)
+    torch.ops._C.gelu_tanh_and_mul(activated, y)
+    return activated
+
+
 def linear(x: Tensor, weight: Tensor, gelu: bool) -> Tensor:
-    """One linear layer, ``[..., K]`` to ``[..., N]`` (``[..., N / 2]`` with ``gelu``): larger batches by cuBLAS."""
+    """One linear layer, ``[..., K]`` to ``[..., N]`` (``[..., N / 2]`` with ``gelu``), by what suits the rows."""
     flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[0] <= MOST_ROWS:
+    if flat.shape[0] <= _chosen.get((*weight.shape, gelu), 0):
         y = gemm(flat.contiguous(), weight, gelu)
     else:
-        y = F.linear(flat, weight)
-        if gelu:
-            y, both = y.new_empty(y.shape[0], y.shape[1] // 2), y
-            torch.ops._C.gelu_tanh_and_mul(y, both)
+        y = _other(flat, weight, gelu)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -128,25 +150,29 @@ def register_operator() -> None:
     """``torch.ops.vllm.gemma4_spec_bf16_linear``: opaque to torch.compile, which sees its shape only."""
     from vllm.utils.torch_utils import direct_register_custom_op
 
-    direct_register_custom_op("gemma4_spec_bf16_linear", linear, fake_impl=_output_shape)
+    direct_register_custom_op(OPERATOR, linear, fake_impl=_output_shape)
+
+
+def _all() -> list[tuple[Form, bool]]:
+    return [(form, i == 2) for forms in FORMS.values() for i, form in enumerate(forms)]
 
 
 @functools.cache
 def available() -> bool:
     """Whether the kernel runs on the current card; if not, the log says once why, and cuBLAS keeps all."""
-    if not cuda.starts_early(torch.device("cuda")):
+    if torch.version.hip is not None or not cuda.starts_early(torch.device("cuda")):
         return False
     try:
-        for tiles in TILES:
-            for gelu in (False, True):
-                _kernel(tiles, gelu)
+        for what in _all():
+            _kernel(*what)
+        stream_gemm._scaled_rows()
     except (ImportError, RuntimeError) as error:
         logger.info("bfloat16 GEMMs of few rows stay cuBLAS's: %s", str(error).partition("\n")[0])
         return False
     return True
 
 
-def suits(weight: Tensor, gelu: bool = False) -> bool:
+def suits(weight: Tensor) -> bool:
     """Whether the kernel can take this weight: shape, dtype, memory and device."""
     return (
         cuda.nvidia(weight)
@@ -154,7 +180,44 @@ def suits(weight: Tensor, gelu: bool = False) -> bool:
         and weight.dim() == 2
         and weight.is_contiguous()
         and weight.data_ptr() % 16 == 0
-        and weight.shape[0] % (2 * ROWS if gelu else ROWS) == 0
+        and weight.shape[0] % (2 * ROWS) == 0
         and weight.shape[1] % COLUMNS == 0
         and available()
     )
+
+
+_chosen: dict[tuple[int, int, bool], int] = {}  # N, K, gelu -> rows up to which the kernel takes batches
+
+
+def choose(weight: Tensor, gelu: bool) -> None:
+    """Find out which batches of such a weight the kernel takes, none if it cannot be measured."""
+    n, k = weight.shape
+    shape = f"{n}x{k}, bfloat16" + ", gelu" * gelu
+    try:
+        found = chosen_rows.fastest(shape, _maker(), lambda: _times(weight, gelu))
+    except RuntimeError as error:  # no memory for it
+        logger.info("GEMM %s stays cuBLAS's: %s", shape, str(error).partition("\n")[0])
+        return
+    taken = [rows for rows in sorted(found) if found[rows] == OURS]
+    _chosen[n, k, gelu] = max(taken, default=0)
+
+
+def _times(weight: Tensor, gelu: bool) -> chosen_rows.Kernels:
+    """Of both, with a small kernel ahead, beside which ours asks for its weights; they come from memory."""
+    us = chosen_rows.clock(weight.device, calls=7)
+    found: chosen_rows.Kernels = {}
+    for rows in FORMS:
+        x = torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
+        by = torch.ones(weight.shape[1], device=weight.device, dtype=weight.dtype)
+
+        def call(kernel: Any, x: Tensor = x, by: Tensor = by) -> Tensor:
+            result: Tensor = kernel(stream_gemm.scaled_rows(x, by), weight, gelu)
+            return result
+
+        found[rows] = {name: us(functools.partial(call, k)) for name, k in ((chosen_rows.OTHER, _other), (OURS, gemm))}
+    return found
+
+
+@functools.cache
+def _maker() -> str:
+    return chosen_rows.made_by(*(source(*what) for what in _all()))

@@ -39,7 +39,7 @@ def suits(k: Any, wide: Any) -> bool:
 
 def source(form: Form) -> str:
     """The kernel's CUDA C++."""
-    return cuda.source("nvfp4_gated.cu", before="#define CLUSTER\n" + small_batch_gemm.source(form, False, False))
+    return cuda.source("nvfp4_gated.cu", before="#define GATED\n" + small_batch_gemm.source(form, False, False))
 
 
 @functools.cache

@@ -41,7 +41,7 @@ __device__ __forceinline__ float load_early(const float* at) {
     return v;
 }
 
-#ifdef CLUSTER
+#ifdef GATED
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
@@ -51,14 +51,6 @@ __device__ __forceinline__ void store_in_block(u16* here, u16 value, int block) 
         "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %2;\nst.shared::cluster.u16 [there], %1;\n}" ::"r"(
             (u32)__cvta_generic_to_shared(here)),
         "h"(value), "r"(block)
-        : "memory");
-}
-
-__device__ __forceinline__ void store_in_block(float* here, float value, int block) {
-    asm volatile(
-        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %2;\nst.shared::cluster.f32 [there], %1;\n}" ::"r"(
-            (u32)__cvta_generic_to_shared(here)),
-        "f"(value), "r"(block)
         : "memory");
 }
 #endif

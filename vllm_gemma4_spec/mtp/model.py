@@ -27,6 +27,7 @@ from vllm.model_executor.models.gemma4 import Gemma4MLP
 from vllm_gemma4_spec.errors import CheckpointError
 from vllm_gemma4_spec.mtp import donors, interface
 from vllm_gemma4_spec.mtp.centroids import CentroidHead
+from vllm_gemma4_spec.performance import compile_settings, head_norms
 
 
 class AssistantAttention(nn.Module):
@@ -64,13 +65,21 @@ class AssistantAttention(nn.Module):
             rope_parameters=dict(config.rope_parameters[kind]),
             is_neox_style=True,
         )
+        if compile_settings.marked(vllm_config, head_norms.MARK):
+            suited = head_norms.turns(self.rotary_emb, self.head_dim) and head_norms.norms(self.q_norm, weighted=True)
+            head_norms.take(self, (self.num_heads, 0, self.head_dim), suited, vllm_config)
         # Queries are normalised: no further scale.
         self.attn = donors.attention(donor, self.num_heads, 1.0, vllm_config.cache_config, f"{prefix}.attn")
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         q = self.q_proj(hidden_states)
-        q = self.q_norm(q.unflatten(-1, (self.num_heads, self.head_dim))).flatten(-2, -1)
-        q, _ = self.rotary_emb(positions, q)
+        if getattr(self, head_norms.OURS, False):
+            table, weight, eps = self.rotary_emb.cos_sin_cache, self.q_norm.weight, self.q_norm.variance_epsilon
+            operator = torch.ops.vllm.gemma4_spec_norm_heads
+            q = operator(q, positions, table, weight, weight, self.num_heads, 0, eps).view_as(q)
+        else:
+            q = self.q_norm(q.unflatten(-1, (self.num_heads, self.head_dim))).flatten(-2, -1)
+            q, _ = self.rotary_emb(positions, q)
         return self.o_proj(self.attn(q, None, None))
 
 

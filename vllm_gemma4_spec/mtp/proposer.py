@@ -28,9 +28,10 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_gemma4_spec import scope, settings
 from vllm_gemma4_spec.mtp.graphs import AssistantGraphs, batch_sizes, capturable
 from vllm_gemma4_spec.mtp.invariants import check_draft
-from vllm_gemma4_spec.performance import compile_settings
+from vllm_gemma4_spec.performance import compile_settings, head_norms
 from vllm_gemma4_spec.performance.argmax import HEAD, head_of
 from vllm_gemma4_spec.performance.draft_graphs import GRAPHS
+from vllm_gemma4_spec.quantization import bf16_layers
 
 # A query stands at the last position that the target's cache holds: with L tokens there, at L - 1, as in vLLM 0.21 and
 # later, SGLang and mlx-vlm. transformers' generate() puts it at L.
@@ -70,12 +71,15 @@ class AssistantProposer(RunnerProposer):
 
     def _create_draft_vllm_config(self) -> VllmConfig:
         spec = self.speculative_config
-        return replace(
+        made = replace(
             super()._create_draft_vllm_config(),
             quant_config=None,  # the assistant's own, or none: VllmConfig reads it from the model's config
             parallel_config=replace(spec.draft_parallel_config, rank=self.vllm_config.parallel_config.rank),
             model_config=spec.draft_model_config,
         )
+        if made.model_config.dtype == torch.bfloat16 and compile_settings.card_takes_pdl():
+            compile_settings.mark(made, head_norms.MARK)
+        return made
 
     def _get_model(self) -> nn.Module:
         from vllm.compilation.backends import set_model_tag
@@ -83,7 +87,9 @@ class AssistantProposer(RunnerProposer):
         compile_settings.use_choices()
         self._draft_config = self._create_draft_vllm_config()
         with set_model_tag(scope.DRAFT_GRAPH):
-            return get_model(vllm_config=self._draft_config, prefix="assistant")
+            model = get_model(vllm_config=self._draft_config, prefix="assistant")
+        bf16_layers.take(model)
+        return model
 
     def load_model(self, target_model: nn.Module) -> None:
         before = set(get_layers_from_vllm_config(self.vllm_config, Attention))
@@ -208,12 +214,12 @@ class AssistantProposer(RunnerProposer):
         return out
 
     def _passes(self, num_reqs: int, draft_length: int, metadata: dict[str, Any] | None) -> Tensor:
-        """``draft_length`` passes over the first ``num_reqs`` rows of the buffers: ``[num_reqs, draft_length]`` int64.
+        """``draft_length`` passes from the first ``num_reqs`` rows of the buffers: ``[num_reqs, draft_length]`` int64.
 
-        Leaves the last pass's token and hidden state in the buffers. No host synchronization.
+        No host synchronization.
         """
         ids, hidden = self.input_ids[:num_reqs], self.hidden_states[:num_reqs]
-        drafts = torch.empty(num_reqs, draft_length, dtype=torch.int64, device=self.device)
+        drafts: list[Tensor] = []
         parallel = self.vllm_config.parallel_config.data_parallel_size
         with set_forward_context(
             metadata,
@@ -222,13 +228,12 @@ class AssistantProposer(RunnerProposer):
             # Ranks need not agree on anything: an assistant has no experts.
             num_tokens_across_dp=torch.full((parallel,), num_reqs, dtype=torch.int32) if parallel > 1 else None,
         ):
-            for i in range(draft_length):
-                normed, following = self.model(input_ids=ids, positions=self.positions[:num_reqs], hidden_states=hidden)
-                drafts[:, i] = self._greedy_sample(normed)
-                if i + 1 < draft_length:
-                    ids.copy_(drafts[:, i])
-                    hidden.copy_(following)
-        return drafts
+            for _ in range(draft_length):
+                if drafts:
+                    ids = drafts[-1].to(ids.dtype)
+                normed, hidden = self.model(input_ids=ids, positions=self.positions[:num_reqs], hidden_states=hidden)
+                drafts.append(self._greedy_sample(normed))
+        return torch.stack(drafts, dim=1)
 
 
 def runner_proposer(original: type[EagleProposer]) -> type[EagleProposer]:

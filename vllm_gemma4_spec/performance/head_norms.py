@@ -43,23 +43,37 @@ def vllm_config(original: Callable[..., None]) -> Callable[..., None]:
 
 def suits(layer: Any) -> bool:
     """Whether the kernel does what this ``Gemma4Attention`` does with its heads."""
+    q_norm, k_norm, v_norm = layer.q_norm, layer.k_norm, layer.v_norm
+    return (
+        turns(layer.rotary_emb, layer.head_dim)
+        and all(norms(norm, weighted) for norm, weighted in ((q_norm, True), (k_norm, True), (v_norm, False)))
+        and len({norm.variance_epsilon for norm in (q_norm, k_norm, v_norm)}) == 1
+    )
+
+
+def turns(rotary: Any, size: int) -> bool:
+    """Whether the kernel turns heads of that size as this rotary embedding does."""
     from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
-    rotary, size = layer.rotary_emb, layer.head_dim
-    norms = layer.q_norm, layer.k_norm, layer.v_norm
-    turns = "forward_native", "forward_cuda"
+    ways = "forward_native", "forward_cuda"
     return (
         isinstance(rotary, RotaryEmbedding)  # with own cosines, perhaps, but turning as this class does
-        and all(getattr(type(rotary), turn) is getattr(RotaryEmbedding, turn) for turn in turns)
+        and all(getattr(type(rotary), way) is getattr(RotaryEmbedding, way) for way in ways)
         and size >= 64
         and size & (size - 1) == 0
         and rotary.is_neox_style
         and rotary.rotary_dim == rotary.head_size == size
         and rotary.cos_sin_cache.shape[1:] == (size,)
-        and [norm.has_weight for norm in norms] == [True, True, False]
-        and len({norm.variance_epsilon for norm in norms}) == 1
-        and all(norm.variance_size_override is None for norm in norms)
-        and {layer.q_norm.weight.dtype, layer.k_norm.weight.dtype, rotary.cos_sin_cache.dtype} == {torch.bfloat16}
+        and rotary.cos_sin_cache.dtype == torch.bfloat16
+    )
+
+
+def norms(norm: Any, weighted: bool) -> bool:
+    """Whether the kernel norms as this ``RMSNorm`` does, with a weight or without."""
+    return (
+        norm.has_weight == weighted
+        and norm.variance_size_override is None
+        and (not weighted or norm.weight.dtype == torch.bfloat16)
     )
 
 
@@ -76,16 +90,21 @@ def attention_init(original: Callable[..., None]) -> Callable[..., None]:
         config = scope.current_config()
         if not compile_settings.marked(config, MARK):
             return
-        from vllm_gemma4_spec.kernels import head_norms
-
-        heads = self.num_heads, _own_heads(self), self.head_dim
-        if suits(self) and head_norms.available(*heads):
-            head_norms.register_operator()
-            setattr(self, OURS, True)
-        else:  # another graph than that of a start where it has it
-            config.additional_config[MARK] = f"{config.additional_config[MARK]}, not {heads}"
+        take(self, (self.num_heads, _own_heads(self), self.head_dim), suits(self), config)
 
     return __init__
+
+
+def take(layer: Any, heads: tuple[int, int, int], suited: bool, config: Any) -> None:
+    """A layer of a config with the mark has the kernel, if it is suited and the kernel compiles for these ``heads``:
+    query heads, key heads that are the layer's own, their size."""
+    from vllm_gemma4_spec.kernels import head_norms
+
+    if suited and head_norms.available(*heads):
+        head_norms.register_operator()
+        setattr(layer, OURS, True)
+    else:  # another graph than that of a start where it has it
+        config.additional_config[MARK] = f"{config.additional_config[MARK]}, not {heads}"
 
 
 def _own_heads(layer: Any) -> int:

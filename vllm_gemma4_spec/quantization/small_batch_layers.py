@@ -47,6 +47,8 @@ def get_model(original: Callable[..., Module]) -> Callable[..., Module]:
     def wrapper(self: Any) -> Module:
         if not scope.gemma4_drafter(self.vllm_config):
             return original(self)
+        from vllm_gemma4_spec.quantization import bf16_layers
+
         with _drafter():
             model = original(self)
         for module in model.modules():
@@ -54,6 +56,7 @@ def get_model(original: Callable[..., Module]) -> Callable[..., Module]:
                 _fuse_activation(module)
             elif type(module).__name__ == "Gemma4DecoderLayer":
                 _prepare_per_layer_input(module)
+        bf16_layers.take(model)
         return model
 
     return wrapper
