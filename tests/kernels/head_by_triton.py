@@ -24,4 +24,12 @@ if __name__ == "__main__":
         hidden, weight = torch.randn(len(scores), 256).bfloat16(), torch.randn(scores.shape[1], 256).bfloat16()
         chosen.append((hidden, weight, *block_logits.chosen_logits(hidden, weight, keys, candidates, block)))
     best = [block_logits.largest(*case) for case in parts["logits"]]
-    torch.save((found, {"chosen": chosen, "best": best}), sys.argv[2])
+    of_ranks = []
+    for ranks in parts["ranks"]:
+        sent = [
+            block_logits.largest_of_rank(*part, block=16, vocab=128, rank=rank, ranks=len(ranks))
+            for rank, part in enumerate(ranks)
+        ]
+        of_ranks.append((sent, block_logits.largest_of_ranks(sum(sent[1:], sent[0]), 128 * len(ranks))))
+    lost = block_logits.largest_of_ranks(torch.tensor([[[torch.nan] * 2] * 2, [[0.0, 1e30], [1.0, -5.0]]]), 256)
+    torch.save((found, {"chosen": chosen, "best": best, "ranks": of_ranks, "lost": lost}), sys.argv[2])

@@ -10,6 +10,7 @@ import torch
 
 from tests.support.fresh import interpreted
 from vllm_gemma4_spec.checkpoints import nvfp4
+from vllm_gemma4_spec.kernels import draft_head
 from vllm_gemma4_spec.kernels.draft_head import DraftHead
 
 VOCAB, SIZE = 2048, 512  # half of the vocabulary are candidates of the exact pass
@@ -84,11 +85,24 @@ def logits_cases() -> list[tuple[torch.Tensor, torch.Tensor, int, int, torch.Ten
     ]
 
 
+def ranks_cases() -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Logits and blocks of each rank, for two, three and four of them; in the last row all have one largest."""
+    torch.manual_seed(3)
+    cases = []
+    for ranks in (2, 3, 4):
+        case = [(torch.randn(5, 3 * 16), torch.stack([torch.randperm(8)[:3] for _ in range(5)])) for _ in range(ranks)]
+        for logits, _ in case:
+            logits[3] -= 20  # all below 0, which the others' places hold
+            logits[4, 7] = 9
+        cases.append(case)
+    return cases
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What the kernels find; one process for all, as its start costs most."""
     folder = tmp_path_factory.mktemp("head")
-    parts = {"scores": scores_cases(), "logits": logits_cases()}
+    parts = {"scores": scores_cases(), "logits": logits_cases(), "ranks": ranks_cases()}
     torch.save(([*exact_cases(), missed_case()], parts), folder / "cases.pt")
     interpreted("tests.kernels.head_by_triton", folder / "cases.pt", folder / "results.pt")
     return torch.load(folder / "results.pt")
@@ -150,21 +164,28 @@ def test_a_block_that_the_coarse_pass_misses_is_not_found(by_triton: list[torch.
     assert by_triton[-1][0] < VOCAB // 2
 
 
-def test_of_two_ranks_the_larger_logit_wins() -> None:
-    """Each rank has half of the vocabulary; the first of equal ones is the lower id."""
-    logits, tokens = torch.tensor([[[1.0], [5.0], [-2.0]], [[4.0], [3.0], [-2.0]]]), torch.tensor([[3], [2], [1]])
-    sent: list[torch.Tensor] = []
+def test_of_several_ranks_the_largest_logit_wins(results: Any) -> None:
+    """Each has a part of the vocabulary; of equal ones the first rank's."""
+    for case, (sent, found) in zip(ranks_cases(), results[1]["ranks"], strict=True):
+        logits = torch.full((5, 128 * len(case)), -torch.inf)
+        for rank, (own, blocks) in enumerate(case):
+            tokens = (blocks.unsqueeze(-1) * 16 + torch.arange(16)).flatten(1)
+            logits[:, rank * 128 : (rank + 1) * 128].scatter_(1, tokens, own)
+            others = [r for r in range(len(case)) if r != rank]
+            assert not sent[rank][:, others].any(), "more than this rank's"
+        assert torch.equal(found, logits.argmax(-1))
+    assert results[1]["lost"].tolist() == [0, 0], "no token of the vocabulary"
 
-    def all_reduce(part: torch.Tensor) -> torch.Tensor:
-        sent.append(part)
-        return sum(sent[:2], torch.zeros_like(part)) if len(sent) > 2 else part
 
-    def found(rank: int) -> torch.Tensor:
-        group = SimpleNamespace(rank_in_group=rank, world_size=2, all_reduce=all_reduce)
-        head = DraftHead(torch.empty(VOCAB, SIZE), coarse=lambda hidden: hidden, group=group)
-        return head._of_all_ranks(logits[rank], tokens)
-
-    for rank in range(2):  # what each sends
-        found(rank)
-    for rank in range(2):
-        assert found(rank).tolist() == [VOCAB + 3, 2, 1]
+def test_the_head_of_a_rank_sends_its_best_and_takes_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    results = {"block_maxima": "keys", "chosen_logits": ("logits", "blocks"), "largest_of_rank": "sent"}
+    for name, result in (results | {"largest_of_ranks": "token"}).items():
+        monkeypatch.setattr(draft_head, name, lambda *given, n=name, r=result: called.append((n, *given)) or r)
+    group = SimpleNamespace(rank_in_group=1, world_size=2, all_reduce=lambda part: f"sum of {part}")
+    head = DraftHead(torch.empty(VOCAB, SIZE), coarse=lambda hidden: hidden, group=group)
+    assert head.argmax(torch.zeros(1, SIZE)) == "token"
+    assert called[-2:] == [
+        ("largest_of_rank", "logits", "blocks", 128, VOCAB, 1, 2),
+        ("largest_of_ranks", "sum of sent", 2 * VOCAB),
+    ]

@@ -94,9 +94,12 @@ def _largest(  # type: ignore[no-untyped-def]
     best,  # [num_reqs] float32
     token,  # [num_reqs] int64
     names,  # [vocab] int64: the token of each row, or None
+    of_ranks,  # [num_reqs, ranks, 2] float32: both for this rank, zeros for the others; where there are several
     count,
     candidates,
     vocab,
+    rank,
+    ranks: tl.constexpr,
     block: tl.constexpr,
     all_count: tl.constexpr,
     early: tl.constexpr,
@@ -113,8 +116,36 @@ def _largest(  # type: ignore[no-untyped-def]
     found = tl.minimum(tl.min(tl.where((logit == most) & is_one, row, vocab), axis=0), vocab - 1)
     if names is not None:
         found = tl.load(names + found)
-    tl.store(best + request, most)
-    tl.store(token + request, found)
+    if ranks == 1:
+        tl.store(best + request, most)
+        tl.store(token + request, found)
+    else:
+        for r in tl.static_range(ranks):
+            at = of_ranks + (request * ranks + r) * 2
+            tl.store(at, tl.where(r == rank, most, 0.0))
+            tl.store(at + 1, tl.where(r == rank, (found + rank * vocab).to(tl.float32), 0.0))
+
+
+@triton.jit
+def _largest_of_ranks(  # type: ignore[no-untyped-def]
+    of_ranks,  # [num_reqs, ranks, 2] float32, of all ranks
+    token,  # [num_reqs] int64
+    vocab,  # of all ranks
+    ranks: tl.constexpr,
+    early: tl.constexpr,
+):
+    """Grid ``(num_reqs,)``."""
+    request = tl.program_id(0).to(tl.int64)
+    _early(early)
+    at = of_ranks + request * ranks * 2
+    most, found = tl.load(at), tl.load(at + 1)
+    for r in tl.static_range(1, ranks):
+        logit = tl.load(at + r * 2)
+        found = tl.where(logit > most, tl.load(at + r * 2 + 1), found)
+        most = tl.where(logit > most, logit, most)
+    # A pass that warms up before a capture is given no sum, and must not look up what memory holds.
+    found = tl.where(found >= 0.0, found, 0.0)  # of NaN, too
+    tl.store(token + request, tl.minimum(found, vocab - 1.0).to(tl.int64))
 
 
 @functools.cache
@@ -191,9 +222,39 @@ def largest(
         vocab: rows of the weight; the token is one of them whatever the logits are.
         names: the token of each row, ``[vocab]`` int64; by default the row's number.
     """
+    best = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    token = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    _find(logits, blocks, best, token, names, token, block, vocab)
+    return best, token
+
+
+def largest_of_rank(logits: Tensor, blocks: Tensor, block: int, vocab: int, rank: int, ranks: int) -> Tensor:
+    """``[num_reqs, ranks, 2]`` float32: the largest logit and its token in the place of this rank, zeros in others'.
+
+    The sum over all ranks is what :func:`largest_of_ranks` takes.
+
+    Args:
+        logits, blocks, vocab: as in :func:`largest`, of this rank's part of the vocabulary.
+        ranks: two or more, with parts of equal size, in order; ids are exact in float32.
+    """
+    found = torch.empty(len(logits), ranks, 2, dtype=torch.float32, device=logits.device)
+    _find(logits, blocks, found, blocks, None, found, block, vocab, rank, ranks)
+    return found
+
+
+def _find(
+    logits: Tensor,
+    blocks: Tensor,
+    best: Tensor,
+    token: Tensor,
+    names: Tensor | None,
+    of_ranks: Tensor,
+    block: int,
+    vocab: int,
+    rank: int = 0,
+    ranks: int = 1,
+) -> None:
     num_reqs, count = logits.shape
-    best = torch.empty(num_reqs, dtype=torch.float32, device=logits.device)
-    token = torch.empty(num_reqs, dtype=torch.int64, device=logits.device)
     early = _launched_early(logits.device)
     _largest[(num_reqs,)](
         logits,
@@ -201,12 +262,28 @@ def largest(
         best,
         token,
         names,
+        of_ranks,
         count,
         blocks.shape[1],
         vocab,
+        rank,
+        ranks,
         block,
         triton.next_power_of_2(count),
         early=early,
         launch_pdl=early,
     )
-    return best, token
+
+
+def largest_of_ranks(found: Tensor, vocab: int) -> Tensor:
+    """``[num_reqs]`` int64: the token of the rank with the largest logit, the first rank's of equal ones.
+
+    Args:
+        found: ``[num_reqs, ranks, 2]`` float32, the sum of all ranks' :func:`largest_of_rank`.
+        vocab: tokens of all ranks; the result is one of them whatever ``found`` is.
+    """
+    num_reqs, ranks, _ = found.shape
+    token = torch.empty(num_reqs, dtype=torch.int64, device=found.device)
+    early = _launched_early(found.device)
+    _largest_of_ranks[(num_reqs,)](found, token, vocab, ranks, early=early, launch_pdl=early)
+    return token

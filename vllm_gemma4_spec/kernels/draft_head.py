@@ -15,7 +15,13 @@ from torch import Tensor
 
 from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.kernels import small_batch_gemm
-from vllm_gemma4_spec.kernels.block_logits import block_maxima, chosen_logits, largest
+from vllm_gemma4_spec.kernels.block_logits import (
+    block_maxima,
+    chosen_logits,
+    largest,
+    largest_of_rank,
+    largest_of_ranks,
+)
 from vllm_gemma4_spec.kernels.packing import COLUMNS, pack
 
 BLOCK = 128  # token ids that are candidates together
@@ -50,21 +56,12 @@ class DraftHead:
         hidden = hidden.contiguous()
         keys = block_maxima(self._coarse(hidden), BLOCK)
         logits, blocks = chosen_logits(hidden, self.weight, keys, CANDIDATES, BLOCK)
-        best, token = largest(logits, blocks, BLOCK, len(self.weight))
-        return token if self._group is None else self._of_all_ranks(best.unsqueeze(-1), token.unsqueeze(-1))
-
-    def _of_all_ranks(self, logits: Tensor, token: Tensor) -> Tensor:
-        """The token of the rank with the largest logit; both are ``[num_reqs, 1]``.
-
-        The sum of vLLM's all-reduce gathers, since each rank adds zeros in the others' places: no NCCL in the graph.
-        """
-        rank, ranks, part = self._group.rank_in_group, self._group.world_size, self.weight.shape[0]
-        found = logits.new_zeros(len(logits), ranks, 2)
-        found[:, rank] = torch.cat([logits, (token + rank * part).to(logits.dtype)], -1)  # ids are exact in float32
-        found = self._group.all_reduce(found)
-        winner = found[..., 0].argmax(-1, keepdim=True)
-        # A pass that warms up before a capture is given no sum, and must not look up what memory holds.
-        return found[..., 1].gather(-1, winner).squeeze(-1).clamp(0, ranks * part - 1).long()
+        group, part = self._group, len(self.weight)
+        if group is None:
+            return largest(logits, blocks, BLOCK, part)[1]
+        # The sum of vLLM's all-reduce gathers, as each rank adds zeros in the others' places: no NCCL in the graph.
+        found = largest_of_rank(logits, blocks, BLOCK, part, group.rank_in_group, group.world_size)
+        return largest_of_ranks(group.all_reduce(found), group.world_size * part)
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
