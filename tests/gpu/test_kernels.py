@@ -159,3 +159,72 @@ def test_heads_are_what_float64_rounds_to() -> None:
     """Norms and rotary embedding of a layer's heads; a token's bits are the same among any number of others."""
     assert head_cases.wrong_heads("cuda", torch.bfloat16, (1, 4, 16, 64, 2048)) == []
     assert head_cases.wrong_caches("cuda", torch.bfloat16, (1, 4, 16, 64, 2048)) == []
+
+
+BF16_SHAPES = [
+    (8192, 1024, False),  # 31B's assistant: queries, outputs, gate and up, down, both projections
+    (1024, 16384, False),
+    (16384, 1024, True),
+    (1024, 4096, False),
+    (1024, 10752, False),
+    (5376, 1024, False),
+    (256, 2048, False),  # E4B's
+    (4096, 256, True),
+    (10752, 2560, False),  # E4B's per-layer inputs
+]
+
+
+@pytest.mark.parametrize("shape", BF16_SHAPES, ids=str)
+def test_bfloat16_rows(shape: tuple[int, int, bool], measured: Any) -> None:
+    """No further from float64 than cuBLAS's, whatever rows stand beside a row."""
+    from vllm_gemma4_spec.kernels import bf16_gemm
+
+    n, k, gelu = shape
+    torch.manual_seed(n)
+    weight = (torch.randn(n, k, device="cuda") / k**0.5).bfloat16()
+    assert bf16_gemm.suits(weight)
+    x = torch.randn(bf16_gemm.MOST_ROWS, k, device="cuda").bfloat16()
+    exact = x.double() @ weight.double().T
+    if gelu:
+        gate, up = exact.chunk(2, -1)
+        exact = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    worst = 0.0
+    for rows in range(1, len(x) + 1):
+        ours, theirs = (
+            float((call(x[:rows], weight, gelu).double() - exact[:rows]).norm() / exact[:rows].norm())
+            for call in (bf16_gemm.gemm, bf16_gemm._other)
+        )
+        worst = max(worst, ours / theirs)
+    measured(over_cublas=round(worst, 3))
+    assert worst < 1.1
+    for most in bf16_gemm.FORMS:
+        many = bf16_gemm.gemm(x[:most], weight, gelu)
+        assert torch.equal(bf16_gemm.gemm(x[: most - 3], weight, gelu), many[: most - 3]), f"other bits beside {most}"
+
+
+def test_bfloat16_rows_wait_for_what_they_read() -> None:
+    """Each GEMM starts before the one ahead has ended: replays of a chain have the bits of calls one by one."""
+    from vllm_gemma4_spec.kernels import bf16_gemm
+
+    torch.manual_seed(5)
+    weights = [(torch.randn(2048, 1024, device="cuda") / 32).bfloat16() for _ in range(12)]
+    weights += [(torch.randn(1024, 2048, device="cuda") / 45).bfloat16() for _ in range(12)]
+    x = torch.randn(3, 1024, device="cuda").bfloat16()
+
+    def chain(between: Any) -> torch.Tensor:
+        y = x
+        for up, down in zip(weights[:12], weights[12:], strict=True):
+            for weight in (up, down):
+                y = bf16_gemm.gemm(y, weight)
+                between()
+        return y
+
+    wanted = chain(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(lambda: None)
+    for _ in range(200):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, wanted)
+    assert float(wanted.float().norm()) > 1
