@@ -24,6 +24,8 @@ logger = logging.getLogger("vllm.plugins.gemma4_spec")
 OPERATOR = "gemma4_spec_bf16_linear"
 OURS = "bf16_rows"
 ROWS, COLUMNS = 16, 256  # outputs of a tile; what K is a multiple of
+# Tiles of 8 outputs would give few of them to all multiprocessors: 5.8 us alone for 8.3, but nothing in a chain, where
+# the next GEMM's weights come to those that idle (benchmarks/NOTES.md, change 139).
 WIDE = 4096  # outputs from which a warp takes two tiles: x is read half as often, and still every block has work
 
 
@@ -203,16 +205,15 @@ def choose(weight: Tensor, gelu: bool) -> None:
 
 
 def _times(weight: Tensor, gelu: bool) -> chosen_rows.Kernels:
-    """Of both, with a small kernel ahead, beside which ours asks for its weights; they come from memory."""
-    us = chosen_rows.clock(weight.device, calls=7)
+    """Of both between two small kernels, beside which ours may start and end; weights come from memory."""
+    us, (n, k) = chosen_rows.clock(weight.device, calls=7), weight.shape
+    before, after = (torch.ones(size, device=weight.device, dtype=weight.dtype) for size in (k, n // 2 if gelu else n))
     found: chosen_rows.Kernels = {}
     for rows in FORMS:
-        x = torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
-        by = torch.ones(weight.shape[1], device=weight.device, dtype=weight.dtype)
+        x = torch.randn(rows, k, device=weight.device, dtype=weight.dtype)
 
-        def call(kernel: Any, x: Tensor = x, by: Tensor = by) -> Tensor:
-            result: Tensor = kernel(stream_gemm.scaled_rows(x, by), weight, gelu)
-            return result
+        def call(kernel: Any, x: Tensor = x) -> Tensor:
+            return stream_gemm.scaled_rows(kernel(stream_gemm.scaled_rows(x, before), weight, gelu), after)
 
         found[rows] = {name: us(functools.partial(call, k)) for name, k in ((chosen_rows.OTHER, _other), (OURS, gemm))}
     return found
