@@ -25,7 +25,7 @@ OPERATOR = "gemma4_spec_bf16_linear"
 OURS = "bf16_rows"
 ROWS, COLUMNS = 16, 256  # outputs of a tile; what K is a multiple of
 # Tiles of 8 outputs would give few of them to all multiprocessors: 5.8 us alone for 8.3, but nothing in a chain, where
-# the next GEMM's weights come to those that idle (benchmarks/NOTES.md, change 139).
+# the next GEMM's weights come to those that idle (benchmarks/NOTES.md, change 138).
 WIDE = 4096  # outputs from which a warp takes two tiles: x is read half as often, and still every block has work
 
 
@@ -194,11 +194,11 @@ _chosen: dict[tuple[int, int, bool], int] = {}  # N, K, gelu -> rows up to which
 def choose(weight: Tensor, gelu: bool) -> None:
     """Find out which batches of such a weight the kernel takes, none if it cannot be measured."""
     n, k = weight.shape
-    shape = f"{n}x{k}, bfloat16" + ", gelu" * gelu
+    shape = f"{n}x{k}{chosen_rows.BFLOAT16}" + ", gelu" * gelu
     try:
         found = chosen_rows.fastest(shape, _maker(), lambda: _times(weight, gelu))
     except RuntimeError as error:  # no memory for it
-        logger.info("GEMM %s stays cuBLAS's: %s", shape, str(error).partition("\n")[0])
+        logger.info("%s stays cuBLAS's: %s", chosen_rows.named(shape), str(error).partition("\n")[0])
         return
     taken = [rows for rows in sorted(found) if found[rows] == OURS]
     _chosen[n, k, gelu] = max(taken, default=0)

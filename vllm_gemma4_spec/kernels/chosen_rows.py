@@ -1,6 +1,6 @@
-"""Which kernel takes which batches of a GEMM of NVFP4 weights: measured once per card and shape, kept in vLLM's cache.
+"""Which kernel takes which batches of a GEMM: measured once per card and shape, kept in vLLM's cache.
 
-A card that nobody tried is then not slower than with vLLM's Marlin alone.
+A card that nobody tried is then not slower than with vLLM's Marlin, or a drafter's cuBLAS, alone.
 
 - :func:`chosen`: the streaming kernel is compiled for several numbers of rows; each form gets its batches if it was
   faster than Marlin with the smallest and the largest; where it overlaps with the kernel ahead, if it was as fast.
@@ -32,7 +32,8 @@ _patience = 60.0  # seconds for which another process may measure
 Times = dict[int, tuple[float, float]]  # microseconds by rows, two of each form: streaming, Marlin
 Kernels = dict[int, dict[str, float]]  # microseconds by rows and by kernel; one of them is OTHER
 T = TypeVar("T")
-OTHER = "other"  # streaming or Marlin, as chosen() says
+OTHER = "other"  # streaming or Marlin, as chosen() says; cuBLAS
+BFLOAT16 = ", bfloat16"  # of a shape whose weights are not NVFP4
 
 
 def path() -> Path:
@@ -173,7 +174,7 @@ def _times(
                     times = measure()
                     _keep(file, name, shape, maker, times)
         _chosen[key] = times
-        logger.info("NVFP4 GEMM %s: %s", shape, say(times))
+        logger.info("%s: %s", named(shape), say(times))
     return _chosen[key]
 
 
@@ -257,6 +258,11 @@ def described_kernels(times: Kernels) -> str:
     who = ", ".join(f"{kernel} to {rows} rows" for kernel, rows in spans)
     us = ", ".join(f"{times[rows][kernel]:.1f}/{times[rows][OTHER]:.1f}" for kernel, rows in spans)
     return f"{who} ({us} us there, this and {OTHER})"
+
+
+def named(shape: str) -> str:
+    """What a GEMM is called in the log and by ``doctor``."""
+    return f"GEMM {shape}" if BFLOAT16 in shape else f"NVFP4 GEMM {shape}"
 
 
 def of_card(card: str) -> dict[str, str]:

@@ -28,7 +28,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vllm_gemma4_spec import scope, settings
 from vllm_gemma4_spec.mtp.graphs import AssistantGraphs, batch_sizes, capturable
 from vllm_gemma4_spec.mtp.invariants import check_draft
-from vllm_gemma4_spec.performance import compile_settings, head_norms
+from vllm_gemma4_spec.performance import compile_settings
 from vllm_gemma4_spec.performance.argmax import HEAD, head_of
 from vllm_gemma4_spec.performance.draft_graphs import GRAPHS
 from vllm_gemma4_spec.quantization import bf16_layers
@@ -71,15 +71,12 @@ class AssistantProposer(RunnerProposer):
 
     def _create_draft_vllm_config(self) -> VllmConfig:
         spec = self.speculative_config
-        made = replace(
+        return replace(
             super()._create_draft_vllm_config(),
             quant_config=None,  # the assistant's own, or none: VllmConfig reads it from the model's config
             parallel_config=replace(spec.draft_parallel_config, rank=self.vllm_config.parallel_config.rank),
             model_config=spec.draft_model_config,
         )
-        if made.model_config.dtype == torch.bfloat16 and compile_settings.card_takes_pdl():
-            compile_settings.mark(made, head_norms.MARK)
-        return made
 
     def _get_model(self) -> nn.Module:
         from vllm.compilation.backends import set_model_tag
@@ -88,7 +85,8 @@ class AssistantProposer(RunnerProposer):
         self._draft_config = self._create_draft_vllm_config()
         with set_model_tag(scope.DRAFT_GRAPH):
             model = get_model(vllm_config=self._draft_config, prefix="assistant")
-        bf16_layers.take(model)
+        if settings.patch_switch("draft-products").on():
+            bf16_layers.take(model)
         return model
 
     def load_model(self, target_model: nn.Module) -> None:
@@ -99,7 +97,7 @@ class AssistantProposer(RunnerProposer):
         embedding = language.model.embed_tokens
         # Without a LoRA adapter's part, whose kernels expect the rows of the target's step.
         self.model.model.embed_tokens = getattr(embedding, "base_layer", embedding)
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and settings.patch_switch("draft-argmax").on():
             setattr(self, HEAD, head_of(self.model))
         # One value and index per rank instead of all logits.
         self.use_local_argmax_reduction = True

@@ -77,10 +77,11 @@ DRAFT_PRODUCTS = Patch(
     "the 105 us of an E4B layer on an H200 (the per-layer-input gate alone 23).",
     how="NVFP4 layers of a draft model get a second copy of their weight, in the order of a CUDA kernel for up to 128 "
     "rows, compiled by NVRTC; gelu(gate) * up is part of it, and from Hopper on a layer's per-layer input is one "
-    "kernel or two, as measured. Larger batches stay on Marlin. Of a target's layers only an o_proj with a "
-    "pre_quant_scale takes the kernel (VLLM_GEMMA4_SPEC_SCALE_IN_PRODUCT).",
+    "kernel or two, as measured. Larger batches stay on Marlin. Its bfloat16 layers, and an assistant's, take a kernel "
+    "for up to 16 rows where it is faster than cuBLAS (Hopper, Blackwell B200). Of a target's layers only an o_proj "
+    "with a pre_quant_scale takes the NVFP4 kernel (VLLM_GEMMA4_SPEC_SCALE_IN_PRODUCT).",
     retire="A vLLM kernel for small-batch NVFP4 GEMMs.",
-    scope="Draft models that are a Gemma 4; o_proj layers with a pre_quant_scale of a Gemma 4 target.",
+    scope="Draft models and assistants that are a Gemma 4; o_proj layers with a pre_quant_scale of a Gemma 4 target.",
     related="none found",
     edits=(
         Edit(f"{_DRAFT_MODEL}._get_model", small_batch_layers.get_model),

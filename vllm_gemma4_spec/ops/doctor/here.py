@@ -134,7 +134,7 @@ def device() -> Iterator[Finding]:
         advice="its results are wrong in 0.19.1; unset the variable" if wrong else _nvfp4_reason(backend, capability),
     )
     for shape, chosen in chosen_rows.of_card(chosen_rows.card()).items():
-        yield Finding(section, f"NVFP4 GEMM {shape}", State.OK, chosen)
+        yield Finding(section, chosen_rows.named(shape), State.OK, chosen)
 
 
 def patches() -> Iterator[Finding]:
