@@ -110,11 +110,12 @@ def spreads(tiles: int, form: Form) -> bool:
     return form.wgmma and tiles >= SPREAD_FROM and not cuda.beside_others()
 
 
-def macros(tiles: int, scaled: bool, form: Form, rank: int = 0) -> dict[str, int]:
+def macros(tiles: int, scaled: bool, form: Form, rank: int = 0, gelu: bool = False) -> dict[str, int]:
     return {
         "MT": tiles,
         "SCALED": int(scaled),
         "RANK": rank,
+        "GELU": int(gelu),
         "STAGES": form.stages,
         "GROUPS": form.groups,
         "WGMMA": int(form.wgmma),
@@ -124,9 +125,9 @@ def macros(tiles: int, scaled: bool, form: Form, rank: int = 0) -> dict[str, int
     }
 
 
-def source(tiles: int, scaled: bool, form: Form, rank: int = 0) -> str:
+def source(tiles: int, scaled: bool, form: Form, rank: int = 0, gelu: bool = False) -> str:
     """The kernel's CUDA C++ for inputs of up to ``8 * tiles`` rows."""
-    return cuda.source("nvfp4_stream.cu", macros(tiles, scaled, form, rank), mma_async(tiles) * form.wgmma)
+    return cuda.source("nvfp4_stream.cu", macros(tiles, scaled, form, rank, gelu), mma_async(tiles) * form.wgmma)
 
 
 def shared_bytes(tiles: int, form: Form, rank: int = 0) -> int:
