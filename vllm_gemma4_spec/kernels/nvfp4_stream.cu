@@ -49,9 +49,9 @@ typedef unsigned long long u64;
 #define FEW (GROUPS == 1 ? 3 : 4)  // parts of a tile; with few and with many: items and parts that a warp loads at a time
 #define FEW_PARTS (GROUPS == 1 ? 10 : MT == 1 ? 2 : 4), FEW
 #define MANY_PARTS (GROUPS == 1 ? 3 : MT == 1 || SPREAD ? 2 : 4), (MT == 1 || SPREAD ? 8 : 4)
-#define BOTH_FEW (GROUPS == 1 ? 6 : 4)  // parts of a pair of tiles, as FEW of one
-#define BOTH_FEW_PARTS (GROUPS == 1 ? 6 : MT == 1 ? 2 : 4), BOTH_FEW, false
-#define BOTH_MANY_PARTS 2, 8, true
+#define BOTH_FEW (SPREAD ? 5 : 4)  // parts of a pair of tiles; items and parts that a warp loads at a time, as above
+#define BOTH_FEW_PARTS (GROUPS == 1 ? 7 : SPREAD ? 3 : MT == 1 ? 2 : 4), BOTH_FEW
+#define BOTH_MANY_PARTS (GROUPS == 1 ? 4 : 2), (GROUPS == 1 ? 6 : SPREAD ? 7 : 8)
 #define TOGETHER (1 + GELU)  // tiles that are added up together
 #define THREADS (WARPS * 32 + COPIERS)
 #define CODES_AT 0
@@ -457,8 +457,8 @@ __device__ __forceinline__ Parts parts_of(int pair, int first, int last, int per
     return {first + pair * 2, ends - first + 1, begins - ends, last - first + 2 - (begins - ends)};
 }
 
-// As add_parts, of both tiles: MORE than DEEP parts, or no more.
-template <int ITEMS, int DEEP, bool MORE>
+// As add_parts, of both tiles; ONCE: there are no more than DEEP parts.
+template <bool ONCE, int ITEMS, int DEEP>
 __device__ __forceinline__ void add_both(const Results& of, int pair, const Parts& parts, int begin, int apart, int items) {
 #pragma unroll 1
     for (int item = begin; item < items; item += ITEMS * apart) {
@@ -466,7 +466,7 @@ __device__ __forceinline__ void add_both(const Results& of, int pair, const Part
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) gate[i] = up[i] = make_float4(0, 0, 0, 0);
 #pragma unroll 1
-        for (int p = 0; p < (MORE ? parts.count : 1); p += DEEP) {
+        for (int p = 0; p < (ONCE ? 1 : parts.count); p += DEEP) {
             float4 v[DEEP][ITEMS];
 #pragma unroll
             for (int d = 0; d < DEEP; d++)
@@ -492,8 +492,8 @@ __device__ __forceinline__ void add_both(const Results& of, int pair, const Part
 
 __device__ __forceinline__ void add_pair(const Results& of, int pair, const Parts& parts, int begin, int apart) {
     const int items = (of.rows + 7) / 8 * 2;
-    if (parts.count > BOTH_FEW) add_both<BOTH_MANY_PARTS>(of, pair, parts, begin, apart, items);
-    else add_both<BOTH_FEW_PARTS>(of, pair, parts, begin, apart, items);
+    if (parts.count > BOTH_FEW) add_both<false, BOTH_MANY_PARTS>(of, pair, parts, begin, apart, items);
+    else add_both<true, BOTH_FEW_PARTS>(of, pair, parts, begin, apart, items);
 }
 #endif
 
