@@ -55,12 +55,12 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Any:
     source = Path(str(resources.files("vllm_gemma4_spec.kernels").joinpath("nvfp4_stream.cu")))
     built: dict[Any, ctypes.CDLL] = {}
 
-    def get(tiles: int, scaled: bool, form: Form, rank: int = 0) -> ctypes.CDLL:
-        key = (tiles, scaled, form, rank)
+    def get(tiles: int, scaled: bool, form: Form, rank: int = 0, gelu: bool = False) -> ctypes.CDLL:
+        key = (tiles, scaled, form, rank, gelu)
         if key not in built:
             out = folder / f"stream-{len(built)}.so"
             flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
-            macros = [f"-D{k}={v}" for k, v in stream_gemm.macros(tiles, scaled, form, rank).items()]
+            macros = [f"-D{k}={v}" for k, v in stream_gemm.macros(tiles, scaled, form, rank, gelu).items()]
             macros.append(f'-DNVFP4_STREAM_SOURCE="{source}"')
             subprocess.run([compiler, *flags, *macros, str(HERE / "stream_on_host.cpp"), "-o", str(out)], check=True)
             built[key] = ctypes.CDLL(str(out))
@@ -83,10 +83,11 @@ def run(
     form: Form = FORM,
     tiles: int | None = None,
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    gelu: bool = False,
 ) -> torch.Tensor:
     tiles, k = tiles or stream_gemm.tiles_for(len(x)), x.shape[1]
-    y = torch.full((len(x), n), torch.nan, dtype=torch.bfloat16)
-    partial = torch.full((blocks * 2 * tiles * 2048,), torch.nan)
+    y = torch.full((len(x), n // 2 if gelu else n), torch.nan, dtype=torch.bfloat16)
+    partial = torch.full((stream_gemm.parts(blocks, n, gelu) * tiles * 2048 + 1,), torch.nan)
     arrivals = torch.zeros(-(-n // 256) * 8, dtype=torch.int32)
     rank = low_rank[0].shape[0] if low_rank else 0
     branch = torch.full((stream_gemm.SLICES * tiles * 8 * max(rank, 1),), torch.nan)
@@ -97,7 +98,8 @@ def run(
         for t in (words, scales, x, x if pre is None else pre, y, shift, partial, arrivals)
     ]
     more = [ctypes.c_void_p(of.data_ptr()) for of in (*(low_rank or (x, x)), branch, t, met)]
-    get(tiles, pre is not None, form, rank).run(*pointers, len(x), n, k, blocks, *more)
+    get(tiles, pre is not None, form, rank, gelu).run(*pointers, len(x), n, k, blocks, *more)
+    assert partial[-1].isnan()  # nothing behind what is reserved
     assert not arrivals.any()  # ready for the next GEMM
     assert not met.any()
     return y
@@ -150,6 +152,90 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(libraries: Any) -> No
     whole = run(libraries, x, packed, 256, 2)
     for rows in (1, 6):
         assert torch.equal(run(libraries, x[:rows].contiguous(), packed, 256, 2), whole[:rows]), rows
+
+
+LARGE = Form(3, groups=1, wgmma=True)
+DEEP = Form(4, wgmma=True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "blocks", "form"),
+    [
+        (1, 512, 384, 2, FORM),  # a block each for gate and up
+        (5, 1024, 384, 3, FORM),  # shares end within tiles; the middle one has the ends of two pairs
+        pytest.param(1, 512, 384, 1, FORM, marks=SLOW),  # a pair of one block
+        pytest.param(8, 512, 384, 3, FORM, marks=SLOW),  # three blocks
+        (8, 1536, 192, 2, FORM),  # whole tiles and a whole pair within a share; the last stage is not whole
+        pytest.param(8, 512, 1024, 12, FORM, marks=SLOW),  # as many parts as are loaded in two rounds
+        (16, 1024, 384, 3, WGMMA),
+        pytest.param(16, 1536, 192, 2, WGMMA, marks=SLOW),
+        pytest.param(16, 512, 640, 5, WGMMA, marks=SLOW),
+        pytest.param(33, 1024, 384, 3, WGMMA, marks=SLOW),
+        (43, 1024, 384, 3, WGMMA),  # all blocks of a pair add up
+        pytest.param(33, 1536, 192, 2, WGMMA, marks=SLOW),
+        pytest.param(48, 512, 1024, 8, WGMMA, marks=SLOW),
+        pytest.param(64, 1536, 192, 2, WGMMA, marks=SLOW),  # a pair that is one block's alone
+        pytest.param(64, 1024, 448, 7, WGMMA, marks=SLOW),
+        pytest.param(65, 1024, 384, 3, LARGE, marks=SLOW),
+        pytest.param(80, 1536, 192, 2, LARGE, marks=SLOW),
+        pytest.param(128, 512, 896, 7, LARGE, marks=SLOW),
+        pytest.param(30, 1024, 384, 3, FORM, marks=SLOW),
+        pytest.param(50, 1024, 384, 3, FORM, marks=SLOW),
+    ],
+)
+def test_the_kernel_gives_the_activation(libraries: Any, rows: int, n: int, k: int, blocks: int, form: Form) -> None:
+    torch.manual_seed(rows)
+    codes, scale = weight(n, k)
+    x = torch.randn(rows, k).bfloat16() * 0.05  # a gate of some units: beyond, gelu is the identity or zero
+    gate, up = (x.double() @ dequantized(codes, scale).T * GLOBAL_SCALE).chunk(2, 1)
+    wanted = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    got = run(libraries, x, marlin(codes, scale), n, blocks, form=form, gelu=True).double()
+    error = (got - wanted).norm() / wanted.norm()
+    rounded = torch.nn.functional.gelu(gate.bfloat16().double(), approximate="tanh") * up.bfloat16().double()
+    least = (rounded.bfloat16().double() - wanted).norm() / wanted.norm()
+    assert error < 1.2 * least, f"{error:.1e} for {least:.1e}"
+    assert least < 6e-3
+
+
+@pytest.mark.parametrize(
+    ("form", "tiles", "n", "blocks"),
+    [
+        (WGMMA, 2, 1024, 3),
+        (WGMMA, 6, 1024, 3),
+        pytest.param(WGMMA, 8, 1024, 3, marks=SLOW),
+        pytest.param(WGMMA, 4, 1536, 2, marks=SLOW),
+        pytest.param(WGMMA, 8, 1536, 2, marks=SLOW),
+        pytest.param(WGMMA, 8, 512, 7, marks=SLOW),
+        pytest.param(FORM, 4, 1024, 3, marks=SLOW),
+        pytest.param(FORM, 8, 1024, 3, marks=SLOW),
+    ],
+)
+def test_a_row_has_the_same_bits_with_an_activation(
+    libraries: Any, form: Form, tiles: int, n: int, blocks: int
+) -> None:
+    torch.manual_seed(0)
+    codes, scale = weight(n, 896)
+    x, packed = torch.randn(tiles * 8, 896).bfloat16() * 0.05, marlin(codes, scale)
+    whole = run(libraries, x, packed, n, blocks, form=form, tiles=tiles, gelu=True)
+    for rows in (1, 5, 8):
+        few = run(libraries, x[:rows].contiguous(), packed, n, blocks, gelu=True)
+        assert torch.equal(few, whole[:rows]), rows
+
+
+def test_no_two_parts_of_a_pair_share_memory() -> None:
+    """A part lies where its block and its tile, added, say; of a pair they lie behind each other but for one gap."""
+    for n, per_tile, blocks in ((512, 3, 1), (512, 3, 5), (1536, 2, 2), (1536, 7, 5), (43008, 42, 132), (2048, 1, 5)):
+        tiles = n // 256
+        units = tiles * per_tile
+        ends = [units * b // blocks for b in range(blocks + 1)]
+        at = [
+            b + tile
+            for b in range(blocks)
+            for tile in range(ends[b] // per_tile, -(-ends[b + 1] // per_tile))
+            if ends[b + 1] > ends[b]
+        ]
+        assert len(set(at)) == len(at)
+        assert max(at) < stream_gemm.parts(blocks, n, gelu=True)
 
 
 def branch(n: int, k: int, rank: int = stream_gemm.RANK) -> tuple[torch.Tensor, torch.Tensor]:

@@ -36,6 +36,10 @@ def _drafter() -> Iterator[None]:
         _loading_drafter = False
 
 
+def loading_drafter() -> bool:
+    return _loading_drafter
+
+
 def get_model(original: Callable[..., Module]) -> Callable[..., Module]:
     """``DraftModelProposer._get_model``: layers loaded meanwhile are the drafter's.
 
@@ -95,10 +99,13 @@ def _fuse_per_layer_input(graph: fx.GraphModule) -> None:
 
 
 def _fuse_activation(mlp: Module) -> None:
-    """Let the kernel of gate and up give ``gelu(gate) * up``: one kernel less per layer."""
+    """Let the kernels of gate and up give ``gelu(gate) * up``: one kernel less per layer."""
+    from vllm_gemma4_spec.quantization import stream_layers
+
     layer = mlp.gate_up_proj
     if getattr(layer, "rows_codes", None) is not None and layer.svdquant_lora_a is None:
         layer.rows_gelu = True
+        stream_layers.fuse_activation(layer)
         mlp.act_fn = torch.nn.Identity()
         choose(layer)
 
@@ -169,4 +176,5 @@ def linear(layer: Module, x: Tensor) -> Tensor:
         layer.streamed,
         layer.output_size_per_partition,
         layer.rows_gelu,
+        layer.stream_gelu,
     )
