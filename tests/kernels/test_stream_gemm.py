@@ -155,7 +155,6 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(libraries: Any) -> No
 
 
 LARGE = Form(3, groups=1, wgmma=True)
-DEEP = Form(4, wgmma=True)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +364,7 @@ def test_the_gemm_multiplies_up_to_8_rows(monkeypatch: pytest.MonkeyPatch, rows:
     monkeypatch.setattr(stream_gemm.cuda, "weight_map", lambda *_: None)
     monkeypatch.setattr(stream_gemm.cuda, "recent_map", lambda address, *_: address)
     stream_gemm.stream_gemm(x, pre, pre, pre, pre, 256)
-    ((tiles, scaled, _, _, args),) = called
+    ((tiles, scaled, _, _, _, args),) = called
     assert tiles == form
     assert scaled is (args[2] is x) is inside
 
@@ -377,7 +376,7 @@ def test_batch_invariant_is_every_batch_in_the_same_order(
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", str(int(invariant)))
     monkeypatch.setattr(stream_gemm, "forms", lambda: stream_gemm.WGMMA_FORMS)
     monkeypatch.setattr(stream_gemm.chosen_rows, "chosen", lambda *_: 0b1000)
-    monkeypatch.setattr(stream_gemm, "_maker", lambda: "")
+    monkeypatch.setattr(stream_gemm, "_maker", lambda _: "")
     layer: Any = SimpleNamespace(output_size_per_partition=4, input_size_per_partition=4)
     assert stream_gemm.faster(layer) == (stream_gemm.ALL if invariant else 0b1000)
     for rows, expected in zip((128, 65, 64), parts, strict=True):
@@ -416,8 +415,9 @@ def test_blocks_do_not_wait_for_each_other_beside_others(monkeypatch: pytest.Mon
     codes, scale = weight(512, 384)
     x, packed = torch.randn(43, 384).bfloat16(), marlin(codes, scale)
     deep = Form(4, wgmma=True)  # another ring than elsewhere: a library of its own
-    found = run(libraries, x, packed, 512, 3, form=deep)
-    assert torch.equal(found[:7], run(libraries, x[:7].contiguous(), packed, 512, 3))
+    for gelu in (False, True):
+        found = run(libraries, x, packed, 512, 3, form=deep, gelu=gelu)
+        assert torch.equal(found[:7], run(libraries, x[:7].contiguous(), packed, 512, 3, gelu=gelu))
 
 
 def test_without_mps_they_do() -> None:
@@ -448,6 +448,61 @@ def test_a_branch_that_the_kernel_does_not_take_stays_outside(
     assert len(said) == 1
     assert says in said[0]
     assert "\n" not in said[0]
+
+
+def test_an_activation_that_does_not_compile_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def refuses(*_: Any, gelu: bool) -> None:
+        raise RuntimeError("no card\nand more")
+
+    monkeypatch.setattr(stream_gemm, "compile_forms", refuses)
+    monkeypatch.setattr(stream_gemm.logger, "info", lambda text, *values: said.append(text % values))
+    stream_gemm.gelu_available.cache_clear()
+    try:
+        assert not stream_gemm.gelu_available()
+        assert not stream_gemm.gelu_available()
+    finally:
+        stream_gemm.gelu_available.cache_clear()
+    assert said == ["Activations stay out of the NVFP4 GEMM: no card"]
+
+
+def test_every_batch_of_a_fused_layer_has_its_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.quantization.utils import marlin_utils_fp4
+
+    torch.manual_seed(0)
+    x, w = torch.randn(2, 40, 64), torch.randn(1024, 64)
+    gate, up = (x @ w.T).chunk(2, -1)
+    streamed: list[bool] = []
+
+    def activation(out: torch.Tensor, y: torch.Tensor) -> None:
+        out.copy_(torch.nn.functional.gelu(y[:, :512], approximate="tanh") * y[:, 512:])
+
+    def streams(part: torch.Tensor, *how: Any) -> torch.Tensor:
+        streamed.append(how[-1])
+        out = part.new_empty(len(part), 512)
+        activation(out, part @ w.T)
+        return out
+
+    monkeypatch.setattr(marlin_utils_fp4, "apply_fp4_marlin_linear", lambda flat, *_: flat @ w.T)
+    monkeypatch.setattr(torch.ops._C, "gelu_tanh_and_mul", activation, raising=False)
+    monkeypatch.setattr(stream_gemm, "forms", lambda: stream_gemm.WGMMA_FORMS)
+    monkeypatch.setattr(stream_gemm, "stream_gemm", streams)
+    nothing = torch.ones(1)
+    stream_gemm.register_operator()
+    operator = torch.ops.vllm.gemma4_spec_stream_linear
+    for mask, count in ((0, 0), (stream_gemm.ALL, 1)):
+        y = operator(x, None, nothing, nothing, nothing, nothing, 1024, mask, None, None, True)
+        torch.testing.assert_close(y, torch.nn.functional.gelu(gate, approximate="tanh") * up)
+        assert streamed == [True] * count
+    given = (x, None, nothing, nothing, nothing, nothing, 1024, 0)
+    assert stream_gemm._linear_shape(*given, None, None, True).shape == y.shape
+    assert stream_gemm._linear_shape(*given).shape == (2, 40, 1024)
+
+
+def test_halves_of_whole_tiles() -> None:
+    shapes = {43008: True, 21504: True, 10752: True, 5376: False, 4224: False, 20480: True, 512: True, 256: False}
+    assert {n: stream_gemm.halves_are_tiles(n) for n in shapes} == shapes
 
 
 def test_a_batch_on_marlin_has_its_branch_too(monkeypatch: pytest.MonkeyPatch) -> None:
