@@ -389,9 +389,8 @@ def _times(layer: Module, gelu: bool) -> chosen_rows.Kernels:
     found: chosen_rows.Kernels = {}
     for rows, forms in tried.items():
         x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
-        here = found[rows] = {
-            chosen_rows.OTHER: us(functools.partial(_other, x, None, marlin, n, layer.streamed, gelu, layer.stream_gelu))
-        }
+        other = functools.partial(_other, x, None, marlin, n, layer.streamed, gelu, layer.stream_gelu)
+        here = found[rows] = {chosen_rows.OTHER: us(other)}
         # Of forms that are as fast alone the one with fewer chunks: others read the weights once more each.
         for form in sorted(forms, key=lambda form: form.chunks(rows)):
             _make_room(n, k, {rows: form}, gelu, device)

@@ -2,7 +2,8 @@
 
 It takes the batches in which it is the faster one, or as fast and launched early (``chosen_rows``), and leaves the
 others to Marlin; there is no second copy of a weight. A low-rank branch (SVDQuant) is computed meanwhile and added to
-the sums; the activation of a gate and an up projection is part of it. Up to 64 rows a row's result has the same bits whatever rows stand beside it, which Marlin's has not.
+the sums; what it gives of gate and up projections may be ``gelu(gate) * up``. Up to 64 rows a row's result has the same
+bits whatever rows stand beside it, which Marlin's has not.
 """
 
 from __future__ import annotations
@@ -180,7 +181,8 @@ def stream_gemm(
             ``low_rank``.
 
     Returns:
-        ``[rows, N]`` bfloat16, or ``[rows, N / 2]`` with ``gelu``; up to 64 rows a row has the same bits whatever rows stand beside it.
+        ``[rows, N]`` bfloat16, or ``[rows, N / 2]`` with ``gelu``; up to 64 rows a row has the same bits whatever rows
+        stand beside it.
     """
     tiles = tiles_for(x.shape[0], forms())
     return launch(tiles, forms()[tiles], x, pre_quant_scale, weight, weight_scale, global_scale, n, low_rank, gelu)
@@ -287,7 +289,10 @@ def _times(layer: Module, gelu: bool = False) -> chosen_rows.Times:
 def faster(layer: Module, gelu: bool = False) -> int:
     """Which forms take their batches, of a layer that suits and is ready; bit i is the i-th of :func:`forms`.
 
-    With ``gelu`` of those that give the activation, too. With ``VLLM_BATCH_INVARIANT=1`` all, whatever they take: Marlin's order of additions depends on the batch.
+    With ``VLLM_BATCH_INVARIANT=1`` all, whatever they take: Marlin's order of additions depends on the batch.
+
+    Args:
+        gelu: of the forms that give the activation, too.
     """
     import vllm.envs
 
@@ -431,7 +436,7 @@ def branch_available(rank: int, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def gelu_available() -> bool:
-    """Whether the forms that give the activation compile; if not, the log says once why: it stays a kernel of its own."""
+    """Whether the forms that give the activation compile; if not, the log says once why, and it stays a kernel."""
     try:
         compile_forms((False, 0), gelu=True)
     except (ImportError, RuntimeError) as error:
