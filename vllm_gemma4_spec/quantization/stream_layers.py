@@ -58,7 +58,7 @@ def fuse_activations(model: Module) -> None:
     Not where adapters of LoRA add to their outputs, which the activation must come behind.
     """
     config = scope.current_config()
-    if not scope.gemma4_engine(config) or config.lora_config is not None or small_batch_layers.loading_drafter():
+    if not scope.gemma4_engine(config) or getattr(config, "lora_config", None) or small_batch_layers.loading_drafter():
         return  # a drafter's layers have a kernel for their smallest batches, see small_batch_layers
     for module in model.modules():
         layer = getattr(module, "gate_up_proj", None)
