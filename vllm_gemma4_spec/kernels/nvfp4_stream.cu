@@ -742,6 +742,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
     const u32 codes_at = kept(base + CODES_AT + part_n / 2 * 512 + lane * 16 + outputs / 4 % 16);
     const u32 scales_at = kept(base + SCALES_AT + part_n / 2 * 64 + g * 8 + outputs / 8 % 8);
     const u32 top = hidden(0x70007000u, (u32)rows >> 31);
+    // A multiplication: with GELU ptxas shifts on the unit that decoding keeps busy, else it multiplies by itself.
+    const u32 sixteen = GELU ? hidden(16u, (u32)rows >> 31) : 16u;
 #if WGMMA
     const u32 x_at_16 = (base + X_AT) >> 4;
 #else
@@ -792,7 +794,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
 #pragma unroll
         for (int q = 0; q < 2; q++) {
             const u32 word = q ? words.y : words.x, high = shift_right_8(word);
-            const u32 both = scales_of(q ? bytes >> 4 : bytes << 4, top);
+            const u32 both = scales_of(q ? bytes >> 4 : bytes * sixteen, top);
             a[q][0] = times_low(decode_even(word), both);
             a[q][1] = times_high(decode_even(high), both);
             a[q][2] = times_low(decode_odd(word), both);
