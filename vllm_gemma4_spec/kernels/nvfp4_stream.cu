@@ -49,9 +49,9 @@ typedef unsigned long long u64;
 #define FEW (GROUPS == 1 ? 3 : 4)  // parts of a tile; with few and with many: items and parts that a warp loads at a time
 #define FEW_PARTS (GROUPS == 1 ? 10 : MT == 1 ? 2 : 4), FEW
 #define MANY_PARTS (GROUPS == 1 ? 3 : MT == 1 || SPREAD ? 2 : 4), (MT == 1 || SPREAD ? 8 : 4)
-#define BOTH_FEW (SPREAD ? 5 : 4)  // parts of a pair of tiles; items and parts that a warp loads at a time, as above
-#define BOTH_FEW_PARTS (GROUPS == 1 ? 7 : SPREAD ? 3 : MT == 1 ? 2 : 4), BOTH_FEW
-#define BOTH_MANY_PARTS (GROUPS == 1 ? 4 : 2), (GROUPS == 1 ? 6 : SPREAD ? 7 : 8)
+#define BOTH_FEW (GROUPS == 1 ? 5 : 4)  // parts of a pair of tiles; items and parts that a warp loads at a time, as above
+#define BOTH_FEW_PARTS (GROUPS == 1 ? 7 : MT >= 6 ? 3 : MT == 1 ? 2 : 4), BOTH_FEW
+#define BOTH_MANY_PARTS (GROUPS == 1 ? 4 : 2), (MT >= 6 ? 6 : 8)
 #define TOGETHER (1 + GELU)  // tiles that are added up together
 #define THREADS (WARPS * 32 + COPIERS)
 #define CODES_AT 0
@@ -457,6 +457,8 @@ __device__ __forceinline__ Parts parts_of(int pair, int first, int last, int per
     return {first + pair * 2, ends - first + 1, begins - ends, last - first + 2 - (begins - ends)};
 }
 
+__device__ __forceinline__ void add(float4& to, const float4& v) { to.x += v.x, to.y += v.y, to.z += v.z, to.w += v.w; }
+
 // As add_parts, of both tiles; ONCE: there are no more than DEEP parts.
 template <bool ONCE, int ITEMS, int DEEP>
 __device__ __forceinline__ void add_both(const Results& of, int pair, const Parts& parts, int begin, int apart, int items) {
@@ -476,13 +478,15 @@ __device__ __forceinline__ void add_both(const Results& of, int pair, const Part
                     v[d][i] = __ldcg(of.part_at(parts[p + d < parts.count ? p + d : parts.count - 1], one < items ? one : item));
                 }
 #pragma unroll
-            for (int d = 0; d < DEEP; d++)
+            for (int d = 0; d < DEEP; d++) {
+                if (p + d < parts.gates) {
 #pragma unroll
-                for (int i = 0; i < ITEMS; i++) {
-                    const float4& b = v[d][i];
-                    if (p + d < parts.gates) gate[i].x += b.x, gate[i].y += b.y, gate[i].z += b.z, gate[i].w += b.w;
-                    else if (p + d < parts.count) up[i].x += b.x, up[i].y += b.y, up[i].z += b.z, up[i].w += b.w;
+                    for (int i = 0; i < ITEMS; i++) add(gate[i], v[d][i]);
+                } else if (p + d < parts.count) {
+#pragma unroll
+                    for (int i = 0; i < ITEMS; i++) add(up[i], v[d][i]);
                 }
+            }
         }
 #pragma unroll
         for (int i = 0; i < ITEMS; i++)
