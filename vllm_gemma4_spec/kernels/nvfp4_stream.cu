@@ -50,8 +50,8 @@ typedef unsigned long long u64;
 #define FEW_PARTS (GROUPS == 1 ? 10 : MT == 1 ? 2 : 4), FEW
 #define MANY_PARTS (GROUPS == 1 ? 3 : MT == 1 || SPREAD ? 2 : 4), (MT == 1 || SPREAD ? 8 : 4)
 #define BOTH_FEW (GROUPS == 1 ? 5 : 4)  // parts of a pair of tiles; items and parts that a warp loads at a time, as above
-#define BOTH_FEW_PARTS (GROUPS == 1 ? 7 : MT >= 6 ? 3 : MT == 1 ? 2 : 4), BOTH_FEW
-#define BOTH_MANY_PARTS (GROUPS == 1 ? 4 : 2), (MT >= 6 ? 6 : 8)
+#define BOTH_FEW_PARTS (GROUPS == 1 ? 7 : MT == 1 || !WGMMA ? 2 : MT >= 6 ? 3 : 4), BOTH_FEW
+#define BOTH_MANY_PARTS (GROUPS == 1 ? 4 : 2), (MT >= 6 || !WGMMA && MT > 1 ? 6 : 8)
 #define TOGETHER (1 + GELU)  // tiles that are added up together
 #define THREADS (WARPS * 32 + COPIERS)
 #define CODES_AT 0

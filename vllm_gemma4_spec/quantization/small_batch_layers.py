@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from torch.nn import Module, Parameter
 
 from vllm_gemma4_spec import scope, settings
+from vllm_gemma4_spec.quantization import activations
 
 _NAMES = ("rows_codes", "rows_scales", "rows_global_scale")
 _loading_drafter = False
@@ -100,12 +101,10 @@ def _fuse_per_layer_input(graph: fx.GraphModule) -> None:
 
 def _fuse_activation(mlp: Module) -> None:
     """Let the kernels of gate and up give ``gelu(gate) * up``: one kernel less per layer."""
-    from vllm_gemma4_spec.quantization import stream_layers
-
     layer = mlp.gate_up_proj
     if getattr(layer, "rows_codes", None) is not None and layer.svdquant_lora_a is None:
         layer.rows_gelu = True
-        stream_layers.fuse_activation(layer)
+        activations.fuse(layer)
         mlp.act_fn = torch.nn.Identity()
         choose(layer)
 

@@ -6,14 +6,12 @@ smallest batches, and stream in those that are too large for it: its first pass 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from vllm_gemma4_spec import scope, settings
-from vllm_gemma4_spec.quantization import compile_key, small_batch_layers
+from vllm_gemma4_spec.quantization import activations, small_batch_layers
 from vllm_gemma4_spec.quantization.small_batch_layers import scale_stands_alone
 
 
@@ -22,7 +20,7 @@ def prepare(layer: Module) -> None:
 
     Sets ``streamed``, the batches that stream (``stream_gemm.faster``; 0: it stays Marlin's), ``stream_scaled``,
     whether the kernel multiplies by ``pre_quant_scale``, and ``stream_branch``, whether it adds the low-rank branch.
-    :func:`fuse_activation` sets ``stream_gelu`` later.
+    ``activations.fuse`` sets ``stream_gelu`` later.
     """
     from vllm_gemma4_spec.kernels import stream_gemm
 
@@ -64,30 +62,8 @@ def fuse_activations(model: Module) -> None:
         layer = getattr(module, "gate_up_proj", None)
         if type(module).__name__ != "Gemma4MLP" or getattr(layer, "rows_codes", None) is not None:
             continue
-        if fuse_activation(layer):
+        if activations.fuse(layer):
             module.act_fn = torch.nn.Identity()
-
-
-def fuse_activation(layer: Any) -> bool:
-    """Whether the activation behind a layer that has been loaded is part of its streaming GEMM from now on.
-
-    Not where fewer batches would stream then. All ranks read the same times, so they agree.
-    """
-    from vllm_gemma4_spec.kernels import stream_gemm
-
-    streamed = getattr(layer, "streamed", 0)
-    if not streamed or layer.stream_scaled or layer.svdquant_lora_a is not None:
-        return False
-    n, k = layer.output_size_per_partition, layer.input_size_per_partition
-    if not stream_gemm.halves_are_tiles(n) or not stream_gemm.gelu_available():
-        return False
-    stream_gemm.reserve(n, k, layer.weight.device, gelu=True)
-    fused = stream_gemm.faster(layer, gelu=True)
-    if fused & streamed != streamed:
-        return False
-    layer.streamed, layer.stream_gelu = fused, True
-    compile_key.add(getattr(scope.current_config(), "additional_config", None), f"{layer.prefix} gelu {fused}")
-    return True
 
 
 def linear(layer: Module, x: Tensor) -> Tensor:
