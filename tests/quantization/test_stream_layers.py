@@ -28,7 +28,7 @@ class Gemma4MLP(torch.nn.Module):
         layer.rows_codes = layer.svdquant_lora_a = layer.pre_quant_scale = None
         layer.streamed, layer.stream_wanted = ALONE, True
         layer.stream_scaled = layer.stream_branch = layer.stream_gelu = False
-        layer.modelopt_checked = True
+        layer.modelopt_checked, layer.modelopt_additional = True, scope.current_config().additional_config
         for name, value in other.items():
             setattr(layer, name, value)
         self.gate_up_proj, self.act_fn = layer, torch.nn.ReLU()
@@ -40,6 +40,7 @@ class Gemma4VisionMLP(Gemma4MLP):
 
 @pytest.fixture(autouse=True)
 def config(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The current one."""
     made = vllm_config(additional_config={}, lora_config=None)
     monkeypatch.setattr(scope, "current_config", lambda: made)
     monkeypatch.setattr(stream_gemm, "gelu_available", lambda: True)
@@ -69,18 +70,19 @@ def test_a_targets_gate_and_up_give_the_activation(config: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "mlp",
+    ("kind", "other"),
     [
-        Gemma4MLP(streamed=0),
-        Gemma4MLP(n=4224),  # 26B-A4B's dense MLP
-        Gemma4MLP(svdquant_lora_a=torch.ones(1)),
-        Gemma4MLP(stream_scaled=True),
-        Gemma4MLP(rows_codes=torch.ones(1)),
-        Gemma4VisionMLP(),
+        (Gemma4MLP, {"streamed": 0}),
+        (Gemma4MLP, {"n": 4224}),  # 26B-A4B's dense MLP
+        (Gemma4MLP, {"svdquant_lora_a": torch.ones(1)}),
+        (Gemma4MLP, {"stream_scaled": True}),
+        (Gemma4MLP, {"rows_codes": torch.ones(1)}),
+        (Gemma4VisionMLP, {}),
     ],
     ids=["Marlin's", "narrow", "branch", "scaled inside", "copied", "tower"],
 )
-def test_others_keep_theirs(config: Any, mlp: Any) -> None:
+def test_others_keep_theirs(config: Any, kind: Any, other: dict[str, Any]) -> None:
+    mlp = kind(**other)
     load(mlp)
     assert not fused(mlp)
     assert mlp.gate_up_proj.streamed in (0, ALONE)
@@ -101,8 +103,8 @@ def test_an_adapter_adds_before_the_activation(config: Any) -> None:
 
 
 def test_another_models_layers_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scope, "current_config", lambda: vllm_config(LLAMA, LLAMA))
     mlp = Gemma4MLP()
+    monkeypatch.setattr(scope, "current_config", lambda: vllm_config(LLAMA, LLAMA))
     load(mlp)
     assert not fused(mlp)
 
@@ -112,6 +114,13 @@ def test_weights_of_another_format_are_left_alone() -> None:
     del mlp.gate_up_proj.modelopt_checked
     load(mlp)
     assert not fused(mlp)
+
+
+def test_a_drafters_graph_has_a_key_of_its_own(config: Any) -> None:
+    mlp = Gemma4MLP(modelopt_additional={})  # vLLM copies a config whose parts it replaces
+    load(mlp)
+    assert list(mlp.gate_up_proj.modelopt_additional) == [compile_key._KEY]
+    assert config.additional_config == {}
 
 
 def test_a_drafters_layers_wait_for_their_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

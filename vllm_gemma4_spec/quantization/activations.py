@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_gemma4_spec import scope
 from vllm_gemma4_spec.quantization import compile_key
 
 
@@ -26,5 +25,5 @@ def fuse(layer: Any) -> bool:
     if fused & streamed != streamed:
         return False
     layer.streamed, layer.stream_gelu = fused, True
-    compile_key.add(getattr(scope.current_config(), "additional_config", None), f"{layer.prefix} gelu {fused}")
+    compile_key.add(layer.modelopt_additional, f"{layer.prefix} gelu {fused}")
     return True

@@ -66,7 +66,7 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
         layer.modelopt_ledger = ledger
         config = get_current_vllm_config()
         layer.modelopt_dummy = config.load_config.load_format == "dummy"
-        layer.modelopt_additional = config.additional_config
+        layer.modelopt_additional = config.additional_config  # a drafter's is a copy of its own
         tensors.add_pre_quant_scale(layer, ledger)
         if self.quant_config.quant_algo == "NVFP4_SVD":
             tensors.add_low_rank(layer, ledger, params_dtype, load)
@@ -184,10 +184,9 @@ def _tell_compiler(layer: Module) -> None:
 
     A cached graph without a multiplication would otherwise run on a checkpoint that needs it.
     """
-    additional = layer.__dict__.pop("modelopt_additional")
     has = "".join(str(int(getattr(layer, name) is not None)) for name in (*_EXTRA, "rows_codes"))
     has += f"{int(layer.rows_scaled)} {layer.streamed} {int(layer.stream_scaled)} {int(layer.stream_branch)}"
-    compile_key.add(additional, f"{layer.prefix} {has}")
+    compile_key.add(layer.modelopt_additional, f"{layer.prefix} {has}")
 
 
 def _drop(layer: Module, name: str) -> None:
