@@ -113,7 +113,7 @@ class Weights:
         """What a start of the engine would choose, and how long it takes to find out."""
         made = self.layer
         made.rows_codes, made.rows_scales, made.rows_global_scale = *self.copies[0][2:], self.global_scale
-        made.rows_scaled, made.streamed = False, stream_gemm.faster(made)
+        made.rows_scaled, made.streamed, made.stream_gelu = False, stream_gemm.faster(made), False
         torch.cuda.synchronize()
         begun = time.time()
         small_batch_gemm.choose(made, self.gelu)
@@ -157,7 +157,7 @@ def gemm_part(seconds: float, out: Path) -> None:
     for (tiles, form), code in zip(streams, stream_codes, strict=True):
         streaming[tiles, False, form] = loaded(code, "nvfp4_stream")
         streaming[tiles, False, form].allow_shared(stream_gemm.shared_bytes(tiles, form))
-    stream_gemm.kernel = lambda tiles, scaled, form, rank: streaming[tiles, scaled, form]  # type: ignore[assignment]
+    stream_gemm.kernel = lambda tiles, scaled, form, *_: streaming[tiles, scaled, form]  # type: ignore[assignment]
     device = torch.device("cuda", 0)
     small_batch_gemm.SCRATCH.reserve(device, 4 * 128 * 20480 * 4, 1280 * 16)
     report["card"] = torch.cuda.get_device_name()

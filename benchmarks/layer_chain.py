@@ -219,7 +219,7 @@ LEFT_OUT = {
     ],
     "up": [("copy_x(base + up_at(eight, r), up", "if (K < 0) copy_x(base + up_at(eight, r), up")],
     "last": [
-        ("if (count > 1 && !part_k) {", "if (count > 1 && !part_k && K < 0) {"),
+        ("const bool complete = count > 1;", "const bool complete = count > 1 && K < 0;"),
         ("if (one <= (tail > head)) {", "if (K < 0 && one <= (tail > head)) {"),
         ("if (count > 1) add_tile(again", "if (count > 1 && K < 0) add_tile(again"),
     ],
@@ -440,7 +440,7 @@ def run(part: str, layers: int, asked_rows: set[int], out: Path, ready: Any, go:
 
     current: Variant | None = None
 
-    def kernel(tiles: int, scaled: bool, form: Form, rank: int) -> Any:
+    def kernel(tiles: int, scaled: bool, form: Form, rank: int, gelu: bool) -> Any:
         text = text_of(current, tiles)  # type: ignore[arg-type]
         if text not in kernels:
             code = codes[text]

@@ -113,7 +113,7 @@ def run(name: str, models: list[str], out: Path, ready: Any, go: Any) -> None:
     report["card"], report["read_TB_s"] = torch.cuda.get_device_name(), read_speed()
     for tiles, code in codes.items():
         _KERNELS[tiles, by[tiles]] = loaded(tiles, by[tiles], code)  # type: ignore[index]
-    stream_gemm.kernel = lambda tiles, scaled, form, rank: _KERNELS[tiles, form]  # type: ignore[assignment]
+    stream_gemm.kernel = lambda tiles, scaled, form, *_: _KERNELS[tiles, form]  # type: ignore[assignment]
     most = 128 if by is None else 8 * max(by)
 
     def say() -> None:

@@ -134,12 +134,12 @@ def test_a_cache_that_cannot_be_written_is_one_line(file: Path, caplog: pytest.L
 
 
 def test_a_measurement_that_fails_leaves_marlin(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(_: Any) -> chosen_rows.Times:
+    def fails(*_: Any) -> chosen_rows.Times:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     said: list[str] = []
     monkeypatch.setattr(stream_gemm, "_times", fails)
-    monkeypatch.setattr(stream_gemm, "_maker", lambda: "a")
+    monkeypatch.setattr(stream_gemm, "_maker", lambda _: "a")
     monkeypatch.setattr(stream_gemm.logger, "info", lambda text, *values: said.append(text % values))
     layer: Any = SimpleNamespace(output_size_per_partition=8, input_size_per_partition=16)
     assert stream_gemm.faster(layer) == 0

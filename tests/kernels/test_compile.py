@@ -104,13 +104,14 @@ def _compiler_says(source: str) -> str:
     return said
 
 
+@pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("tiles", stream_gemm.WGMMA_FORMS)
-def test_registers_suffice_on_hopper(tiles: int) -> None:
+def test_registers_suffice_on_hopper(tiles: int, gelu: bool) -> None:
     """Else the kernel compiles all the same, but waits for each wgmma before the next one, or spills.
 
     Without a low-rank branch: with one, the form of 8 tiles is known to do both.
     """
-    said = _compiler_says(stream_gemm.source(tiles, False, stream_gemm.WGMMA_FORMS[tiles]))
+    said = _compiler_says(stream_gemm.source(tiles, False, stream_gemm.WGMMA_FORMS[tiles], gelu=gelu))
     assert "serialized" not in said
     assert ", 0 bytes spill stores, 0 bytes spill loads" in said
 

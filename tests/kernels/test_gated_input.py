@@ -72,6 +72,7 @@ def layer(n: int, k: int, **other: Any) -> Any:
         "streamed": 0,
         "output_size_per_partition": n,
         "rows_gelu": False,
+        "stream_gelu": False,
     }
     return SimpleNamespace(**values | other)
 

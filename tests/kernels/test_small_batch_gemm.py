@@ -228,6 +228,7 @@ def layer(n: int, k: int) -> Any:
         input_size_per_partition=k,
         weight=torch.ones(1),
         streamed=0,
+        stream_gelu=False,
         rows_scaled=False,
         **dict.fromkeys(names),
     )
@@ -254,11 +255,15 @@ def test_times_count_for_layers_whose_other_batches_run_on_the_same_kernel(card:
     without = card["maker"]
     made.streamed = 0b1100001
     small_batch_gemm.choose(made)
-    assert card["maker"] != without
+    streaming = card["maker"]
+    assert streaming != without
+    made.stream_gelu = True
+    small_batch_gemm.choose(made)
+    assert card["maker"] not in (without, streaming)
 
 
 def test_times_are_kept_apart_by_what_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_gemm, "_maker", lambda: "")
+    monkeypatch.setattr(stream_gemm, "_maker", lambda gelu: "")
     of = functools.partial(small_batch_gemm._maker.__wrapped__, 2560, 2048, False, False)
     assert len({of(streamed) for streamed in (0, 1, 0b1100001)}) == 3
     before = of(0)

@@ -55,12 +55,12 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Any:
     source = Path(str(resources.files("vllm_gemma4_spec.kernels").joinpath("nvfp4_stream.cu")))
     built: dict[Any, ctypes.CDLL] = {}
 
-    def get(tiles: int, scaled: bool, form: Form, rank: int = 0) -> ctypes.CDLL:
-        key = (tiles, scaled, form, rank)
+    def get(tiles: int, scaled: bool, form: Form, rank: int = 0, gelu: bool = False) -> ctypes.CDLL:
+        key = (tiles, scaled, form, rank, gelu)
         if key not in built:
             out = folder / f"stream-{len(built)}.so"
             flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread"]
-            macros = [f"-D{k}={v}" for k, v in stream_gemm.macros(tiles, scaled, form, rank).items()]
+            macros = [f"-D{k}={v}" for k, v in stream_gemm.macros(tiles, scaled, form, rank, gelu).items()]
             macros.append(f'-DNVFP4_STREAM_SOURCE="{source}"')
             subprocess.run([compiler, *flags, *macros, str(HERE / "stream_on_host.cpp"), "-o", str(out)], check=True)
             built[key] = ctypes.CDLL(str(out))
@@ -83,10 +83,11 @@ def run(
     form: Form = FORM,
     tiles: int | None = None,
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    gelu: bool = False,
 ) -> torch.Tensor:
     tiles, k = tiles or stream_gemm.tiles_for(len(x)), x.shape[1]
-    y = torch.full((len(x), n), torch.nan, dtype=torch.bfloat16)
-    partial = torch.full((blocks * 2 * tiles * 2048,), torch.nan)
+    y = torch.full((len(x), n // 2 if gelu else n), torch.nan, dtype=torch.bfloat16)
+    partial = torch.full((stream_gemm.parts(blocks, n, gelu) * tiles * 2048 + 1,), torch.nan)
     arrivals = torch.zeros(-(-n // 256) * 8, dtype=torch.int32)
     rank = low_rank[0].shape[0] if low_rank else 0
     branch = torch.full((stream_gemm.SLICES * tiles * 8 * max(rank, 1),), torch.nan)
@@ -97,7 +98,8 @@ def run(
         for t in (words, scales, x, x if pre is None else pre, y, shift, partial, arrivals)
     ]
     more = [ctypes.c_void_p(of.data_ptr()) for of in (*(low_rank or (x, x)), branch, t, met)]
-    get(tiles, pre is not None, form, rank).run(*pointers, len(x), n, k, blocks, *more)
+    get(tiles, pre is not None, form, rank, gelu).run(*pointers, len(x), n, k, blocks, *more)
+    assert partial[-1].isnan()  # nothing behind what is reserved
     assert not arrivals.any()  # ready for the next GEMM
     assert not met.any()
     return y
@@ -150,6 +152,89 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(libraries: Any) -> No
     whole = run(libraries, x, packed, 256, 2)
     for rows in (1, 6):
         assert torch.equal(run(libraries, x[:rows].contiguous(), packed, 256, 2), whole[:rows]), rows
+
+
+LARGE = Form(3, groups=1, wgmma=True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "blocks", "form"),
+    [
+        (1, 512, 384, 2, FORM),  # a block each for gate and up
+        (5, 1024, 384, 3, FORM),  # shares end within tiles; the middle one has the ends of two pairs
+        pytest.param(1, 512, 384, 1, FORM, marks=SLOW),  # a pair of one block
+        pytest.param(8, 512, 384, 3, FORM, marks=SLOW),  # three blocks
+        (8, 1536, 192, 2, FORM),  # whole tiles and a whole pair within a share; the last stage is not whole
+        pytest.param(8, 512, 1024, 12, FORM, marks=SLOW),  # as many parts as are loaded in two rounds
+        (16, 1024, 384, 3, WGMMA),
+        pytest.param(16, 1536, 192, 2, WGMMA, marks=SLOW),
+        pytest.param(16, 512, 640, 5, WGMMA, marks=SLOW),
+        pytest.param(33, 1024, 384, 3, WGMMA, marks=SLOW),
+        (43, 1024, 384, 3, WGMMA),  # all blocks of a pair add up
+        pytest.param(33, 1536, 192, 2, WGMMA, marks=SLOW),
+        pytest.param(48, 512, 1024, 8, WGMMA, marks=SLOW),
+        pytest.param(64, 1536, 192, 2, WGMMA, marks=SLOW),  # a pair that is one block's alone
+        pytest.param(64, 1024, 448, 7, WGMMA, marks=SLOW),
+        pytest.param(65, 1024, 384, 3, LARGE, marks=SLOW),
+        pytest.param(80, 1536, 192, 2, LARGE, marks=SLOW),
+        pytest.param(128, 512, 896, 7, LARGE, marks=SLOW),
+        pytest.param(30, 1024, 384, 3, FORM, marks=SLOW),
+        pytest.param(50, 1024, 384, 3, FORM, marks=SLOW),
+    ],
+)
+def test_the_kernel_gives_the_activation(libraries: Any, rows: int, n: int, k: int, blocks: int, form: Form) -> None:
+    torch.manual_seed(rows)
+    codes, scale = weight(n, k)
+    x = torch.randn(rows, k).bfloat16() * 0.05  # a gate of some units: beyond, gelu is the identity or zero
+    gate, up = (x.double() @ dequantized(codes, scale).T * GLOBAL_SCALE).chunk(2, 1)
+    wanted = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    got = run(libraries, x, marlin(codes, scale), n, blocks, form=form, gelu=True).double()
+    error = (got - wanted).norm() / wanted.norm()
+    rounded = torch.nn.functional.gelu(gate.bfloat16().double(), approximate="tanh") * up.bfloat16().double()
+    least = (rounded.bfloat16().double() - wanted).norm() / wanted.norm()
+    assert error < 1.2 * least, f"{error:.1e} for {least:.1e}"
+    assert least < 6e-3
+
+
+@pytest.mark.parametrize(
+    ("form", "tiles", "n", "blocks"),
+    [
+        (WGMMA, 2, 1024, 3),
+        (WGMMA, 6, 1024, 3),
+        pytest.param(WGMMA, 8, 1024, 3, marks=SLOW),
+        pytest.param(WGMMA, 4, 1536, 2, marks=SLOW),
+        pytest.param(WGMMA, 8, 1536, 2, marks=SLOW),
+        pytest.param(WGMMA, 8, 512, 7, marks=SLOW),
+        pytest.param(FORM, 4, 1024, 3, marks=SLOW),
+        pytest.param(FORM, 8, 1024, 3, marks=SLOW),
+    ],
+)
+def test_a_row_has_the_same_bits_with_an_activation(
+    libraries: Any, form: Form, tiles: int, n: int, blocks: int
+) -> None:
+    torch.manual_seed(0)
+    codes, scale = weight(n, 896)
+    x, packed = torch.randn(tiles * 8, 896).bfloat16() * 0.05, marlin(codes, scale)
+    whole = run(libraries, x, packed, n, blocks, form=form, tiles=tiles, gelu=True)
+    for rows in (1, 5, 8):
+        few = run(libraries, x[:rows].contiguous(), packed, n, blocks, gelu=True)
+        assert torch.equal(few, whole[:rows]), rows
+
+
+def test_no_two_parts_of_a_pair_share_memory() -> None:
+    """A part lies where its block and its tile, added, say; of a pair they lie behind each other but for one gap."""
+    for n, per_tile, blocks in ((512, 3, 1), (512, 3, 5), (1536, 2, 2), (1536, 7, 5), (43008, 42, 132), (2048, 1, 5)):
+        tiles = n // 256
+        units = tiles * per_tile
+        ends = [units * b // blocks for b in range(blocks + 1)]
+        at = [
+            b + tile
+            for b in range(blocks)
+            for tile in range(ends[b] // per_tile, -(-ends[b + 1] // per_tile))
+            if ends[b + 1] > ends[b]
+        ]
+        assert len(set(at)) == len(at)
+        assert max(at) < stream_gemm.parts(blocks, n, gelu=True)
 
 
 def branch(n: int, k: int, rank: int = stream_gemm.RANK) -> tuple[torch.Tensor, torch.Tensor]:
@@ -279,7 +364,7 @@ def test_the_gemm_multiplies_up_to_8_rows(monkeypatch: pytest.MonkeyPatch, rows:
     monkeypatch.setattr(stream_gemm.cuda, "weight_map", lambda *_: None)
     monkeypatch.setattr(stream_gemm.cuda, "recent_map", lambda address, *_: address)
     stream_gemm.stream_gemm(x, pre, pre, pre, pre, 256)
-    ((tiles, scaled, _, _, args),) = called
+    ((tiles, scaled, _, _, _, args),) = called
     assert tiles == form
     assert scaled is (args[2] is x) is inside
 
@@ -291,7 +376,7 @@ def test_batch_invariant_is_every_batch_in_the_same_order(
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", str(int(invariant)))
     monkeypatch.setattr(stream_gemm, "forms", lambda: stream_gemm.WGMMA_FORMS)
     monkeypatch.setattr(stream_gemm.chosen_rows, "chosen", lambda *_: 0b1000)
-    monkeypatch.setattr(stream_gemm, "_maker", lambda: "")
+    monkeypatch.setattr(stream_gemm, "_maker", lambda _: "")
     layer: Any = SimpleNamespace(output_size_per_partition=4, input_size_per_partition=4)
     assert stream_gemm.faster(layer) == (stream_gemm.ALL if invariant else 0b1000)
     for rows, expected in zip((128, 65, 64), parts, strict=True):
@@ -330,8 +415,9 @@ def test_blocks_do_not_wait_for_each_other_beside_others(monkeypatch: pytest.Mon
     codes, scale = weight(512, 384)
     x, packed = torch.randn(43, 384).bfloat16(), marlin(codes, scale)
     deep = Form(4, wgmma=True)  # another ring than elsewhere: a library of its own
-    found = run(libraries, x, packed, 512, 3, form=deep)
-    assert torch.equal(found[:7], run(libraries, x[:7].contiguous(), packed, 512, 3))
+    for gelu in (False, True):
+        found = run(libraries, x, packed, 512, 3, form=deep, gelu=gelu)
+        assert torch.equal(found[:7], run(libraries, x[:7].contiguous(), packed, 512, 3, gelu=gelu))
 
 
 def test_without_mps_they_do() -> None:
@@ -362,6 +448,61 @@ def test_a_branch_that_the_kernel_does_not_take_stays_outside(
     assert len(said) == 1
     assert says in said[0]
     assert "\n" not in said[0]
+
+
+def test_an_activation_that_does_not_compile_stays_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def refuses(*_: Any, gelu: bool) -> None:
+        raise RuntimeError("no card\nand more")
+
+    monkeypatch.setattr(stream_gemm, "compile_forms", refuses)
+    monkeypatch.setattr(stream_gemm.logger, "info", lambda text, *values: said.append(text % values))
+    stream_gemm.gelu_available.cache_clear()
+    try:
+        assert not stream_gemm.gelu_available()
+        assert not stream_gemm.gelu_available()
+    finally:
+        stream_gemm.gelu_available.cache_clear()
+    assert said == ["Activations stay out of the NVFP4 GEMM: no card"]
+
+
+def test_every_batch_of_a_fused_layer_has_its_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers.quantization.utils import marlin_utils_fp4
+
+    torch.manual_seed(0)
+    x, w = torch.randn(2, 40, 64), torch.randn(1024, 64)
+    gate, up = (x @ w.T).chunk(2, -1)
+    streamed: list[bool] = []
+
+    def activation(out: torch.Tensor, y: torch.Tensor) -> None:
+        out.copy_(torch.nn.functional.gelu(y[:, :512], approximate="tanh") * y[:, 512:])
+
+    def streams(part: torch.Tensor, *how: Any) -> torch.Tensor:
+        streamed.append(how[-1])
+        out = part.new_empty(len(part), 512)
+        activation(out, part @ w.T)
+        return out
+
+    monkeypatch.setattr(marlin_utils_fp4, "apply_fp4_marlin_linear", lambda flat, *_: flat @ w.T)
+    monkeypatch.setattr(torch.ops._C, "gelu_tanh_and_mul", activation, raising=False)
+    monkeypatch.setattr(stream_gemm, "forms", lambda: stream_gemm.WGMMA_FORMS)
+    monkeypatch.setattr(stream_gemm, "stream_gemm", streams)
+    nothing = torch.ones(1)
+    stream_gemm.register_operator()
+    operator = torch.ops.vllm.gemma4_spec_stream_linear
+    for mask, count in ((0, 0), (stream_gemm.ALL, 1)):
+        y = operator(x, None, nothing, nothing, nothing, nothing, 1024, mask, None, None, True)
+        torch.testing.assert_close(y, torch.nn.functional.gelu(gate, approximate="tanh") * up)
+        assert streamed == [True] * count
+    given = (x, None, nothing, nothing, nothing, nothing, 1024, 0)
+    assert stream_gemm._linear_shape(*given, None, None, True).shape == y.shape
+    assert stream_gemm._linear_shape(*given).shape == (2, 40, 1024)
+
+
+def test_halves_of_whole_tiles() -> None:
+    shapes = {43008: True, 21504: True, 10752: True, 5376: False, 4224: False, 20480: True, 512: True, 256: False}
+    assert {n: stream_gemm.halves_are_tiles(n) for n in shapes} == shapes
 
 
 def test_a_batch_on_marlin_has_its_branch_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,7 @@ def test_the_scale_is_multiplied_once(monkeypatch: pytest.MonkeyPatch, scaled: b
     layer = loaded("o_proj")
     layer.rows_codes, layer.rows_scaled = torch.nn.Parameter(torch.ones(1)), scaled
     layer.stream_scaled, layer.stream_branch, layer.streamed = False, False, 0
+    layer.stream_gelu = False
     seen: list[torch.Tensor] = []
     monkeypatch.setattr(small_batch_layers, "linear", lambda _, x: seen.append(x) or x)
     method = SimpleNamespace(backend=None)

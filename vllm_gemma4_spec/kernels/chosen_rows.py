@@ -178,14 +178,15 @@ def _times(
     return _chosen[key]
 
 
-def chosen(n: int, k: int, maker: str, measure: Callable[[], Times]) -> int:
+def chosen(n: int, k: int, maker: str, measure: Callable[[], Times], gelu: bool = False) -> int:
     """Which forms a GEMM of ``[N, K]`` weights takes on this card, as :func:`faster` says it.
 
     Args:
         maker: of :func:`made_by`.
         measure: called where the cache has no times.
+        gelu: of those that give the activation, too; against Marlin with the activation's kernel.
     """
-    return faster(_times(f"{n}x{k}", maker, measure, _pair, described))
+    return faster(_times(f"{n}x{k}" + ", gelu" * gelu, maker, measure, _pair, described))
 
 
 def fastest(shape: str, maker: str, measure: Callable[[], Kernels]) -> dict[int, str]:

@@ -222,7 +222,7 @@ def _is_gemm(node: Any) -> bool:
     return bool(
         isinstance(node, fx.Node)
         and node.target in (gemm, gemm.default)
-        and len(node.args) == _GELU + 1
+        and len(node.args) > _GELU
         and node.args[_PRE_QUANT_SCALE] is None
         and node.args[_GELU] is False
     )

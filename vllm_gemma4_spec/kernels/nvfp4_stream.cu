@@ -23,9 +23,14 @@
 // order and rounds t to bfloat16; then each block takes t into shared memory, long before a tile ends. They wait for those
 // of other blocks, too. The block that begins a tile adds t up^T to its part of it.
 //
+// With GELU y is gelu(first half) * second half of the outputs. Tiles are read as gate 0, up 0, gate 1, up 1, ..., so that the
+// two that belong together are few blocks'. All their parts go to memory, whoever has them, and are added up together: what
+// is said above of the blocks of a tile holds for those of a pair.
+//
 // Compiled by NVRTC with the macros of stream_gemm.macros: MT (tiles of 8 rows), SCALED (1, without WGMMA: x is multiplied
-// by pre_quant_scale first, each product rounded to bfloat16), RANK (of the branch, a multiple of 32; 0: none), WGMMA (1 on
-// Hopper: needs mma_async, see stream_gemm.py), SPREAD (1: as above) and a Form's fields.
+// by pre_quant_scale first, each product rounded to bfloat16), RANK (of the branch, a multiple of 32; 0: none), GELU (1: as
+// above; N is a multiple of 512), WGMMA (1 on Hopper: needs mma_async, see stream_gemm.py), SPREAD (1: as above) and a
+// Form's fields.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -44,6 +49,10 @@ typedef unsigned long long u64;
 #define FEW (GROUPS == 1 ? 3 : 4)  // parts of a tile; with few and with many: items and parts that a warp loads at a time
 #define FEW_PARTS (GROUPS == 1 ? 10 : MT == 1 ? 2 : 4), FEW
 #define MANY_PARTS (GROUPS == 1 ? 3 : MT == 1 || SPREAD ? 2 : 4), (MT == 1 || SPREAD ? 8 : 4)
+#define BOTH_FEW (GROUPS == 1 ? 5 : 4)  // parts of a pair of tiles; items and parts that a warp loads at a time, as above
+#define BOTH_FEW_PARTS (GROUPS == 1 ? 7 : MT == 1 || !WGMMA ? 2 : MT >= 6 ? 3 : 4), BOTH_FEW
+#define BOTH_MANY_PARTS (GROUPS == 1 ? 4 : 2), (MT >= 6 || !WGMMA && MT > 1 ? 6 : 8)
+#define TOGETHER (1 + GELU)  // tiles that are added up together
 #define THREADS (WARPS * 32 + COPIERS)
 #define CODES_AT 0
 #define SCALES_AT (STEPS * COLUMNS * 8)
@@ -57,6 +66,9 @@ typedef unsigned long long u64;
 #define THERE_AT (BARRIERS_AT + 16 * STAGES)  // the barrier that t is there
 #if SCALED && (WGMMA || RANK)
 #error "wgmma and the branch read x as it lies in memory"
+#endif
+#if GELU && (SCALED || RANK)
+#error "an activation stands behind neither pre_quant_scale nor a branch"
 #endif
 #if RANK
 #define T_AT (THERE_AT + 16)              // [8 * MT, RANK] bfloat16
@@ -322,6 +334,17 @@ __device__ __forceinline__ u64 x_matrix(u32 at_16) { return (u64)(1u << 30 | 64u
 // `shifted`: four bits to the left; `top`: 0x70007000.
 __device__ __forceinline__ u32 scales_of(u32 shifted, u32 top) { return (shifted & 0x07F007F0u) | top; }
 
+// Of the tiles in the order in which they are read, where its outputs begin.
+__device__ __forceinline__ int column_of(int tile, int N) {
+    return GELU ? tile / 2 * COLUMNS + tile % 2 * (N / 2) : tile * COLUMNS;
+}
+
+__device__ __forceinline__ float rounded(float value) { return __uint_as_float((u32)to_bf16(value) << 16); }
+
+__device__ __forceinline__ float gelu_tanh(float v) {
+    return 0.5f * v * (1.0f + tanhf(0.7978845608028654f * (v + 0.044715f * v * v * v)));
+}
+
 struct Share {  // units of one block: a unit is a stage's worth of inputs of one tile of outputs
     int first, last;
 };
@@ -350,6 +373,20 @@ struct Results {
     __device__ __forceinline__ float4* part(int first, int p, int item) const {
         const u32 slot = (((first + p) * 2 + !p) * MT + item / 2) * 2 + item % 2;
         return parts + (slot * (SUMS / 8) + place);
+    }
+
+    // With GELU a block may have tiles between its first and its last. From one part to the next, in their order, its block
+    // or its tile is another, or both: no two have the same sum of the two.
+    __device__ __forceinline__ float4* part_at(int block_and_tile, int item) const {
+        return parts + (((u32)block_and_tile * MT * 2 + item) * (SUMS / 8) + place);
+    }
+
+    __device__ __forceinline__ void write_gated(int pair, int item, const float4& gate, const float4& up) const {
+        const int row = item / 2 * 8 + place % 4 * 2, apart = N / 2;
+        u16* at = y + (long)row * apart + pair * COLUMNS + outputs + item % 2 * 16 + place % 32 / 4;
+        const auto gated = [&](float g, float u) { return to_bf16(gelu_tanh(rounded(g * scale)) * rounded(u * scale)); };
+        if (row < rows) at[0] = gated(gate.x, up.x), at[8] = gated(gate.z, up.z);
+        if (row + 1 < rows) at[apart] = gated(gate.y, up.y), at[apart + 8] = gated(gate.w, up.w);
     }
 
     __device__ __forceinline__ void write(int tile, int item, const float4& v) const {
@@ -406,6 +443,63 @@ __device__ __forceinline__ void add_tile(const Results& of, int tile, int first,
     if (count > FEW) add_parts<MANY_PARTS>(begin, apart, items, count, from, to);
     else add_parts<FEW_PARTS>(begin, apart, items, count, from, to);
 }
+
+#if GELU
+struct Parts {  // of a pair of tiles: gate's, then up's
+    int at, gates, gap, count;  // gap: whether the first of up's is another block's than the last of gate's
+
+    __device__ __forceinline__ int operator[](int p) const { return at + p + (p >= gates ? gap : 0); }
+};
+
+__device__ __forceinline__ Parts parts_of(int pair, int first, int last, int per_tile, int units) {
+    const int middle = (pair * 2 + 1) * per_tile;
+    const int ends = block_of(middle - 1, gridDim.x, units), begins = block_of(middle, gridDim.x, units);
+    return {first + pair * 2, ends - first + 1, begins - ends, last - first + 2 - (begins - ends)};
+}
+
+__device__ __forceinline__ void add(float4& to, const float4& v) { to.x += v.x, to.y += v.y, to.z += v.z, to.w += v.w; }
+
+// As add_parts, of both tiles; ONCE: there are no more than DEEP parts.
+template <bool ONCE, int ITEMS, int DEEP>
+__device__ __forceinline__ void add_both(const Results& of, int pair, const Parts& parts, int begin, int apart, int items) {
+#pragma unroll 1
+    for (int item = begin; item < items; item += ITEMS * apart) {
+        float4 gate[ITEMS], up[ITEMS];
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) gate[i] = up[i] = make_float4(0, 0, 0, 0);
+#pragma unroll 1
+        for (int p = 0; p < (ONCE ? 1 : parts.count); p += DEEP) {
+            float4 v[DEEP][ITEMS];
+#pragma unroll
+            for (int d = 0; d < DEEP; d++)
+#pragma unroll
+                for (int i = 0; i < ITEMS; i++) {
+                    const int one = item + i * apart;
+                    v[d][i] = __ldcg(of.part_at(parts[p + d < parts.count ? p + d : parts.count - 1], one < items ? one : item));
+                }
+#pragma unroll
+            for (int d = 0; d < DEEP; d++) {
+                if (p + d < parts.gates) {
+#pragma unroll
+                    for (int i = 0; i < ITEMS; i++) add(gate[i], v[d][i]);
+                } else if (p + d < parts.count) {
+#pragma unroll
+                    for (int i = 0; i < ITEMS; i++) add(up[i], v[d][i]);
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++)
+            if (item + i * apart < items) of.write_gated(pair, item + i * apart, gate[i], up[i]);
+    }
+}
+
+__device__ __forceinline__ void add_pair(const Results& of, int pair, const Parts& parts, int begin, int apart) {
+    const int items = (of.rows + 7) / 8 * 2;
+    if (parts.count > BOTH_FEW) add_both<false, BOTH_MANY_PARTS>(of, pair, parts, begin, apart, items);
+    else add_both<true, BOTH_FEW_PARTS>(of, pair, parts, begin, apart, items);
+}
+#endif
 
 #if RANK
 // The branch's t = x down^T. The order of additions depends on K alone.
@@ -550,10 +644,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
 #if RANK
     const u16* x_rows, const u16* down, const u16* up, float* branch_parts, u16* branch_t, u32* met,  // see Branch
 #endif
-    u16* y,                     // [rows, N] bfloat16
+    u16* y,                     // [rows, N] bfloat16; with GELU [rows, N / 2]
     const float* global_scale,  // [1], Marlin's: weight_scale_2 * 2^119 / scale_factor
-    float* partial,             // [blocks, 2, MT, 2, 8, 32, 4]: a block's part of its first and of its last tile
-    u32* arrivals,              // [tiles of outputs, 8], zero before and after
+    float* partial,             // [blocks, 2, MT, 2, 8, 32, 4]: a block's part of its first and of its last tile; with
+                                // GELU [blocks + tiles - 1, MT, ...]: of every tile, see Results::part_at
+    u32* arrivals,              // [tiles of outputs, or pairs, 8], zero before and after
     int rows, int N, int K) {
     const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     // Multiples of 64; what the last tile and the last stage of a tile lack stays as it is in shared memory, x zero.
@@ -589,7 +684,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
         const u64 policy = leaves_first();
         const auto bring_weights = [&]() {
             if (p == 0)
-                bring_tile(base + stage * STAGE_BYTES, codes, scales, tile * COLUMNS, block * STEPS, full + 8 * stage, policy);
+                bring_tile(base + stage * STAGE_BYTES, codes, scales, column_of(tile, N), block * STEPS, full + 8 * stage, policy);
         };
         const auto next = [&]() {
             if (++block == per_tile) block = 0, tile++;
@@ -651,6 +746,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
     const u32 codes_at = kept(base + CODES_AT + part_n / 2 * 512 + lane * 16 + outputs / 4 % 16);
     const u32 scales_at = kept(base + SCALES_AT + part_n / 2 * 64 + g * 8 + outputs / 8 % 8);
     const u32 top = hidden(0x70007000u, (u32)rows >> 31);
+    // A multiplication: with GELU ptxas shifts on the unit that decoding keeps busy, else it multiplies by itself.
+    const u32 sixteen = GELU ? hidden(16u, (u32)rows >> 31) : 16u;
 #if WGMMA
     const u32 x_at_16 = (base + X_AT) >> 4;
 #else
@@ -661,10 +758,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
     float* sums = reinterpret_cast<float*>(shared + SUMS_AT) + (part_n * 32 + lane) * 4;
 
     const Results results = results_of(threadIdx.x % 256, partial, y, global_scale, rows, N);
-    // Blocks that share a tile.
-    const auto first_of = [&](int tile) { return block_of(tile * per_tile, gridDim.x, units); };
+    // Blocks that share a tile, or a pair.
+    const int per_sum = per_tile * TOGETHER;
+    const auto first_of = [&](int tile) { return block_of(tile * per_sum, gridDim.x, units); };
     const auto count_of = [&](int tile, int first) {
-        return block_of((tile + 1) * per_tile - 1, gridDim.x, units) - first + 1;
+        return block_of((tile + 1) * per_sum - 1, gridDim.x, units) - first + 1;
     };
 #if RANK
     // Where this lane's share of `up` lies: eight values of one of its outputs. Nobody else reads or writes it.
@@ -700,7 +798,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
 #pragma unroll
         for (int q = 0; q < 2; q++) {
             const u32 word = q ? words.y : words.x, high = shift_right_8(word);
-            const u32 both = scales_of(q ? bytes >> 4 : bytes << 4, top);
+            const u32 both = scales_of(q ? bytes >> 4 : bytes * sixteen, top);
             a[q][0] = times_low(decode_even(word), both);
             a[q][1] = times_high(decode_even(high), both);
             a[q][2] = times_low(decode_odd(word), both);
@@ -822,7 +920,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
 #endif
 
         // The tile ends here, or this block's share does: add up what both groups have, then all parts.
+#if !GELU
         const int first = first_of(tile), count = count_of(tile, first);
+#endif
 #if RANK
         const bool begun = first == blockIdx.x && !part_k;
         const float per_scale = 1.0f / results.scale;  // sums are multiplied by it when all parts are added up
@@ -858,25 +958,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
 #if RANK
                 if (begun) add_branch(sum, m * 2 + q, per_scale);
 #endif
+#if GELU
+                __stcg(results.part_at(blockIdx.x + tile, m * 2 + q), sum);
+#else
                 if (count > 1) __stcg(results.part(first, blockIdx.x - first, m * 2 + q), sum);
                 else results.write(tile, m * 2 + q, sum);
+#endif
             }
         }
+#if GELU
+        // Not before the sums have left their registers. A block arrives once, when all of the pair that it has is there.
+        const int of = kept(tile / 2), first = first_of(of), count = count_of(of, first);
+        const bool complete = tile % 2 || left == 0;
+#else
+        const int of = tile;
+        const bool complete = count > 1;
+#endif
 #if SPREAD
-        if (count > 1 && !part_k) {
+        if (complete && count > 1 && !part_k) {
             __syncwarp();
-            if (lane == 0) announce(arrivals + tile * 8 + part_n, count * (1 + GROUPS) - 1);
+            if (lane == 0) announce(arrivals + of * 8 + part_n, count * (1 + GROUPS) - 1);
         }
 #else
-        if (count > 1 && !part_k) {  // the last block to arrive adds up the parts, always in the same order
+        if (complete && !part_k) {  // the last block to arrive adds up the parts, always in the same order
             __syncwarp();
             u32 arrived = 0;
-            if (lane == 0) {
-                arrived = count_arrival(arrivals + tile * 8 + part_n);
-                if (arrived == count - 1) arrivals[tile * 8 + part_n] = 0;
+            if (lane == 0 && (!GELU || count > 1)) {
+                arrived = count_arrival(arrivals + of * 8 + part_n);
+                if (arrived == count - 1) arrivals[of * 8 + part_n] = 0;
             }
             if (__shfl_sync(0xFFFFFFFFu, arrived, 0) == count - 1) {
+#if GELU
+                add_pair(results, of, parts_of(of, first, first + count - 1, per_tile, units), 0, 1);
+#else
                 add_tile(results, tile, first, count, 0, 1);
+#endif
             }
         }
 #endif
@@ -890,7 +1006,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
     // wgmma needs to run beside decoding (ptxas says C7512 where it has not enough).
     const int thread = this_thread(), one = thread % 32;
     const Results again = results_of(thread % 256, partial, y, global_scale, rows, N);
-    const int head = mine.first / per_tile, tail = (mine.last - 1) / per_tile;
+    const int head = mine.first / per_sum, tail = (mine.last - 1) / per_sum;
     if (one <= (tail > head)) {  // a lane for each of the two
         const int of = one ? tail : head, first = first_of(of), count = count_of(of, first);
         u32* met = arrivals + of * 8 + thread / 32 % 8;
@@ -899,9 +1015,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nvfp4_stream(
     }
     __syncwarp();
 #pragma unroll 1
-    for (int of = head; of <= tail; of += tail > head ? tail - head : 1) {
+    for (int of = head; of <= tail; of += !GELU && tail > head ? tail - head : 1) {
         const int first = first_of(of), count = count_of(of, first);
+#if GELU
+        if (count == 1 && thread >= 256) continue;  // of this block alone: who wrote the parts, as nobody has waited for them
+        const Parts parts = parts_of(of, first, first + count - 1, per_tile, units);
+        add_pair(again, of, parts, (blockIdx.x - first) * GROUPS + thread / 256, count > 1 ? count * GROUPS : 1);
+#else
         if (count > 1) add_tile(again, of, first, count, (blockIdx.x - first) * GROUPS + thread / 256, count * GROUPS);
+#endif
     }
 #endif
 }

@@ -271,11 +271,13 @@ def linear(
     streamed: int,
     n: int,
     gelu: bool,
+    stream_gelu: bool = False,
 ) -> Tensor:
     """One linear layer, by the kernel that suits the number of rows; see :func:`gemm`.
 
     Args:
         streamed: of batches that :func:`gemm` does not take, those that stream; see ``stream_gemm.faster``.
+        stream_gelu: those, too, give the activation by themselves.
     """
     flat = x.reshape(-1, x.shape[-1])
     form = form_for(n, flat.shape[-1], gelu, pre_quant_scale is not None, flat.shape[0])
@@ -283,7 +285,7 @@ def linear(
         y = gemm(flat.contiguous(), codes, scales, global_scale, gelu, pre_quant_scale, form)
     else:
         weights = (marlin_weight, marlin_scale, marlin_global_scale, workspace)
-        y = _other(flat, pre_quant_scale, weights, n, streamed, gelu)
+        y = _other(flat, pre_quant_scale, weights, n, streamed, gelu, stream_gelu)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -294,17 +296,14 @@ def _other(
     n: int,
     streamed: int,
     gelu: bool,
+    stream_gelu: bool,
 ) -> Tensor:
-    y = stream_gemm.linear(x, pre_quant_scale, *weights, n, streamed)
-    if not gelu:
-        return y
-    activated = y.new_empty(y.shape[0], n // 2)
-    torch.ops._C.gelu_tanh_and_mul(activated, y)
-    return activated
+    y = stream_gemm.linear(x, pre_quant_scale, *weights, n, streamed, gelu=stream_gelu)
+    return stream_gemm.activated(y) if gelu and not stream_gelu else y
 
 
 def _output_shape(x: Tensor, *parameters: Any) -> Tensor:
-    n, gelu = parameters[-2:]
+    n, gelu = parameters[9:11]
     return x.new_empty(*x.shape[:-1], n // 2 if gelu else n)
 
 
@@ -355,7 +354,7 @@ def choose(layer: Module, gelu: bool = False) -> None:
     scaled = bool(layer.rows_scaled)
     shape = f"{n}x{k}, few rows" + ", gelu" * gelu + ", scaled" * scaled
     try:
-        maker = _maker(n, k, gelu, scaled, layer.streamed)
+        maker = _maker(n, k, gelu, scaled, layer.streamed, layer.stream_gelu)
         found = chosen_rows.fastest(shape, maker, lambda: _times(layer, gelu))
     except RuntimeError as error:  # no memory for it, or a form does not compile here
         logger.info("NVFP4 GEMM %s was not measured: %s", shape, str(error).partition("\n")[0])
@@ -390,9 +389,8 @@ def _times(layer: Module, gelu: bool) -> chosen_rows.Kernels:
     found: chosen_rows.Kernels = {}
     for rows, forms in tried.items():
         x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
-        here = found[rows] = {
-            chosen_rows.OTHER: us(functools.partial(_other, x, None, marlin, n, layer.streamed, gelu))
-        }
+        other = functools.partial(_other, x, None, marlin, n, layer.streamed, gelu, layer.stream_gelu)
+        here = found[rows] = {chosen_rows.OTHER: us(other)}
         # Of forms that are as fast alone the one with fewer chunks: others read the weights once more each.
         for form in sorted(forms, key=lambda form: form.chunks(rows)):
             _make_room(n, k, {rows: form}, gelu, device)
@@ -401,10 +399,10 @@ def _times(layer: Module, gelu: bool) -> chosen_rows.Kernels:
 
 
 @functools.cache
-def _maker(n: int, k: int, gelu: bool, scaled: bool, streamed: int) -> str:
+def _maker(n: int, k: int, gelu: bool, scaled: bool, streamed: int, stream_gelu: bool = False) -> str:
     """Times depend on the forms that are tried, and on what takes the other batches: streaming or Marlin."""
     tried = repr(_tried(n, k, gelu, scaled))
-    return chosen_rows.made_by(source(Form(1), False, False), tried, stream_gemm._maker(), str(streamed))
+    return chosen_rows.made_by(source(Form(1), False, False), tried, stream_gemm._maker(stream_gelu), str(streamed))
 
 
 _ready: set[tuple[Form, bool, bool]] = set()

@@ -2,7 +2,8 @@
 
 It takes the batches in which it is the faster one, or as fast and launched early (``chosen_rows``), and leaves the
 others to Marlin; there is no second copy of a weight. A low-rank branch (SVDQuant) is computed meanwhile and added to
-the sums. Up to 64 rows a row's result has the same bits whatever rows stand beside it, which Marlin's has not.
+the sums; what it gives of gate and up projections may be ``gelu(gate) * up``. Up to 64 rows a row's result has the same
+bits whatever rows stand beside it, which Marlin's has not.
 """
 
 from __future__ import annotations
@@ -110,11 +111,12 @@ def spreads(tiles: int, form: Form) -> bool:
     return form.wgmma and tiles >= SPREAD_FROM and not cuda.beside_others()
 
 
-def macros(tiles: int, scaled: bool, form: Form, rank: int = 0) -> dict[str, int]:
+def macros(tiles: int, scaled: bool, form: Form, rank: int = 0, gelu: bool = False) -> dict[str, int]:
     return {
         "MT": tiles,
         "SCALED": int(scaled),
         "RANK": rank,
+        "GELU": int(gelu),
         "STAGES": form.stages,
         "GROUPS": form.groups,
         "WGMMA": int(form.wgmma),
@@ -124,9 +126,9 @@ def macros(tiles: int, scaled: bool, form: Form, rank: int = 0) -> dict[str, int
     }
 
 
-def source(tiles: int, scaled: bool, form: Form, rank: int = 0) -> str:
+def source(tiles: int, scaled: bool, form: Form, rank: int = 0, gelu: bool = False) -> str:
     """The kernel's CUDA C++ for inputs of up to ``8 * tiles`` rows."""
-    return cuda.source("nvfp4_stream.cu", macros(tiles, scaled, form, rank), mma_async(tiles) * form.wgmma)
+    return cuda.source("nvfp4_stream.cu", macros(tiles, scaled, form, rank, gelu), mma_async(tiles) * form.wgmma)
 
 
 def shared_bytes(tiles: int, form: Form, rank: int = 0) -> int:
@@ -137,8 +139,8 @@ def shared_bytes(tiles: int, form: Form, rank: int = 0) -> int:
 
 
 @functools.cache
-def kernel(tiles: int, scaled: bool, form: Form, rank: int = 0) -> Any:
-    made = cuda.Kernel(source(tiles, scaled, form, rank), "nvfp4_stream", this_only=form.wgmma)
+def kernel(tiles: int, scaled: bool, form: Form, rank: int = 0, gelu: bool = False) -> Any:
+    made = cuda.Kernel(source(tiles, scaled, form, rank, gelu), "nvfp4_stream", this_only=form.wgmma)
     made.allow_shared(shared_bytes(tiles, form, rank))
     return made
 
@@ -146,6 +148,11 @@ def kernel(tiles: int, scaled: bool, form: Form, rank: int = 0) -> Any:
 def units(n: int, k: int) -> int:
     """What blocks have equal shares of: a stage of a tile of outputs."""
     return -(-n // COLUMNS) * -(-k // DEPTH)
+
+
+def parts(blocks: int, n: int, gelu: bool) -> int:
+    """Tiles of sums that the kernel leaves in memory at most: with ``gelu`` ``Results::part_at`` says where."""
+    return blocks + -(-n // COLUMNS) if gelu else 2 * blocks
 
 
 SCRATCH = PARTS
@@ -160,6 +167,7 @@ def stream_gemm(
     global_scale: Tensor,
     n: int,
     low_rank: LowRank | None = None,
+    gelu: bool = False,
 ) -> Tensor:
     """``(x * pre_quant_scale) @ W.T`` for at most :data:`MOST_ROWS` rows, on the current stream.
 
@@ -169,12 +177,15 @@ def stream_gemm(
         weight, weight_scale, global_scale: as Marlin holds them (``prepare_fp4_layer_for_marlin``): ``[K / 16, 2 * N]``
             int32, ``[K / 16, N]`` bytes, ``[1]`` float32.
         low_rank: ``(A, B)`` to add ``(x @ A.T) @ B.T``; with None for ``pre_quant_scale``.
+        gelu: give ``gelu_tanh(first half) * second half`` of the outputs, if :func:`halves_are_tiles`; without
+            ``low_rank``.
 
     Returns:
-        ``[rows, N]`` bfloat16; up to 64 rows a row has the same bits whatever rows stand beside it.
+        ``[rows, N]`` bfloat16, or ``[rows, N / 2]`` with ``gelu``; up to 64 rows a row has the same bits whatever rows
+        stand beside it.
     """
     tiles = tiles_for(x.shape[0], forms())
-    return launch(tiles, forms()[tiles], x, pre_quant_scale, weight, weight_scale, global_scale, n, low_rank)
+    return launch(tiles, forms()[tiles], x, pre_quant_scale, weight, weight_scale, global_scale, n, low_rank, gelu)
 
 
 def launch(
@@ -187,12 +198,13 @@ def launch(
     global_scale: Tensor,
     n: int,
     low_rank: LowRank | None = None,
+    gelu: bool = False,
 ) -> Tensor:
     """The kernel of this form for up to ``8 * tiles`` rows; the rest as in :func:`stream_gemm`."""
     rows, k = x.shape
-    if pre_quant_scale is not None and form.wgmma:
+    if pre_quant_scale is not None and (form.wgmma or gelu):
         x, pre_quant_scale = scaled_rows(x, pre_quant_scale), None
-    y = torch.empty(rows, n, dtype=x.dtype, device=x.device)
+    y = torch.empty(rows, n // 2 if gelu else n, dtype=x.dtype, device=x.device)
     partial, arrivals = SCRATCH.on(x.device)
     box, shape = (DEPTH // 16, COLUMNS), (k // 16, n)
     weights = [cuda.weight_map(w.data_ptr(), *shape, item, *box) for w, item in ((weight, 8), (weight_scale, 1))]
@@ -201,7 +213,7 @@ def launch(
         rank = RANK
         parts, met = BRANCH_SCRATCH.on(x.device)
         branch = [x, *low_rank, parts, parts[SLICES * MOST_ROWS * RANK :], met]
-    kernel(tiles, scaled, form, rank)(
+    kernel(tiles, scaled, form, rank, gelu)(
         grid=(form.blocks(_multiprocessors(x.device.index), n, k), 1, 1),
         block=form.threads_with(rank),
         args=[
@@ -253,8 +265,12 @@ def _multiprocessors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _times(layer: Module) -> chosen_rows.Times:
-    """Median microseconds of both kernels on this layer's weights, which each time come from memory and not the L2."""
+def _times(layer: Module, gelu: bool = False) -> chosen_rows.Times:
+    """Median microseconds of both kernels on this layer's weights, which each time come from memory and not the L2.
+
+    Args:
+        gelu: Marlin with the kernel of the activation behind it.
+    """
     n, k, device = layer.output_size_per_partition, layer.input_size_per_partition, layer.weight.device
     weights = (layer.weight, layer.weight_scale, layer.weight_global_scale)
     us = chosen_rows.clock(device, calls=7)
@@ -263,16 +279,20 @@ def _times(layer: Module) -> chosen_rows.Times:
     for count in itertools.chain.from_iterable(zip([1, *(r + 1 for r in largest)], largest, strict=False)):
         x = torch.randn(count, k, device=device, dtype=torch.bfloat16)
         ours, marlins = (
-            us(functools.partial(linear, x, None, *weights, layer.workspace, n, streamed)) for streamed in (ALL, 0)
+            us(functools.partial(linear, x, None, *weights, layer.workspace, n, streamed, gelu=gelu))
+            for streamed in (ALL, 0)
         )
         found[count] = ours, marlins
     return found
 
 
-def faster(layer: Module) -> int:
+def faster(layer: Module, gelu: bool = False) -> int:
     """Which forms take their batches, of a layer that suits and is ready; bit i is the i-th of :func:`forms`.
 
     With ``VLLM_BATCH_INVARIANT=1`` all, whatever they take: Marlin's order of additions depends on the batch.
+
+    Args:
+        gelu: of the forms that give the activation, too.
     """
     import vllm.envs
 
@@ -280,15 +300,16 @@ def faster(layer: Module) -> int:
         return ALL
     n, k = layer.output_size_per_partition, layer.input_size_per_partition
     try:
-        return chosen_rows.chosen(n, k, _maker(), lambda: _times(layer))
+        return chosen_rows.chosen(n, k, _maker(gelu), lambda: _times(layer, gelu), gelu)
     except RuntimeError as error:  # no memory for it, or the kernel does not run here
-        logger.info("NVFP4 GEMM %dx%d stays on Marlin: %s", n, k, str(error).partition("\n")[0])
+        what = "stays without its activation" if gelu else "stays on Marlin"
+        logger.info("NVFP4 GEMM %dx%d %s: %s", n, k, what, str(error).partition("\n")[0])
         return 0
 
 
 @functools.cache
-def _maker() -> str:
-    return chosen_rows.made_by(*(source(tiles, False, form) for tiles, form in forms().items()))
+def _maker(gelu: bool = False) -> str:
+    return chosen_rows.made_by(*(source(tiles, False, form, gelu=gelu) for tiles, form in forms().items()))
 
 
 def linear(
@@ -302,16 +323,18 @@ def linear(
     streamed: int,
     low_rank_a: Tensor | None = None,
     low_rank_b: Tensor | None = None,
+    gelu: bool = False,
 ) -> Tensor:
     """One linear layer: batches of the forms in ``streamed`` here, others on Marlin; see :func:`faster`.
 
-    With ``low_rank_a`` and ``low_rank_b`` plus ``(x @ A.T) @ B.T``, and without ``pre_quant_scale``.
+    With ``low_rank_a`` and ``low_rank_b`` plus ``(x @ A.T) @ B.T``, and without ``pre_quant_scale``. With ``gelu``
+    ``gelu_tanh(gate) * up`` of what is one half of the outputs each, ``[..., N / 2]``, and without those.
     """
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     rows = flat.shape[0]
     if streamed and rows <= 8 * max(forms()) and streamed >> _form(rows) & 1:
         low_rank = None if low_rank_a is None or low_rank_b is None else (low_rank_a, low_rank_b)
-        weights = (weight, weight_scale, global_scale, n, low_rank)
+        weights = (weight, weight_scale, global_scale, n, low_rank, gelu)
         parts = [flat] if rows <= SAME_BITS else flat.split(_most_rows())
         y = _joined([stream_gemm(part.contiguous(), pre_quant_scale, *weights) for part in parts])
     else:
@@ -322,7 +345,16 @@ def linear(
         y = apply_fp4_marlin_linear(flat, weight, weight_scale, global_scale, workspace, n, flat.shape[-1])
         if low_rank_a is not None and low_rank_b is not None:
             y = torch.addmm(y, torch.nn.functional.linear(flat, low_rank_a), low_rank_b.t())
-    return y.view(*x.shape[:-1], n)
+        if gelu:
+            y = activated(y)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def activated(y: Tensor) -> Tensor:
+    """``gelu_tanh(first half) * second half`` of each row, by vLLM's kernel."""
+    half = y.new_empty(y.shape[0], y.shape[1] // 2)
+    torch.ops._C.gelu_tanh_and_mul(half, y)
+    return half
 
 
 def _most_rows() -> int:
@@ -344,9 +376,12 @@ def _linear_shape(
     global_scale: Tensor,
     workspace: Tensor,
     n: int,
-    *_: Any,
+    streamed: int,
+    low_rank_a: Tensor | None = None,
+    low_rank_b: Tensor | None = None,
+    gelu: bool = False,
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], n)
+    return x.new_empty(*x.shape[:-1], n // 2 if gelu else n)
 
 
 @functools.cache
@@ -357,9 +392,10 @@ def register_operator() -> None:
     direct_register_custom_op("gemma4_spec_stream_linear", linear, fake_impl=_linear_shape)
 
 
-def compile_forms(*wanted: tuple[bool, int]) -> None:
+def compile_forms(*wanted: tuple[bool, int], gelu: bool = False) -> None:
     """All forms for this card, for each ``(scaled, rank)``; side by side, as NVRTC takes some seconds for each."""
-    of = [(t, scaled, f, rank) for t, f in forms().items() for scaled, rank in wanted if not (scaled and f.wgmma)]
+    asked = [(t, f, scaled, rank) for t, f in forms().items() for scaled, rank in wanted]
+    of = [(t, scaled, f, rank, gelu) for t, f, scaled, rank in asked if not (scaled and f.wgmma)]
     card = cuda.this_card()
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda what: cuda.compiled(source(*what), card + "a" * what[2].wgmma), of))
@@ -398,6 +434,22 @@ def branch_available(rank: int, dtype: torch.dtype) -> bool:
     return True
 
 
+@functools.cache
+def gelu_available() -> bool:
+    """Whether the forms that give the activation compile; if not, the log says once why, and it stays a kernel."""
+    try:
+        compile_forms((False, 0), gelu=True)
+    except (ImportError, RuntimeError) as error:
+        logger.info("Activations stay out of the NVFP4 GEMM: %s", str(error).splitlines()[0])
+        return False
+    return True
+
+
+def halves_are_tiles(n: int) -> bool:
+    """Whether each output's gate and up projection stand in the same place of a tile each."""
+    return n % (2 * COLUMNS) == 0
+
+
 def reserve_branch(device: torch.device) -> None:
     """As :func:`reserve`, for layers with a branch."""
     BRANCH_SCRATCH.reserve(device, SLICES * MOST_ROWS * RANK + MOST_ROWS * RANK // 2, 2)
@@ -416,8 +468,8 @@ def suits(layer: Module) -> bool:
     )
 
 
-def reserve(n: int, k: int, device: torch.device) -> None:
+def reserve(n: int, k: int, device: torch.device, gelu: bool = False) -> None:
     """Make room for the partial sums of this shape; no scratch can be replaced once a CUDA graph is captured."""
     blocks = min(_multiprocessors(device.index), units(n, k))
-    SCRATCH.reserve(device, blocks * 2 * MOST_ROWS * COLUMNS, -(-n // COLUMNS) * 8)
+    SCRATCH.reserve(device, parts(blocks, n, gelu) * MOST_ROWS * COLUMNS, -(-n // COLUMNS) * 8)
     register_operator()

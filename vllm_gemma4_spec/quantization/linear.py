@@ -6,7 +6,6 @@ y  = nvfp4(xs) @ R.T + (xs @ A.T) @ B.T      with the low-rank branch of SVDQuan
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
@@ -20,11 +19,10 @@ from vllm.model_executor.layers.quantization.utils.nvfp4_utils import NvFp4Linea
 
 from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.errors import CheckpointError
-from vllm_gemma4_spec.quantization import emulation, reload, small_batch_layers, stream_layers, tensors
+from vllm_gemma4_spec.quantization import compile_key, emulation, reload, small_batch_layers, stream_layers, tensors
 from vllm_gemma4_spec.quantization.nan_scales import repair
 
 _NEEDED = ("weight", "weight_scale", "weight_scale_2", "input_scale")
-_KEY = "vllm_gemma4_spec_nvfp4"
 _NEUTRAL = {"pre_quant_scale": 1.0, "svdquant_lora_a": 0.0, "svdquant_lora_b": 0.0}  # what changes no result
 _EXTRA = tuple(_NEUTRAL)
 
@@ -68,7 +66,7 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
         layer.modelopt_ledger = ledger
         config = get_current_vllm_config()
         layer.modelopt_dummy = config.load_config.load_format == "dummy"
-        layer.modelopt_additional = config.additional_config
+        layer.modelopt_additional = config.additional_config  # a drafter's is a copy of its own
         tensors.add_pre_quant_scale(layer, ledger)
         if self.quant_config.quant_algo == "NVFP4_SVD":
             tensors.add_low_rank(layer, ledger, params_dtype, load)
@@ -85,6 +83,7 @@ class Nvfp4LinearMethod(ModelOptNvFp4LinearMethod):
             reload.same_shapes(layer, layer.modelopt_shapes, _NEUTRAL, layer.prefix)
         else:
             layer.modelopt_shapes = reload.shapes(layer, _EXTRA)
+            layer.stream_gelu = False  # whether the streaming kernel gives the activation behind the layer
         layer.modelopt_checked = True
         layer.register_parameter("rows_codes", None)
         layer.rows_scaled = False  # whether the small-batch kernel multiplies by pre_quant_scale
@@ -185,13 +184,9 @@ def _tell_compiler(layer: Module) -> None:
 
     A cached graph without a multiplication would otherwise run on a checkpoint that needs it.
     """
-    additional = layer.__dict__.pop("modelopt_additional")
-    if not isinstance(additional, dict):
-        return
     has = "".join(str(int(getattr(layer, name) is not None)) for name in (*_EXTRA, "rows_codes"))
     has += f"{int(layer.rows_scaled)} {layer.streamed} {int(layer.stream_scaled)} {int(layer.stream_branch)}"
-    before = additional.get(_KEY, "")
-    additional[_KEY] = hashlib.sha256(f"{before} {layer.prefix} {has}".encode()).hexdigest()[:16]
+    compile_key.add(layer.modelopt_additional, f"{layer.prefix} {has}")
 
 
 def _drop(layer: Module, name: str) -> None:

@@ -15,6 +15,7 @@ from vllm_gemma4_spec import settings
 from vllm_gemma4_spec.checkpoints import nvfp4
 from vllm_gemma4_spec.errors import CheckpointError
 from vllm_gemma4_spec.metrics import reports
+from vllm_gemma4_spec.quantization import stream_layers
 
 logger = logging.getLogger("vllm.plugins.gemma4_spec")
 
@@ -75,6 +76,8 @@ def summary(model: Module) -> str | None:
 def reported(original: Callable[..., None]) -> Callable[..., None]:
     """``process_weights_after_loading`` that says what was repaired, or refuses the model in strict mode.
 
+    Activations become part of GEMMs here, too: all layers are ready, and nothing has been compiled.
+
     Patch: ``modelopt-nvfp4``. Evidence:
     ``tests/quantization/test_nvfp4_config.py::test_undo_gives_vllm_its_class_back``. Related upstream change: #35733
     (emulation, in 0.20.0), #40708 (names of experts, in 0.21.0), #44371 (constants in a reload, after 0.23.0), #52501
@@ -85,6 +88,7 @@ def reported(original: Callable[..., None]) -> Callable[..., None]:
         original(model, *args, **kwargs)
         if any(hasattr(module, "modelopt_checked") for module in model.modules()):
             report(model)
+            stream_layers.fuse_activations(model)
 
     return process_weights_after_loading
 

@@ -115,7 +115,9 @@ PATCHES: tuple[Patch, ...] = (
             "pre_quant_scale and the low-rank branch, repair what was loaded and emulate where vLLM has no kernel; "
             "also when weights are loaded again (reload_weights, update_weights), with the KV cache's scales and what "
             "no checkpoint has (stock multiplies a 26B's router by uninitialised memory then); weights "
-            "that are refused leave the old ones. Stacked experts are handed on one by one; what the headers rule "
+            "that are refused leave the old ones. Where a Gemma 4's gate and up projections stream "
+            "(VLLM_GEMMA4_SPEC_STREAM_GEMM) without branch and LoRA, their GEMM gives gelu(gate) * up. "
+            "Stacked experts are handed on one by one; what the headers rule "
             "out is refused before a process starts."
         ),
         retire="vLLM reads pre_quant_scale and svdquant_lora_*, and repairs or refuses NaN scales itself.",
@@ -173,6 +175,8 @@ PATCHES: tuple[Patch, ...] = (
             "vllm.model_executor.layers.linear:UnquantizedLinearMethod",
             "vllm.model_executor.parameter:ModelWeightParameter",
             "vllm.model_executor.models.gemma4:Gemma4Model.load_weights",
+            "vllm.model_executor.models.gemma4:Gemma4MLP",
+            "vllm.model_executor.layers.activation:GeluAndMul",
             f"{_LOADER}.default_loader:DefaultModelLoader._prepare_weights",
             f"{_LOADER}.reload.layerwise:initialize_layerwise_reload",
             f"{_LOADER}.reload.layerwise:_layerwise_process",

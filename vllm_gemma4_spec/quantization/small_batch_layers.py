@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from torch.nn import Module, Parameter
 
 from vllm_gemma4_spec import scope, settings
+from vllm_gemma4_spec.quantization import activations
 
 _NAMES = ("rows_codes", "rows_scales", "rows_global_scale")
 _loading_drafter = False
@@ -34,6 +35,10 @@ def _drafter() -> Iterator[None]:
         yield
     finally:
         _loading_drafter = False
+
+
+def loading_drafter() -> bool:
+    return _loading_drafter
 
 
 def get_model(original: Callable[..., Module]) -> Callable[..., Module]:
@@ -98,10 +103,11 @@ def _fuse_per_layer_input(graph: fx.GraphModule) -> None:
 
 
 def _fuse_activation(mlp: Module) -> None:
-    """Let the kernel of gate and up give ``gelu(gate) * up``: one kernel less per layer."""
+    """Let the kernels of gate and up give ``gelu(gate) * up``: one kernel less per layer."""
     layer = mlp.gate_up_proj
     if getattr(layer, "rows_codes", None) is not None and layer.svdquant_lora_a is None:
         layer.rows_gelu = True
+        activations.fuse(layer)
         mlp.act_fn = torch.nn.Identity()
         choose(layer)
 
@@ -172,4 +178,5 @@ def linear(layer: Module, x: Tensor) -> Tensor:
         layer.streamed,
         layer.output_size_per_partition,
         layer.rows_gelu,
+        layer.stream_gelu,
     )

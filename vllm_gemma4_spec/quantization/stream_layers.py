@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from vllm_gemma4_spec import scope, settings
+from vllm_gemma4_spec.quantization import activations, small_batch_layers
 from vllm_gemma4_spec.quantization.small_batch_layers import scale_stands_alone
 
 
@@ -19,6 +20,7 @@ def prepare(layer: Module) -> None:
 
     Sets ``streamed``, the batches that stream (``stream_gemm.faster``; 0: it stays Marlin's), ``stream_scaled``,
     whether the kernel multiplies by ``pre_quant_scale``, and ``stream_branch``, whether it adds the low-rank branch.
+    ``activations.fuse`` sets ``stream_gelu`` later.
     """
     from vllm_gemma4_spec.kernels import stream_gemm
 
@@ -32,6 +34,8 @@ def prepare(layer: Module) -> None:
     alone = layer.streamed != 0 and layer.rows_codes is None
     layer.stream_scaled = alone and scale_stands_alone(layer)
     layer.stream_branch = alone and _branch(layer)
+    if layer.stream_gelu:  # weights that are loaded again: what is compiled has its activation in the operator
+        layer.streamed = stream_gemm.faster(layer, gelu=True)
 
 
 def _branch(layer: Module) -> bool:
@@ -46,8 +50,24 @@ def _branch(layer: Module) -> bool:
     return True
 
 
+def fuse_activations(model: Module) -> None:
+    """Let gate and up of a model that has been loaded give ``gelu(gate) * up`` themselves: one kernel less per layer.
+
+    Not where adapters of LoRA add to their outputs, which the activation must come behind.
+    """
+    config = scope.current_config()
+    if not scope.gemma4_engine(config) or getattr(config, "lora_config", None) or small_batch_layers.loading_drafter():
+        return  # a drafter's layers have a kernel for their smallest batches, see small_batch_layers
+    for module in model.modules():
+        layer = getattr(module, "gate_up_proj", None)
+        if type(module).__name__ != "Gemma4MLP" or getattr(layer, "rows_codes", None) is not None:
+            continue
+        if activations.fuse(layer):
+            module.act_fn = torch.nn.Identity()
+
+
 def linear(layer: Module, x: Tensor) -> Tensor:
-    """``[..., K]`` to ``[..., N]``. torch.compile traces this.
+    """``[..., K]`` to ``[..., N]``, or ``[..., N / 2]`` with ``layer.stream_gelu``. torch.compile traces this.
 
     Multiplies by ``pre_quant_scale`` first if ``layer.stream_scaled``; adds the branch if ``layer.stream_branch``.
     """
@@ -62,4 +82,5 @@ def linear(layer: Module, x: Tensor) -> Tensor:
         layer.streamed,
         layer.svdquant_lora_a if layer.stream_branch else None,
         layer.svdquant_lora_b if layer.stream_branch else None,
+        layer.stream_gelu,
     )
