@@ -71,6 +71,7 @@ MODULES: dict[str, list[str]] = {
     "performance.table_copies": ["performance/test_table_copies.py"],
     "performance.greedy_sampling": ["performance/test_greedy_sampling.py"],
     "performance.step_indices": ["performance/test_step_indices.py"],
+    "performance.draft_graph_key": ["performance/test_draft_graph_key.py"],
     "performance.compiled_at_start": ["performance/test_compiled_at_start.py"],
     "performance.soft_cap": ["performance/test_soft_cap.py"],
     "performance.head_norms": ["performance/test_head_norms.py"],

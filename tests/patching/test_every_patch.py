@@ -209,6 +209,11 @@ SHOWN = {
         "performance/test_draft_compile::test_a_drafter_has_compiler_settings_of_its_own",
         r"enable_pdl",
     ),
+    "draft-graph-key": Shown(
+        "performance/test_draft_graph_key::test_stock_runs_the_graph_of_the_drafter_before",
+        "performance/test_draft_graph_key::test_a_drafter_runs_its_own_graph",
+        r"assert \[6.0, 6.0\] == \[6.0, 10.0\]",
+    ),
     "target-compile": Shown(
         "performance/test_target_compile::test_stock_compiles_a_target_without_dependent_launch",
         "performance/test_target_compile::test_a_target_is_compiled_with_dependent_launch",

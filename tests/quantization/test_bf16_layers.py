@@ -36,14 +36,14 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
         return by_torch(x, weight, gelu)
 
     def choose(weight: Tensor, gelu: bool) -> None:
-        bf16_gemm._chosen[(*weight.shape, gelu)] = 2
+        bf16_gemm.chosen[(*weight.shape, gelu)] = 2
 
     # vLLM's own way on CPUs leaves a layer no weight.
     monkeypatch.setattr(
         "vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm",
         lambda layer, remove_weight: setattr(layer, "cpu_linear", F.linear),
     )
-    monkeypatch.setattr(bf16_gemm, "_chosen", {})
+    monkeypatch.setattr(bf16_gemm, "chosen", {})
     monkeypatch.setattr(bf16_gemm, "suits", lambda weight: True)
     monkeypatch.setattr(bf16_gemm, "choose", choose)
     monkeypatch.setattr(bf16_gemm, "gemm", gemm)
@@ -144,18 +144,19 @@ def test_nothing_is_said_of_a_drafter_without_such_layers(monkeypatch: pytest.Mo
         ({8: (5.0, 9.0), 16: (8.0, 9.0)}, 16),
         ({8: (5.0, 9.0), 16: (9.0, 9.0)}, 8),
         ({8: (9.1, 9.0), 16: (9.1, 9.0)}, 0),
+        ({8: (9.1, 9.0), 16: (5.0, 9.0)}, 0),  # batches are taken up to a number of rows
     ],
 )
 def test_the_faster_one_takes_a_batch(
     us: dict[int, tuple[float, float]], most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     times = {n: {chosen_rows.OTHER: theirs, bf16_gemm.OURS: ours} for n, (ours, theirs) in us.items()}
-    monkeypatch.setattr(bf16_gemm, "_chosen", {})
+    monkeypatch.setattr(bf16_gemm, "chosen", {})
     monkeypatch.setattr(bf16_gemm, "_times", lambda weight, gelu: times)
     monkeypatch.setattr(chosen_rows, "path", lambda: tmp_path / "rows.json")
     monkeypatch.setattr(chosen_rows, "card", lambda: "a card")
     bf16_gemm.choose(torch.empty(64, 256), gelu=False)
-    assert bf16_gemm._chosen == {(64, 256, False): most}
+    assert bf16_gemm.chosen == {(64, 256, False): most}
 
 
 def test_without_memory_to_measure_cublas_keeps_all(
@@ -164,13 +165,44 @@ def test_without_memory_to_measure_cublas_keeps_all(
     def fails(weight: Tensor, gelu: bool) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr(bf16_gemm, "_chosen", {})
+    monkeypatch.setattr(bf16_gemm, "chosen", {})
     monkeypatch.setattr(bf16_gemm, "_times", fails)
     monkeypatch.setattr(chosen_rows, "path", lambda: tmp_path / "rows.json")
     monkeypatch.setattr(chosen_rows, "card", lambda: "a card")
     with caplog.at_level("INFO", "vllm.plugins.gemma4_spec"):
         bf16_gemm.choose(torch.empty(64, 256), gelu=True)
-    assert bf16_gemm._chosen == {}
+    assert bf16_gemm.chosen == {}
     assert [r.getMessage() for r in caplog.records] == [
         "GEMM 64x256, bfloat16, gelu stays cuBLAS's: CUDA out of memory."
     ]
+
+
+def test_ranks_take_what_all_of_them_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One measured otherwise, or could not measure: what each computes whole would differ, and so would its draft."""
+    from vllm.distributed import parallel_state
+
+    from vllm_gemma4_spec.quantization import bf16_layers
+
+    others = {(32, 256, False): 8, (64, 256, False): 0}
+    ours = {(32, 256, False): 16, (64, 256, False): 16, (96, 256, False): 16}
+
+    def all_gather_object(found: list[Any], mine: Any, group: str) -> None:
+        assert (mine, group) == (ours, "on CPUs")
+        found[:] = [others, dict(mine)]
+
+    monkeypatch.setattr(bf16_gemm, "chosen", dict(ours))
+    monkeypatch.setattr(parallel_state, "model_parallel_is_initialized", lambda: True)
+    monkeypatch.setattr("vllm.distributed.get_tp_group", lambda: SimpleNamespace(world_size=2, cpu_group="on CPUs"))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
+    bf16_layers._agree()
+    assert bf16_gemm.chosen == {(32, 256, False): 8, (64, 256, False): 0, (96, 256, False): 0}
+
+
+def test_batch_invariance_keeps_vllms_gemms(rows: list[tuple[int, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_gemma4_spec.quantization import bf16_layers
+
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    model = nn.Module()
+    model.vllm_config, model.o_proj = SimpleNamespace(additional_config={}), linear()  # type: ignore[assignment]
+    bf16_layers.take(model)
+    assert type(model.o_proj.quant_method).__name__ == "UnquantizedLinearMethod"

@@ -24,14 +24,14 @@ class Gemma4MLP(torch.nn.Module):
         layer: Any = torch.nn.Module()
         layer.prefix = "model.layers.0.mlp.gate_up_proj"
         layer.output_size_per_partition, layer.input_size_per_partition = n, 64
-        layer.weight = torch.nn.Parameter(torch.ones(1))
+        layer.weight = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
         layer.rows_codes = layer.svdquant_lora_a = layer.pre_quant_scale = None
         layer.streamed, layer.stream_wanted = ALONE, True
         layer.stream_scaled = layer.stream_branch = layer.stream_gelu = False
         layer.modelopt_checked, layer.modelopt_additional = True, scope.current_config().additional_config
         for name, value in other.items():
             setattr(layer, name, value)
-        self.gate_up_proj, self.act_fn = layer, torch.nn.ReLU()
+        self.gate_up_proj, self.act_fn, self.down_proj = layer, torch.nn.ReLU(), torch.nn.Module()
 
 
 class Gemma4VisionMLP(Gemma4MLP):
@@ -77,9 +77,10 @@ def test_a_targets_gate_and_up_give_the_activation(config: Any) -> None:
         (Gemma4MLP, {"svdquant_lora_a": torch.ones(1)}),
         (Gemma4MLP, {"stream_scaled": True}),
         (Gemma4MLP, {"rows_codes": torch.ones(1)}),
+        (Gemma4MLP, {"weight": SimpleNamespace(is_cuda=False, device=torch.device("cpu"))}),
         (Gemma4VisionMLP, {}),
     ],
-    ids=["Marlin's", "narrow", "branch", "scaled inside", "copied", "tower"],
+    ids=["Marlin's", "narrow", "branch", "scaled inside", "copied", "offloaded", "tower"],
 )
 def test_others_keep_theirs(config: Any, kind: Any, other: dict[str, Any]) -> None:
     mlp = kind(**other)
@@ -93,6 +94,14 @@ def test_a_scale_that_is_multiplied_before_changes_nothing() -> None:
     mlp = Gemma4MLP(pre_quant_scale=torch.ones(64))
     load(mlp)
     assert fused(mlp)
+
+
+def test_the_activation_multiplies_by_the_next_layers_scale() -> None:
+    """NVFP4_AWQ: torch.compile makes one kernel of both, which would stay for the scale alone."""
+    mlp = Gemma4MLP()
+    mlp.down_proj.pre_quant_scale = torch.ones(512)
+    load(mlp)
+    assert not fused(mlp)
 
 
 def test_an_adapter_adds_before_the_activation(config: Any) -> None:

@@ -9,6 +9,7 @@ PyTorch has it, and has asked for it when the kernel ahead ends. Which of the tw
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -136,7 +137,7 @@ def _other(x: Tensor, weight: Tensor, gelu: bool) -> Tensor:
 def linear(x: Tensor, weight: Tensor, gelu: bool) -> Tensor:
     """One linear layer, ``[..., K]`` to ``[..., N]`` (``[..., N / 2]`` with ``gelu``), by what suits the rows."""
     flat = x.reshape(-1, x.shape[-1])
-    if flat.shape[0] <= _chosen.get((*weight.shape, gelu), 0):
+    if flat.shape[0] <= chosen.get((*weight.shape, gelu), 0):
         y = gemm(flat.contiguous(), weight, gelu)
     else:
         y = _other(flat, weight, gelu)
@@ -188,7 +189,7 @@ def suits(weight: Tensor) -> bool:
     )
 
 
-_chosen: dict[tuple[int, int, bool], int] = {}  # N, K, gelu -> rows up to which the kernel takes batches
+chosen: dict[tuple[int, int, bool], int] = {}  # N, K, gelu -> rows up to which the kernel takes batches
 
 
 def choose(weight: Tensor, gelu: bool) -> None:
@@ -200,8 +201,8 @@ def choose(weight: Tensor, gelu: bool) -> None:
     except RuntimeError as error:  # no memory for it
         logger.info("%s stays cuBLAS's: %s", chosen_rows.named(shape), str(error).partition("\n")[0])
         return
-    taken = [rows for rows in sorted(found) if found[rows] == OURS]
-    _chosen[n, k, gelu] = max(taken, default=0)
+    taken = itertools.takewhile(lambda rows: found[rows] == OURS, sorted(found))
+    chosen[n, k, gelu] = max(taken, default=0)
 
 
 def _times(weight: Tensor, gelu: bool) -> chosen_rows.Kernels:

@@ -11,21 +11,28 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._captured = False  # a CUDA graph uses them
+        self._replaced: list[tuple[Tensor, Tensor]] = []  # by a larger engine's in this process, and still used
 
     def reserve(self, device: torch.device, floats: int, counters: int) -> None:
-        """Grow to what a layer needs; before any CUDA graph is captured.
+        """Grow to what a layer needs; before any CUDA graph of this engine is captured.
 
         Weights that are loaded again reserve again: what waking from sleep level 2 leaves here is as it must be then.
         """
-        partial, arrivals = self._buffers.get(device, (None, None))
+        before = self._buffers.get(device)
+        partial, arrivals = before or (None, None)
         if partial is None or partial.numel() < floats:
             partial = torch.empty(floats, dtype=torch.float32, device=device)
         if arrivals is None or arrivals.numel() < counters:
             arrivals = torch.empty(counters, dtype=torch.int32, device=device)
         arrivals.zero_()
         self._buffers[device] = (partial, arrivals)
+        if self._captured and before and (partial is not before[0] or arrivals is not before[1]):
+            self._replaced.append(before)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if not self._captured and device.type == "cuda":
+            self._captured = torch.cuda.is_current_stream_capturing()
         return self._buffers[device]
 
     def floats(self, device: torch.device, count: int) -> Tensor | None:

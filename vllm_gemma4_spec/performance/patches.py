@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         cache_write,
         compile_settings,
         compiled_at_start,
+        draft_graph_key,
         draft_graphs,
         expert_routing,
         first_pass_slots,
@@ -38,6 +39,7 @@ else:  # a wrapper's module is imported only after the module of vLLM that it pa
     cache_write = Lazy("vllm_gemma4_spec.performance.cache_write")
     compile_settings = Lazy("vllm_gemma4_spec.performance.compile_settings")
     compiled_at_start = Lazy("vllm_gemma4_spec.performance.compiled_at_start")
+    draft_graph_key = Lazy("vllm_gemma4_spec.performance.draft_graph_key")
     draft_graphs = Lazy("vllm_gemma4_spec.performance.draft_graphs")
     expert_routing = Lazy("vllm_gemma4_spec.performance.expert_routing")
     first_pass_slots = Lazy("vllm_gemma4_spec.performance.first_pass_slots")
@@ -457,6 +459,21 @@ COMPILED_AT_START = Patch(
     ),
 )
 
+DRAFT_GRAPH_KEY = Patch(
+    name="draft-graph-key",
+    group=Group.CONVENIENCE,
+    why="Target and drafter share the configuration in which the target, compiled first, leaves the folder of its "
+    "graphs; in it the drafter's lie under a name that all drafters have. A start with another drafter beside the same "
+    "target, or with other kernels in it, runs the graph of the one before.",
+    how="A drafter's folder is named by its own configuration. One that the user chose (cache_dir) is left as it is.",
+    retire="A key that the drafter's configuration is part of.",
+    scope="Draft models and assistants that are a Gemma 4. Heads (EAGLE) are compiled with the target's configuration, "
+    "which names no drafter: clear vLLM's compile cache when they change.",
+    related="#53366, open: the number of drafts is no part of the key either; #17662, closed: a head has the target's",
+    edits=(Edit("vllm.compilation.backends:VllmBackend.__call__", draft_graph_key.compiled),),
+    watches=("vllm.config.compilation:CompilationConfig",),
+)
+
 SOFT_CAP = Patch(
     name="soft-cap",
     group=Group.CONVENIENCE,
@@ -620,6 +637,7 @@ PATCHES: tuple[Patch, ...] = (
     ASYNC_DRAFTS,
     LOCAL_ARGMAX,
     DRAFT_COMPILE,
+    DRAFT_GRAPH_KEY,
     TARGET_COMPILE,
     FUSED_ALL_REDUCE,
     PER_LAYER_GATHER,

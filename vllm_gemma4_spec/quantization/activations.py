@@ -15,8 +15,8 @@ def fuse(layer: Any) -> bool:
     from vllm_gemma4_spec.kernels import stream_gemm
 
     streamed = getattr(layer, "streamed", 0)
-    if not streamed or layer.stream_scaled or layer.svdquant_lora_a is not None:
-        return False
+    if not streamed or layer.stream_scaled or layer.svdquant_lora_a is not None or not layer.weight.is_cuda:
+        return False  # a weight that is offloaded lies with the host by now
     n, k = layer.output_size_per_partition, layer.input_size_per_partition
     if not stream_gemm.halves_are_tiles(n) or not stream_gemm.gelu_available():
         return False

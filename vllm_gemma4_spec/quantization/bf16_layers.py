@@ -1,6 +1,6 @@
 """Which of a drafter's linear layers in bfloat16 take the kernel for few rows: all that it suits.
 
-Only drafts come from them, so another order of additions than cuBLAS's changes no answer.
+Only drafts come from them, so another order of additions than cuBLAS's changes no greedy answer.
 """
 
 from __future__ import annotations
@@ -33,27 +33,48 @@ class FewRows(UnquantizedLinearMethod):
 def take(model: Module) -> None:
     """Let the kernel have what it suits of a drafter whose weights are loaded, before anything is compiled.
 
-    That is of its language model, which is what vLLM compiles: towers have more rows.
+    That is of its language model, which is what vLLM compiles: towers have more rows. Nothing with
+    ``VLLM_BATCH_INVARIANT=1``, for which vLLM has GEMMs of its own.
     """
+    import vllm.envs
+
+    if vllm.envs.VLLM_BATCH_INVARIANT:
+        return
     compiled = [module for module in model.modules() if hasattr(module, "vllm_config")]
     modules = list({id(m): m for one in compiled for m in one.modules()}.values())
     gates = {id(m.gate_up_proj): m for m in modules if type(m).__name__ == "Gemma4MLP"}
-    taken = 0
-    for layer in modules:
-        if not _plain(layer) or not bf16_gemm.suits(layer.weight):
-            continue
+    layers = [layer for layer in modules if _plain(layer) and bf16_gemm.suits(layer.weight)]
+    for layer in layers:
+        bf16_gemm.choose(layer.weight, gelu=id(layer) in gates)
+    _agree()
+    for layer in layers:
         mlp = gates.get(id(layer))
-        bf16_gemm.choose(layer.weight, gelu=mlp is not None)
         layer.quant_method = FewRows(gelu=mlp is not None)
         if mlp is not None:
             mlp.act_fn = torch.nn.Identity()
-        taken += 1
-    if not taken:
+    if not layers:
         return
     bf16_gemm.register_operator()
     for config in {id(one.vllm_config): one.vllm_config for one in compiled}.values():
         if isinstance(config.additional_config, dict):
-            config.additional_config = {**config.additional_config, MARK: taken}
+            config.additional_config = {**config.additional_config, MARK: len(layers)}
+
+
+def _agree() -> None:
+    """All ranks take the same kernels, those that every one of them takes.
+
+    What each computes whole (an assistant's projections, a drafter that is whole on each) must have the same bits on
+    all: each finds its draft by itself, and verifies it.
+    """
+    from vllm.distributed import get_tp_group
+    from vllm.distributed.parallel_state import model_parallel_is_initialized
+
+    if not model_parallel_is_initialized() or (group := get_tp_group()).world_size == 1:
+        return
+    found: list[dict[tuple[int, int, bool], int]] = [{}] * group.world_size
+    torch.distributed.all_gather_object(found, bf16_gemm.chosen, group=group.cpu_group)
+    for shape in bf16_gemm.chosen:
+        bf16_gemm.chosen[shape] = min(rank.get(shape, 0) for rank in found)
 
 
 def _plain(layer: Module) -> bool:

@@ -62,6 +62,8 @@ def fuse_activations(model: Module) -> None:
         layer = getattr(module, "gate_up_proj", None)
         if type(module).__name__ != "Gemma4MLP" or getattr(layer, "rows_codes", None) is not None:
             continue
+        if getattr(module.down_proj, "pre_quant_scale", None) is not None:
+            continue  # the activation multiplies by it on its way: without it that would be a kernel of its own
         if activations.fuse(layer):
             module.act_fn = torch.nn.Identity()
 
