@@ -66,3 +66,18 @@ def test_drafts_and_answers_are_the_same(kind: str, tmp_path: Path, monkeypatch:
         assert bool(called) == one
     assert found[0] == found[1]
     assert len(set(called)) == 2, "sliding and full layers"
+
+
+@pytest.mark.parametrize("kind", ["31b", "e4b"])
+def test_the_operator_suits_an_assistants_layers(kind: str, tmp_path: Path) -> None:
+    """In bfloat16, as published: their norm, and their rotary embedding where heads are not as small as these."""
+    target, assistant = pairs.save_pair(kind, tmp_path)
+    config = {"model": str(assistant), "num_speculative_tokens": 1}
+    found = set()
+    with engine(target, speculative_config=config, dtype="bfloat16") as llm:
+        drafter = llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter
+        for attention in (layer.self_attn for layer in drafter.model.model.layers):
+            size = attention.head_dim
+            suits = head_norms.turns(attention.rotary_emb, size), head_norms.norms(attention.q_norm, weighted=True)
+            found.add((size, *suits))
+    assert found == {(32, False, True), (64, True, True)}
