@@ -40,8 +40,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ap.add_argument("--engine", help=argparse.SUPPRESS)
     ap.add_argument("--turn", type=Path, help=argparse.SUPPRESS)
     args = ap.parse_args(argv)
-    args.k, args.tp, args.concurrency, args.prefix_caching = 3, 1, str(args.requests), False
-    return args
+    usual = full_shape.parse(["--concurrency", str(args.requests)])  # of what is not asked for here
+    return argparse.Namespace(**vars(usual) | vars(args))
 
 
 def answers(args: argparse.Namespace) -> dict[str, Any]:

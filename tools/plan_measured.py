@@ -14,7 +14,7 @@ OUT = ROOT / "vllm_gemma4_spec/ops/plan/measured.json"
 # Results file, the card it was run on, the engine that drafted, the one that did not. Targets and E4B are full-size
 # shapes in NVFP4, assistants in bfloat16.
 RESULTS = (
-    ("benchmarks/results/h200-31b.json", "H200", "spec@3", "plain"),
+    ("benchmarks/results/h200-31b-before-bf16.json", "H200", "spec@3", "plain"),
     ("benchmarks/results/h200-26b-e4b.json", "H200", "spec", "stock"),  # before the target's kernels
     ("benchmarks/results/h200-31b.json", "H200", "mtp@4", "plain"),
     ("benchmarks/results/h200-26b-mtp.json", "H200", "mtp@4", "plain"),

@@ -116,7 +116,8 @@ PATCHES: tuple[Patch, ...] = (
             "also when weights are loaded again (reload_weights, update_weights), with the KV cache's scales and what "
             "no checkpoint has (stock multiplies a 26B's router by uninitialised memory then); weights "
             "that are refused leave the old ones. Where a Gemma 4's gate and up projections stream "
-            "(VLLM_GEMMA4_SPEC_STREAM_GEMM) without branch and LoRA, their GEMM gives gelu(gate) * up. "
+            "(VLLM_GEMMA4_SPEC_STREAM_GEMM) without branch, LoRA and a scale of down_proj, their GEMM gives "
+            "gelu(gate) * up. "
             "Stacked experts are handed on one by one; what the headers rule "
             "out is refused before a process starts."
         ),
