@@ -268,7 +268,7 @@ def plan_of(*arguments: str) -> dict[str, Any]:
 NVFP4 = ("--target-weights", "nvfp4", "--drafter-weights", "nvfp4")
 E4B = ("google/gemma-4-E4B-it", "nvfp4")
 MEASURED = [
-    ("google/gemma-4-31B-it", E4B, "h200-31b", "spec@3", 3),
+    ("google/gemma-4-31B-it", E4B, "h200-31b-before-bf16", "spec@3", 3),
     ("google/gemma-4-26B-A4B-it", E4B, "h200-26b-e4b", "spec", 3),
     ("google/gemma-4-31B-it", ("google/gemma-4-31B-it-assistant", "bf16"), "h200-31b", "mtp@4", 4),
     ("google/gemma-4-26B-A4B-it", ("google/gemma-4-26B-A4B-it-assistant", "bf16"), "h200-26b-mtp", "mtp@4", 4),
