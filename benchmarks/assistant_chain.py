@@ -4,8 +4,9 @@
 
 Needs a Hopper card. One CUDA graph holds four passes of 31B's assistant (``31B, half``: of each of two tensor-parallel
 ranks), each of them pre_projection, four layers (q, norms of heads, a stand-in for attention, o, norms, gate_up,
-gelu * up, down, norms) and post_projection. Small kernels are launched as torch.compile launches its own with
-``triton.enable_pdl``. First each GEMM alone, against float64.
+gelu * up, down, norms) and post_projection; halves wait 1.5 us behind o and down, in place of an all-reduce. Triton's
+kernels are launched as torch.compile launches its own with ``triton.enable_pdl``. First each GEMM alone, against
+float64; cuBLAS's time there is without an activation.
 """
 
 from __future__ import annotations

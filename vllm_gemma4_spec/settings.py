@@ -101,7 +101,7 @@ STREAM_GEMM = switch(
     f"{PREFIX}_STREAM_GEMM",
     "0 leaves NVFP4 layers to Marlin in all batches; 1 gives those to the kernel that streams its weights in which it "
     "was faster, or as fast where it overlaps with the kernel ahead, measured once per card and shape; gate and up "
-    "projections of a Gemma 4 then give gelu(gate) * up themselves, without LoRA and a scale of down_proj",
+    "projections of a Gemma 4 then give gelu(gate) * up themselves, without a branch, LoRA and a scale of down_proj",
 )
 ADAPTIVE_K = Setting(
     f"{PREFIX}_ADAPTIVE_K",

@@ -163,6 +163,8 @@ def test_heads_are_what_float64_rounds_to() -> None:
 
 BF16_SHAPES = [
     (8192, 1024, False),  # 31B's assistant: queries, outputs, gate and up, down, both projections
+    (1024, 8192, False),
+    (16384, 1024, False),
     (1024, 16384, False),
     (16384, 1024, True),
     (1024, 4096, False),

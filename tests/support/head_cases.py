@@ -15,6 +15,8 @@ LAYERS = {
     "31B full": (32, 4, 512),
     "E4B sliding": (8, 2, 256),
     "E4B shares": (8, 0, 512),
+    "31B's assistant, sliding": (32, 0, 256),
+    "31B's assistant, full": (32, 0, 512),
     "odd": (5, 1, 64),
 }
 

@@ -1,7 +1,7 @@
 """GEMMs of a few rows with bfloat16 weights: ``bf16_rows.cu`` beside cuBLAS, as one operator.
 
 Google's assistants come in bfloat16. cuBLAS waits for the kernel ahead before it asks for a weight, and adds up parts
-in a second kernel: 5 to 9 us for each GEMM of 31B's assistant on an H200. The kernel here reads the weight where
+in a second kernel: 6 to 14 us for each GEMM of 31B's assistant on an H200. The kernel here reads the weight where
 PyTorch has it, and has asked for it when the kernel ahead ends. Which of the two takes a batch is measured once
 (:func:`choose`).
 """
@@ -25,8 +25,8 @@ logger = logging.getLogger("vllm.plugins.gemma4_spec")
 OPERATOR = "gemma4_spec_bf16_linear"
 OURS = "bf16_rows"
 ROWS, COLUMNS = 16, 256  # outputs of a tile; what K is a multiple of
-# Tiles of 8 outputs would give few of them to all multiprocessors: 5.8 us alone for 8.3, but nothing in a chain, where
-# the next GEMM's weights come to those that idle (benchmarks/NOTES.md, change 138).
+# Tiles of 8 outputs would give few of them to all multiprocessors: 5.8 us alone for 8.3, but slower in a chain, where
+# the next GEMM's weights come to those that idle, except at one row of a whole assistant (benchmarks/NOTES.md, 138).
 WIDE = 4096  # outputs from which a warp takes two tiles: x is read half as often, and still every block has work
 
 
@@ -60,7 +60,7 @@ def form_for(n: int, rows: int, gelu: bool) -> Form:
 
 @functools.cache
 def split_for(n: int, k: int, form: Form, multiprocessors: int) -> int:
-    """Warps of a block that share a warp's outputs: as many as have work, while a block each runs at once."""
+    """Warps of a block that share a warp's outputs: as many as have work, as long as all blocks run at once."""
     outputs, most, split = n // ROWS // form.pair, form.warps * multiprocessors, 1
     while split < form.warps and split * 2 * 32 * form.chunks <= k and outputs * split * 2 <= most:
         split *= 2
@@ -162,7 +162,7 @@ def _all() -> list[tuple[Form, bool]]:
 
 @functools.cache
 def available() -> bool:
-    """Whether the kernel runs on the current card; if not, the log says once why, and cuBLAS keeps all."""
+    """Whether the kernel runs on the current card; where it should and does not, the log says once why."""
     if torch.version.hip is not None or not cuda.starts_early(torch.device("cuda")):
         return False
     try:

@@ -9,7 +9,7 @@
 // with NT 2: gelu(first half) * second half of the outputs), CHUNKS (of 32 inputs, that a warp has in registers), AHEAD (of
 // x, that are loaded at once) and WARPS. Launched with
 //
-//   grid N / 16 / NT / (WARPS / split), block 32 * WARPS, shared memory WARPS * NT * MT * 512 bytes:
+//   grid N / 16 / NT / (WARPS / split) rounded up, block 32 * WARPS, shared memory WARPS * NT * MT * 512 bytes:
 //
 // `split` warps of a block share NT tiles of outputs; their sums are added up in their order.
 

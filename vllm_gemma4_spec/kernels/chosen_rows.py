@@ -6,6 +6,7 @@ A card that nobody tried is then not slower than with vLLM's Marlin, or a drafte
   faster than Marlin with the smallest and the largest; where it overlaps with the kernel ahead, if it was as fast.
 - :func:`fastest`: a layer with the small-batch kernel's copy of its weights. The fastest form of that kernel gets the
   batches up to a number of rows that was measured, if it was faster there than what runs else (streaming or Marlin).
+  So does a kernel for a drafter's bfloat16 weights, beside cuBLAS.
 """
 
 from __future__ import annotations

@@ -469,7 +469,7 @@ def suits(layer: Module) -> bool:
 
 
 def reserve(n: int, k: int, device: torch.device, gelu: bool = False) -> None:
-    """Make room for the partial sums of this shape; no scratch can be replaced once a CUDA graph is captured."""
+    """Make room for the partial sums of this shape; before any CUDA graph of this engine is captured."""
     blocks = min(_multiprocessors(device.index), units(n, k))
     SCRATCH.reserve(device, parts(blocks, n, gelu) * MOST_ROWS * COLUMNS, -(-n // COLUMNS) * 8)
     register_operator()

@@ -213,7 +213,7 @@ DRAFT_ARGMAX = Patch(
     "token ids; their logits are then computed exactly and the largest is taken. Under tensor parallelism each rank "
     "does so for its part, and the largest of theirs is taken.",
     retire="A fused argmax over lm_head in vLLM.",
-    scope="Draft models that are a Gemma 4, on CUDA.",
+    scope="Draft models and assistants that are a Gemma 4, on CUDA.",
     related="none found",
     edits=(
         Edit(f"{_PROPOSER}.load_model", argmax.load_model),
@@ -498,7 +498,7 @@ HEAD_NORMS = Patch(
     how="One Triton kernel norms and turns all heads of a token, in float32, rounded once. It is an operator that "
     "torch.compile does not look into.",
     retire="A release whose enable_qk_norm_rope_fusion finds Gemma 4's heads: norms of values, head sizes 256 and 512.",
-    scope="Gemma 4, as target or draft model, in bfloat16 on NVIDIA GPUs from Hopper on.",
+    scope="Gemma 4, as target, draft model or assistant, in bfloat16 on NVIDIA GPUs from Hopper on.",
     related="none found",
     edits=(
         Edit("vllm.config.vllm:VllmConfig.__post_init__", head_norms.vllm_config),

@@ -10,7 +10,7 @@ from vllm_gemma4_spec.quantization import compile_key
 def fuse(layer: Any) -> bool:
     """Whether the activation behind a layer that has been loaded is part of its streaming GEMM from now on.
 
-    Not where fewer batches would stream then. All ranks read the same times, so they agree.
+    Not where fewer batches would stream then. All ranks of a machine read the same times.
     """
     from vllm_gemma4_spec.kernels import stream_gemm
 
