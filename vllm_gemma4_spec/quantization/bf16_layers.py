@@ -63,8 +63,8 @@ def take(model: Module) -> None:
 def _agree() -> None:
     """All ranks take the same kernels, those that every one of them takes.
 
-    What each computes whole (an assistant's projections, a drafter that is whole on each) must have the same bits on
-    all: each finds its draft by itself, and verifies it.
+    What each computes whole, an assistant's projections, must have the same bits on all: of a head by centroids each
+    finds its draft by itself, and verifies it.
     """
     from vllm.distributed import get_tp_group
     from vllm.distributed.parallel_state import model_parallel_is_initialized
