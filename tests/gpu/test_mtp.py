@@ -142,6 +142,35 @@ def test_an_fp8_cache_is_read_with_the_donors_scales(
     assert watched.changed == 0
 
 
+@pytest.mark.parametrize("mode", [0] if REHEARSAL else [0, 3])
+@pytest.mark.parametrize("name", ["31b", "e4b"])
+def test_in_bfloat16_with_the_kernels_for_it(name: str, mode: int, measured: Any, tmp_path: Path) -> None:
+    """Widths that they take: every linear layer and the queries of every layer, in graphs, compiled and not."""
+    from vllm_gemma4_spec.performance import head_norms
+
+    kind = pairs.KINDS[name]()
+    kind.target.head_dim, kind.target.global_head_dim = device.HEADS.values()
+    kind.target.hidden_size = 128
+    target = tiny_models.save(kind.target, tmp_path / "target")
+    assistant = pairs.save_assistant(kind, tmp_path / "assistant", hidden_size=256, intermediate_size=256)
+    prompts = engine.random_prompts(device.LENGTHS)
+    options = device.options(K, mode, async_scheduling=False, dtype="bfloat16")
+    options["speculative_config"] = {"model": str(assistant), "num_speculative_tokens": K}
+    with engine.engine(target, **options) as llm:
+        watched = Watched(llm, assistant)
+        modules = list(watched.runner.drafter.model.modules())
+        rows = sum(type(getattr(module, "quant_method", None)).__name__ == "FewRows" for module in modules)
+        heads = sum(hasattr(module, head_norms.OURS) for module in modules)
+        engine.generate(llm, prompts, device.TOKENS)
+    drafts = watched.drafts
+    first = sum(d.made[0] != d.wanted[0] for d in drafts)
+    measured(drafts=len(drafts), first_different=first, different=sum(d.made != d.wanted for d in drafts), layers=rows)
+    assert (rows, heads) == ((0, 0) if REHEARSAL else (2 + 4 * 4, 4))
+    assert len(drafts) > 20
+    assert first <= 0.2 * len(drafts)
+    assert watched.changed == 0
+
+
 ROWS = (1, 3, 8, 16)
 
 
