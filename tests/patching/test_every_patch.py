@@ -213,6 +213,7 @@ SHOWN = {
         "performance/test_draft_graph_key::test_stock_runs_the_graph_of_the_drafter_before",
         "performance/test_draft_graph_key::test_a_drafter_runs_its_own_graph",
         r"assert \[6.0, 6.0\] == \[6.0, 10.0\]",
+        spawns=True,
     ),
     "target-compile": Shown(
         "performance/test_target_compile::test_stock_compiles_a_target_without_dependent_launch",
