@@ -21,8 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
-from layer_chain import heads, norms
+from layer_chain import activation, heads, norms
 from rows_chain import LINGER
 from target_gemm import graph_us
 from torch import Tensor
@@ -40,19 +39,6 @@ def shapes(ranks: int) -> list[dict[str, tuple[int, int]]]:
         q, wide = 32 * head // ranks, 8192 // ranks
         rows.append({"q": (q, WIDE), "o": (WIDE, q), "gate_up": (2 * wide, WIDE), "down": (WIDE, wide)})
     return rows
-
-
-@triton.jit
-def gelu_times(x, y, half, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    row, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(x + row * half * 2 + at, mask=at < half).to(tl.float32)
-    up = tl.load(x + row * half * 2 + half + at, mask=at < half).to(tl.float32)
-    inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-    tanh = 2.0 / (1.0 + tl.exp(-2.0 * inner)) - 1.0
-    tl.store(y + row * half + at, (0.5 * gate * (1.0 + tanh) * up).to(tl.bfloat16), mask=at < half)
 
 
 class Chain:
@@ -76,8 +62,8 @@ class Chain:
             y = F.linear(x, weight)
             if gelu:
                 y, both = y.new_empty(rows, y.shape[1] // 2), y
-                half = y.shape[1]
-                gelu_times[(rows, triton.cdiv(half, 1024))](both, y, half, BLOCK=1024, EARLY=True, launch_pdl=True)
+                grid = (triton.cdiv(y.numel(), 1024),)
+                activation[grid](both, y, y.numel(), y.shape[1], BLOCK=1024, EARLY=True, launch_pdl=True)
             return y
 
         hidden = start

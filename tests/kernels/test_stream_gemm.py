@@ -357,7 +357,7 @@ def test_the_gemm_multiplies_up_to_8_rows(monkeypatch: pytest.MonkeyPatch, rows:
         return lambda **given: called.append((*how, given["args"]))
 
     monkeypatch.setattr(stream_gemm, "forms", lambda: stream_gemm.WGMMA_FORMS)
-    monkeypatch.setattr(stream_gemm, "_multiprocessors", lambda _: 132)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda _: 132)
     monkeypatch.setattr(stream_gemm, "kernel", kernel)
     monkeypatch.setattr(stream_gemm, "scaled_rows", lambda x, by: x * by)
     monkeypatch.setattr(stream_gemm.SCRATCH, "on", lambda _: (x, x))

@@ -95,11 +95,6 @@ def _kernel(form: Form, gelu: bool) -> Any:
     return made
 
 
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def gemm(x: Tensor, weight: Tensor, gelu: bool = False, form: Form | None = None, split: int | None = None) -> Tensor:
     """``x @ weight.T`` for at most :data:`MOST_ROWS` rows, on the current stream.
 
@@ -114,7 +109,7 @@ def gemm(x: Tensor, weight: Tensor, gelu: bool = False, form: Form | None = None
     """
     (rows, k), n = x.shape, weight.shape[0]
     form = form or form_for(n, rows, gelu)
-    split = split or split_for(n, k, form, _multiprocessors(x.device.index))
+    split = split or split_for(n, k, form, cuda.multiprocessors(x.device.index))
     y = torch.empty(rows, n // 2 if gelu else n, dtype=x.dtype, device=x.device)
     _kernel(form, gelu)(
         grid=(-(-(n // ROWS // form.pair) * split // form.warps), 1, 1),
@@ -127,11 +122,7 @@ def gemm(x: Tensor, weight: Tensor, gelu: bool = False, form: Form | None = None
 
 def _other(x: Tensor, weight: Tensor, gelu: bool) -> Tensor:
     y = F.linear(x, weight)
-    if not gelu:
-        return y
-    activated = y.new_empty(y.shape[0], y.shape[1] // 2)
-    torch.ops._C.gelu_tanh_and_mul(activated, y)
-    return activated
+    return stream_gemm.activated(y) if gelu else y
 
 
 def linear(x: Tensor, weight: Tensor, gelu: bool) -> Tensor:
@@ -166,6 +157,7 @@ def available() -> bool:
     if torch.version.hip is not None or not cuda.starts_early(torch.device("cuda")):
         return False
     try:
+        cuda.compile_together((source(*what), False) for what in _all())
         for what in _all():
             _kernel(*what)
         stream_gemm._scaled_rows()

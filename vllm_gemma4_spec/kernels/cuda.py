@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,22 @@ def this_card() -> str:
     torch.cuda.init()
     major, minor = torch.cuda.get_device_capability()
     return architecture(10 * major + minor)
+
+
+def compile_together(wanted: Iterable[tuple[str, bool]]) -> None:
+    """:func:`compiled` of several sources for the current device, as NVRTC takes seconds for some.
+
+    Args:
+        wanted: each source, and whether it is for this very architecture, as :class:`Kernel` takes it.
+    """
+    card = this_card()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda what: compiled(what[0], card + "a" * what[1]), wanted))
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class Kernel:

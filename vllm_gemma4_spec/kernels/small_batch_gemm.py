@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,7 +184,7 @@ def _kernel(form: Form, gelu: int, scaled: bool) -> Any:
 
 @functools.cache
 def _launch(n: int, k: int, form: Form, chunks: int, gelu: bool, device: int) -> Launch:
-    return plan(n, k, form, chunks, gelu, torch.cuda.get_device_properties(device).multi_processor_count)
+    return plan(n, k, form, chunks, gelu, cuda.multiprocessors(device))
 
 
 SCRATCH = Scratch()
@@ -409,13 +408,10 @@ _ready: set[tuple[Form, bool, bool]] = set()
 
 
 def _compile(wanted: Iterable[tuple[Form, bool, bool]]) -> None:
-    """Several kernels side by side: NVRTC takes half a second for each."""
     missing = set(wanted) - _ready
     if not missing:
         return
-    architecture = cuda.this_card()
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda what: cuda.compiled(source(*what), architecture), missing))
+    cuda.compile_together((source(*what), False) for what in missing)
     for what in missing:
         _kernel(*what)
     _ready.update(missing)

@@ -13,7 +13,6 @@ import functools
 import itertools
 import logging
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -214,7 +213,7 @@ def launch(
         parts, met = BRANCH_SCRATCH.on(x.device)
         branch = [x, *low_rank, parts, parts[SLICES * MOST_ROWS * RANK :], met]
     kernel(tiles, scaled, form, rank, gelu)(
-        grid=(form.blocks(_multiprocessors(x.device.index), n, k), 1, 1),
+        grid=(form.blocks(cuda.multiprocessors(x.device.index), n, k), 1, 1),
         block=form.threads_with(rank),
         args=[
             *weights,
@@ -258,11 +257,6 @@ def _scaled_rows() -> Any:
 def forms() -> dict[int, Form]:
     """Forms for this card: the tensor cores of Hopper have instructions of their own, which no later card has."""
     return WGMMA_FORMS if torch.cuda.get_device_capability()[0] == 9 else MMA_FORMS
-
-
-@functools.cache
-def _multiprocessors(device: int) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _times(layer: Module, gelu: bool = False) -> chosen_rows.Times:
@@ -393,12 +387,10 @@ def register_operator() -> None:
 
 
 def compile_forms(*wanted: tuple[bool, int], gelu: bool = False) -> None:
-    """All forms for this card, for each ``(scaled, rank)``; side by side, as NVRTC takes some seconds for each."""
+    """All forms for this card, for each ``(scaled, rank)``."""
     asked = [(t, f, scaled, rank) for t, f in forms().items() for scaled, rank in wanted]
     of = [(t, scaled, f, rank, gelu) for t, f, scaled, rank in asked if not (scaled and f.wgmma)]
-    card = cuda.this_card()
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda what: cuda.compiled(source(*what), card + "a" * what[2].wgmma), of))
+    cuda.compile_together((source(*what), what[2].wgmma) for what in of)
     for what in of:
         kernel(*what)
 
@@ -470,6 +462,6 @@ def suits(layer: Module) -> bool:
 
 def reserve(n: int, k: int, device: torch.device, gelu: bool = False) -> None:
     """Make room for the partial sums of this shape; before any CUDA graph of this engine is captured."""
-    blocks = min(_multiprocessors(device.index), units(n, k))
+    blocks = min(cuda.multiprocessors(device.index), units(n, k))
     SCRATCH.reserve(device, parts(blocks, n, gelu) * MOST_ROWS * COLUMNS, -(-n // COLUMNS) * 8)
     register_operator()

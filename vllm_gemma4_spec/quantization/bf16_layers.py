@@ -41,7 +41,7 @@ def take(model: Module) -> None:
     if vllm.envs.VLLM_BATCH_INVARIANT:
         return
     compiled = [module for module in model.modules() if hasattr(module, "vllm_config")]
-    modules = list({id(m): m for one in compiled for m in one.modules()}.values())
+    modules = list(dict.fromkeys(module for one in compiled for module in one.modules()))
     gates = {id(m.gate_up_proj): m for m in modules if type(m).__name__ == "Gemma4MLP"}
     layers = [layer for layer in modules if _plain(layer) and bf16_gemm.suits(layer.weight)]
     for layer in layers:
